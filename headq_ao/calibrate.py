@@ -1,0 +1,112 @@
+"""``calibrate``: run a model over text and keep moments of what its attention reads."""
+
+import contextvars
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from headq_ao.calibration import Calibration, MomentAccumulator
+from headq_ao.models import attention_modules, fingerprint, layer_shapes
+
+RECORDER: contextvars.ContextVar["Recorder | None"] = contextvars.ContextVar("headq_recorder", default=None)
+
+
+class Recorder:
+    """Collects what attention reads during one calibration; found through a context variable, so threads are apart."""
+
+    def __init__(self, n_layers: int, n_rows: int, n_sink: int, seed: int) -> None:
+        self.layers = [MomentAccumulator(n_rows) for _ in range(n_layers)]
+        self.n_sink = n_sink
+        self.generator = torch.Generator().manual_seed(seed)
+        self.priority = torch.empty(0)
+
+    def begin(self, batch: Tensor) -> None:
+        """Draw the sampling priorities of a batch ``[B, T]``; all layers and heads keep the same tokens."""
+        tokens = batch.shape[0] * max(batch.shape[1] - self.n_sink, 0)
+        self.priority = torch.rand(tokens, generator=self.generator)
+
+    def record(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Fold one layer's ``[B, H, T, D]`` states, sinks left out."""
+        q, k, v = (x[:, :, self.n_sink :].transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+        if not bool(torch.isfinite(k).all()):
+            raise ValueError(f"layer {layer}: calibration met non-finite keys; run the model in float32 or bfloat16")
+        self.layers[layer].add(q, k, v, self.priority)
+
+
+@torch.no_grad()
+def calibrate(
+    model: PreTrainedModel,
+    token_batches: Iterable[Any],
+    *,
+    n_rows: int = 512,
+    n_sink: int = 4,
+    seed: int = 0,
+    progress: bool = True,
+    source: str | None = None,
+) -> Calibration:
+    """Collect the statistics that HeadQ derives its bases from.
+
+    Per layer and KV head: ``Σ q qᵀ`` over the query heads that read it, ``Σ k``, ``Σ k kᵀ``, ``Σ v``, ``Σ v vᵀ`` after
+    QK-norm and RoPE, and a uniform sample of ``n_rows`` keys. The model is left as it was.
+
+    Args:
+        model: a supported causal LM, quantized with HeadQ or not.
+        token_batches: token ids, each ``[T]`` or ``[B, T]`` (tensor or nested list), without padding; about 4·1024
+            tokens are enough for the moments of a head_dim of 64.
+        n_rows: keys kept per layer.
+        n_sink: first tokens of each sequence to leave out.
+        seed: of the sample.
+        progress: show a progress bar.
+        source: where the text is from, kept in ``meta``.
+
+    Returns:
+        A :class:`Calibration` on the CPU.
+
+    Raises:
+        ValueError: on an unsupported model, no tokens, or sequences no longer than ``n_sink``.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from headq_ao import calibrate
+        >>> config = LlamaConfig(
+        ...     vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+        ... )
+        >>> model = LlamaForCausalLM(config).eval()
+        >>> calibrate(model, [torch.arange(60)], progress=False).layers[0].tokens
+        56
+    """
+    shapes = layer_shapes(model.config)
+    attention_modules(model, len(shapes))
+    batches = [torch.as_tensor(b) for b in token_batches]
+    batches = [b[None] if b.ndim == 1 else b for b in batches]
+    if not batches or any(b.ndim != 2 or b.is_floating_point() or b.shape[1] <= n_sink for b in batches):
+        raise ValueError(
+            f"token_batches must hold integer token ids [T] or [B, T] with T > n_sink = {n_sink}, "
+            f"got {[tuple(b.shape) for b in batches][:4]}"
+        )
+    recorder = Recorder(len(shapes), n_rows, n_sink, seed)
+    previous, training = model.config._attn_implementation, model.training
+    token = RECORDER.set(recorder)
+    try:
+        model.eval()
+        model.set_attn_implementation("headq")
+        for batch in tqdm(batches, desc="calibrate", unit="batch", disable=not progress):
+            recorder.begin(batch)
+            model(input_ids=batch.to(model.device), use_cache=False)
+    finally:
+        RECORDER.reset(token)
+        model.set_attn_implementation(previous)
+        model.train(training)
+    meta = {
+        "tokens": sum(b.numel() for b in batches),
+        "source": source,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    return Calibration([layer.moments() for layer in recorder.layers], fingerprint(model), meta)

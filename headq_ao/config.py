@@ -1,0 +1,182 @@
+"""``HeadQConfig``: what is stored for a key and a value, and how statistics are found."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torchao.core.config import AOBaseConfig
+
+from headq_ao.calibration import Calibration
+from headq_ao.ops.layout import PIECES, granule
+
+KeyCodecName = Literal["affine", "visible"]
+Basis = Literal["query_pca", "score_optimal", "key_pca", "random"]
+Adapt = Literal["off", "prompt"]
+
+CONFIG_VERSION = 1
+
+
+@dataclass
+class HeadQConfig(AOBaseConfig):
+    """A packed KV cache with HeadQ keys, for :func:`headq_ao.quantize_`. Build it with :func:`headq_config`.
+
+    Args:
+        k_bits, v_bits: code bits per coordinate, 1 to 6 or 8; ``None`` keeps that side exact.
+        key_codec: ``"affine"``: the same bits for each coordinate of the rotated key.
+        k_zero_point, v_zero_point: store a zero beside the scale (min-max range of the row); without it the levels
+            stand around the key gauge (keys) or zero (values) and the row saves 16 bits.
+        rank, side_bits: size of the side code of the key's error; ``rank=None`` is ``head_dim // 4``, 0 is none.
+        basis: of the side code. ``"query_pca"``: top eigenvectors of ``E[q qᵀ]`` (the paper);
+            ``"score_optimal"``: best rank-R pair for the score error; ``"key_pca"``, ``"random"``: controls.
+        sign: ``+1``; ``-1`` adds the correction with the wrong sign (control).
+        rotation: quantize in a Hadamard-rotated basis.
+        key_gauge: subtract a per-head mean from keys, which softmax cannot see.
+        clip_search: try smaller ranges for each row and keep the one of least squared error.
+        v_group_size: coordinates of a value that share a scale; ``None`` is ``head_dim``.
+        n_sink: first tokens of each sequence kept exact.
+        residual_length: newest tokens kept exact, at least; up to ``residual_length + block_size − 1``.
+        block_size: tokens packed at a time: 16, 32, 64 or 128.
+        calibration: a :class:`headq_ao.Calibration`, the path of a saved one, or None: statistics then come from
+            each sequence's own first tokens.
+        adapt: with a calibration, ``"prompt"`` takes it as a prior that each prompt refines, ``"off"`` as it is.
+        prior_tokens: how many tokens the calibration counts as under ``adapt="prompt"``.
+        epoch_tokens: tokens after which a sequence's own statistics are used; ``None`` is ``max(256, 4·head_dim)``.
+        check_finite: raise on non-finite keys or values; ``None``: on the CPU only.
+        seed: of the random basis.
+    """
+
+    k_bits: int | None = 2
+    v_bits: int | None = 2
+    key_codec: KeyCodecName = "affine"
+    k_zero_point: bool = False
+    v_zero_point: bool = False
+    rank: int | None = None
+    side_bits: int = 2
+    basis: Basis = "query_pca"
+    sign: int = 1
+    rotation: bool = True
+    key_gauge: bool = True
+    clip_search: bool = True
+    v_group_size: int | None = None
+    n_sink: int = 4
+    residual_length: int = 64
+    block_size: int = 32
+    calibration: Calibration | str | None = None
+    adapt: Adapt = "prompt"
+    prior_tokens: int = 256
+    epoch_tokens: int | None = None
+    check_finite: bool | None = None
+    seed: int = 0
+    version: int = CONFIG_VERSION
+
+    def __post_init__(self) -> None:
+        for name in ("k_bits", "v_bits"):
+            bits = getattr(self, name)
+            if bits is not None and (not isinstance(bits, (int, float)) or int(bits) != bits or bits not in PIECES):
+                raise ValueError(f"{name} must be 1, 2, 3, 4, 5, 6 or 8, or None (exact), got {bits!r}")
+        if self.k_bits is None and self.v_bits is None:
+            raise ValueError("k_bits and v_bits are both None: nothing would be packed; give at least one of them")
+        if self.block_size not in (16, 32, 64, 128):
+            raise ValueError(f"block_size must divide 128, got {self.block_size!r}; use 16, 32, 64 or 128")
+        if self.v_bits is not None:
+            tile = max(granule(w) for w in PIECES[int(self.v_bits)])
+            if self.block_size % tile:
+                raise ValueError(
+                    f"block_size must be a multiple of {tile} with v_bits={self.v_bits}, got {self.block_size}"
+                )
+        choices = {"key_codec": KeyCodecName, "basis": Basis, "adapt": Adapt}
+        for name, choice in choices.items():
+            if getattr(self, name) not in choice.__args__:  # type: ignore[attr-defined]
+                options = ", ".join(repr(c) for c in choice.__args__)  # type: ignore[attr-defined]
+                raise ValueError(f"{name} must be one of {options}, got {getattr(self, name)!r}")
+        if self.side_bits not in PIECES:
+            raise ValueError(f"side_bits must be 1, 2, 3, 4, 5, 6 or 8, got {self.side_bits!r}; rank=0 for none")
+        if self.sign not in (1, -1):
+            raise ValueError(f"sign must be 1 or -1, got {self.sign!r}")
+        for name, least in (("n_sink", 0), ("residual_length", 1), ("prior_tokens", 0), ("rank", 0), ("epoch_tokens", 1), ("v_group_size", 1)):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        if self.calibration is not None and not isinstance(self.calibration, (Calibration, str)):
+            raise ValueError(
+                f"calibration must be a Calibration, the path of a saved one, or None, got {type(self.calibration)}"
+            )
+
+    def key_shrink(self) -> tuple[float, ...]:
+        """Range factors tried for each key row."""
+        return _shrink(self.clip_search, self.k_zero_point)
+
+    def value_shrink(self) -> tuple[float, ...]:
+        """Range factors tried for each group of a value row."""
+        return _shrink(self.clip_search, self.v_zero_point)
+
+    def side_rank(self, head_dim: int) -> int:
+        """R, with the default resolved."""
+        return min(head_dim, head_dim // 4 if self.rank is None else self.rank)
+
+    def key_bits(self, head_dim: int) -> tuple[int, ...]:
+        """Bits of each stored key coordinate: base first, then the side code."""
+        assert self.k_bits is not None
+        return (int(self.k_bits),) * head_dim + (self.side_bits,) * self.side_rank(head_dim)
+
+    def first_epoch(self, head_dim: int) -> int:
+        """Slots (whole blocks) whose statistics the first epoch of a sequence uses."""
+        tokens = max(256, 4 * head_dim) if self.epoch_tokens is None else self.epoch_tokens
+        return math.ceil(tokens / self.block_size) * self.block_size
+
+    def check_head_dim(self, head_dim: int) -> None:
+        """Raise ValueError where this config cannot store heads of that size."""
+        if head_dim % 16 or head_dim > 256:
+            raise ValueError(f"head_dim must be a multiple of 16 up to 256, got {head_dim}")
+        if self.v_group_size is not None and head_dim % self.v_group_size:
+            raise ValueError(f"v_group_size must divide head_dim {head_dim}, got {self.v_group_size}")
+        if self.rank is not None and self.rank > head_dim:
+            raise ValueError(f"rank must be at most head_dim {head_dim}, got {self.rank}")
+
+
+def _shrink(search: bool, zero_point: bool) -> tuple[float, ...]:
+    if not search:
+        return (1.0,)
+    # a min-max range is an upper bound; the step of a symmetric code is already near the Gaussian optimum
+    return (1.0, 0.9, 0.8, 0.7, 0.6, 0.5) if zero_point else (1.0, 0.85, 1.15, 0.7, 1.3)
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "headq_paper": {
+        "k_zero_point": True,
+        "v_zero_point": True,
+        "rank": 8,
+        "side_bits": 4,
+        "basis": "query_pca",
+        "clip_search": False,
+        "adapt": "off",
+    },
+}
+
+
+def headq_config(preset: str | None = None, **options: Any) -> HeadQConfig:
+    """Build a :class:`HeadQConfig`; ``options`` are its fields and override the preset's.
+
+    Args:
+        preset: None for the defaults, or ``"headq_paper"``: the published construction, an affine 2-bit base and a
+            query-PCA side code of its error (HeadQ, arXiv 2605.03562, withdrawn by its author).
+        **options: fields of :class:`HeadQConfig`.
+
+    Raises:
+        ValueError: on an unknown preset or option (the message lists the valid ones), or a value out of range.
+
+    Example:
+        >>> from headq_ao import headq_config
+        >>> headq_config(k_bits=3, v_bits=None).v_bits is None
+        True
+        >>> headq_config(preset="headq_paper").rank
+        8
+    """
+    if preset is not None and preset not in PRESETS:
+        raise ValueError(f"preset must be one of {sorted(PRESETS)} or None, got {preset!r}")
+    names = [f.name for f in dataclasses.fields(HeadQConfig)]
+    unknown = sorted(set(options) - set(names))
+    if unknown:
+        raise ValueError(f"unknown option {', '.join(unknown)}; valid options are {', '.join(names)}")
+    return HeadQConfig(**({} if preset is None else PRESETS[preset]) | options)

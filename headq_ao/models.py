@@ -1,0 +1,107 @@
+"""What a Hugging Face model looks like to the cache: its attention layers, their shapes, and what is not supported."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """One attention layer: ``n_heads`` query and ``n_kv_heads`` key-value heads, ``sliding_window`` tokens or None."""
+
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    sliding_window: int | None
+
+
+def text_config(config: Any) -> Any:
+    """The decoder's part of a transformers config."""
+    return config.get_text_config(decoder=True)
+
+
+def layer_shapes(config: Any) -> list[LayerShape]:
+    """The attention layers that a config describes.
+
+    Raises:
+        ValueError: where a layer is of a kind that HeadQ cannot store, naming it.
+    """
+    c = text_config(config)
+    name = c.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{name}: encoder-decoder models are not supported; HeadQ packs decoder-only causal LMs")
+    refusals = {
+        "kv_lora_rank": "multi-head latent attention (MLA) caches a latent, not keys and values",
+        "attn_logit_softcapping": "attention softcap changes the scores that HeadQ corrects",
+        "num_kv_shared_layers": "KV shared between layers",
+    }
+    for attribute, why in refusals.items():
+        if getattr(c, attribute, None):
+            raise ValueError(f"{name} is not supported: {why} (config.{attribute}={getattr(c, attribute)})")
+    heads, hidden = c.num_attention_heads, c.hidden_size
+    kv_heads = getattr(c, "num_key_value_heads", None) or heads
+    head_dim = getattr(c, "head_dim", None) or hidden // heads
+    if not all(isinstance(x, int) for x in (heads, kv_heads, head_dim)):
+        raise ValueError(f"{name} is not supported: its head counts differ between layers")
+    shapes = []
+    layers = DynamicCache(config=config).layers
+    if not layers:  # a config without layer types: all layers are full attention
+        layers = [DynamicLayer() for _ in range(c.num_hidden_layers)]
+    for i, layer in enumerate(layers):
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            raise ValueError(
+                f"{name} is not supported: layer {i} caches a {type(layer).__name__}, not plain keys and values"
+            )
+        shapes.append(LayerShape(heads, kv_heads, head_dim, getattr(layer, "sliding_window", None)))
+    return shapes
+
+
+def attention_modules(model: nn.Module, n_layers: int) -> list[nn.Module]:
+    """The self-attention modules in layer order.
+
+    Raises:
+        ValueError: where the model cannot route attention through transformers' attention interface.
+    """
+    kind = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"HeadQ needs a transformers PreTrainedModel, got {kind}; pass the whole causal LM")
+    if not model._can_set_attn_implementation():
+        raise ValueError(f"{kind} is not supported: its attention does not go through transformers' AttentionInterface")
+    found: dict[int, nn.Module] = {}
+    for module in model.modules():
+        index = getattr(module, "layer_idx", None)
+        if isinstance(index, int) and type(module).__name__.endswith("Attention"):
+            if getattr(module, "is_cross_attention", False):
+                raise ValueError(f"{kind} is not supported: it has cross-attention")
+            if isinstance(getattr(module, "sinks", None), torch.Tensor):
+                raise ValueError(f"{kind} is not supported: its attention has sink logits, where the gauges are not free")
+            found[index] = module
+    if sorted(found) != list(range(n_layers)):
+        raise ValueError(f"{kind} is not supported: expected {n_layers} attention layers, found {sorted(found)}")
+    return [found[i] for i in range(n_layers)]
+
+
+def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
+    """What identifies a model for a calibration: type, shapes, rope, and the RMS of 16 slices of its embedding.
+
+    The RMS values agree to 1e-3 between dtypes of one model; they are left out where the weight is not a plain tensor.
+    """
+    c = text_config(model.config)
+    shapes = layer_shapes(model.config)
+    print_ = {
+        "model_type": c.model_type,
+        "layers": len(shapes),
+        "heads": shapes[0].n_heads,
+        "kv_heads": shapes[0].n_kv_heads,
+        "head_dim": shapes[0].head_dim,
+        "rope": repr(getattr(c, "rope_parameters", None)),
+    }
+    weight = model.get_input_embeddings().weight
+    if type(weight) is nn.Parameter and weight.device.type != "meta":
+        slices = weight.detach()[: weight.shape[0] // 16 * 16].unflatten(0, (16, -1))[:, :64]
+        print_["weights"] = slices.float().square().mean((1, 2)).sqrt().tolist()
+    return print_

@@ -1,0 +1,194 @@
+"""``quantize_`` and ``restore_``: put HeadQ on a model, and take it off."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torchao
+from torch import Tensor, nn
+from torchao.core.config import AOBaseConfig
+from torchao.quantization.transform_module import register_quantize_module_handler
+from transformers import DynamicCache, PreTrainedModel
+
+from headq_ao import attention
+from headq_ao.cache import HeadQCache, HeadQState
+from headq_ao.calibrate import RECORDER
+from headq_ao.calibration import Calibration
+from headq_ao.config import HeadQConfig
+from headq_ao.layer_codec import LayerCodec
+from headq_ao.models import attention_modules, fingerprint, layer_shapes
+from headq_ao.state import Span
+
+CACHE_NAMES = ("cache", "past_key_values")  # transformers 5.24 renamed the argument
+_DEFAULT: Any = object()
+
+
+def quantize_(
+    model: nn.Module,
+    config: AOBaseConfig,
+    filter_fn: Callable[[nn.Module, str], bool] | None = _DEFAULT,
+    device: torch.device | str | None = None,
+) -> None:
+    """Quantize in place: the KV cache with a :class:`HeadQConfig`, anything else as torchao does.
+
+    With a HeadQ config the weights stay as they are; every later call that uses a cache keeps it packed. Any other
+    torchao config is handed to ``torchao.quantize_`` with the same arguments.
+
+    Args:
+        model: a transformers causal LM (for a HeadQ config).
+        config: from :func:`headq_ao.headq_config`, or any torchao config.
+        filter_fn: torchao's filter; for a HeadQ config leave it out.
+        device: as in torchao: move there first.
+
+    Raises:
+        ValueError: when the model or the calibration does not fit; the model is then unchanged.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from headq_ao import headq_config, quantize_
+        >>> model = LlamaForCausalLM(
+        ...     LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+        ... ).eval()
+        >>> quantize_(model, headq_config())
+        >>> model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, do_sample=False, pad_token_id=0).shape
+        torch.Size([1, 7])
+    """
+    if not isinstance(config, HeadQConfig):
+        arguments = {} if filter_fn is _DEFAULT else {"filter_fn": filter_fn}
+        torchao.quantization.quantize_(model, config, device=device, **arguments)
+        return
+    if filter_fn is not _DEFAULT:
+        raise ValueError("a HeadQ config applies to the whole model; call quantize_(model, config) without filter_fn")
+    torchao.quantization.quantize_(model, config, filter_fn=lambda _, name: name == "", device=device)
+
+
+@register_quantize_module_handler(HeadQConfig)
+def _handle(model: nn.Module, config: HeadQConfig) -> nn.Module:
+    """torchao's handler: everything that can fail comes before the first change."""
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"a HeadQ config applies to a whole transformers model, got a {type(model).__name__}; "
+            "call headq_ao.quantize_(model, config), or torchao's quantize_ with filter_fn=lambda module, name: name == ''"
+        )
+    if hasattr(model, "_headq"):
+        raise ValueError("this model already has a HeadQ cache; call restore_(model) first")
+    shapes = layer_shapes(model.config)
+    modules = attention_modules(model, len(shapes))
+    calibration = config.calibration
+    if isinstance(calibration, str):
+        calibration = Calibration.load(calibration)
+    if calibration is not None:
+        calibration.check_model(fingerprint(model))
+    codecs = []
+    for i, (module, shape) in enumerate(zip(modules, shapes, strict=True)):
+        moments = None if calibration is None else calibration.layers[i]
+        codecs.append(LayerCodec(config, shape, moments, next(module.parameters()).device))
+    state = HeadQState(config, shapes, model.config._attn_implementation)
+    model.set_attn_implementation(attention.NAME)
+    for module, codec in zip(modules, codecs, strict=True):
+        module.headq = codec
+    model._headq = state
+    model.register_forward_pre_hook(supply_cache, with_kwargs=True)
+    return model
+
+
+def restore_(model: nn.Module) -> None:
+    """Take HeadQ off a model; its outputs are again bit for bit what they were.
+
+    Raises:
+        ValueError: when there is no HeadQ on the model.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from headq_ao import headq_config, quantize_, restore_
+        >>> model = LlamaForCausalLM(
+        ...     LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+        ... )
+        >>> quantize_(model, headq_config())
+        >>> restore_(model)
+        >>> model.config._attn_implementation
+        'sdpa'
+    """
+    state = getattr(model, "_headq", None)
+    if not isinstance(state, HeadQState) or not isinstance(model, PreTrainedModel):
+        raise ValueError(f"{type(model).__name__} has no HeadQ cache to take off")
+    model.set_attn_implementation(state.previous_attention)
+    for module in attention_modules(model, len(state.shapes)):
+        del module.headq
+    for key in [k for k, hook in model._forward_pre_hooks.items() if hook is supply_cache]:
+        del model._forward_pre_hooks[key]
+        model._forward_pre_hooks_with_kwargs.pop(key, None)
+    del model._headq
+
+
+def supply_cache(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Forward pre-hook of the root model: give it a packed cache where it would make a dense one."""
+    if RECORDER.get() is not None:
+        return args, kwargs
+    name = next((n for n in CACHE_NAMES if kwargs.get(n) is not None), CACHE_NAMES[0])
+    cache = kwargs.get(name)
+    use_cache = kwargs.get("use_cache")
+    if use_cache is None:
+        use_cache = getattr(model.config.get_text_config(decoder=True), "use_cache", True)
+    if kwargs.get("output_attentions"):
+        raise ValueError("output_attentions is not available from a packed cache; restore_(model) first")
+    if model.training or (not use_cache and cache is None):
+        attention.warn_dense("the model is in train mode" if model.training else "use_cache is False")
+        return args, kwargs
+    if cache is None or (type(cache) is DynamicCache and cache.get_seq_length() == 0):
+        cache = HeadQCache(model)
+    elif not isinstance(cache, HeadQCache):
+        filled = " that already holds tokens" if type(cache) is DynamicCache else ""
+        raise ValueError(
+            f"a model with HeadQ needs a HeadQCache, got a {type(cache).__name__}{filled}; "
+            "pass no cache, an empty DynamicCache or HeadQCache(model)"
+        )
+    elif cache.config is not model._headq.config and cache.config != model._headq.config:
+        raise ValueError("this HeadQCache was made with another config; make a new one with HeadQCache(model)")
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    embeds = kwargs.get("inputs_embeds")
+    shape = ids.shape if ids is not None else embeds.shape if embeds is not None else None
+    if shape is not None:
+        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+        _check_positions(kwargs.get("position_ids"), mask)
+        cache.announce(shape[1], real_spans(mask, shape[0], shape[1], cache.get_seq_length()))
+    return args, {**kwargs, name: cache}
+
+
+def real_spans(mask: Any, batch: int, length: int, seen: int) -> list[Span] | None:
+    """Which of the ``length`` new slots hold real tokens, per row; None: all.
+
+    Raises:
+        ValueError: on a mask that is not 2-D over all slots, or has a hole within a row.
+    """
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape != (batch, seen + length):
+        what = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+        raise ValueError(
+            f"attention_mask must be 2-D over all cached and new tokens, ({batch}, {seen + length}), got {what}; "
+            "custom 4-D masks are not supported on a packed cache"
+        )
+    real = mask != 0
+    if bool(real.all()):
+        return None
+    edges = torch.diff(real.int(), dim=1, prepend=real.new_zeros(batch, 1).int()) == 1
+    if bool((edges.sum(1) > 1).any()):
+        row = int((edges.sum(1) > 1).nonzero()[0])
+        raise ValueError(
+            f"attention_mask row {row} has a hole: its real tokens must be contiguous; pad on the left (padding_side='left')"
+        )
+    first, count = real.int().argmax(1).tolist(), real.sum(1).tolist()
+    clamp = lambda x: min(max(x - seen, 0), length)  # noqa: E731
+    return [Span(clamp(f), clamp(f + n)) if n else Span(0, 0) for f, n in zip(first, count, strict=True)]
+
+
+def _check_positions(position_ids: Any, mask: Any) -> None:
+    if isinstance(position_ids, Tensor) and mask is None and position_ids.ndim == 2 and position_ids.shape[1] > 1:
+        if not bool((position_ids.diff(dim=1) == 1).all()):
+            raise ValueError(
+                "position_ids must count up by one within each row (packed sequences are not supported on this cache); "
+                "run the sequences as a batch"
+            )

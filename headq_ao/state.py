@@ -1,0 +1,159 @@
+"""Storage of the cache layer: token-major tensors that grow geometrically, and per-row counts."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class RowCounts:
+    """Counts of one batch row: ``tokens`` seen (pads not counted), ``slots`` of closed blocks in storage,
+    ``packed`` valid tokens in them, ``dropped`` tokens that a sliding window has let go (part of neither)."""
+
+    tokens: int = 0
+    slots: int = 0
+    packed: int = 0
+    dropped: int = 0
+
+    @property
+    def exact(self) -> int:
+        """Exact rows held: sinks, then the window."""
+        return self.tokens - self.packed - self.dropped
+
+    def copy(self) -> "RowCounts":
+        return dataclasses.replace(self)
+
+
+@dataclass
+class Span:
+    """New slots ``start:stop`` of one call that hold real tokens of a row; the others are padding."""
+
+    start: int
+    stop: int
+
+    @property
+    def length(self) -> int:
+        return self.stop - self.start
+
+
+class RowStore:
+    """Tensors ``[B, Hkv, capacity / unit, ...]`` over packed slots.
+
+    ``units[i]`` is the number of tokens that one entry of tensor ``i`` covers. Capacity grows by an eighth at least,
+    so appending copies each byte about eight times over a sequence's life and at most 1/8 lies unused.
+    """
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+        self.units: list[int] = []
+        self.capacity = 0
+
+    def write(self, rows: Tensor | None, slot: int, batch: int, new: Sequence[Tensor], tokens: int) -> None:
+        """Put ``new`` (``tokens`` tokens) at ``slot`` of batch rows ``rows`` (None: all)."""
+        if not self.tensors:
+            self.units = [tokens // t.shape[2] for t in new]
+            self.tensors = [t.new_empty((batch, t.shape[1], 0, *t.shape[3:])) for t in new]
+        self._reserve(slot + tokens, tokens)
+        for stored, unit, part in zip(self.tensors, self.units, new, strict=True):
+            at = slice(slot // unit, (slot + tokens) // unit)
+            if rows is None:
+                stored[:, :, at] = part
+            else:
+                stored[rows, :, at] = part
+
+    def _reserve(self, slots: int, tokens: int) -> None:
+        if slots <= self.capacity:
+            return
+        step = max(self.units) if self.units else 1
+        step = max(step, 32)
+        grown = slots if self.capacity == 0 else max(slots, self.capacity + self.capacity // 8)
+        self.capacity = -(-grown // step) * step
+        for i, (stored, unit) in enumerate(zip(self.tensors, self.units, strict=True)):
+            larger = stored.new_zeros((*stored.shape[:2], self.capacity // unit, *stored.shape[3:]))
+            larger[:, :, : stored.shape[2]] = stored
+            self.tensors[i] = larger
+
+    def drop(self, slots: int) -> None:
+        """Forget the first ``slots`` slots of every row."""
+        for i, (stored, unit) in enumerate(zip(self.tensors, self.units, strict=True)):
+            self.tensors[i] = stored[:, :, slots // unit :].clone()
+        self.capacity -= slots
+
+    def view(self, begin: int, end: int) -> list[Tensor]:
+        """Views of slots ``begin:end``."""
+        return [t[:, :, begin // u : end // u] for t, u in zip(self.tensors, self.units, strict=True)]
+
+    def select(self, index: Tensor) -> None:
+        """Keep and reorder batch rows."""
+        self.tensors = [t.index_select(0, index.to(t.device)) for t in self.tensors]
+
+
+class ExactRows:
+    """The exact rows of a layer, ``k``, ``v`` and, while a sequence's own statistics are awaited, ``q``.
+
+    Row ``b`` holds its first ``counts[b].exact`` entries: up to ``n_sink`` sinks, then the newest tokens.
+    """
+
+    def __init__(self) -> None:
+        self.k: Tensor | None = None
+        self.v: Tensor | None = None
+        self.q: Tensor | None = None
+
+    @property
+    def capacity(self) -> int:
+        return 0 if self.k is None else self.k.shape[2]
+
+    def append(self, name: str, new: Tensor, counts: Sequence[int], spans: Sequence[Span], minimum: int) -> None:
+        """Write each row's real new tokens behind its ``counts``; grow to hold them, to at least ``minimum``."""
+        stored: Tensor | None = getattr(self, name)
+        need = max(c + s.length for c, s in zip(counts, spans, strict=True))
+        uniform = len(set(counts)) == 1 and all(s == Span(0, new.shape[2]) for s in spans)
+        if stored is None or stored.shape[2] < need:
+            larger = new.new_zeros((*new.shape[:2], max(need, minimum), new.shape[3]))
+            if stored is not None:
+                larger[:, :, : stored.shape[2]] = stored
+            stored = larger
+            setattr(self, name, stored)
+        if uniform:
+            stored[:, :, counts[0] : counts[0] + new.shape[2]] = new
+            return
+        for b, (c, s) in enumerate(zip(counts, spans, strict=True)):
+            stored[b, :, c : c + s.length] = new[b, :, s.start : s.stop]
+
+    def shift(self, rows: Tensor | None, first: int, removed: int, count: int) -> None:
+        """Remove ``removed`` entries behind ``first`` from rows that hold ``count``."""
+        for stored in self.tensors():
+            if rows is None:
+                stored[:, :, first : count - removed] = stored[:, :, first + removed : count].clone()
+            else:
+                stored[rows, :, first : count - removed] = stored[rows, :, first + removed : count]
+
+    def resize(self, capacity: int) -> None:
+        """Give back memory that a prefill needed."""
+        for name in ("k", "v", "q"):
+            stored = getattr(self, name)
+            if stored is not None and stored.shape[2] > capacity:
+                setattr(self, name, stored[:, :, :capacity].clone())
+
+    def tensors(self) -> list[Tensor]:
+        return [t for t in (self.k, self.v, self.q) if t is not None]
+
+    def select(self, index: Tensor) -> None:
+        """Keep and reorder batch rows."""
+        for name in ("k", "v", "q"):
+            stored = getattr(self, name)
+            if stored is not None:
+                setattr(self, name, stored.index_select(0, index.to(stored.device)))
+
+
+def storage_bytes(tensors: Sequence[Tensor]) -> int:
+    """Bytes of the distinct storages behind tensors."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}.values())
+
+
+def int_tensor(values: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """A small int64 tensor on the device."""
+    return torch.tensor(values, dtype=torch.int64, device=device)

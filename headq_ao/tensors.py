@@ -1,0 +1,227 @@
+"""Tensor subclasses: packed key rows, packed value rows, and the handle that ``update()`` returns to attention."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torchao.utils import TorchAOBaseTensor
+
+from headq_ao.codec import KeyCodec
+from headq_ao.ops import Rows
+from headq_ao.ops.decode_attention.reference import dequantize_values
+from headq_ao.ops.layout import CHANNEL_TILE, PIECES, TOKEN_TILE, granule, plane_pieces
+
+if TYPE_CHECKING:
+    from headq_ao.cache import HeadQCacheLayer
+
+
+class _PackedTensor(TorchAOBaseTensor):
+    """What packed keys and values share: the outer shape ``[B, Hkv, T, D]`` over plain inner tensors."""
+
+    def dequantize(self) -> Tensor:
+        raise NotImplementedError
+
+    def inner(self) -> dict[str, Tensor]:
+        """Inner tensors by name."""
+        return {name: getattr(self, name) for name in self.__tensor_flatten__()[0]}
+
+    @property
+    def packed_nbytes(self) -> int:
+        """Bytes of all inner tensors (the outer ``nbytes`` is that of the shape, not of the storage)."""
+        return sum(t.nbytes for t in self.inner().values())
+
+    def _map(self, fn: Callable[[str, Tensor], Tensor]) -> "_PackedTensor":
+        names, attributes = self.__tensor_flatten__()
+        inner = {name: fn(name, getattr(self, name)) for name in names}
+        return type(self).__tensor_unflatten__(inner, attributes, None, None)
+
+    def _tokens_per_entry(self, name: str) -> int | None:
+        """Tokens that one entry of dimension 2 of an inner tensor covers; None where it has no token dimension."""
+        raise NotImplementedError
+
+
+@_PackedTensor.implements(torch.ops.aten.slice.Tensor)
+def _slice(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+    x, dim, start, stop, step = (*args, *(0, None, None, 1)[len(args) - 1 :])[:5]
+    if step != 1 or dim not in (0, 1, 2):
+        raise NotImplementedError(f"packed rows are sliced along batch, head or token, step 1; got dim {dim}, step {step}")
+    start, stop, _ = slice(start, stop).indices(x.shape[dim])
+
+    def cut(name: str, t: Tensor) -> Tensor:
+        per_entry = x._tokens_per_entry(name)
+        if dim == 2:
+            if per_entry is None:
+                return t
+            if start % per_entry or stop % per_entry:
+                raise ValueError(f"token slices must fall on multiples of {per_entry}, got {start}:{stop}")
+            return t[:, :, start // per_entry : stop // per_entry]
+        return t if t.ndim < 3 or t.shape[dim] == 1 != x.shape[dim] else t.narrow(dim, start, stop - start)
+
+    return x._map(cut)
+
+
+@_PackedTensor.implements(torch.ops.aten.index_select.default)
+def _index_select(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+    x, dim, index = args
+    if dim != 0:
+        raise NotImplementedError(f"packed rows are indexed along the batch, dim 0, got dim {dim}")
+    return x._map(lambda _, t: t if t.ndim < 3 or t.shape[0] == 1 != x.shape[0] else t.index_select(0, index))
+
+
+class HeadQKeyTensor(_PackedTensor):
+    """Packed key rows of one epoch, shape ``[B, Hkv, T, D]``.
+
+    Inner tensors: planes of 4, 2 and 1 bits, ``scale`` and optional ``zero_point`` ``[B, Hkv, T]`` fp16, and the
+    codec that reads them (``mean``, ``read``, ``step``, ``side_read``, ``side_step``, …).
+
+    Example:
+        >>> import torch
+        >>> from headq_ao.codec import affine_codec
+        >>> from headq_ao.config import HeadQConfig
+        >>> from headq_ao.tensors import HeadQKeyTensor
+        >>> k = torch.randn(1, 2, 32, 64)
+        >>> codec = affine_codec(HeadQConfig(), torch.eye(64).expand(1, 2, 64, 64), k.mean(2), k)
+        >>> packed = HeadQKeyTensor.from_hp(k, codec)
+        >>> packed.shape, packed.dequantize().shape
+        (torch.Size([1, 2, 32, 64]), torch.Size([1, 2, 32, 64]))
+    """
+
+    tensor_data_names = ["scale", "mean", "encode", "read", "step"]  # noqa: RUF012
+    optional_tensor_data_names = ["plane_4bit", "plane_2bit", "plane_1bit", "zero_point", "weight", "side_encode", "side_read", "side_step"]  # noqa: RUF012
+    tensor_attribute_names = ["bits", "dtype"]  # noqa: RUF012
+
+    def __new__(cls, scale, mean, encode, read, step, bits, dtype, **optional):  # type: ignore[no-untyped-def]
+        shape = (*scale.shape, mean.shape[-1])
+        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=scale.device)
+        inner = dict(scale=scale, mean=mean, encode=encode, read=read, step=step, bits=tuple(bits))
+        for name, value in inner.items():
+            setattr(self, name, value)
+        for name in cls.optional_tensor_data_names:
+            setattr(self, name, optional.get(name))
+        return self
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+
+    @classmethod
+    def from_hp(cls, k: Tensor, codec: KeyCodec, shrink: tuple[float, ...] = (1.0,)) -> "HeadQKeyTensor":
+        """Pack exact keys ``[B, Hkv, T, D]``, ``T`` a multiple of 16."""
+        planes, scale, zero = codec.encode_rows(k, shrink)
+        return cls.from_planes(planes, scale, zero, codec, k.dtype)
+
+    @classmethod
+    def from_planes(
+        cls, planes: list[Tensor], scale: Tensor, zero: Tensor | None, codec: KeyCodec, dtype: torch.dtype
+    ) -> "HeadQKeyTensor":
+        """Wrap planes that :func:`headq_ao.ops.encode_keys` made."""
+        names = (f"plane_{w}bit" for w in plane_pieces(codec.bits))
+        return cls(
+            scale, bits=codec.bits, dtype=dtype, zero_point=zero, **codec.tensors(), **dict(zip(names, planes, strict=True))
+        )
+
+    @property
+    def planes(self) -> list[Tensor]:
+        """Planes in storage order, widest first."""
+        return [getattr(self, f"plane_{w}bit") for w in plane_pieces(self.bits)]
+
+    @property
+    def codec(self) -> KeyCodec:
+        """The codec over the inner tensors."""
+        return KeyCodec(
+            self.mean, self.encode, self.read, self.step, self.weight, self.side_encode, self.side_read, self.side_step, self.bits
+        )
+
+    def rows(self) -> Rows:
+        """The form that :func:`headq_ao.ops.decode_attention` reads."""
+        return Rows(planes=self.planes, bits=self.bits, scale=self.scale, zero=self.zero_point)
+
+    def dequantize(self) -> Tensor:
+        """``k_hat + P z`` in the outer dtype."""
+        return self.codec.dequantize(self.planes, self.scale, self.zero_point).to(self.dtype)
+
+    def _tokens_per_entry(self, name: str) -> int | None:
+        return TOKEN_TILE if name.startswith("plane") else 1 if name in ("scale", "zero_point") else None
+
+
+class HeadQValueTensor(_PackedTensor):
+    """Packed value rows, shape ``[B, Hkv, T, D]``: planes of the low and the high bits, scale, zero, rotation.
+
+    Example:
+        >>> import torch
+        >>> from headq_ao.tensors import HeadQValueTensor
+        >>> from headq_ao.ops import encode_values
+        >>> v = torch.randn(1, 2, 32, 64)
+        >>> packed = HeadQValueTensor.from_planes(*encode_values(v, torch.eye(64), 4, group_size=64), torch.eye(64), 4, v.dtype)
+        >>> bool((packed.dequantize() - v).abs().max() < 0.3)
+        True
+    """
+
+    tensor_data_names = ["scale", "rotation", "plane_low"]  # noqa: RUF012
+    optional_tensor_data_names = ["plane_high", "zero_point"]  # noqa: RUF012
+    tensor_attribute_names = ["bits", "dtype"]  # noqa: RUF012
+
+    def __new__(cls, scale, rotation, plane_low, bits, dtype, plane_high=None, zero_point=None):  # type: ignore[no-untyped-def]
+        shape = (*scale.shape[:3], rotation.shape[-1])
+        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=scale.device)
+        self.scale, self.rotation, self.plane_low, self.bits = scale, rotation, plane_low, bits
+        self.plane_high, self.zero_point = plane_high, zero_point
+        return self
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+
+    @classmethod
+    def from_planes(
+        cls, planes: list[Tensor], scale: Tensor, zero: Tensor | None, rotation: Tensor, bits: int, dtype: torch.dtype
+    ) -> "HeadQValueTensor":
+        """Wrap planes that :func:`headq_ao.ops.encode_values` made."""
+        return cls(scale, rotation, planes[0], bits, dtype, planes[1] if len(planes) > 1 else None, zero)
+
+    @property
+    def planes(self) -> list[Tensor]:
+        """Planes in storage order, low bits first."""
+        return [self.plane_low] if self.plane_high is None else [self.plane_low, self.plane_high]
+
+    def rows(self) -> Rows:
+        """The form that :func:`headq_ao.ops.decode_attention` reads."""
+        return Rows(planes=self.planes, bits=(self.bits,), scale=self.scale, zero=self.zero_point)
+
+    def dequantize(self) -> Tensor:
+        """``v_hat`` in the outer dtype, rotated back."""
+        rotated = dequantize_values(self.planes, self.bits, self.scale, self.zero_point, torch.float32)
+        return (rotated @ self.rotation.float().T).to(self.dtype)
+
+    def _tokens_per_entry(self, name: str) -> int | None:
+        widths = PIECES[self.bits]
+        return {"plane_low": granule(widths[0]), "plane_high": granule(widths[-1]), "rotation": None}.get(name, 1)
+
+
+class HeadQHistory(torch.Tensor):
+    """What :meth:`HeadQCacheLayer.update` hands to attention: the cached rows of one side, readable by "headq" only.
+
+    ``layer`` is the cache layer, ``new`` the exact rows of this call ``[B, Hkv, S, D]``.
+    """
+
+    layer: "HeadQCacheLayer"
+    new: Tensor
+
+    @staticmethod
+    def __new__(cls, layer: "HeadQCacheLayer", new: Tensor, tokens: int) -> "HeadQHistory":
+        shape = (*new.shape[:2], tokens, new.shape[3])
+        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=new.dtype, device=new.device)
+        self.layer, self.new = layer, new
+        return self
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__()
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"HeadQHistory(shape={tuple(self.shape)}, dtype={self.dtype})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise RuntimeError(
+            f"{func} was called on the packed HeadQ cache, which only the 'headq' attention can read; "
+            "keep attn_implementation='headq' while the cache is in use, or call restore_(model) and start a new cache"
+        )

@@ -1,0 +1,7 @@
+"""Packed-row operators: plain tensors in, plain tensors out, each beside a reference that defines it."""
+
+from headq_ao.ops.decode_attention.op import MappedQuery, Rows, decode_attention, merge_segments
+from headq_ao.ops.encode_keys.op import encode_keys
+from headq_ao.ops.encode_values.op import encode_values
+
+__all__ = ["MappedQuery", "Rows", "decode_attention", "encode_keys", "encode_values", "merge_segments"]

@@ -1,0 +1,181 @@
+"""``decode_attention``: attention of a few queries over one segment of packed or exact rows."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from headq_ao.ops.decode_attention import reference
+from headq_ao.ops.layout import CHANNEL_TILE, PIECES, TOKEN_TILE, granule
+
+SLOT_TILE = 1024  # slots unpacked at a time by the reference: extra memory is bounded by a tile, not by the context
+QUERY_TILE = 256
+
+
+@dataclass(frozen=True)
+class MappedQuery:
+    """Queries in the integers' coordinates, the softmax scaling and steps folded in.
+
+    ``s_j = σ_j (codes_j·c + bias) + m_j·zero + gauge``, all fp32 (fp64 for an fp64 model):
+    ``codes [B, Hq, S, M]``; ``bias``, ``zero``, ``gauge`` ``[B, Hq, S]``.
+    For exact keys ``codes`` is ``q · scaling`` itself and the others are zero.
+    """
+
+    codes: Tensor
+    bias: Tensor
+    zero: Tensor
+    gauge: Tensor
+
+    @classmethod
+    def exact(cls, q: Tensor, scaling: float) -> "MappedQuery":
+        """``q [B, Hq, S, D]`` for keys that are read as they are."""
+        q = q.to(torch.float64 if q.dtype == torch.float64 else torch.float32) * scaling
+        nothing = q.new_zeros(q.shape[:-1])
+        return cls(q, nothing, nothing, nothing)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Key or value rows of one segment: exact rows ``[B, Hkv, T, D]``, or planes with ``bits`` and per-token scales."""
+
+    exact: Tensor | None = None
+    planes: list[Tensor] = field(default_factory=list)
+    bits: Sequence[int] = ()
+    scale: Tensor | None = None
+    zero: Tensor | None = None
+
+
+def decode_attention(
+    q: MappedQuery, keys: Rows, values: Rows, start: Tensor, stop: Tensor, valid: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attend over slots ``start ≤ t < stop`` of one segment, reading packed rows.
+
+    ``o = Σ_j softmax(s)_j v_j`` and ``lse = log Σ_j exp(s_j)``, with ``s_j`` as in :class:`MappedQuery`. Segments
+    are joined by :func:`merge_segments`. Accumulation is fp32 (fp64 for fp64 queries).
+
+    Args:
+        q: mapped queries, ``Hq`` a multiple of ``Hkv``.
+        keys: packed (``planes``, ``bits`` per coordinate, ``scale``, optional ``zero`` ``[B, Hkv, T]``) or exact.
+        values: packed (``planes``, ``bits`` = (b,), ``scale``, optional ``zero`` ``[B, Hkv, T, D/g]``) or exact.
+        start, stop: ``[B, S]`` int64, the visible slots of each query.
+        valid: ``[B, T]`` bool, or None when no slot in the range is a hole.
+
+    Returns:
+        ``o [B, Hq, S, D]`` in the values' stored (rotated) basis and ``lse [B, Hq, S]``; 0 and −inf where no slot is
+        visible.
+
+    Raises:
+        ValueError: when shapes do not fit each other.
+
+    Example:
+        >>> import torch
+        >>> from headq_ao.ops import MappedQuery, Rows, decode_attention
+        >>> q, k, v = torch.randn(1, 4, 1, 16), torch.randn(1, 2, 8, 16), torch.randn(1, 2, 8, 16)
+        >>> seen = torch.tensor([[0]]), torch.tensor([[8]])
+        >>> out, lse = decode_attention(MappedQuery.exact(q, 0.25), Rows(exact=k), Rows(exact=v), *seen)
+        >>> torch.testing.assert_close(
+        ...     out, torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=0.25, enable_gqa=True)
+        ... )
+    """
+    hkv = (keys.exact if keys.exact is not None else keys.planes[0]).shape[1]
+    if q.codes.shape[1] % hkv:
+        raise ValueError(f"query heads must be a multiple of the {hkv} KV heads, got {q.codes.shape[1]}")
+    if q.codes.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"mapped queries must be float32 or float64, got {q.codes.dtype}")
+    width = keys.exact.shape[-1] if keys.exact is not None else len(keys.bits)
+    if q.codes.shape[-1] != width:
+        raise ValueError(f"the query must have one coordinate per key coordinate, {width}, got {q.codes.shape[-1]}")
+    if start.shape != q.bias.shape[::2] or stop.shape != start.shape:
+        raise ValueError(f"start and stop must be [B, S] = {tuple(q.bias.shape[::2])}, got {tuple(start.shape)}")
+    out, lse = _decode_attention(
+        q.codes, q.bias, q.zero, q.gauge,
+        keys.exact, keys.planes, list(keys.bits), keys.scale, keys.zero,
+        values.exact, values.planes, values.bits[0] if values.planes else 0, values.scale, values.zero,
+        start, stop, valid,
+    )  # fmt: skip
+    return out, lse
+
+
+def merge_segments(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Join attention over disjoint segments: ``o = Σ_i e^{lse_i − lse} o_i``, ``lse = log Σ_i e^{lse_i}``.
+
+    Args:
+        parts: pairs ``o_i [..., D]``, ``lse_i [...]``; a segment with ``lse = −inf`` adds nothing.
+
+    Returns:
+        ``o`` and ``lse``, as if one softmax had run over all rows.
+
+    Example:
+        >>> import torch
+        >>> one, two = (torch.ones(1, 2), torch.zeros(1)), (torch.zeros(1, 2), torch.zeros(1))
+        >>> merge_segments([one, two])[0]
+        tensor([[0.5000, 0.5000]])
+    """
+    if len(parts) == 1:
+        return parts[0]
+    lses = torch.stack([lse for _, lse in parts])
+    lse = torch.logsumexp(lses, 0)
+    weights = torch.exp(lses - lse.nan_to_num(neginf=0.0))
+    out = sum(w[..., None] * o for w, (o, _) in zip(weights, parts, strict=True))
+    assert isinstance(out, Tensor)
+    return out, lse
+
+
+@torch.library.custom_op("headq::decode_attention", mutates_args=())
+def _decode_attention(
+    q: Tensor,
+    bias: Tensor,
+    zero_query: Tensor,
+    gauge: Tensor,
+    k: Tensor | None,
+    key_planes: list[Tensor],
+    key_bits: list[int],
+    key_scale: Tensor | None,
+    key_zero: Tensor | None,
+    v: Tensor | None,
+    value_planes: list[Tensor],
+    value_bits: int,
+    value_scale: Tensor | None,
+    value_zero: Tensor | None,
+    start: Tensor,
+    stop: Tensor,
+    valid: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    hkv = (k if k is not None else key_planes[0]).shape[1]
+    slots = k.shape[2] if k is not None else key_planes[0].shape[2] * TOKEN_TILE
+    q, bias, zero_query, gauge = (x.unflatten(1, (hkv, -1)) for x in (q, bias, zero_query, gauge))
+    outs, lses = [], []
+    for s in _tiles(q.shape[3], QUERY_TILE):
+        parts = []
+        for t in _tiles(slots, SLOT_TILE):
+            parts.append(
+                reference.decode_attention(
+                    q[:, :, :, s], bias[..., s], zero_query[..., s], gauge[..., s],
+                    _cut(k, t), [_cut(p, t, TOKEN_TILE) for p in key_planes], key_bits, _cut(key_scale, t),
+                    _cut(key_zero, t), _cut(v, t),
+                    [_cut(p, t, granule(w)) for p, w in zip(value_planes, PIECES.get(value_bits, ()), strict=True)],
+                    value_bits, _cut(value_scale, t), _cut(value_zero, t),
+                    start[:, s] - t.start, stop[:, s] - t.start, None if valid is None else valid[:, t],
+                )
+            )  # fmt: skip
+        out, lse = merge_segments(parts)
+        outs.append(out)
+        lses.append(lse)
+    return torch.cat(outs, 3).flatten(1, 2), torch.cat(lses, 3).flatten(1, 2)
+
+
+def _tiles(length: int, size: int) -> Iterator[slice]:
+    return (slice(a, min(a + size, length)) for a in range(0, length, size))
+
+
+def _cut(x: Tensor | None, t: slice, tokens_per_entry: int = 1) -> Tensor:
+    if x is None:
+        return None  # type: ignore[return-value]
+    return x[:, :, t.start // tokens_per_entry : -(-t.stop // tokens_per_entry)]
+
+
+@_decode_attention.register_fake
+def _(q, bias, zero_query, gauge, k, key_planes, key_bits, key_scale, key_zero, v, value_planes, *rest):  # type: ignore[no-untyped-def]
+    head_dim = v.shape[-1] if v is not None else value_planes[0].shape[3] * CHANNEL_TILE
+    return q.new_empty((*q.shape[:3], head_dim)), q.new_empty(q.shape[:3])

@@ -1,0 +1,96 @@
+"""``encode_keys``: exact key rows to packed key rows."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from headq_ao.ops.encode_keys import reference
+from headq_ao.ops.layout import TOKEN_TILE, key_plane_shapes
+
+
+def encode_keys(
+    k: Tensor,
+    mean: Tensor,
+    encode: Tensor,
+    read: Tensor,
+    step: Tensor,
+    bits: Sequence[int],
+    *,
+    weight: Tensor | None = None,
+    side_encode: Tensor | None = None,
+    side_step: Tensor | None = None,
+    shrink: Sequence[float] = (1.0,),
+) -> tuple[list[Tensor], Tensor, Tensor | None]:
+    """Code keys in a base and their actual error in a side code (the HeadQ write path).
+
+    ``y = (k − mean) @ encode``; the base codes ``y``; ``k_err = k − mean − ŷ @ readᵀ``; the side code is
+    ``z = round(k_err @ side_encode / (σ · side_step))``, with ``σ`` the row's scale.
+    Without ``weight`` the base is affine (``ŷ = zero + σ·c``, min-max); with it, symmetric around zero:
+    ``σ = sqrt(mean(weight · y²))``, ``ŷ_i = σ · step_i · (c_i − (2^b − 1)/2)``.
+    Source of the construction: HeadQ, arXiv 2605.03562 (withdrawn by its author).
+
+    Args:
+        k: exact keys ``[B, Hkv, T, D]``, ``T`` a multiple of 16, any float dtype.
+        mean: the key gauge ``[B or 1, Hkv, D]``.
+        encode, read: ``[B or 1, Hkv or 1, D, M0]``; ``(q @ read)·ŷ + q·mean`` is the base score.
+        step: ``[B or 1, Hkv or 1, M0]``, in units of σ (ones for the affine base).
+        bits: bits of the M0 base coordinates, then of the R side coordinates.
+        weight: ``[B or 1, Hkv, M0]``, inverse variances; its presence selects the symmetric base.
+        side_encode, side_step: ``[B or 1, Hkv, D, R]``, ``[B or 1, Hkv, R]``.
+        shrink: range factors tried for each row; the one of least squared error in ``y`` is kept.
+
+    Returns:
+        Key planes (see :mod:`headq_ao.ops.layout`), σ ``[B, Hkv, T]`` fp16, and the zero ``[B, Hkv, T]`` fp16 or None.
+
+    Raises:
+        ValueError: when shapes or bits do not fit each other.
+
+    Example:
+        >>> import torch
+        >>> from headq_ao.ops import encode_keys
+        >>> k, eye = torch.randn(1, 2, 32, 16), torch.eye(16)[None, None]
+        >>> planes, scale, zero = encode_keys(k, torch.zeros(1, 2, 16), eye, eye, torch.ones(1, 1, 16), [2] * 16)
+        >>> planes[0].shape, scale.dtype
+        (torch.Size([1, 2, 2, 1, 16, 4]), torch.float16)
+    """
+    if k.ndim != 4 or k.shape[-2] % TOKEN_TILE:
+        raise ValueError(
+            f"k must be [B, Hkv, T, D] with T a multiple of {TOKEN_TILE}, got {tuple(k.shape)}; pass whole blocks"
+        )
+    base, side = read.shape[-1], 0 if side_encode is None else side_encode.shape[-1]
+    if len(bits) != base + side:
+        raise ValueError(f"bits must list {base} base and {side} side coordinates, got {len(bits)}")
+    if weight is None and len(set(bits[:base])) != 1:
+        raise ValueError(f"the affine base needs one bit width for all coordinates, got {sorted(set(bits[:base]))}")
+    if (side_encode is None) != (side_step is None):
+        raise ValueError("side_encode and side_step must be given together")
+    out = _encode_keys(
+        k, mean, encode, read, step, weight, side_encode, side_step, list(bits), [float(f) for f in shrink]
+    )
+    if weight is None:
+        return out[:-2], out[-2], out[-1]
+    return out[:-1], out[-1], None
+
+
+@torch.library.custom_op("headq::encode_keys", mutates_args=())
+def _encode_keys(
+    k: Tensor,
+    mean: Tensor,
+    encode: Tensor,
+    read: Tensor,
+    step: Tensor,
+    weight: Tensor | None,
+    side_encode: Tensor | None,
+    side_step: Tensor | None,
+    bits: list[int],
+    shrink: list[float],
+) -> list[Tensor]:
+    return reference.encode_keys(k, mean, encode, read, step, weight, side_encode, side_step, bits, shrink)
+
+
+@_encode_keys.register_fake
+def _(k, mean, encode, read, step, weight, side_encode, side_step, bits, shrink):  # type: ignore[no-untyped-def]
+    rows = k.shape[:-1]
+    planes = [k.new_empty((*rows[:2], *s), dtype=torch.uint8) for s in key_plane_shapes(bits, rows[2])]
+    return planes + [k.new_empty(rows, dtype=torch.float16) for _ in range(2 if weight is None else 1)]

@@ -1,0 +1,167 @@
+"""Imports go one way: recipes → headq_ao.evals → headq_ao → headq_ao.ops → torch; the sources are read, not run."""
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Paths under headq_ao/ that may import the library: its names move, so each file more is one more to mend.
+ALLOWED_TRANSFORMERS = {
+    "attention.py",
+    "cache.py",
+    "cache_layer.py",
+    "calibrate.py",
+    "hf_quantizer.py",
+    "lm_eval.py",
+    "models.py",
+    "quantize.py",
+}
+ALLOWED_TORCHAO = {
+    "config.py",
+    "quantize.py",
+    "tensors.py",
+}
+
+# From the bottom up: a layer imports those before it and itself, never one after it.
+LAYERS = ("headq_ao.ops", "headq_ao", "headq_ao.evals", "recipes")
+FOLDERS = {"ops": "headq_ao.ops", "headq_ao": "headq_ao", "evals": "headq_ao.evals", "recipes": "recipes"}
+OPS_THIRD_PARTY = {"torch"}
+TRITON_FILE = "triton_kernel.py"
+IMPORT_CALLS = {"__import__", "import_module", "importlib.import_module"}
+
+
+def layer_of(module: str) -> str | None:
+    """The layer that owns a dotted name, None for other people's modules."""
+    owners = [layer for layer in LAYERS if module == layer or module.startswith(layer + ".")]
+    return max(owners, key=len, default=None)
+
+
+def module_name(path: Path, root: Path) -> str:
+    """The installed name of a source file: ops/layout.py is headq_ao.ops.layout."""
+    folder, *rest = path.relative_to(root).with_suffix("").parts
+    return ".".join([FOLDERS[folder], *(part for part in rest if part != "__init__")])
+
+
+def imported_modules(path: Path, root: Path) -> Iterator[tuple[int, str]]:
+    """Line and absolute name of each import, also those inside functions and importlib's with a literal name."""
+    package = module_name(path, root).split(".")
+    if path.name != "__init__.py":
+        package.pop()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            target = ".".join([*base, *([node.module] if node.module else [])])
+            # `from headq_ao import ops` names a module, `from headq_ao import quantize_` does not
+            for alias in node.names:
+                full = f"{target}.{alias.name}"
+                yield node.lineno, full if full in LAYERS else target
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            name = node.args[0].value
+            if isinstance(name, str) and not name.startswith(".") and ast.unparse(node.func) in IMPORT_CALLS:
+                yield node.lineno, name
+
+
+def violation(module: str, path: Path, root: Path) -> str | None:
+    """What is wrong with `path` importing `module`, or None."""
+    here, there = layer_of(module_name(path, root)), layer_of(module)
+    top = module.split(".")[0]
+    within = path.relative_to(root / path.relative_to(root).parts[0]).as_posix()
+    if top in FOLDERS and top not in ("headq_ao", "recipes"):
+        return f"is installed as {FOLDERS[top]}: import it by that name"
+    if there is not None:
+        if LAYERS.index(there) > LAYERS.index(here):
+            return f"goes up: {here} must not know {there}"
+        return None
+    if here == "headq_ao.ops" and top not in sys.stdlib_module_names | OPS_THIRD_PARTY:
+        if top == "triton" and path.name == TRITON_FILE:
+            return None
+        return f"is not for headq_ao.ops: the standard library and torch are, triton only in {TRITON_FILE}"
+    if here == "headq_ao" and top == "transformers" and within not in ALLOWED_TRANSFORMERS:
+        return "is kept to the files in ALLOWED_TRANSFORMERS"
+    if here == "headq_ao" and top == "torchao" and within not in ALLOWED_TORCHAO:
+        return "is kept to the files in ALLOWED_TORCHAO"
+    return None
+
+
+def sources(root: Path) -> list[Path]:
+    return sorted(path for folder in FOLDERS for path in (root / folder).rglob("*.py"))
+
+
+def violations(root: Path) -> list[str]:
+    found = []
+    for path in sources(root):
+        for line, module in imported_modules(path, root):
+            if why := violation(module, path, root):
+                found.append(f"{path.relative_to(root).as_posix()}:{line}: {module} {why}")
+    return found
+
+
+def test_imports_go_down():
+    assert any(path.is_relative_to(ROOT / "ops") for path in sources(ROOT)), "no sources found to check"
+    assert violations(ROOT) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "expected"),
+    [
+        ("ops/layout.py", "import headq_ao.config", "headq_ao.config goes up"),
+        ("ops/layout.py", "from headq_ao import ops\nfrom headq_ao.config import X", "headq_ao.config goes up"),
+        ("ops/a/op.py", "from ...cache import Cache", "headq_ao.cache goes up"),
+        ("ops/a/op.py", "def f():\n    from ... import evals", "headq_ao.evals goes up"),
+        ("ops/a/op.py", "import numpy as np", "numpy is not for headq_ao.ops"),
+        ("ops/a/op.py", "import triton", "triton is not for headq_ao.ops"),
+        ("ops/a/triton_kernel.py", "import transformers", "transformers is not for headq_ao.ops"),
+        ("ops/a/op.py", "import importlib\nimportlib.import_module('torchao')", "torchao is not for headq_ao.ops"),
+        ("headq_ao/cache.py", "from headq_ao import evals", "headq_ao.evals goes up"),
+        ("headq_ao/cache.py", "import ops.layout", "ops.layout is installed as headq_ao.ops"),
+        ("headq_ao/planted.py", "from transformers import Cache", "kept to the files in ALLOWED_TRANSFORMERS"),
+        ("headq_ao/planted.py", "import torchao", "kept to the files in ALLOWED_TORCHAO"),
+        ("evals/perplexity.py", "import recipes.run", "recipes.run goes up"),
+    ],
+)
+def test_checker_catches(tmp_path, path, source, expected):
+    file = tmp_path / path
+    file.parent.mkdir(parents=True)
+    file.write_text(source, encoding="utf-8")
+    (found,) = violations(tmp_path)
+    assert expected in found
+    assert found.startswith(f"{path}:{len(source.splitlines())}: ")
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("ops/a/op.py", "import math\nimport torch.library\nfrom ..layout import pack\nfrom . import reference"),
+        ("ops/a/__init__.py", "from .op import encode\nfrom ..layout import pack"),
+        ("ops/a/triton_kernel.py", "import torch\nimport triton.language as tl"),
+        ("headq_ao/cache.py", "from headq_ao import ops\nfrom headq_ao.ops.layout import pack\nfrom . import config"),
+        ("evals/perplexity.py", "import transformers, torchao, numpy\nfrom headq_ao import quantize_"),
+        ("recipes/run.py", "from headq_ao.evals import perplexity\nimport yaml"),
+    ],
+)
+def test_checker_allows(tmp_path, path, source):
+    file = tmp_path / path
+    file.parent.mkdir(parents=True)
+    file.write_text(source, encoding="utf-8")
+    assert violations(tmp_path) == []
+
+
+def test_every_package_is_installed():
+    """pyproject.toml names the packages one by one: a folder it lacks works from a checkout and not from a wheel."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    (listing,) = re.findall(r"^packages = \[\n(.*?)^\]", text, re.DOTALL | re.MULTILINE)
+    listed = set(re.findall(r'"([\w.]+)"', listing))
+    on_disk = {
+        module_name(path, ROOT)
+        for folder in FOLDERS
+        if folder != "recipes"
+        for path in (ROOT / folder).rglob("__init__.py")
+    }
+    assert on_disk == listed
