@@ -26,7 +26,7 @@ help: ## this list
 	@echo
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
-	@echo 'demo, test and lint first install everything into $(VENV), once (Python >= 3.10 and a C++ compiler'
+	@echo 'demo, test and lint first install everything into $(VENV), once (Python >= 3.11 and a C++ compiler'
 	@echo 'are what they need). Variables, with their values now:'
 	@echo '  PYTHON=$(PYTHON)  VENV=$(VENV)  TORCH_SPEC=$(TORCH_SPEC)  PIP_ARGS=$(PIP_ARGS)'
 	@echo '  WORKERS=$(WORKERS)  THREADS=$(THREADS)  PYTEST_ARGS=$(PYTEST_ARGS)'

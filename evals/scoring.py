@@ -49,7 +49,7 @@ class Score:
 
 @torch.no_grad()
 def exact_logprobs(model: Any, rows: Tensor, prefill: int, progress: bool = True) -> list[Tensor]:
-    """Next-token log-probabilities of the model as it is, dense: per row ``[T − prefill + 1, vocab]`` from ``prefill − 1``."""
+    """Next-token log-probabilities of the dense model: per row ``[T − prefill + 1, vocab]``, from ``prefill − 1``."""
     out = []
     for row in tqdm(rows, desc="exact", unit="row", disable=not progress):
         logits = model(row[None].to(model.device), use_cache=False, logits_to_keep=len(row) - prefill + 1).logits[0]

@@ -54,7 +54,18 @@ def headq_attention(
     codec, layer = module.headq, key.layer
     assert isinstance(codec, LayerCodec)
     if layer.first_call:
-        out, _ = _dense(module, query, key.new, value.new, attention_mask, scaling, dropout, is_causal, sliding_window, kwargs)
+        out, _ = _dense(
+            module,
+            query,
+            key.new_rows,
+            value.new_rows,
+            attention_mask,
+            scaling,
+            dropout,
+            is_causal,
+            sliding_window,
+            kwargs,
+        )
         layer.count_exact_reads()
     else:
         layer.check_mask(attention_mask)
@@ -85,7 +96,7 @@ def _refuse_unknown(kwargs: dict[str, Any]) -> None:
             raise ValueError("output_attentions is not available from a packed cache; restore_(model) first")
         if number and name not in HARMLESS:
             raise ValueError(
-                f"the attention call passes {name}={value!r}, which HeadQ does not know and which may change the scores; "
+                f"the attention call passes {name}={value!r}, which may change the scores unknown to HeadQ; "
                 "restore_(model) and use another cache for this model"
             )
 

@@ -39,7 +39,7 @@ class HeadQCache(Cache):
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> from headq_ao import HeadQCache, headq_config, quantize_
         >>> model = LlamaForCausalLM(
-        ...     LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+        ...     LlamaConfig(vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=2)
         ... ).eval()
         >>> quantize_(model, headq_config(epoch_tokens=32))
         >>> cache = HeadQCache(model)
@@ -67,7 +67,7 @@ class HeadQCache(Cache):
         return len(self.layers[0].rows) if self.layers and self.layers[0].is_initialized else None
 
     def get_memory_footprint(self) -> int:
-        """Bytes of every tensor it holds: codes, scales, exact rows, statistics, per-sequence bases, unused capacity."""
+        """Bytes of every tensor held: codes, scales, exact rows, statistics, per-sequence bases, unused capacity."""
         return storage_bytes(self.tensors())
 
     def tensors(self) -> list[Tensor]:

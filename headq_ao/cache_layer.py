@@ -14,7 +14,6 @@ from headq_ao.config import HeadQConfig
 from headq_ao.layer_codec import Epoch, LayerCodec
 from headq_ao.models import LayerShape
 from headq_ao.ops import MappedQuery, Rows, decode_attention, encode_values, merge_segments
-from headq_ao.report import layer_tensors
 from headq_ao.state import ExactRows, RowCounts, RowStore, Span, int_tensor
 from headq_ao.tensors import HeadQHistory, HeadQKeyTensor, HeadQValueTensor
 
@@ -199,7 +198,9 @@ class HeadQCacheLayer(CacheLayerMixin):
         self._count_reads(position)
         return merge_segments(parts)[0].to(q.dtype)
 
-    def _attend_epoch(self, q: Tensor, scaling: float, codec: LayerCodec, e: int, position: list[list[int]]) -> tuple[Tensor, Tensor]:
+    def _attend_epoch(
+        self, q: Tensor, scaling: float, codec: LayerCodec, e: int, position: list[list[int]]
+    ) -> tuple[Tensor, Tensor]:
         begin, end = self._epoch_range(e)
         window = self.sliding_window
         start, stop = [], []
@@ -214,7 +215,9 @@ class HeadQCacheLayer(CacheLayerMixin):
             query, key_rows = MappedQuery.exact(q, scaling), Rows(exact=keys)
         value_rows = values.rows() if isinstance(values, HeadQValueTensor) else Rows(exact=values)
         valid = None if self.valid is None else self.valid[:, begin:end]
-        return decode_attention(query, key_rows, value_rows, int_tensor(start, q.device), int_tensor(stop, q.device), valid)
+        return decode_attention(
+            query, key_rows, value_rows, int_tensor(start, q.device), int_tensor(stop, q.device), valid
+        )
 
     def _attend_exact(self, q: Tensor, scaling: float, position: list[list[int]]) -> tuple[Tensor, Tensor]:
         n_sink, window = self.config.n_sink, self.sliding_window
@@ -285,7 +288,7 @@ class HeadQCacheLayer(CacheLayerMixin):
             for b, span in enumerate(spans):
                 if not bool(torch.isfinite(x[b, :, span.start : span.stop]).all()):
                     raise ValueError(
-                        f"{name} must be finite to be packed, got inf or nan in sequence {b} at slots from {self.seen}; "
+                        f"{name} must be finite to be packed, got inf or nan in sequence {b} from slot {self.seen} on; "
                         "run the model in float32 or bfloat16, or pass check_finite=False to cache them as they are"
                     )
 
@@ -296,7 +299,12 @@ class HeadQCacheLayer(CacheLayerMixin):
         block = self.config.block_size
         blocks = max(row.exact - self.config.n_sink - self.config.residual_length, 0) // block
         first = self.epochs[0]
-        if not self._never_packs and first.per_sequence and not first.ready[b] and blocks * block < self.config.first_epoch(self.shape.head_dim):
+        if (
+            not self._never_packs
+            and first.per_sequence
+            and not first.ready[b]
+            and blocks * block < self.config.first_epoch(self.shape.head_dim)
+        ):
             return 0
         return blocks
 
@@ -338,8 +346,17 @@ class HeadQCacheLayer(CacheLayerMixin):
             self.rows[b].packed += blocks * block
             self.rows[b].slots = end
 
-    def _write(self, index: Tensor | None, slot: int, n: int, k: Tensor, v: Tensor, key_codec: KeyCodec | None, codec: LayerCodec) -> None:
-        new_k = [k] if key_codec is None else flat(*key_codec.encode_rows(k, self.config.key_shrink()))
+    def _write(
+        self,
+        index: Tensor | None,
+        slot: int,
+        n: int,
+        k: Tensor,
+        v: Tensor,
+        key_codec: KeyCodec | None,
+        codec: LayerCodec,
+    ) -> None:
+        new_k = [k] if key_codec is None else flat(*key_codec.encode_rows(k, self.config.unbiased_scale))
         new_v = [v] if self.config.v_bits is None else flat(*encode_values(v, codec.rotation_v, **codec.value_options))
         self.store_k.write(index, slot, len(self.rows), new_k, n)
         self.store_v.write(index, slot, len(self.rows), new_v, n)
@@ -420,7 +437,11 @@ class HeadQCacheLayer(CacheLayerMixin):
         for r in self.rows:
             oldest_seen = r.tokens - window + 1 - self.config.residual_length  # a crop may step back that far
             low = min(low, max(oldest_seen - self.config.n_sink - r.dropped, 0) // block * block)
-        if low == 0 or low * 2 < max(r.slots for r in self.rows) or not all(all(e.ready) for e in self.epochs if e.per_sequence):
+        if (
+            low == 0
+            or low * 2 < max(r.slots for r in self.rows)
+            or not all(all(e.ready) for e in self.epochs if e.per_sequence)
+        ):
             return
         low = min(low, min(r.slots for r in self.rows))
         self.store_k.drop(low)
@@ -456,11 +477,24 @@ class HeadQCacheLayer(CacheLayerMixin):
             return
         last = mask[:, :, -1] if mask.dtype == torch.bool else mask[:, :, -1] == 0
         if not bool(last.all()):
-            raise ValueError("padding reached the cache without the model's pre-hook; call the model that quantize_ was given")
+            raise ValueError(
+                "padding reached the cache without the model's pre-hook; call the model that quantize_ was given"
+            )
 
     def tensors(self) -> list[Tensor]:
         """Every tensor held for the sequences."""
-        return layer_tensors(self)
+        rest = [] if self.valid is None else [self.valid]
+        rows = [t for t in (self.exact.k, self.exact.v) if t is not None]
+        return rows + self.store_k.tensors + self.store_v.tensors + self.own_bases() + self.moments() + rest
+
+    def own_bases(self) -> list[Tensor]:
+        """Tensors of key codecs that belong to the sequences."""
+        codecs = [e.codec for e in self.epochs if e.codec is not None]
+        return [t for codec in codecs for name, t in codec.tensors().items() if name in codec.own]
+
+    def moments(self) -> list[Tensor]:
+        """Running sums, and the queries kept while a sequence's own statistics are awaited."""
+        return [t for t in (self.k_sum, self.exact.q) if t is not None]
 
     def count_exact_reads(self) -> None:
         """Count the reads of a call that attended exactly (the first one)."""

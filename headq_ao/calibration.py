@@ -23,7 +23,8 @@ class LayerMoments:
     """Sums over ``tokens`` calibration tokens of one layer, after QK-norm and RoPE, fp32.
 
     ``q_outer [Hkv, D, D]`` = Σ q qᵀ over the query heads of each KV head (``tokens · groups`` terms);
-    ``k_sum``, ``v_sum`` ``[Hkv, D]``; ``k_outer``, ``v_outer`` ``[Hkv, D, D]``; ``k_rows [n, Hkv, D]``, a uniform sample.
+    ``k_sum``, ``v_sum`` ``[Hkv, D]``; ``k_outer``, ``v_outer`` ``[Hkv, D, D]``;
+    ``k_rows [n, Hkv, D]``, a uniform sample of keys.
     """
 
     tokens: int
@@ -91,13 +92,15 @@ class Calibration:
             ValueError: when it is no calibration, is damaged, or of another version.
         """
         if not os.path.isfile(path):
-            raise FileNotFoundError(f"no calibration file at {os.fspath(path)!r}; make one with calibrate(...).save(path)")
+            raise FileNotFoundError(
+                f"no calibration file at {os.fspath(path)!r}; make one with calibrate(...).save(path)"
+            )
         try:
             with safetensors.safe_open(path, "pt") as f:
                 head = json.loads((f.metadata() or {})["headq_calibration"])
                 if head["version"] != CALIBRATION_VERSION:
                     raise ValueError(
-                        f"version {head['version']}, but this headq_ao reads version {CALIBRATION_VERSION}; calibrate again"
+                        f"version {head['version']}, but this headq_ao reads {CALIBRATION_VERSION}; calibrate again"
                     )
                 layers = [
                     LayerMoments(**counts, **{name: f.get_tensor(f"{i}.{name}") for name in TENSORS})
@@ -159,8 +162,8 @@ class MomentAccumulator:
     def moments(self) -> LayerMoments:
         """The sums so far, on the CPU in fp32."""
         assert self.rows is not None
-        cpu = [s.float().cpu() for s in self.sums]
-        return LayerMoments(self.tokens, self.groups, *cpu, self.rows.cpu())
+        q_outer, k_sum, k_outer, v_sum, v_outer = (s.float().cpu() for s in self.sums)
+        return LayerMoments(self.tokens, self.groups, q_outer, k_sum, k_outer, v_sum, v_outer, self.rows.cpu())
 
 
 @contextlib.contextmanager

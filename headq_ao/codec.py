@@ -44,17 +44,19 @@ class KeyCodec:
 
     def index(self, rows: Tensor) -> "KeyCodec":
         """The codec of those batch rows."""
-        return self.replace({n: t.index_select(0, rows.to(t.device)) for n, t in self.tensors().items() if n in self.own})
+        return self.replace(
+            {n: t.index_select(0, rows.to(t.device)) for n, t in self.tensors().items() if n in self.own}
+        )
 
     def replace(self, tensors: dict[str, Tensor]) -> "KeyCodec":
         """A copy with some tensors exchanged."""
         return dataclasses.replace(self, **tensors)  # type: ignore[arg-type]
 
-    def encode_rows(self, k: Tensor, shrink: tuple[float, ...]) -> tuple[list[Tensor], Tensor, Tensor | None]:
+    def encode_rows(self, k: Tensor, unbiased: bool) -> tuple[list[Tensor], Tensor, Tensor | None]:
         """:func:`headq_ao.ops.encode_keys` with this codec."""
         return encode_keys(
             k, self.mean, self.encode, self.read, self.step, self.bits,
-            weight=self.weight, side_encode=self.side_encode, side_step=self.side_step, shrink=shrink,
+            weight=self.weight, side_encode=self.side_encode, side_step=self.side_step, unbiased=unbiased,
         )  # fmt: skip
 
     def map_query(self, q: Tensor, scaling: float, sign: int = 1) -> MappedQuery:
@@ -141,7 +143,7 @@ def affine_codec(config: HeadQConfig, c_q: Tensor, mean: Tensor, rows: Tensor) -
     base = KeyCodec(mean, rotation, rotation, step, weight, None, None, None, bits[:head_dim])
     if rank == 0:
         return base
-    planes, scale, zero = base.encode_rows(rows, config.key_shrink())
+    planes, scale, zero = base.encode_rows(rows, config.unbiased_scale)
     k_err = rows.to(mean.dtype) - base.dequantize(planes, scale, zero).to(mean.dtype)
     encode, read = side_basis(config, rank, c_q, rows.to(mean.dtype), k_err)
     z = (k_err @ encode) / scale.to(mean.dtype)[..., None]
@@ -178,8 +180,7 @@ def side_basis(config: HeadQConfig, rank: int, c_q: Tensor, rows: Tensor, k_err:
 
 def top_eigenvectors(matrix: Tensor, rank: int) -> Tensor:
     """The leading eigenvectors of symmetric matrices, largest first, signs fixed; ``[.., D, rank]``."""
-    values, vectors = torch.linalg.eigh(matrix.double())
-    u = vectors.flip(-1)[..., :rank]
+    u = torch.linalg.eigh(matrix.double()).eigenvectors.flip(-1)[..., :rank]
     largest = u.abs().argmax(-2, keepdim=True)
     return (u * u.gather(-2, largest).sign()).to(matrix.dtype)
 

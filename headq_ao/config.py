@@ -32,7 +32,8 @@ class HeadQConfig(AOBaseConfig):
         sign: ``+1``; ``-1`` adds the correction with the wrong sign (control).
         rotation: quantize in a Hadamard-rotated basis.
         key_gauge: subtract a per-head mean from keys, which softmax cannot see.
-        clip_search: try smaller ranges for each row and keep the one of least squared error.
+        unbiased_scale: without a zero, store the scale that makes ``⟨y, ŷ⟩ = ‖y‖²``: nearest levels shrink a row, and
+            shrinkage does not average out over tokens.
         v_group_size: coordinates of a value that share a scale; ``None`` is ``head_dim``.
         n_sink: first tokens of each sequence kept exact.
         residual_length: newest tokens kept exact, at least; up to ``residual_length + block_size − 1``.
@@ -57,7 +58,7 @@ class HeadQConfig(AOBaseConfig):
     sign: int = 1
     rotation: bool = True
     key_gauge: bool = True
-    clip_search: bool = True
+    unbiased_scale: bool = True
     v_group_size: int | None = None
     n_sink: int = 4
     residual_length: int = 64
@@ -94,7 +95,14 @@ class HeadQConfig(AOBaseConfig):
             raise ValueError(f"side_bits must be 1, 2, 3, 4, 5, 6 or 8, got {self.side_bits!r}; rank=0 for none")
         if self.sign not in (1, -1):
             raise ValueError(f"sign must be 1 or -1, got {self.sign!r}")
-        for name, least in (("n_sink", 0), ("residual_length", 1), ("prior_tokens", 0), ("rank", 0), ("epoch_tokens", 1), ("v_group_size", 1)):
+        for name, least in (
+            ("n_sink", 0),
+            ("residual_length", 1),
+            ("prior_tokens", 0),
+            ("rank", 0),
+            ("epoch_tokens", 1),
+            ("v_group_size", 1),
+        ):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
                 raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
@@ -102,14 +110,6 @@ class HeadQConfig(AOBaseConfig):
             raise ValueError(
                 f"calibration must be a Calibration, the path of a saved one, or None, got {type(self.calibration)}"
             )
-
-    def key_shrink(self) -> tuple[float, ...]:
-        """Range factors tried for each key row."""
-        return _shrink(self.clip_search, self.k_zero_point)
-
-    def value_shrink(self) -> tuple[float, ...]:
-        """Range factors tried for each group of a value row."""
-        return _shrink(self.clip_search, self.v_zero_point)
 
     def side_rank(self, head_dim: int) -> int:
         """R, with the default resolved."""
@@ -135,13 +135,6 @@ class HeadQConfig(AOBaseConfig):
             raise ValueError(f"rank must be at most head_dim {head_dim}, got {self.rank}")
 
 
-def _shrink(search: bool, zero_point: bool) -> tuple[float, ...]:
-    if not search:
-        return (1.0,)
-    # a min-max range is an upper bound; the step of a symmetric code is already near the Gaussian optimum
-    return (1.0, 0.9, 0.8, 0.7, 0.6, 0.5) if zero_point else (1.0, 0.85, 1.15, 0.7, 1.3)
-
-
 PRESETS: dict[str, dict[str, Any]] = {
     "headq_paper": {
         "k_zero_point": True,
@@ -149,7 +142,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "rank": 8,
         "side_bits": 4,
         "basis": "query_pca",
-        "clip_search": False,
         "adapt": "off",
     },
 }

@@ -35,7 +35,9 @@ class LayerCodec(nn.Module):
         device: of the attention module.
     """
 
-    def __init__(self, config: HeadQConfig, shape: LayerShape, moments: LayerMoments | None, device: torch.device) -> None:
+    def __init__(
+        self, config: HeadQConfig, shape: LayerShape, moments: LayerMoments | None, device: torch.device
+    ) -> None:
         super().__init__()
         config.check_head_dim(shape.head_dim)
         self.config = config
@@ -45,7 +47,9 @@ class LayerCodec(nn.Module):
         if moments is not None and config.k_bits is not None:
             rows = moments.k_rows[: moments.k_rows.shape[0] // TOKEN_TILE * TOKEN_TILE].transpose(0, 1)
             if rows.shape[1] == 0:
-                raise ValueError(f"the calibration must hold at least {TOKEN_TILE} sampled keys per layer; calibrate on more text")
+                raise ValueError(
+                    f"the calibration must hold at least {TOKEN_TILE} sampled keys per layer; calibrate on more text"
+                )
             codec = affine_codec(config, moments.c_q[None], moments.k_mean[None], rows[None])
             for name, tensor in codec.tensors().items():
                 self.register_buffer(f"key_{name}", tensor.to(device), persistent=False)
@@ -62,7 +66,7 @@ class LayerCodec(nn.Module):
             "bits": bits,
             "group_size": self.rotation_v.shape[0] if group is None else group,
             "step": 0.0 if self.config.v_zero_point else GAUSSIAN_STEP[bits],
-            "shrink": self.config.value_shrink(),
+            "unbiased": self.config.unbiased_scale,
         }
 
     @property

@@ -78,7 +78,9 @@ def attention_modules(model: nn.Module, n_layers: int) -> list[nn.Module]:
             if getattr(module, "is_cross_attention", False):
                 raise ValueError(f"{kind} is not supported: it has cross-attention")
             if isinstance(getattr(module, "sinks", None), torch.Tensor):
-                raise ValueError(f"{kind} is not supported: its attention has sink logits, where the gauges are not free")
+                raise ValueError(
+                    f"{kind} is not supported: its attention has sink logits, where the gauges are not free"
+                )
             found[index] = module
     if sorted(found) != list(range(n_layers)):
         raise ValueError(f"{kind} is not supported: expected {n_layers} attention layers, found {sorted(found)}")

@@ -48,7 +48,7 @@ def quantize_(
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> from headq_ao import headq_config, quantize_
         >>> model = LlamaForCausalLM(
-        ...     LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+        ...     LlamaConfig(vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=2)
         ... ).eval()
         >>> quantize_(model, headq_config())
         >>> model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, do_sample=False, pad_token_id=0).shape
@@ -69,7 +69,7 @@ def _handle(model: nn.Module, config: HeadQConfig) -> nn.Module:
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
             f"a HeadQ config applies to a whole transformers model, got a {type(model).__name__}; "
-            "call headq_ao.quantize_(model, config), or torchao's quantize_ with filter_fn=lambda module, name: name == ''"
+            "call headq_ao.quantize_(model, config) with the whole model"
         )
     if hasattr(model, "_headq"):
         raise ValueError("this model already has a HeadQ cache; call restore_(model) first")
@@ -104,7 +104,7 @@ def restore_(model: nn.Module) -> None:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> from headq_ao import headq_config, quantize_, restore_
         >>> model = LlamaForCausalLM(
-        ...     LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+        ...     LlamaConfig(vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=2)
         ... )
         >>> quantize_(model, headq_config())
         >>> restore_(model)
@@ -123,7 +123,9 @@ def restore_(model: nn.Module) -> None:
     del model._headq
 
 
-def supply_cache(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def supply_cache(
+    model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Forward pre-hook of the root model: give it a packed cache where it would make a dense one."""
     if RECORDER.get() is not None:
         return args, kwargs
@@ -177,18 +179,17 @@ def real_spans(mask: Any, batch: int, length: int, seen: int) -> list[Span] | No
     edges = torch.diff(real.int(), dim=1, prepend=real.new_zeros(batch, 1).int()) == 1
     if bool((edges.sum(1) > 1).any()):
         row = int((edges.sum(1) > 1).nonzero()[0])
-        raise ValueError(
-            f"attention_mask row {row} has a hole: its real tokens must be contiguous; pad on the left (padding_side='left')"
-        )
+        raise ValueError(f"attention_mask row {row} has a hole: its real tokens must be contiguous; pad on the left")
     first, count = real.int().argmax(1).tolist(), real.sum(1).tolist()
     clamp = lambda x: min(max(x - seen, 0), length)  # noqa: E731
     return [Span(clamp(f), clamp(f + n)) if n else Span(0, 0) for f, n in zip(first, count, strict=True)]
 
 
 def _check_positions(position_ids: Any, mask: Any) -> None:
-    if isinstance(position_ids, Tensor) and mask is None and position_ids.ndim == 2 and position_ids.shape[1] > 1:
-        if not bool((position_ids.diff(dim=1) == 1).all()):
-            raise ValueError(
-                "position_ids must count up by one within each row (packed sequences are not supported on this cache); "
-                "run the sequences as a batch"
-            )
+    if not isinstance(position_ids, Tensor) or mask is not None or position_ids.ndim != 2:
+        return
+    if not bool((position_ids.diff(dim=1) == 1).all()):
+        raise ValueError(
+            "position_ids must count up by one within each row (packed sequences are not supported on this cache); "
+            "run the sequences as a batch"
+        )

@@ -1,10 +1,10 @@
 """Counting bits and bytes: from the tensors a cache holds, or ahead of time from shapes."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+import torch
 
 from headq_ao.state import storage_bytes
 
@@ -48,55 +48,72 @@ class BitsReport:
     @classmethod
     def of(cls, layers: "Sequence[HeadQCacheLayer]") -> "BitsReport":
         """Count the tensors of cache layers."""
-        kinds = dict.fromkeys(KINDS, 0)
-        elements, tokens, packed, exact, sequences = 0, 0, 0, 0, 0
-        body = {"k": 0, "v": 0}
-        per_sequence = {"k": 0, "v": 0}
-        total_elements = 0
+        count = _Counts()
         for layer in layers:
-            if not layer.is_initialized:
-                continue
-            width = layer.shape.n_kv_heads * layer.shape.head_dim
-            for row in layer.rows:
-                elements += row.slots * width
-                total_elements += row.tokens * width
-                tokens, packed, exact, sequences = tokens + row.tokens, packed + row.packed, exact + row.exact, sequences + 1
-            for side, store, bits in (("k", layer.store_k, layer.config.k_bits), ("v", layer.store_v, layer.config.v_bits)):
-                used = [(t.numel() // max(t.shape[0] * t.shape[2], 1) * t.element_size(), u) for t, u in zip(store.tensors, store.units, strict=True)]
-                for i, (entry, unit) in enumerate(used):
-                    n = sum(row.slots // unit * entry for row in layer.rows)
-                    kinds["packed_exact_side" if bits is None else "codes" if store.tensors[i].element_size() == 1 else "scales"] += n
-                    body[side] += n
-            own = [t for e in layer.epochs if e.codec is not None for name, t in e.codec.tensors().items() if name in e.codec.own]
-            moments = [t for t in (layer.k_sum, layer.exact.q) if t is not None]
-            kinds["bases"] += storage_bytes(own)
-            kinds["moments"] += storage_bytes(moments)
-            per_sequence["k"] += storage_bytes(own) + storage_bytes([t for t in (layer.k_sum,) if t is not None])
-            if layer.exact.k is not None:
-                entry = layer.exact.k[:1, :, :1].numel() * layer.exact.k.element_size()
-                kinds["exact_rows"] += 2 * entry * sum(row.exact for row in layer.rows)
+            if layer.is_initialized:
+                count.add(layer)
         held = storage_bytes([t for layer in layers for t in layer.tensors()])
-        kinds["unused"] = held - sum(kinds.values())
-        config = layers[0].config if layers else None
-
-        def bits(side: str, extra: bool) -> float | None:
-            exact_side = config is None or (config.k_bits if side == "k" else config.v_bits) is None
-            if exact_side or not elements:
-                return None
-            return 8 * body[side] / elements + (8 * per_sequence[side] / total_elements if extra else 0.0)
-
-        at, at_t = ([bits(side, extra) for side in "kv"] for extra in (False, True))
-
-        def mean(x: list[float | None]) -> float:
-            packed_sides = [b for b in x if b is not None]
-            return sum(packed_sides) / len(packed_sides) if packed_sides else float("nan")
-
-        n = max(sequences, 1)
-        return cls(*at, *at_t, mean(at), mean(at_t), exact / n, packed / n, tokens / n, kinds)
+        return count.report(held)
 
 
-def layer_tensors(layer: "HeadQCacheLayer") -> list[Tensor]:
-    """Every tensor a layer holds for its sequences."""
-    own = [t for e in layer.epochs if e.codec is not None for name, t in e.codec.tensors().items() if name in e.codec.own]
-    rest = [t for t in (layer.valid, layer.k_sum) if t is not None]
-    return layer.exact.tensors() + layer.store_k.tensors + layer.store_v.tensors + own + rest
+@dataclass
+class _Counts:
+    """Sums over layers; elements are tokens × heads × head_dim of one side."""
+
+    kinds: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
+    body: dict[str, int] = field(default_factory=dict)
+    packed_elements: int = 0
+    elements: int = 0
+    tokens: int = 0
+    packed: int = 0
+    exact: int = 0
+    sequences: int = 0
+
+    def add(self, layer: "HeadQCacheLayer") -> None:
+        width = layer.shape.n_kv_heads * layer.shape.head_dim
+        for row in layer.rows:
+            self.packed_elements += row.slots * width
+            self.elements += row.tokens * width
+            self.tokens += row.tokens
+            self.packed += row.packed
+            self.exact += row.exact
+            self.sequences += 1
+        config = layer.config
+        for side, store, bits in (("key", layer.store_k, config.k_bits), ("value", layer.store_v, config.v_bits)):
+            for stored, unit in zip(store.tensors, store.units, strict=True):
+                entry = stored[:1, :, :1].numel() * stored.element_size()
+                n = sum(row.slots // unit * entry for row in layer.rows)
+                if bits is None:
+                    self.kinds["packed_exact_side"] += n
+                else:
+                    self.kinds["codes" if stored.dtype == torch.uint8 else "scales"] += n
+                    self.body[side] = self.body.get(side, 0) + n
+        self.kinds["bases"] += storage_bytes(layer.own_bases())
+        self.kinds["moments"] += storage_bytes(layer.moments())
+        if layer.exact.k is not None:
+            entry = layer.exact.k[:1, :, :1].numel() * layer.exact.k.element_size()
+            self.kinds["exact_rows"] += 2 * entry * sum(row.exact for row in layer.rows)
+
+    def report(self, held: int) -> BitsReport:
+        self.kinds["unused"] = held - sum(self.kinds.values())
+        body = {side: 8 * n / self.packed_elements for side, n in self.body.items() if self.packed_elements}
+        at_t = dict(body)
+        if "key" in at_t:  # bases and moments serve the keys
+            at_t["key"] += 8 * (self.kinds["bases"] + self.kinds["moments"]) / self.elements
+        n = max(self.sequences, 1)
+        return BitsReport(
+            key_body_bits=body.get("key"),
+            value_body_bits=body.get("value"),
+            key_bits_at_t=at_t.get("key"),
+            value_bits_at_t=at_t.get("value"),
+            packed_bits_per_element=_mean(body),
+            bits_at_t=_mean(at_t),
+            exact_rows=self.exact / n,
+            packed_rows=self.packed / n,
+            tokens=self.tokens / n,
+            bytes=self.kinds,
+        )
+
+
+def _mean(bits: dict[str, float]) -> float:
+    return sum(bits.values()) / len(bits) if bits else float("nan")

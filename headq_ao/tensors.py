@@ -1,7 +1,7 @@
 """Tensor subclasses: packed key rows, packed value rows, and the handle that ``update()`` returns to attention."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torchao.utils import TorchAOBaseTensor
 from headq_ao.codec import KeyCodec
 from headq_ao.ops import Rows
 from headq_ao.ops.decode_attention.reference import dequantize_values
-from headq_ao.ops.layout import CHANNEL_TILE, PIECES, TOKEN_TILE, granule, plane_pieces
+from headq_ao.ops.layout import PIECES, TOKEN_TILE, granule, plane_pieces
 
 if TYPE_CHECKING:
     from headq_ao.cache import HeadQCacheLayer
@@ -45,7 +45,9 @@ class _PackedTensor(TorchAOBaseTensor):
 def _slice(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
     x, dim, start, stop, step = (*args, *(0, None, None, 1)[len(args) - 1 :])[:5]
     if step != 1 or dim not in (0, 1, 2):
-        raise NotImplementedError(f"packed rows are sliced along batch, head or token, step 1; got dim {dim}, step {step}")
+        raise NotImplementedError(
+            f"packed rows are sliced along batch, head or token, step 1; got dim {dim}, step {step}"
+        )
     start, stop, _ = slice(start, stop).indices(x.shape[dim])
 
     def cut(name: str, t: Tensor) -> Tensor:
@@ -87,11 +89,20 @@ class HeadQKeyTensor(_PackedTensor):
         (torch.Size([1, 2, 32, 64]), torch.Size([1, 2, 32, 64]))
     """
 
-    tensor_data_names = ["scale", "mean", "encode", "read", "step"]  # noqa: RUF012
-    optional_tensor_data_names = ["plane_4bit", "plane_2bit", "plane_1bit", "zero_point", "weight", "side_encode", "side_read", "side_step"]  # noqa: RUF012
-    tensor_attribute_names = ["bits", "dtype"]  # noqa: RUF012
+    tensor_data_names: ClassVar = ["scale", "mean", "encode", "read", "step"]
+    optional_tensor_data_names: ClassVar = [
+        "plane_4bit",
+        "plane_2bit",
+        "plane_1bit",
+        "zero_point",
+        "weight",
+        "side_encode",
+        "side_read",
+        "side_step",
+    ]
+    tensor_attribute_names: ClassVar = ["bits", "dtype"]
 
-    def __new__(cls, scale, mean, encode, read, step, bits, dtype, **optional):  # type: ignore[no-untyped-def]
+    def __new__(cls, scale, mean, encode, read, step, bits, dtype, **optional):
         shape = (*scale.shape, mean.shape[-1])
         self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=scale.device)
         inner = dict(scale=scale, mean=mean, encode=encode, read=read, step=step, bits=tuple(bits))
@@ -105,9 +116,9 @@ class HeadQKeyTensor(_PackedTensor):
         super().__init__()
 
     @classmethod
-    def from_hp(cls, k: Tensor, codec: KeyCodec, shrink: tuple[float, ...] = (1.0,)) -> "HeadQKeyTensor":
+    def from_hp(cls, k: Tensor, codec: KeyCodec, unbiased: bool = True) -> "HeadQKeyTensor":
         """Pack exact keys ``[B, Hkv, T, D]``, ``T`` a multiple of 16."""
-        planes, scale, zero = codec.encode_rows(k, shrink)
+        planes, scale, zero = codec.encode_rows(k, unbiased)
         return cls.from_planes(planes, scale, zero, codec, k.dtype)
 
     @classmethod
@@ -117,7 +128,12 @@ class HeadQKeyTensor(_PackedTensor):
         """Wrap planes that :func:`headq_ao.ops.encode_keys` made."""
         names = (f"plane_{w}bit" for w in plane_pieces(codec.bits))
         return cls(
-            scale, bits=codec.bits, dtype=dtype, zero_point=zero, **codec.tensors(), **dict(zip(names, planes, strict=True))
+            scale,
+            bits=codec.bits,
+            dtype=dtype,
+            zero_point=zero,
+            **codec.tensors(),
+            **dict(zip(names, planes, strict=True)),
         )
 
     @property
@@ -129,7 +145,15 @@ class HeadQKeyTensor(_PackedTensor):
     def codec(self) -> KeyCodec:
         """The codec over the inner tensors."""
         return KeyCodec(
-            self.mean, self.encode, self.read, self.step, self.weight, self.side_encode, self.side_read, self.side_step, self.bits
+            self.mean,
+            self.encode,
+            self.read,
+            self.step,
+            self.weight,
+            self.side_encode,
+            self.side_read,
+            self.side_step,
+            self.bits,
         )
 
     def rows(self) -> Rows:
@@ -152,16 +176,17 @@ class HeadQValueTensor(_PackedTensor):
         >>> from headq_ao.tensors import HeadQValueTensor
         >>> from headq_ao.ops import encode_values
         >>> v = torch.randn(1, 2, 32, 64)
-        >>> packed = HeadQValueTensor.from_planes(*encode_values(v, torch.eye(64), 4, group_size=64), torch.eye(64), 4, v.dtype)
+        >>> planes, scale, zero = encode_values(v, torch.eye(64), 4, group_size=64)
+        >>> packed = HeadQValueTensor.from_planes(planes, scale, zero, torch.eye(64), 4, v.dtype)
         >>> bool((packed.dequantize() - v).abs().max() < 0.3)
         True
     """
 
-    tensor_data_names = ["scale", "rotation", "plane_low"]  # noqa: RUF012
-    optional_tensor_data_names = ["plane_high", "zero_point"]  # noqa: RUF012
-    tensor_attribute_names = ["bits", "dtype"]  # noqa: RUF012
+    tensor_data_names: ClassVar = ["scale", "rotation", "plane_low"]
+    optional_tensor_data_names: ClassVar = ["plane_high", "zero_point"]
+    tensor_attribute_names: ClassVar = ["bits", "dtype"]
 
-    def __new__(cls, scale, rotation, plane_low, bits, dtype, plane_high=None, zero_point=None):  # type: ignore[no-untyped-def]
+    def __new__(cls, scale, rotation, plane_low, bits, dtype, plane_high=None, zero_point=None):
         shape = (*scale.shape[:3], rotation.shape[-1])
         self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=scale.device)
         self.scale, self.rotation, self.plane_low, self.bits = scale, rotation, plane_low, bits
@@ -200,17 +225,17 @@ class HeadQValueTensor(_PackedTensor):
 class HeadQHistory(torch.Tensor):
     """What :meth:`HeadQCacheLayer.update` hands to attention: the cached rows of one side, readable by "headq" only.
 
-    ``layer`` is the cache layer, ``new`` the exact rows of this call ``[B, Hkv, S, D]``.
+    ``layer`` is the cache layer, ``new_rows`` the exact rows of this call ``[B, Hkv, S, D]``.
     """
 
     layer: "HeadQCacheLayer"
-    new: Tensor
+    new_rows: Tensor
 
     @staticmethod
     def __new__(cls, layer: "HeadQCacheLayer", new: Tensor, tokens: int) -> "HeadQHistory":
         shape = (*new.shape[:2], tokens, new.shape[3])
         self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=new.dtype, device=new.device)
-        self.layer, self.new = layer, new
+        self.layer, self.new_rows = layer, new
         return self
 
     def __init__(self, *args: Any) -> None:
@@ -220,7 +245,7 @@ class HeadQHistory(torch.Tensor):
         return f"HeadQHistory(shape={tuple(self.shape)}, dtype={self.dtype})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise RuntimeError(
             f"{func} was called on the packed HeadQ cache, which only the 'headq' attention can read; "
             "keep attn_implementation='headq' while the cache is in use, or call restore_(model) and start a new cache"

@@ -176,6 +176,6 @@ def _cut(x: Tensor | None, t: slice, tokens_per_entry: int = 1) -> Tensor:
 
 
 @_decode_attention.register_fake
-def _(q, bias, zero_query, gauge, k, key_planes, key_bits, key_scale, key_zero, v, value_planes, *rest):  # type: ignore[no-untyped-def]
+def _(q, bias, zero_query, gauge, k, key_planes, key_bits, key_scale, key_zero, v, value_planes, *rest):
     head_dim = v.shape[-1] if v is not None else value_planes[0].shape[3] * CHANNEL_TILE
     return q.new_empty((*q.shape[:3], head_dim)), q.new_empty(q.shape[:3])

@@ -9,7 +9,14 @@ from headq_ao.ops.layout import unpack_keys, unpack_values
 
 
 def scores(
-    q: Tensor, bias: Tensor, zero_query: Tensor, gauge: Tensor, planes: Sequence[Tensor], bits: Sequence[int], scale: Tensor, zero: Tensor | None
+    q: Tensor,
+    bias: Tensor,
+    zero_query: Tensor,
+    gauge: Tensor,
+    planes: Sequence[Tensor],
+    bits: Sequence[int],
+    scale: Tensor,
+    zero: Tensor | None,
 ) -> Tensor:
     """``s_j = σ_j (q̃·c_j + b) + m_j h + q·μ`` for packed keys: ``[B, Hkv, G, S, T]``."""
     codes = unpack_keys(planes, bits).to(q.dtype)  # [B, Hkv, T, M]
@@ -19,7 +26,9 @@ def scores(
     return s + gauge[..., None]
 
 
-def dequantize_values(planes: Sequence[Tensor], bits: int, scale: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Tensor:
+def dequantize_values(
+    planes: Sequence[Tensor], bits: int, scale: Tensor, zero: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     """``v_hat_j = zero_j + scale_j · c_j`` in the rotated basis: ``[B, Hkv, T, D]``."""
     codes, scale = unpack_values(planes, bits).to(dtype), scale.to(dtype)
     zero = -scale * ((2**bits - 1) / 2) if zero is None else zero.to(dtype)
@@ -36,8 +45,24 @@ def softmax_readout(s: Tensor, v: Tensor, visible: Tensor) -> tuple[Tensor, Tens
 
 
 def decode_attention(
-    q, bias, zero_query, gauge, k, key_planes, key_bits, key_scale, key_zero, v, value_planes, value_bits, value_scale, value_zero, start, stop, valid
-):  # type: ignore[no-untyped-def]
+    q,
+    bias,
+    zero_query,
+    gauge,
+    k,
+    key_planes,
+    key_bits,
+    key_scale,
+    key_zero,
+    v,
+    value_planes,
+    value_bits,
+    value_scale,
+    value_zero,
+    start,
+    stop,
+    valid,
+):
     s = (
         torch.einsum("bhgsd,bhtd->bhgst", q, k.to(q.dtype))
         if k is not None

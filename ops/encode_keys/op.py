@@ -20,7 +20,7 @@ def encode_keys(
     weight: Tensor | None = None,
     side_encode: Tensor | None = None,
     side_step: Tensor | None = None,
-    shrink: Sequence[float] = (1.0,),
+    unbiased: bool = True,
 ) -> tuple[list[Tensor], Tensor, Tensor | None]:
     """Code keys in a base and their actual error in a side code (the HeadQ write path).
 
@@ -38,7 +38,7 @@ def encode_keys(
         bits: bits of the M0 base coordinates, then of the R side coordinates.
         weight: ``[B or 1, Hkv, M0]``, inverse variances; its presence selects the symmetric base.
         side_encode, side_step: ``[B or 1, Hkv, D, R]``, ``[B or 1, Hkv, R]``.
-        shrink: range factors tried for each row; the one of least squared error in ``y`` is kept.
+        unbiased: store the σ that makes ``⟨y, ŷ⟩ = ‖y‖²`` (symmetric base only).
 
     Returns:
         Key planes (see :mod:`headq_ao.ops.layout`), σ ``[B, Hkv, T]`` fp16, and the zero ``[B, Hkv, T]`` fp16 or None.
@@ -65,9 +65,7 @@ def encode_keys(
         raise ValueError(f"the affine base needs one bit width for all coordinates, got {sorted(set(bits[:base]))}")
     if (side_encode is None) != (side_step is None):
         raise ValueError("side_encode and side_step must be given together")
-    out = _encode_keys(
-        k, mean, encode, read, step, weight, side_encode, side_step, list(bits), [float(f) for f in shrink]
-    )
+    out = _encode_keys(k, mean, encode, read, step, weight, side_encode, side_step, list(bits), unbiased)
     if weight is None:
         return out[:-2], out[-2], out[-1]
     return out[:-1], out[-1], None
@@ -84,13 +82,13 @@ def _encode_keys(
     side_encode: Tensor | None,
     side_step: Tensor | None,
     bits: list[int],
-    shrink: list[float],
+    unbiased: bool,
 ) -> list[Tensor]:
-    return reference.encode_keys(k, mean, encode, read, step, weight, side_encode, side_step, bits, shrink)
+    return reference.encode_keys(k, mean, encode, read, step, weight, side_encode, side_step, bits, unbiased)
 
 
 @_encode_keys.register_fake
-def _(k, mean, encode, read, step, weight, side_encode, side_step, bits, shrink):  # type: ignore[no-untyped-def]
+def _(k, mean, encode, read, step, weight, side_encode, side_step, bits, unbiased):
     rows = k.shape[:-1]
     planes = [k.new_empty((*rows[:2], *s), dtype=torch.uint8) for s in key_plane_shapes(bits, rows[2])]
     return planes + [k.new_empty(rows, dtype=torch.float16) for _ in range(2 if weight is None else 1)]

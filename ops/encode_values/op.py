@@ -1,7 +1,5 @@
 """``encode_values``: exact value rows to packed value rows."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -10,12 +8,12 @@ from headq_ao.ops.layout import CHANNEL_TILE, PIECES, granule, value_plane_shape
 
 
 def encode_values(
-    v: Tensor, rotation: Tensor, bits: int, *, group_size: int, step: float = 0.0, shrink: Sequence[float] = (1.0,)
+    v: Tensor, rotation: Tensor, bits: int, *, group_size: int, step: float = 0.0, unbiased: bool = True
 ) -> tuple[list[Tensor], Tensor, Tensor | None]:
     """Code values per token in a rotated basis: ``y = v @ rotation``, ``ŷ = zero + scale · c``.
 
     With ``step == 0`` the group is affine (min-max, a stored zero); with ``step > 0`` it is symmetric,
-    ``scale = step · rms(y)`` and ``zero = −scale·(2^b − 1)/2`` is not stored.
+    codes are taken at ``scale = step · rms(y)`` and ``zero = −scale·(2^b − 1)/2`` is not stored.
     Rotation before quantization: QuaRot, arXiv 2404.00456; per-token values: KIVI, arXiv 2402.02750.
 
     Args:
@@ -24,7 +22,7 @@ def encode_values(
         bits: 1 to 8 bits per coordinate.
         group_size: coordinates that share a scale; divides ``D``.
         step: level distance in units of the group's RMS, 0 for min-max.
-        shrink: range factors tried for each group; the one of least squared error is kept.
+        unbiased: store the scale that makes ``⟨y, ŷ⟩ = ‖y‖²`` (symmetric groups only).
 
     Returns:
         Value planes (see :mod:`headq_ao.ops.layout`), scale ``[B, Hkv, T, D/group_size]`` fp16, and zero or None.
@@ -49,22 +47,20 @@ def encode_values(
         )
     if v.shape[-1] % group_size:
         raise ValueError(f"group_size must divide head_dim {v.shape[-1]}, got {group_size}")
-    out = _encode_values(v, rotation, bits, group_size, float(step), [float(f) for f in shrink])
+    out = _encode_values(v, rotation, bits, group_size, float(step), unbiased)
     return (out[:-1], out[-1], None) if step else (out[:-2], out[-2], out[-1])
 
 
 @torch.library.custom_op("headq::encode_values", mutates_args=())
 def _encode_values(
-    v: Tensor, rotation: Tensor, bits: int, group_size: int, step: float, shrink: list[float]
+    v: Tensor, rotation: Tensor, bits: int, group_size: int, step: float, unbiased: bool
 ) -> list[Tensor]:
-    return reference.encode_values(v, rotation, bits, group_size, step, shrink)
+    return reference.encode_values(v, rotation, bits, group_size, step, unbiased)
 
 
 @_encode_values.register_fake
-def _(v, rotation, bits, group_size, step, shrink):  # type: ignore[no-untyped-def]
+def _(v, rotation, bits, group_size, step, unbiased):
     rows = v.shape[:-1]
-    planes = [
-        v.new_empty((*rows[:2], *s), dtype=torch.uint8) for s in value_plane_shapes(bits, rows[2], v.shape[-1])
-    ]
+    planes = [v.new_empty((*rows[:2], *s), dtype=torch.uint8) for s in value_plane_shapes(bits, rows[2], v.shape[-1])]
     groups = (*rows, v.shape[-1] // group_size)
     return planes + [v.new_empty(groups, dtype=torch.float16) for _ in range(1 if step else 2)]
