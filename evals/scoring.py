@@ -12,6 +12,10 @@ from tqdm.auto import tqdm
 from headq_ao import HeadQCache
 
 
+class NothingPackedError(RuntimeError):
+    """No packed row was read: the score would be that of the exact cache."""
+
+
 @dataclass
 class Score:
     """What one cache setting scored.
@@ -82,7 +86,7 @@ def score(
         label: of the progress bar.
 
     Raises:
-        RuntimeError: when nothing was read from packed rows: the score would be that of the exact cache.
+        NothingPackedError: when nothing was read from packed rows: the score would be that of the exact cache.
     """
     n, length = rows.shape
     if not 0 < prefill < length:
@@ -111,7 +115,7 @@ def score(
         flips.append((reference[1:].argmax(-1) != logprobs[1:].argmax(-1)).float().mean().item())
     bar.close()
     if make_cache is None and packed == 0:
-        raise RuntimeError(
+        raise NothingPackedError(
             f"no packed row was read in {n} rows of {length} tokens: this would score the exact cache; "
             "use longer rows or a smaller residual_length or epoch_tokens"
         )

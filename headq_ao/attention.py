@@ -48,6 +48,9 @@ def headq_attention(
         recorder = RECORDER.get()
         if recorder is not None:
             recorder.record(module.layer_idx, query, key, value)  # type: ignore[arg-type]
+        elif hasattr(module, "headq"):
+            bypassed = "use_cache is False, or the call did not go through the model that quantize_ was given"
+            warn_dense("the model is in train mode" if module.training else bypassed)
         return _dense(module, query, key, value, attention_mask, scaling, dropout, is_causal, sliding_window, kwargs)
     _refuse_unknown(kwargs)
     assert isinstance(value, HeadQHistory)

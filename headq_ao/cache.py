@@ -61,6 +61,12 @@ class HeadQCache(Cache):
         """Tell the layers which of the next call's ``length`` slots hold real tokens; None: all."""
         self.incoming.seen, self.incoming.length, self.incoming.spans = self.get_seq_length(), length, spans
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last ``-tokens_to_remove`` tokens from every layer, or raise before any has changed."""
+        for layer in self.layers:
+            layer.check_crop(tokens_to_remove)
+        super().crop(tokens_to_remove)
+
     @property
     def batch_size(self) -> int | None:
         """Sequences held, None before the first call."""

@@ -90,6 +90,7 @@ class HeadQCacheLayer(CacheLayerMixin):
         self.last_spans, self.last_counts, self.last_slots = spans, counts, s
         for row, span in zip(self.rows, spans, strict=True):
             row.tokens += span.length
+            row.pads = s - span.stop if span.length else row.pads + s
         self.seen += s
         return HeadQHistory(self, key_states, self.seen), HeadQHistory(self, value_states, self.seen)
 
@@ -146,24 +147,36 @@ class HeadQCacheLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last ``-tokens_to_remove`` tokens. Packed rows are invalidated, never encoded again."""
-        if tokens_to_remove > 0:
-            raise ValueError(f"crop takes a negative number, the tokens to remove, got {tokens_to_remove}")
-        if tokens_to_remove == 0 or not self.is_initialized:
-            return
+        self.check_crop(tokens_to_remove)
         n = min(-tokens_to_remove, self.seen)
         for b, row in enumerate(self.rows):
-            removed = min(n, row.tokens)
-            first = self.config.n_sink if row.packed + row.dropped else 0
-            deep = removed - min(removed, row.exact - first)
-            if deep and self.is_sliding:
-                raise RuntimeError(
-                    f"cannot crop {n} tokens from a sliding-window layer that holds {row.exact - first} exact ones; "
-                    "start a new cache"
-                )
-            row.tokens -= min(removed, row.exact - first)
-            if deep:
-                self._crop_packed(b, row, deep)
+            removed, exact = self._removed(row, n)
+            row.pads = max(row.pads - n, 0)
+            row.tokens -= exact
+            if removed > exact:
+                self._crop_packed(b, row, removed - exact)
         self.seen -= n
+
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Raise where :meth:`crop` cannot be done: a window layer has let go of what it would need."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes a negative number, the tokens to remove, got {tokens_to_remove}")
+        if self.sliding_window is None:
+            return
+        n = min(-tokens_to_remove, self.seen)
+        for row in self.rows:
+            removed, exact = self._removed(row, n)
+            oldest_seen = row.tokens - removed - self.sliding_window + 1
+            if removed > exact or (removed and row.dropped and oldest_seen < self.config.n_sink + row.dropped):
+                raise RuntimeError(
+                    f"cannot crop {n} tokens: a sliding-window layer holds what a crop of "
+                    f"{self.config.residual_length} needs; start a new cache"
+                )
+
+    def _removed(self, row: RowCounts, n: int) -> tuple[int, int]:
+        """Tokens of a row among its last ``n`` slots, and how many of them are exact rows."""
+        removed = min(max(n - row.pads, 0), row.tokens)
+        return removed, min(removed, row.exact - (self.config.n_sink if row.packed + row.dropped else 0))
 
     def _crop_packed(self, b: int, row: RowCounts, deep: int) -> None:
         """Invalidate the last ``deep`` packed tokens of a row, then its sinks."""
@@ -265,7 +278,13 @@ class HeadQCacheLayer(CacheLayerMixin):
     @property
     def exact_capacity(self) -> int:
         """Exact rows to hold in the steady state: sinks, window, and one block in the making."""
-        return self.config.n_sink + self.config.residual_length + self.config.block_size
+        return self.config.n_sink + self._kept + self.config.block_size
+
+    @property
+    def _kept(self) -> int:
+        """Newest tokens that stay exact; where nothing is packed, also what a crop by that many makes visible again."""
+        window = self.sliding_window if self._never_packs else None
+        return self.config.residual_length + (window or 0)
 
     @property
     def _never_packs(self) -> bool:
@@ -280,7 +299,7 @@ class HeadQCacheLayer(CacheLayerMixin):
 
     def _check_finite(self, k: Tensor, v: Tensor, spans: Sequence[Span]) -> None:
         check = self.config.check_finite
-        if not (k.device.type == "cpu" if check is None else check):
+        if k.device.type == "meta" or not (k.device.type == "cpu" if check is None else check):
             return
         for name, x in (("keys", k), ("values", v)):
             if bool(torch.isfinite(x).all()):
@@ -297,7 +316,7 @@ class HeadQCacheLayer(CacheLayerMixin):
 
     def _closable(self, row: RowCounts, b: int) -> int:
         block = self.config.block_size
-        blocks = max(row.exact - self.config.n_sink - self.config.residual_length, 0) // block
+        blocks = max(row.exact - self.config.n_sink - self._kept, 0) // block
         first = self.epochs[0]
         if (
             not self._never_packs
@@ -337,7 +356,7 @@ class HeadQCacheLayer(CacheLayerMixin):
                 self._derive(epoch, index, members, codec)
             k = rows(self.exact.k, taken, stop - slot)
             v = rows(self.exact.v, taken, stop - slot)
-            self._fold(k, index, e)
+            self._fold(k, index, members, e)
             self._write(index, slot, stop - slot, k, v, self._codec(e, codec, index), codec)
             taken += stop - slot
             slot = stop
@@ -371,10 +390,8 @@ class HeadQCacheLayer(CacheLayerMixin):
         else:
             assert self.k_sum is not None
             k_sum = self.k_sum if index is None else self.k_sum.index_select(0, index)
-            new = codec.from_prior(k_sum, n)
+            new = codec.from_prior(k_sum, self.rows[members[0]].folded)
         half = {name: t.half() for name, t in new.tensors().items() if name in new.own}
-        if new.side_encode is new.side_read and "side_encode" in half:
-            half["side_read"] = half["side_encode"]
         new = new.replace(half)
         if index is None:
             epoch.codec = new
@@ -387,7 +404,7 @@ class HeadQCacheLayer(CacheLayerMixin):
         for b in members:
             epoch.ready[b] = True
 
-    def _fold(self, k: Tensor, index: Tensor | None, e: int) -> None:
+    def _fold(self, k: Tensor, index: Tensor | None, members: list[int], e: int) -> None:
         """Add keys to the moments of a later epoch, block by block: the order of additions never depends on calls."""
         if not any(epoch.per_sequence for epoch in self.epochs[e + 1 :]):
             return
@@ -399,6 +416,8 @@ class HeadQCacheLayer(CacheLayerMixin):
                 self.k_sum += tile.sum(2)
             else:
                 self.k_sum[index] += tile.sum(2)
+        for b in members:
+            self.rows[b].folded += k.shape[2]
 
     def _codec(self, e: int, codec: LayerCodec, index: Tensor | None = None) -> KeyCodec | None:
         key_codec = self.epochs[e].codec if self.epochs[e].per_sequence else codec.calibrated

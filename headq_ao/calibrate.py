@@ -33,8 +33,11 @@ class Recorder:
     def record(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Fold one layer's ``[B, H, T, D]`` states, sinks left out."""
         q, k, v = (x[:, :, self.n_sink :].transpose(1, 2).flatten(0, 1) for x in (q, k, v))
-        if not bool(torch.isfinite(k).all()):
-            raise ValueError(f"layer {layer}: calibration met non-finite keys; run the model in float32 or bfloat16")
+        for name, x in (("queries", q), ("keys", k), ("values", v)):
+            if not bool(torch.isfinite(x).all()):
+                raise ValueError(
+                    f"layer {layer}: calibration met non-finite {name}; run the model in float32 or bfloat16"
+                )
         self.layers[layer].add(q, k, v, self.priority)
 
 
@@ -91,7 +94,7 @@ def calibrate(
             f"got {[tuple(b.shape) for b in batches][:4]}"
         )
     recorder = Recorder(len(shapes), n_rows, n_sink, seed)
-    previous, training = model.config._attn_implementation, model.training
+    previous, training = model.config._attn_implementation, [m for m in model.modules() if m.training]
     token = RECORDER.set(recorder)
     try:
         model.eval()
@@ -102,7 +105,8 @@ def calibrate(
     finally:
         RECORDER.reset(token)
         model.set_attn_implementation(previous)
-        model.train(training)
+        for module in training:
+            module.training = True
     meta = {
         "tokens": sum(b.numel() for b in batches),
         "source": source,

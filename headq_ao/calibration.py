@@ -4,7 +4,7 @@ import contextlib
 import json
 import math
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +18,7 @@ CALIBRATION_VERSION = 1
 TENSORS = ("q_outer", "k_sum", "k_outer", "v_sum", "v_outer", "k_rows")
 
 
-@dataclass
+@dataclass(eq=False)
 class LayerMoments:
     """Sums over ``tokens`` calibration tokens of one layer, after QK-norm and RoPE, fp32.
 
@@ -47,7 +47,7 @@ class LayerMoments:
         return self.k_sum / max(self.tokens, 1)
 
 
-@dataclass
+@dataclass(eq=False)
 class Calibration:
     """Statistics of one model on calibration text; made by :func:`headq_ao.calibrate`.
 
@@ -59,9 +59,12 @@ class Calibration:
         meta: tokens, library versions.
 
     Example:
+        >>> import os, tempfile
         >>> from headq_ao import Calibration
-        >>> Calibration([], {"model_type": "none"}).save("/tmp/headq_doctest.safetensors")
-        >>> Calibration.load("/tmp/headq_doctest.safetensors").fingerprint["model_type"]
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = os.path.join(folder, "calibration.safetensors")
+        ...     Calibration([], {"model_type": "none"}).save(path)
+        ...     Calibration.load(path).fingerprint["model_type"]
         'none'
     """
 
@@ -97,7 +100,10 @@ class Calibration:
             )
         try:
             with safetensors.safe_open(path, "pt") as f:
-                head = json.loads((f.metadata() or {})["headq_calibration"])
+                metadata = f.metadata() or {}
+                if "headq_calibration" not in metadata:
+                    raise ValueError("its header has no headq_calibration entry; make one with calibrate(...).save")
+                head = json.loads(metadata["headq_calibration"])
                 if head["version"] != CALIBRATION_VERSION:
                     raise ValueError(
                         f"version {head['version']}, but this headq_ao reads {CALIBRATION_VERSION}; calibrate again"
@@ -109,6 +115,10 @@ class Calibration:
                 return cls(layers, head["fingerprint"], head["meta"])
         except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{os.fspath(path)!r} is not a usable headq_ao calibration: {error}") from error
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Calibration":
+        """Itself: never changed, and shared by the copies of a model and of its caches."""
+        return self
 
     def check_model(self, fingerprint: dict[str, Any]) -> None:
         """Raise ValueError where this calibration was made on another model."""
@@ -170,10 +180,14 @@ class MomentAccumulator:
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[str]:
     """A temporary path beside ``path`` that replaces it on success and is removed on failure."""
     folder = os.path.dirname(os.path.abspath(path))
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=".headq-", suffix=".tmp")
-    os.close(handle)
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"no folder {folder!r} to write {os.path.basename(path)!r} to; create it first")
+    temporary = os.path.join(folder, f".headq-{secrets.token_hex(8)}.tmp")
     try:
+        with open(temporary, "xb") as f:
+            mode = os.fstat(f.fileno()).st_mode
         yield temporary
+        os.chmod(temporary, mode)  # safetensors leaves the file to its owner alone
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):

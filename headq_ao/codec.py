@@ -49,7 +49,9 @@ class KeyCodec:
         )
 
     def replace(self, tensors: dict[str, Tensor]) -> "KeyCodec":
-        """A copy with some tensors exchanged."""
+        """A copy with some tensors exchanged; a side basis that reads as it encodes stays one tensor."""
+        if self.side_read is self.side_encode and "side_encode" in tensors:
+            tensors = tensors | {"side_read": tensors["side_encode"]}
         return dataclasses.replace(self, **tensors)  # type: ignore[arg-type]
 
     def encode_rows(self, k: Tensor, unbiased: bool) -> tuple[list[Tensor], Tensor, Tensor | None]:
@@ -162,7 +164,7 @@ def side_basis(config: HeadQConfig, rank: int, c_q: Tensor, rows: Tensor, k_err:
     if config.basis == "random":
         g = torch.Generator().manual_seed(config.seed)
         u = torch.linalg.qr(torch.randn(c_q.shape[-3:], generator=g, dtype=torch.float64))[0][..., :rank]
-        u = u.to(c_q.device, c_q.dtype)[None]
+        u = u.to(c_q.device, c_q.dtype).expand(c_q.shape[0], -1, -1, -1)
         return u, u
     if config.basis == "key_pca":
         centred = rows - rows.mean(-2, keepdim=True)
@@ -180,14 +182,20 @@ def side_basis(config: HeadQConfig, rank: int, c_q: Tensor, rows: Tensor, k_err:
 
 def top_eigenvectors(matrix: Tensor, rank: int) -> Tensor:
     """The leading eigenvectors of symmetric matrices, largest first, signs fixed; ``[.., D, rank]``."""
-    u = torch.linalg.eigh(matrix.double()).eigenvectors.flip(-1)[..., :rank]
+    u = _eigh(matrix)[1].flip(-1)[..., :rank]
     largest = u.abs().argmax(-2, keepdim=True)
     return (u * u.gather(-2, largest).sign()).to(matrix.dtype)
 
 
+def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors in fp64. Non-finite entries count as 0: such a sequence must not fail its batch."""
+    values, vectors = torch.linalg.eigh(matrix.double().nan_to_num(0.0, 0.0, 0.0))
+    return values, vectors
+
+
 def square_roots(c_q: Tensor) -> tuple[Tensor, Tensor]:
     """``C_q^{1/2}`` and ``C_q^{−1/2}`` with a ridge of 1e-6 of the largest eigenvalue."""
-    values, vectors = torch.linalg.eigh(c_q.double())
+    values, vectors = _eigh(c_q)
     root = (values.clamp(min=0) + RIDGE * values[..., -1:]).clamp(min=1e-30).sqrt()
     half = (vectors * root[..., None, :]) @ vectors.transpose(-1, -2)
     inverse = (vectors / root[..., None, :]) @ vectors.transpose(-1, -2)

@@ -2,10 +2,11 @@
 
 import dataclasses
 import math
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torchao.core.config import AOBaseConfig
+from torchao.core.config import ALLOWED_AO_MODULES, AOBaseConfig
 
 from headq_ao.calibration import Calibration
 from headq_ao.ops.layout import PIECES, granule
@@ -15,6 +16,7 @@ Basis = Literal["query_pca", "score_optimal", "key_pca", "random"]
 Adapt = Literal["off", "prompt"]
 
 CONFIG_VERSION = 1
+ALLOWED_AO_MODULES.add("headq_ao")  # where torchao's config_from_dict looks for HeadQConfig
 
 
 @dataclass
@@ -39,7 +41,7 @@ class HeadQConfig(AOBaseConfig):
         residual_length: newest tokens kept exact, at least; up to ``residual_length + block_size − 1``.
         block_size: tokens packed at a time: 16, 32, 64 or 128.
         calibration: a :class:`headq_ao.Calibration`, the path of a saved one, or None: statistics then come from
-            each sequence's own first tokens.
+            each sequence's own first tokens. Only a path fits into JSON (torchao's ``config_to_dict``).
         adapt: with a calibration, ``"prompt"`` takes it as a prior that each prompt refines, ``"off"`` as it is.
         prior_tokens: how many tokens the calibration counts as under ``adapt="prompt"``.
         epoch_tokens: tokens after which a sequence's own statistics are used; ``None`` is ``max(256, 4·head_dim)``.
@@ -74,14 +76,14 @@ class HeadQConfig(AOBaseConfig):
     def __post_init__(self) -> None:
         for name in ("k_bits", "v_bits"):
             bits = getattr(self, name)
-            if bits is not None and (not isinstance(bits, (int, float)) or int(bits) != bits or bits not in PIECES):
+            if bits is not None and not _whole(bits, PIECES):
                 raise ValueError(f"{name} must be 1, 2, 3, 4, 5, 6 or 8, or None (exact), got {bits!r}")
         if self.k_bits is None and self.v_bits is None:
             raise ValueError("k_bits and v_bits are both None: nothing would be packed; give at least one of them")
-        if self.block_size not in (16, 32, 64, 128):
+        if not _whole(self.block_size, (16, 32, 64, 128)):
             raise ValueError(f"block_size must divide 128, got {self.block_size!r}; use 16, 32, 64 or 128")
         if self.v_bits is not None:
-            tile = max(granule(w) for w in PIECES[int(self.v_bits)])
+            tile = max(granule(w) for w in PIECES[self.v_bits])
             if self.block_size % tile:
                 raise ValueError(
                     f"block_size must be a multiple of {tile} with v_bits={self.v_bits}, got {self.block_size}"
@@ -91,9 +93,11 @@ class HeadQConfig(AOBaseConfig):
             if getattr(self, name) not in choice.__args__:  # type: ignore[attr-defined]
                 options = ", ".join(repr(c) for c in choice.__args__)  # type: ignore[attr-defined]
                 raise ValueError(f"{name} must be one of {options}, got {getattr(self, name)!r}")
-        if self.side_bits not in PIECES:
+        if self.key_codec == "visible":
+            raise ValueError("key_codec='visible' is not in this version; use key_codec='affine'")
+        if not _whole(self.side_bits, PIECES):
             raise ValueError(f"side_bits must be 1, 2, 3, 4, 5, 6 or 8, got {self.side_bits!r}; rank=0 for none")
-        if self.sign not in (1, -1):
+        if not _whole(self.sign, (1, -1)):
             raise ValueError(f"sign must be 1 or -1, got {self.sign!r}")
         for name, least in (
             ("n_sink", 0),
@@ -102,10 +106,17 @@ class HeadQConfig(AOBaseConfig):
             ("rank", 0),
             ("epoch_tokens", 1),
             ("v_group_size", 1),
+            ("seed", 0),
         ):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+            value, optional = getattr(self, name), name in ("rank", "epoch_tokens", "v_group_size")
+            if not (optional and value is None) and (not _whole(value) or value < least):
+                or_none = " or None" if optional else ""
+                raise ValueError(f"{name} must be a whole number of at least {least}{or_none}, got {value!r}")
+        for name in ("k_zero_point", "v_zero_point", "rotation", "key_gauge", "unbiased_scale"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if self.check_finite is not None and not isinstance(self.check_finite, bool):
+            raise ValueError(f"check_finite must be True, False or None, got {self.check_finite!r}")
         if self.calibration is not None and not isinstance(self.calibration, (Calibration, str)):
             raise ValueError(
                 f"calibration must be a Calibration, the path of a saved one, or None, got {type(self.calibration)}"
@@ -118,7 +129,7 @@ class HeadQConfig(AOBaseConfig):
     def key_bits(self, head_dim: int) -> tuple[int, ...]:
         """Bits of each stored key coordinate: base first, then the side code."""
         assert self.k_bits is not None
-        return (int(self.k_bits),) * head_dim + (self.side_bits,) * self.side_rank(head_dim)
+        return (self.k_bits,) * head_dim + (self.side_bits,) * self.side_rank(head_dim)
 
     def first_epoch(self, head_dim: int) -> int:
         """Slots (whole blocks) whose statistics the first epoch of a sequence uses."""
@@ -133,6 +144,11 @@ class HeadQConfig(AOBaseConfig):
             raise ValueError(f"v_group_size must divide head_dim {head_dim}, got {self.v_group_size}")
         if self.rank is not None and self.rank > head_dim:
             raise ValueError(f"rank must be at most head_dim {head_dim}, got {self.rank}")
+
+
+def _whole(value: Any, among: Container[int] | None = None) -> bool:
+    """A plain int (True and 2.0 are none), and one of those."""
+    return isinstance(value, int) and not isinstance(value, bool) and (among is None or value in among)
 
 
 PRESETS: dict[str, dict[str, Any]] = {

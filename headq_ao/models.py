@@ -38,13 +38,20 @@ def layer_shapes(config: Any) -> list[LayerShape]:
         "kv_lora_rank": "multi-head latent attention (MLA) caches a latent, not keys and values",
         "attn_logit_softcapping": "attention softcap changes the scores that HeadQ corrects",
         "num_kv_shared_layers": "KV shared between layers",
+        "use_bidirectional_attention": "its attention is not causal",
     }
     for attribute, why in refusals.items():
         if getattr(c, attribute, None):
             raise ValueError(f"{name} is not supported: {why} (config.{attribute}={getattr(c, attribute)})")
-    heads, hidden = c.num_attention_heads, c.hidden_size
-    kv_heads = getattr(c, "num_key_value_heads", None) or heads
-    head_dim = getattr(c, "head_dim", None) or hidden // heads
+    kinds = getattr(c, "layer_types", None) or ["chunked_attention"]
+    if getattr(c, "attention_chunk_size", None) and "chunked_attention" in kinds:
+        raise ValueError(f"{name} is not supported: chunked_attention layers do not slide, they start anew")
+    try:
+        heads, hidden = c.num_attention_heads, c.hidden_size
+        kv_heads = getattr(c, "num_key_value_heads", None) or heads
+        head_dim = getattr(c, "head_dim", None) or hidden // heads
+    except (AttributeError, RuntimeError) as error:  # no attention, or a config with values per layer
+        raise ValueError(f"{name} is not supported: its config has no one number of attention heads") from error
     if not all(isinstance(x, int) for x in (heads, kv_heads, head_dim)):
         raise ValueError(f"{name} is not supported: its head counts differ between layers")
     shapes = []
@@ -77,6 +84,8 @@ def attention_modules(model: nn.Module, n_layers: int) -> list[nn.Module]:
         if isinstance(index, int) and type(module).__name__.endswith("Attention"):
             if getattr(module, "is_cross_attention", False):
                 raise ValueError(f"{kind} is not supported: it has cross-attention")
+            if getattr(module, "is_causal", True) is False:
+                raise ValueError(f"{kind} is not supported: its attention is not causal")
             if isinstance(getattr(module, "sinks", None), torch.Tensor):
                 raise ValueError(
                     f"{kind} is not supported: its attention has sink logits, where the gauges are not free"

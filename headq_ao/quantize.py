@@ -1,5 +1,6 @@
 """``quantize_`` and ``restore_``: put HeadQ on a model, and take it off."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -58,7 +59,7 @@ def quantize_(
         arguments = {} if filter_fn is _DEFAULT else {"filter_fn": filter_fn}
         torchao.quantization.quantize_(model, config, device=device, **arguments)
         return
-    if filter_fn is not _DEFAULT:
+    if filter_fn is not _DEFAULT and filter_fn is not None:
         raise ValueError("a HeadQ config applies to the whole model; call quantize_(model, config) without filter_fn")
     torchao.quantization.quantize_(model, config, filter_fn=lambda _, name: name == "", device=device)
 
@@ -129,6 +130,8 @@ def supply_cache(
     """Forward pre-hook of the root model: give it a packed cache where it would make a dense one."""
     if RECORDER.get() is not None:
         return args, kwargs
+    if len(args) > 1:  # their order differs between models
+        args, kwargs = (), dict(**inspect.signature(model.forward).bind_partial(*args).arguments, **kwargs)
     name = next((n for n in CACHE_NAMES if kwargs.get(n) is not None), CACHE_NAMES[0])
     cache = kwargs.get(name)
     use_cache = kwargs.get("use_cache")
@@ -137,7 +140,6 @@ def supply_cache(
     if kwargs.get("output_attentions"):
         raise ValueError("output_attentions is not available from a packed cache; restore_(model) first")
     if model.training or (not use_cache and cache is None):
-        attention.warn_dense("the model is in train mode" if model.training else "use_cache is False")
         return args, kwargs
     if cache is None or (type(cache) is DynamicCache and cache.get_seq_length() == 0):
         cache = HeadQCache(model)
@@ -149,11 +151,13 @@ def supply_cache(
         )
     elif cache.config is not model._headq.config and cache.config != model._headq.config:
         raise ValueError("this HeadQCache was made with another config; make a new one with HeadQCache(model)")
+    elif [layer.shape for layer in cache.layers] != model._headq.shapes:
+        raise ValueError("this HeadQCache was made for another model; make a new one with HeadQCache(model)")
     ids = kwargs.get("input_ids", args[0] if args else None)
     embeds = kwargs.get("inputs_embeds")
     shape = ids.shape if ids is not None else embeds.shape if embeds is not None else None
     if shape is not None:
-        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+        mask = kwargs.get("attention_mask")
         _check_positions(kwargs.get("position_ids"), mask)
         cache.announce(shape[1], real_spans(mask, shape[0], shape[1], cache.get_seq_length()))
     return args, {**kwargs, name: cache}

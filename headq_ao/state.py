@@ -11,12 +11,15 @@ from torch import Tensor
 @dataclass
 class RowCounts:
     """Counts of one batch row: ``tokens`` seen (pads not counted), ``slots`` of closed blocks in storage,
-    ``packed`` valid tokens in them, ``dropped`` tokens that a sliding window has let go (part of neither)."""
+    ``packed`` valid tokens in them, ``dropped`` tokens that a sliding window has let go (part of neither),
+    ``pads`` behind the last token, ``folded`` tokens in the running sum of keys."""
 
     tokens: int = 0
     slots: int = 0
     packed: int = 0
     dropped: int = 0
+    pads: int = 0
+    folded: int = 0
 
     @property
     def exact(self) -> int:
@@ -150,8 +153,9 @@ class ExactRows:
 
 
 def storage_bytes(tensors: Sequence[Tensor]) -> int:
-    """Bytes of the distinct storages behind tensors."""
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}.values())
+    """Bytes of the distinct storages behind tensors (data pointers do not tell them apart on the meta device)."""
+    storages = {s._cdata: s.nbytes() for s in (t.untyped_storage() for t in tensors)}
+    return sum(storages.values())
 
 
 def int_tensor(values: Sequence[Sequence[int]], device: torch.device) -> Tensor:

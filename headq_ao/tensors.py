@@ -36,6 +36,10 @@ class _PackedTensor(TorchAOBaseTensor):
         inner = {name: fn(name, getattr(self, name)) for name in names}
         return type(self).__tensor_unflatten__(inner, attributes, None, None)
 
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        shape, nbytes = tuple(self.shape), self.packed_nbytes
+        return f"{type(self).__name__}(shape={shape}, dtype={self.dtype}, packed_nbytes={nbytes})"
+
     def _tokens_per_entry(self, name: str) -> int | None:
         """Tokens that one entry of dimension 2 of an inner tensor covers; None where it has no token dimension."""
         raise NotImplementedError
@@ -44,11 +48,13 @@ class _PackedTensor(TorchAOBaseTensor):
 @_PackedTensor.implements(torch.ops.aten.slice.Tensor)
 def _slice(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
     x, dim, start, stop, step = (*args, *(0, None, None, 1)[len(args) - 1 :])[:5]
+    dim = dim % x.ndim
     if step != 1 or dim not in (0, 1, 2):
         raise NotImplementedError(
             f"packed rows are sliced along batch, head or token, step 1; got dim {dim}, step {step}"
         )
     start, stop, _ = slice(start, stop).indices(x.shape[dim])
+    stop = max(start, stop)
 
     def cut(name: str, t: Tensor) -> Tensor:
         per_entry = x._tokens_per_entry(name)
@@ -66,9 +72,19 @@ def _slice(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
 @_PackedTensor.implements(torch.ops.aten.index_select.default)
 def _index_select(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
     x, dim, index = args
-    if dim != 0:
+    if dim % x.ndim != 0:
         raise NotImplementedError(f"packed rows are indexed along the batch, dim 0, got dim {dim}")
     return x._map(lambda _, t: t if t.ndim < 3 or t.shape[0] == 1 != x.shape[0] else t.index_select(0, index))
+
+
+@_PackedTensor.implements(torch.ops.aten._to_copy.default)
+def _to_copy(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+    x, to = args[0], args[0]._get_to_kwargs(*args[1:], **kwargs)
+    if not to["dtype"].is_floating_point:
+        raise ValueError(f"packed rows stand for floating-point values, got {to['dtype']}; dequantize() first")
+    names, attributes = x.__tensor_flatten__()
+    inner = {name: getattr(x, name).to(to["device"], non_blocking=to["non_blocking"]) for name in names}
+    return type(x).__tensor_unflatten__(inner, attributes | {"dtype": to["dtype"]}, None, None)
 
 
 class HeadQKeyTensor(_PackedTensor):

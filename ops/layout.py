@@ -94,6 +94,23 @@ def unpack_keys(planes: Sequence[Tensor], bits: Sequence[int]) -> Tensor:
     return codes
 
 
+@lru_cache(maxsize=256)
+def _query_index(bits: tuple[int, ...]) -> tuple[tuple[Tensor, Tensor], ...]:
+    """Per plane: the coordinate of each column (M for padding), and its weight, a power of two."""
+    index = []
+    for width, pieces in plane_pieces(bits).items():
+        padding = [(len(bits), 0)] * (plane_columns(width, len(pieces)) - len(pieces))
+        coordinates, shifts = zip(*pieces, *padding, strict=True)
+        index.append((torch.tensor(coordinates), 2.0 ** torch.tensor(shifts)))
+    return tuple(index)
+
+
+def query_planes(q: Tensor, bits: Sequence[int]) -> list[Tensor]:
+    """A query ``[..., M]`` in each plane's columns ``[..., N]``, so that ``q·codes`` is the sum of plane products."""
+    padded = torch.nn.functional.pad(q, (0, 1))
+    return [padded.index_select(-1, c) * w.to(q.dtype) for c, w in _query_index(tuple(bits))]
+
+
 def pack_values(codes: Tensor, bits: int) -> list[Tensor]:
     """Pack ``codes [..., T, D]`` (uint8 < 2**bits) into planes ``[..., T/(4P), D/16, 16, 4]``."""
     planes, shift = [], 0

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from headq_ao.ops.decode_attention import reference
+from headq_ao.ops.decode_attention import cpu_kernel, reference
 from headq_ao.ops.layout import CHANNEL_TILE, PIECES, TOKEN_TILE, granule
 
 SLOT_TILE = 1024  # slots unpacked at a time by the reference: extra memory is bounded by a tile, not by the context
@@ -86,8 +86,14 @@ def decode_attention(
     width = keys.exact.shape[-1] if keys.exact is not None else len(keys.bits)
     if q.codes.shape[-1] != width:
         raise ValueError(f"the query must have one coordinate per key coordinate, {width}, got {q.codes.shape[-1]}")
+    slots = _slots(keys, TOKEN_TILE), _slots(values, granule(PIECES[values.bits[0]][0]) if values.bits else 1)
+    if slots[0] != slots[1]:
+        raise ValueError(f"keys and values must hold the same slots, got {slots[0]} and {slots[1]}")
     if start.shape != q.bias.shape[::2] or stop.shape != start.shape:
-        raise ValueError(f"start and stop must be [B, S] = {tuple(q.bias.shape[::2])}, got {tuple(start.shape)}")
+        raise ValueError(
+            f"start and stop must be [B, S] = {tuple(q.bias.shape[::2])}, "
+            f"got {tuple(start.shape)} and {tuple(stop.shape)}"
+        )
     out, lse = _decode_attention(
         q.codes, q.bias, q.zero, q.gauge,
         keys.exact, keys.planes, list(keys.bits), keys.scale, keys.zero,
@@ -122,8 +128,7 @@ def merge_segments(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tens
     return out, lse
 
 
-@torch.library.custom_op("headq::decode_attention", mutates_args=())
-def _decode_attention(
+def _tiled(
     q: Tensor,
     bias: Tensor,
     zero_query: Tensor,
@@ -165,8 +170,24 @@ def _decode_attention(
     return torch.cat(outs, 3).flatten(1, 2), torch.cat(lses, 3).flatten(1, 2)
 
 
+_decode_attention = torch.library.custom_op("headq::decode_attention", _tiled, mutates_args=())
+
+
+@_decode_attention.register_kernel("cpu")
+def _cpu(q, bias, zero_query, gauge, k, key_planes, key_bits, key_scale, key_zero, v, value_planes, *rest):
+    lib = cpu_kernel.library() if k is None and v is None and q.dtype == torch.float32 else None
+    if lib is None:
+        return _tiled(q, bias, zero_query, gauge, k, key_planes, key_bits, key_scale, key_zero, v, value_planes, *rest)
+    rows = (key_planes, key_bits, key_scale, key_zero, value_planes)
+    return cpu_kernel.decode_attention(lib, q, bias, zero_query, gauge, *rows, *rest)
+
+
+def _slots(rows: Rows, tokens_per_entry: int) -> int:
+    return rows.exact.shape[2] if rows.exact is not None else rows.planes[0].shape[2] * tokens_per_entry
+
+
 def _tiles(length: int, size: int) -> Iterator[slice]:
-    return (slice(a, min(a + size, length)) for a in range(0, length, size))
+    return (slice(a, min(a + size, length)) for a in range(0, max(length, 1), size))
 
 
 def _cut(x: Tensor | None, t: slice, tokens_per_entry: int = 1) -> Tensor:

@@ -39,6 +39,7 @@ def dequantize_values(
 def softmax_readout(s: Tensor, v: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
     """``lse = log Σ exp s_j`` and ``o = Σ softmax(s)_j v_j`` over visible rows; zero and −inf where none is."""
     s = s.masked_fill(~visible[:, None, None], float("-inf"))
+    v = v.masked_fill(~visible.any(1)[:, None, :, None], 0.0)  # unwritten storage may hold NaN, and 0 · NaN is NaN
     lse = torch.logsumexp(s, -1)  # [B, Hkv, G, S]
     a = torch.exp(s - lse.nan_to_num(neginf=0.0)[..., None])
     return torch.einsum("bhgst,bhtd->bhgsd", a, v.to(a.dtype)), lse

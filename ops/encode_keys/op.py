@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from headq_ao.ops.encode_keys import reference
-from headq_ao.ops.layout import TOKEN_TILE, key_plane_shapes
+from headq_ao.ops.layout import PIECES, TOKEN_TILE, key_plane_shapes
 
 
 def encode_keys(
@@ -61,10 +61,25 @@ def encode_keys(
     base, side = read.shape[-1], 0 if side_encode is None else side_encode.shape[-1]
     if len(bits) != base + side:
         raise ValueError(f"bits must list {base} base and {side} side coordinates, got {len(bits)}")
+    if not PIECES.keys() >= set(bits):
+        raise ValueError(f"bits must be of {sorted(PIECES)}, got {sorted(set(bits) - PIECES.keys())}")
     if weight is None and len(set(bits[:base])) != 1:
         raise ValueError(f"the affine base needs one bit width for all coordinates, got {sorted(set(bits[:base]))}")
     if (side_encode is None) != (side_step is None):
         raise ValueError("side_encode and side_step must be given together")
+    head_dim = k.shape[-1]
+    trailing = {
+        "mean": (mean, (head_dim,)),
+        "encode": (encode, (head_dim, base)),
+        "read": (read, (head_dim, base)),
+        "step": (step, (base,)),
+        "weight": (weight, (base,)),
+        "side_encode": (side_encode, (head_dim, side)),
+        "side_step": (side_step, (side,)),
+    }
+    for name, (x, shape) in trailing.items():
+        if x is not None and x.shape[-len(shape) :] != shape:
+            raise ValueError(f"{name} must end in {shape} for keys of {head_dim}, got {tuple(x.shape)}")
     out = _encode_keys(k, mean, encode, read, step, weight, side_encode, side_step, list(bits), unbiased)
     if weight is None:
         return out[:-2], out[-2], out[-1]

@@ -28,7 +28,7 @@ def encode_keys(
     y = k @ encode  # [B, Hkv, T, M0]
     if weight is None:  # affine: min-max
         low, high = y.amin(-1, keepdim=True), y.amax(-1, keepdim=True)
-        scale, zero = half((high - low) / top[0]), low.half().to(dtype)
+        scale, zero = half((high - low) / top[0]), half_signed(low)
         codes = ((y - zero) / scale).round().clamp(zero.new_zeros(()), top)
         y_hat, rows = zero + scale * codes, [zero]
     else:  # symmetric around the gauge
@@ -54,3 +54,8 @@ def unbiased_scale(scale: Tensor, y: Tensor, y_hat: Tensor) -> Tensor:
 def half(x: Tensor) -> Tensor:
     """Round to the fp16 that is stored, never to zero: an all-equal row still divides."""
     return x.clamp(min=2.0**-24, max=65504.0).half().to(x.dtype)
+
+
+def half_signed(x: Tensor) -> Tensor:
+    """Round to the fp16 that is stored, never to an infinity: a rotation can carry a large row past fp16."""
+    return x.clamp(min=-65504.0, max=65504.0).half().to(x.dtype)

@@ -45,6 +45,8 @@ def encode_values(
             f"v must be [B, Hkv, T, D] with T a multiple of {tile} and D of {CHANNEL_TILE}, got {tuple(v.shape)}; "
             "pass whole blocks"
         )
+    if rotation.shape != (v.shape[-1], v.shape[-1]):
+        raise ValueError(f"rotation must be [D, D] for values of {v.shape[-1]}, got {tuple(rotation.shape)}")
     if v.shape[-1] % group_size:
         raise ValueError(f"group_size must divide head_dim {v.shape[-1]}, got {group_size}")
     out = _encode_values(v, rotation, bits, group_size, float(step), unbiased)

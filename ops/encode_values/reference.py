@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from headq_ao.ops.encode_keys.reference import half, unbiased_scale
+from headq_ao.ops.encode_keys.reference import half, half_signed, unbiased_scale
 from headq_ao.ops.layout import pack_values
 
 
@@ -13,7 +13,7 @@ def encode_values(v: Tensor, rotation: Tensor, bits: int, group_size: int, step:
     top = 2**bits - 1
     if not step:  # affine: min-max
         low, high = y.amin(-1, keepdim=True), y.amax(-1, keepdim=True)
-        scale, zero = half((high - low) / top), low.half().to(dtype)
+        scale, zero = half((high - low) / top), half_signed(low)
         codes, rows = ((y - zero) / scale).round().clamp(0, top), [zero]
     else:  # symmetric, steps in units of the group's RMS
         scale, rows = half(y.square().mean(-1, keepdim=True).sqrt() * step), []

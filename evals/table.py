@@ -1,0 +1,151 @@
+"""Tables: aligned text for a terminal, Markdown for README.md, and the README's own table kept equal to the results."""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+MARKERS = re.compile(r"(<!-- table:(?P<name>[\w-]+)(?P<all>:all)? -->\n).*?(<!-- /table -->)", re.DOTALL)
+HEADER = ("cache", "options", "bits K / V", "mean bits", "at 4k", "ppl ratio", "KL (nats)", "flips", "packed")
+
+EPILOG = """\
+examples:
+  python -m headq_ao.evals.table                 rewrite the tables of ./README.md from ./recipes/results
+  python -m headq_ao.evals.table --check         exit with 1 when a table differs from its results
+  python -m headq_ao.evals.table --print core    show one table
+
+A table stands between <!-- table:NAME --> or <!-- table:NAME:all --> and <!-- /table -->. Its rows are those of
+recipes/results/NAME/*.json that the recipe marks as headline, or all of them, in the order of the recipe.
+"""
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Aligned columns, the first one to the left and the others to the right.
+
+    Example:
+        >>> from headq_ao.evals.table import text_table
+        >>> print(text_table(["cache", "bits"], [["exact", "32"], ["HeadQ", "2.5"]]))
+        cache  bits
+        -----  ----
+        exact    32
+        HeadQ   2.5
+    """
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = [header, ["-" * width for width in widths], *rows]
+    return "\n".join(
+        "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
+        for line in lines
+    )
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """A Markdown table whose first ``left`` columns are aligned left."""
+    rule = ["---" if i < left else "---:" for i in range(len(header))]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [header, rule, *rows])
+
+
+def number(x: float | None, digits: int = 2) -> str:
+    """A number or a dash."""
+    return "–" if x is None or x != x else f"{x:.{digits}f}"
+
+
+def measured(x: float, sem: float | None, digits: int) -> str:
+    """A number with its standard error over rows."""
+    return number(x, digits) if sem is None else f"{x:.{digits}f} ± {sem:.{digits}f}"
+
+
+def options_text(result: dict[str, Any]) -> str:
+    """What a setting asked for, as one writes it in ``headq_config(...)``."""
+    parts = [f"{name}={value!r}" for name, value in result["options"].items()]
+    return ", ".join(parts + ([] if result["calibrated"] else ["no calibration"])) or "defaults"
+
+
+def result_row(result: dict[str, Any]) -> list[str]:
+    """The cells of one setting under ``HEADER``."""
+    score, at_4k = result["score"], result["bits_at_4096"]
+    sides = [score["report"][f"{side}_body_bits"] for side in ("key", "value")]
+    return [
+        result["title"],
+        f"`{options_text(result)}`",
+        " / ".join("exact" if bits is None else number(bits) for bits in sides),
+        number(score["report"]["packed_bits_per_element"]),
+        number(at_4k),
+        measured(score["ppl_ratio"], score["ppl_ratio_sem"], 3),
+        measured(score["mean_kl"], score["mean_kl_sem"], 4),
+        f"{100 * score['flips']:.1f} %",
+        f"{100 * score['packed_fraction']:.0f} %",
+    ]
+
+
+def read_results(folder: Path) -> list[dict[str, Any]]:
+    """The results of one recipe in its order.
+
+    Raises:
+        FileNotFoundError: when the folder holds none.
+    """
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    if not results:
+        raise FileNotFoundError(f"no results in {folder}; make them with: python recipes/run.py recipes/NAME.yaml")
+    return sorted(results, key=lambda result: (result["order"], result["name"]))
+
+
+def results_table(results: Sequence[dict[str, Any]]) -> str:
+    """Markdown table of results, followed by one line on the protocol."""
+    first = results[0]
+    p, score = first["protocol"], first["score"]
+    note = (
+        f"{first['model']}, {p['dtype']}; {p['rows']} rows of {p['row_length']} tokens of {p['text']}, "
+        f"prefill {p['prefill']}, chunks of {p['chunk']}; calibration on {p['calibration_tokens']} tokens of "
+        f"{p['calibration']}; exact perplexity {score['exact_perplexity']:.3f}. ± is the standard error over rows; "
+        "packed: share of the rows read that were packed ones."
+    )
+    return markdown_table(HEADER, [result_row(result) for result in results], left=2) + "\n\n" + note
+
+
+def updated(readme: str, results: Path) -> str:
+    """The text of README.md with each marked table made anew."""
+
+    def table(match: re.Match[str]) -> str:
+        found = read_results(results / match["name"])
+        shown = found if match["all"] else [result for result in found if result["headline"]]
+        return f"{match[1]}{results_table(shown)}\n{match[4]}"
+
+    return MARKERS.sub(table, readme)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line: rewrite, ``--check`` or ``--print``."""
+    parser = argparse.ArgumentParser(
+        prog="python -m headq_ao.evals.table",
+        description="Make README.md's tables from the results of recipes/run.py.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--readme", type=Path, default=Path("README.md"), help="the file to update (./README.md)")
+    parser.add_argument("--results", type=Path, default=Path("recipes/results"), help="folder (./recipes/results)")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 when a table is out of date")
+    parser.add_argument("--print", dest="name", metavar="NAME", help="print one table and change nothing")
+    args = parser.parse_args(argv)
+    try:
+        if args.name:
+            print(results_table(read_results(args.results / args.name)))
+            return 0
+        old = args.readme.read_text(encoding="utf-8")
+        new = updated(old, args.results)
+    except FileNotFoundError as error:
+        parser.error(str(error))
+    if not MARKERS.search(old):
+        parser.error(f"{args.readme} has no <!-- table:NAME --> … <!-- /table -->")
+    if args.check and new != old:
+        print(f"{args.readme} is out of date; run: python -m headq_ao.evals.table", file=sys.stderr)
+        return 1
+    if not args.check:
+        args.readme.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

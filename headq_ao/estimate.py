@@ -1,0 +1,71 @@
+"""``estimate_memory``: what a cache would take, found by running its storage code without data."""
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from headq_ao.cache_layer import HeadQCacheLayer
+from headq_ao.calibration import LayerMoments
+from headq_ao.config import HeadQConfig
+from headq_ao.layer_codec import LayerCodec
+from headq_ao.models import LayerShape, layer_shapes
+from headq_ao.report import BitsReport
+
+META = torch.device("meta")
+
+
+def estimate_memory(
+    model_or_config: Any, config: HeadQConfig, tokens: int, batch_size: int = 1, dtype: torch.dtype | None = None
+) -> BitsReport:
+    """The :meth:`HeadQCache.bits_report` that one prefill of ``tokens`` tokens would leave, without running the model.
+
+    The cache's own code runs on shapes alone (PyTorch's meta device), so the counts are those of the real cache.
+
+    Args:
+        model_or_config: a transformers model, or its config.
+        config: what to store; a calibration is not read, only its presence counts.
+        tokens: per sequence.
+        batch_size: sequences.
+        dtype: of the exact rows; default the model's, else bfloat16.
+
+    Returns:
+        A :class:`~headq_ao.report.BitsReport`; its ``bytes`` sum to the footprint.
+
+    Raises:
+        ValueError: when the model is not supported or a count is below 1.
+
+    Example:
+        >>> from transformers import LlamaConfig
+        >>> from headq_ao import estimate_memory, headq_config
+        >>> report = estimate_memory(LlamaConfig(), headq_config(), tokens=4096)
+        >>> round(report.packed_bits_per_element, 4)
+        2.375
+    """
+    if tokens < 1 or batch_size < 1:
+        raise ValueError(f"tokens and batch_size must be at least 1, got {tokens} and {batch_size}")
+    model_config = model_or_config.config if isinstance(model_or_config, PreTrainedModel) else model_or_config
+    if dtype is None:
+        dtype = getattr(model_or_config, "dtype", None)
+        dtype = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
+    layers = []
+    for shape in layer_shapes(model_config):
+        moments = None if config.calibration is None else _no_moments(shape)
+        codec = LayerCodec(config, shape, moments, META)
+        layer = HeadQCacheLayer(config, shape)
+        k = torch.empty(batch_size, shape.n_kv_heads, tokens, shape.head_dim, dtype=dtype, device=META)
+        q = torch.empty(batch_size, shape.n_heads, tokens, shape.head_dim, dtype=dtype, device=META)
+        layer.update(k, k)
+        layer.commit(q, codec)
+        layers.append(layer)
+    return BitsReport.of(layers)
+
+
+def _no_moments(shape: LayerShape) -> LayerMoments:
+    """Moments without data."""
+    h, d = shape.n_kv_heads, shape.head_dim
+
+    def empty(*size: int) -> torch.Tensor:
+        return torch.empty(*size, device=META)
+
+    return LayerMoments(1, 1, empty(h, d, d), empty(h, d), empty(h, d, d), empty(h, d), empty(h, d, d), empty(16, h, d))

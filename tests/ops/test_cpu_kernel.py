@@ -1,0 +1,147 @@
+"""The compiled kernel against the reference, on every code path that this machine has."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from headq_ao.ops import MappedQuery, Rows, cpu_build, decode_attention, encode_keys, encode_values
+from headq_ao.ops.decode_attention import cpu_kernel
+from headq_ao.ops.decode_attention.op import _tiled
+
+LIBRARY = cpu_kernel.library()
+pytestmark = pytest.mark.skipif(LIBRARY is None, reason="no C++ compiler: the reference serves")
+PATHS = [name for name, i in cpu_kernel.PATHS.items() if LIBRARY is not None and i <= LIBRARY.headq_best_isa()]
+
+# batch, kv heads, group, new tokens, slots, head_dim, key bits, rank, side bits, key zero, value bits, value group,
+# value zero, holes
+SHAPES = [
+    (1, 3, 3, 1, 640, 64, 2, 16, 2, False, 2, 64, False, False),
+    (2, 2, 4, 1, 1184, 128, 4, 8, 4, True, 4, 32, True, False),
+    (1, 1, 5, 3, 96, 80, 3, 0, 2, False, 3, 80, False, False),
+    (2, 1, 1, 70, 1056, 96, 1, 24, 2, True, 1, 24, True, True),
+    (1, 2, 6, 2, 544, 16, 8, 16, 1, False, 8, 16, True, False),
+    (1, 2, 2, 1, 64, 48, 5, 4, 3, False, 6, 8, False, True),
+    (1, 1, 8, 1, 512, 256, 2, 64, 2, False, 2, 256, False, False),
+]
+
+
+def make(batch, hkv, group, new, slots, d, k_bits, rank, side_bits, k_zero, v_bits, v_group, v_zero, holes, seed=0):
+    """Packed rows and queries whose scores spread over a few nats, with visible ranges and, if asked, holes."""
+    g = torch.Generator().manual_seed(seed)
+    k, v = (torch.randn(batch, hkv, slots, d, generator=g) for _ in range(2))
+    eye, bits = torch.eye(d)[None, None], [k_bits] * d + [side_bits] * rank
+    planes, scale, zero = encode_keys(
+        k, torch.zeros(1, hkv, d), eye, eye, torch.full((1, 1, d), 1.0 if k_zero else 3.4 / 2**k_bits), bits,
+        weight=None if k_zero else torch.ones(1, 1, d),
+        side_encode=eye[..., :rank] if rank else None, side_step=torch.full((1, 1, rank), 0.3) if rank else None,
+    )  # fmt: skip
+    keys = Rows(planes=planes, bits=bits, scale=scale, zero=zero)
+    planes, scale, zero = encode_values(v, torch.eye(d), v_bits, group_size=v_group, step=0.0 if v_zero else 0.8)
+    values = Rows(planes=planes, bits=(v_bits,), scale=scale, zero=zero)
+    codes = torch.randn(batch, hkv * group, new, len(bits), generator=g) / (2.0**k_bits * d**0.5)
+    rest = (torch.randn(batch, hkv * group, new, generator=g) for _ in range(3))
+    start = torch.randint(0, slots // 2, (batch, new), generator=g)
+    stop = torch.randint(slots // 2, slots + 1, (batch, new), generator=g)
+    if new > 1:
+        start[0, 0] = stop[0, 0] = 5
+    valid = torch.rand(batch, slots, generator=g) > 0.1 if holes else None
+    return MappedQuery(codes, *rest), keys, values, start, stop, valid
+
+
+def reference(q, keys, values, start, stop, valid):
+    """The tiled reference on the same arguments, whatever kernel is registered."""
+    return _tiled(
+        q.codes, q.bias, q.zero, q.gauge, None, keys.planes, list(keys.bits), keys.scale, keys.zero,
+        None, values.planes, values.bits[0], values.scale, values.zero, start, stop, valid,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_kernel_matches_reference(shape, path, monkeypatch):
+    """15-bit queries and weights: relative output error below 1e-3 (measured 2e-5 to 6e-4), and exact where empty."""
+    monkeypatch.setenv("HEADQ_CPU_ISA", path)
+    case = make(*shape)
+    out, lse = decode_attention(*case)
+    expected, expected_lse = reference(*case)
+    assert (out - expected).norm() <= 1e-3 * expected.norm()
+    seen = torch.isfinite(expected_lse)
+    assert torch.equal(torch.isfinite(lse), seen)
+    assert torch.equal(out[~seen], torch.zeros_like(out[~seen]))
+    torch.testing.assert_close(lse[seen], expected_lse[seen], rtol=1e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_hidden_slots_may_hold_anything(path, monkeypatch):
+    """Unused capacity is not initialized: NaN scales and random bytes outside the range change nothing."""
+    monkeypatch.setenv("HEADQ_CPU_ISA", path)
+    q, keys, values, start, stop, _ = make(*SHAPES[0])
+    start[:], stop[:] = 32, 576
+    clean = decode_attention(q, keys, values, start, stop)
+    hidden = torch.ones(640, dtype=torch.bool)
+    hidden[32:576] = False
+    keys.scale[:, :, hidden] = float("nan")
+    values.scale[:, :, hidden] = float("nan")
+    for planes in (keys.planes, values.planes):
+        planes[0][:, :, :2], planes[0][:, :, 36:] = 255, 255
+    dirty = decode_attention(q, keys, values, start, stop)
+    assert torch.equal(clean[0], dirty[0])
+    assert torch.equal(clean[1], dirty[1])
+
+
+def test_threads_and_views_change_nothing():
+    """Slices of a larger store and any number of threads give the same sums."""
+    q, keys, values, start, stop, _ = make(*SHAPES[1])
+    start[:], stop[:] = 0, 64
+    cut = Rows(
+        planes=[p[:, :, 2:6] for p in keys.planes],
+        bits=keys.bits,
+        scale=keys.scale[:, :, 32:96],
+        zero=keys.zero[:, :, 32:96],
+    )
+    cut_v = Rows(
+        planes=[p[:, :, 4:12] for p in values.planes],
+        bits=(4,),
+        scale=values.scale[:, :, 32:96],
+        zero=values.zero[:, :, 32:96],
+    )
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = decode_attention(q, cut, cut_v, start, stop)
+        torch.set_num_threads(2)
+        two = decode_attention(q, cut, cut_v, start, stop)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(one[0], two[0])
+    expected, _ = reference(q, cut, cut_v, start, stop, None)
+    assert (one[0] - expected).norm() <= 1e-3 * expected.norm()
+
+
+def test_unknown_path_is_refused(monkeypatch):
+    monkeypatch.setenv("HEADQ_CPU_ISA", "mmx")
+    with pytest.raises(ValueError, match="HEADQ_CPU_ISA must be one of"):
+        decode_attention(*make(*SHAPES[0]))
+
+
+def test_no_compiler_means_one_warning_and_the_reference(monkeypatch, tmp_path):
+    """A compiler that fails leaves no file behind and does not raise."""
+    monkeypatch.setenv("HEADQ_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    source = Path(cpu_kernel.__file__).with_name("cpu_kernel.cpp")
+    with pytest.warns(UserWarning, match="no compiled CPU kernel"):
+        assert cpu_build.load.__wrapped__(source) is None
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_two_processes_may_compile_at_once(tmp_path):
+    code = "from headq_ao.ops.decode_attention import cpu_kernel; assert cpu_kernel.library() is not None"
+    environment = {**os.environ, "HEADQ_CACHE_DIR": str(tmp_path)}
+    runs = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(2)]
+    assert [run.wait() for run in runs] == [0, 0]
+    assert len(list(tmp_path.iterdir())) == 1

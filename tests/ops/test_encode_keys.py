@@ -1,0 +1,314 @@
+"""Key rows against a loop over tokens in float64, and what a stored row must promise."""
+
+import math
+
+import pytest
+import torch
+
+from headq_ao.codec import rotation_matrix
+from headq_ao.ops import encode_keys
+from headq_ao.ops.layout import unpack_keys
+
+TINY, HUGE = 2.0**-24, 65504.0
+
+
+def fp16(x):
+    return float(torch.tensor(x, dtype=torch.float64).half())
+
+
+def positive_fp16(x):
+    return fp16(min(max(x, TINY), HUGE))
+
+
+def clip_round(x, top):
+    return min(max(round(x), 0), top)  # Python rounds half to even, as torch does
+
+
+def at(x, b, h):
+    """The entry of batch row b and head h, where either may be shared."""
+    return None if x is None else x[min(b, x.shape[0] - 1), min(h, x.shape[1] - 1)]
+
+
+def encode_row(k, mean, encode, read, step, bits, weight, side_encode, side_step, unbiased):
+    """One token as the docstring of encode_keys says it: codes, σ, zero."""
+    base = len(step)
+    tops = [2**b - 1 for b in bits]
+    y = ((k - mean) @ encode).tolist()
+    zero = None
+    if weight is None:
+        sigma = positive_fp16((max(y) - min(y)) / tops[0])
+        zero = fp16(min(max(min(y), -HUGE), HUGE))
+        codes = [clip_round((y_i - zero) / sigma, tops[0]) for y_i in y]
+        y_hat = [zero + sigma * c for c in codes]
+    else:
+        sigma = positive_fp16(math.sqrt(sum(w * y_i**2 for w, y_i in zip(weight.tolist(), y, strict=True)) / base))
+        middle = [top / 2 for top in tops[:base]]
+        codes = [clip_round(y[i] / (sigma * float(step[i])) + middle[i], tops[i]) for i in range(base)]
+        levels = [float(step[i]) * (codes[i] - middle[i]) for i in range(base)]
+        if unbiased and any(y):
+            dot = sum(y_i * sigma * level for y_i, level in zip(y, levels, strict=True))
+            sigma = positive_fp16(sigma * sum(y_i**2 for y_i in y) / dot)
+        y_hat = [sigma * level for level in levels]
+    if side_encode is not None:
+        k_err = (k - mean) - read @ torch.tensor(y_hat, dtype=torch.float64)
+        for r, (z, top) in enumerate(zip((k_err @ side_encode).tolist(), tops[base:], strict=True)):
+            codes.append(clip_round(z / (sigma * float(side_step[r])) + top / 2, top))
+    return codes, sigma, zero
+
+
+def encode_loop(k, mean, encode, read, step, bits, *, weight=None, side_encode=None, side_step=None, unbiased=True):
+    b, h, t, _ = k.shape
+    codes = torch.zeros(b, h, t, len(bits), dtype=torch.uint8)
+    scale, zero = torch.zeros(b, h, t), torch.zeros(b, h, t)
+    for i in range(b):
+        for j in range(h):
+            shared = [at(x, i, j) for x in (mean, encode, read, step)]
+            sides = [at(x, i, j) for x in (weight, side_encode, side_step)]
+            for n in range(t):
+                row, sigma, m = encode_row(k[i, j, n], *shared, bits, *sides, unbiased)
+                codes[i, j, n] = torch.tensor(row)
+                scale[i, j, n] = sigma
+                zero[i, j, n] = 0.0 if m is None else m
+    return codes, scale, zero
+
+
+@pytest.fixture
+def case(randn, orthogonal):
+    """Arguments of encode_keys; ``own`` gives each sequence its own mean and side basis."""
+
+    def make(symmetric, head_dim=16, batch=1, heads=2, tokens=16, base_bits=2, rank=0, side_bits=2, own=False):
+        mine = batch if own else 1
+        rotation = orthogonal(1, 1, head_dim)
+        args = {
+            "k": randn(batch, heads, tokens, head_dim) * (1 + randn(1, heads, 1, head_dim).abs()),
+            "mean": randn(mine, heads, head_dim),
+            "encode": rotation,
+            "read": rotation,
+            "step": torch.ones(1, 1, head_dim, dtype=torch.float64),
+            "bits": [base_bits] * head_dim + [side_bits] * rank,
+        }
+        if symmetric:
+            args["step"] = 0.5 + randn(1, 1, head_dim).abs() / 2
+            args["weight"] = 0.5 + randn(mine, heads, head_dim).abs()
+        if rank:
+            args["side_encode"] = orthogonal(mine, heads, head_dim)[..., :rank]
+            args["side_step"] = 0.1 + randn(mine, heads, rank).abs() / 2
+        return args
+
+    return make
+
+
+def run(args, **options):
+    """Codes, scale and zero of encode_keys."""
+    planes, scale, zero = encode_keys(**(args | options))
+    return unpack_keys(planes, args["bits"]), scale, zero
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"head_dim": 80, "tokens": 32},
+        {"head_dim": 64, "heads": 1, "base_bits": 3},
+        {"batch": 2, "rank": 4, "own": True},
+        {"head_dim": 96, "rank": 7, "side_bits": 4},
+        {"head_dim": 32, "base_bits": 1, "rank": 8, "side_bits": 1},
+        {"base_bits": 8, "rank": 16, "side_bits": 6},
+        {"head_dim": 128, "heads": 1, "base_bits": 4, "rank": 3, "side_bits": 5},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("base", ["affine", "symmetric", "symmetric, biased"])
+def test_against_a_loop(case, base, options):
+    args = case(base != "affine", **options)
+    codes, scale, zero = run(args, unbiased="biased" not in base)
+    want_codes, want_scale, want_zero = encode_loop(**args, unbiased="biased" not in base)
+    assert torch.equal(codes, want_codes)
+    assert scale.dtype == torch.float16 and torch.equal(scale.float(), want_scale)
+    if base == "affine":
+        assert zero.dtype == torch.float16 and torch.equal(zero.float(), want_zero)
+    else:
+        assert zero is None
+
+
+def test_ragged_base_bits(case):
+    args = case(True)
+    args["bits"] = [8] * 2 + [4] * 6 + [3] * 2 + [1] * 6
+    codes, scale, _ = run(args)
+    want_codes, want_scale, _ = encode_loop(**args)
+    assert torch.equal(codes, want_codes)
+    assert torch.equal(scale.float(), want_scale)
+
+
+def test_narrower_base_than_head_dim(case, randn):
+    """A base that keeps 8 of 16 coordinates: the side code sees what was dropped."""
+    args = case(True, rank=4)
+    args |= {name: args[name][..., :8] for name in ("encode", "read", "step", "weight")}
+    args["bits"] = [2] * 8 + [2] * 4
+    codes, scale, _ = run(args)
+    want_codes, want_scale, _ = encode_loop(**args)
+    assert torch.equal(codes, want_codes)
+    assert torch.equal(scale.float(), want_scale)
+
+
+@pytest.mark.parametrize("symmetric", [False, True], ids=["affine", "symmetric"])
+def test_side_code_is_of_the_stored_row(case, symmetric):
+    """z is the error of what a reader decodes, fp16 scale and zero included, not of the unrounded row."""
+    args = case(symmetric, head_dim=32, rank=32, side_bits=8)
+    args["side_step"] = torch.full((1, 2, 32), 1e-4, dtype=torch.float64)  # finer than the fp16 rounding of the scale
+    if symmetric:
+        args["k"] = args["mean"].unsqueeze(-2) + args["k"] * 1e-3
+    base_bits = torch.tensor(args["bits"][:32])
+    codes, scale, zero = run(args)
+    centre = (2.0**base_bits - 1) / 2 if symmetric else 0.0
+    sigma = scale.double()[..., None]
+    y_hat = sigma * args["step"] * (codes[..., :32] - centre) + (0 if symmetric else zero.double()[..., None])
+    k_err = args["k"] - args["mean"].unsqueeze(-2) - y_hat @ args["read"].mT
+    z = k_err @ args["side_encode"] / (sigma * 1e-4) + 255 / 2
+    assert torch.equal(codes[..., 32:], z.round().clamp(0, 255).to(torch.uint8))
+    coarse = k_err @ args["side_encode"] / (sigma * (1 + 2.0**-12) * 1e-4) + 255 / 2
+    assert not torch.equal(coarse.round(), z.round()), "the case does not tell roundings of the scale apart"
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_unbiased_scale(case, bits):
+    """⟨y, ŷ⟩ = ‖y‖² within the fp16 rounding of one scale; without it rows shrink."""
+    args = case(True, head_dim=64, tokens=64, base_bits=bits)
+    y = (args["k"] - args["mean"].unsqueeze(-2)) @ args["encode"]
+
+    def gain(unbiased):
+        codes, scale, _ = run(args, unbiased=unbiased)
+        y_hat = scale.double()[..., None] * args["step"] * (codes - (2**bits - 1) / 2)
+        return (y * y_hat).sum(-1) / y.square().sum(-1)
+
+    assert (gain(True) - 1).abs().max() <= 2.0**-11
+    assert (gain(False) - 1).abs().max() > 2.0**-9
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("symmetric", [False, True], ids=["affine", "symmetric"])
+def test_low_precision_keys_are_coded_in_fp32(case, symmetric, dtype):
+    args = case(symmetric, head_dim=64, rank=16, tokens=32)
+    args = {n: x.to(dtype if n == "k" else torch.float32) if torch.is_tensor(x) else x for n, x in args.items()}
+    codes, scale, zero = run(args)
+    widened = run(args | {"k": args["k"].float()})
+    assert torch.equal(codes, widened[0])
+    assert torch.equal(scale, widened[1])
+    assert zero is None or torch.equal(zero, widened[2])
+    exact, _, _ = encode_loop(**{n: x.double() if torch.is_tensor(x) else x for n, x in args.items()})
+    assert (codes != exact).double().mean() < 1e-3  # ties of fp32 against float64
+
+
+def decoded(args, codes, scale, zero):
+    """What a reader sees of the base: k_hat."""
+    base = args["read"].shape[-1]
+    if zero is None:
+        middle = (2.0 ** torch.tensor(args["bits"][:base]) - 1) / 2
+        y_hat = scale.double()[..., None] * args["step"] * (codes[..., :base] - middle)
+    else:
+        y_hat = scale.double()[..., None] * codes[..., :base] + zero.double()[..., None]
+    return args["mean"].unsqueeze(-2) + y_hat @ args["read"].mT
+
+
+EDGES = {
+    "zero": 0.0,
+    "constant": 3.0,
+    "tiny": 1e-6,
+    "smaller than fp16": 1e-12,
+    "huge": 6e4,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("gauge", [False, True], ids=["no gauge", "gauge"])
+@pytest.mark.parametrize("name", EDGES)
+@pytest.mark.parametrize("symmetric", [False, True], ids=["affine", "symmetric"])
+def test_extreme_rows(case, randn, symmetric, name, gauge, dtype):
+    args = case(symmetric, head_dim=64, rank=8, base_bits=4, side_bits=4)
+    args["encode"] = args["read"] = torch.eye(64, dtype=torch.float64)[None, None]
+    if symmetric:
+        args["step"], args["weight"] = torch.full_like(args["step"], 0.3352), torch.ones_like(args["weight"])
+    if name in ("zero", "constant"):
+        args["k"] = torch.full_like(args["k"], EDGES[name])
+    else:
+        args["k"] = randn(1, 2, 16, 64).clamp(-1, 1) * EDGES[name]
+    args["k"] = args["k"].to(dtype)
+    args["mean"] = args["k"].double().mean(-2) if gauge else torch.zeros(1, 2, 64, dtype=torch.float64)
+    codes, scale, zero = run(args)
+    assert bool(torch.isfinite(scale).all()) and bool((scale > 0).all())
+    assert zero is None or bool(torch.isfinite(zero).all())
+    k = args["k"].double()
+    error = (decoded(args, codes, scale, zero) - k).norm(dim=-1)
+    size = (k - args["mean"].unsqueeze(-2)).norm(dim=-1)
+    # one fp16 step of the smallest scale beside a share of the row's own size
+    assert bool((error <= 0.25 * size + 1e-5).all()), float((error / size).max())
+
+
+def test_a_rotation_may_carry_a_row_past_fp16(case):
+    """64 coordinates of 6e4 meet in one rotated coordinate of 4.8e5: clipped, and finite."""
+    args = case(False, head_dim=64)
+    args["encode"] = args["read"] = rotation_matrix(64).double()[None, None]
+    args["mean"] = torch.zeros(1, 2, 64, dtype=torch.float64)
+    args["k"] = torch.full_like(args["k"], -6e4)
+    codes, scale, zero = run(args)
+    assert bool(torch.isfinite(scale).all()) and bool(torch.isfinite(zero).all())
+    assert bool(torch.isfinite(decoded(args, codes, scale, zero)).all())
+
+
+def test_side_code_lessens_the_error(case):
+    args = case(True, head_dim=64, tokens=64, rank=16, side_bits=4)
+    codes, scale, zero = run(args)
+    k_hat = decoded(args, codes, scale, zero)
+    z = (codes[..., 64:] - 7.5) * scale.double()[..., None] * args["side_step"].unsqueeze(-2)
+    basis = args["side_encode"]
+    before = (args["k"] - k_hat) @ basis
+    after = (args["k"] - k_hat - z @ basis.mT) @ basis
+    assert after.square().mean() < 0.3 * before.square().mean()
+
+
+@pytest.mark.parametrize("options", [{}, {"batch": 2, "heads": 3, "tokens": 48, "own": True, "rank": 4}], ids=str)
+@pytest.mark.parametrize("symmetric", [False, True], ids=["affine", "symmetric"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_opcheck(case, symmetric, options, dtype):
+    args = case(symmetric, **options)
+    floats = {n: x.to(dtype if n == "k" else torch.float32) for n, x in args.items() if torch.is_tensor(x)}
+    names = ("k", "mean", "encode", "read", "step", "weight", "side_encode", "side_step")
+    torch.library.opcheck(
+        torch.ops.headq.encode_keys.default, (*(floats.get(n) for n in names), args["bits"], symmetric)
+    )
+
+
+def test_opcheck_on_a_view(case):
+    args = case(True, heads=3, tokens=32, rank=2)
+    args["k"] = args["k"].transpose(1, 2).contiguous().transpose(1, 2)  # what a projection hands over
+    names = ("k", "mean", "encode", "read", "step", "weight", "side_encode", "side_step")
+    torch.library.opcheck(torch.ops.headq.encode_keys.default, (*(args[n] for n in names), args["bits"], True))
+    dense = run(args | {"k": args["k"].contiguous()})
+    view = run(args)
+    assert torch.equal(view[0], dense[0]) and torch.equal(view[1], dense[1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"k": (1, 2, 17, 16)},
+            r"k must be \[B, Hkv, T, D\] with T a multiple of 16, got \(1, 2, 17, 16\)",
+        ),
+        ({"k": (2, 16, 16)}, r"got \(2, 16, 16\); pass whole blocks"),
+        ({"bits": [2] * 15}, r"bits must list 16 base and 0 side coordinates, got 15"),
+        ({"bits": [2] * 15 + [7]}, r"bits must be of \[1, 2, 3, 4, 5, 6, 8\], got \[7\]"),
+        ({"bits": [2] * 8 + [4] * 8}, r"affine base needs one bit width for all coordinates, got \[2, 4\]"),
+        ({"side_step": (1, 2, 4)}, r"side_encode and side_step must be given together"),
+        ({"mean": (1, 2, 8)}, r"mean must end in \(16,\) for keys of 16, got \(1, 2, 8\)"),
+        ({"encode": (1, 1, 8, 16)}, r"encode must end in \(16, 16\) for keys of 16, got \(1, 1, 8, 16\)"),
+        ({"step": (1, 1, 4)}, r"step must end in \(16,\) for keys of 16, got \(1, 1, 4\)"),
+        ({"weight": (1, 2, 4)}, r"weight must end in \(16,\) for keys of 16, got \(1, 2, 4\)"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_errors(case, changes, message):
+    args = case(False)
+    args |= {name: x if isinstance(x, list) else torch.ones(x) for name, x in changes.items()}
+    with pytest.raises(ValueError, match=message):
+        encode_keys(**args)

@@ -1,0 +1,134 @@
+"""The recipe runner: what it skips, what it repeats, what it refuses."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def load_runner():
+    spec = importlib.util.spec_from_file_location("recipes_run", ROOT / "recipes" / "run.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["recipes_run"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+runner = load_runner()
+
+RECIPE = {
+    "name": "mini",
+    "model": "tiny",
+    "dtype": "float32",
+    "seed": 0,
+    "protocol": {"text": "bundled", "rows": 2, "row_length": 160, "prefill": 64, "chunk": 32},
+    "calibration": {"text": "bundled", "tokens": 300},
+    "settings": [
+        {"name": "first", "title": "first", "options": {"epoch_tokens": 32}},
+        {"name": "second", "title": "second", "options": {"epoch_tokens": 32, "v_bits": None}, "calibration": False},
+    ],
+}
+
+
+@pytest.fixture
+def recipe(tmp_path, tiny, token_ids, monkeypatch):
+    """``recipe(**changes)`` runs the recipe on a tiny model and random tokens; returns exit code and names that ran."""
+    evaluate, ran = runner.evaluate, []
+
+    def counted(*args, label, **kwargs):
+        ran.append(label)
+        return evaluate(*args, label=label, **kwargs)
+
+    monkeypatch.setattr(runner.inputs, "load", lambda *_: (tiny(), None))
+    monkeypatch.setattr(runner.inputs, "token_rows", lambda _, path, n, length: token_ids(n, length, len(path.name)))
+    monkeypatch.setattr(runner, "evaluate", counted)
+
+    def run(*arguments, **changes):
+        ran.clear()
+        path = tmp_path / "mini.yaml"
+        path.write_text(yaml.safe_dump(RECIPE | changes), encoding="utf-8")
+        code = runner.main([str(path), "--results", str(tmp_path / "results"), "--no-progress", *arguments])
+        return code, list(ran)
+
+    return run
+
+
+def test_resumes(recipe, tmp_path, capsys):
+    assert recipe("--only", "first") == (0, ["first"])
+    assert recipe() == (0, ["second"])
+    shown = capsys.readouterr().out
+    assert "mini: 1 of 2 settings to run, 1 already there" in shown
+    assert "| first | `epoch_tokens=32` |" in shown and "no calibration" in shown
+    assert recipe() == (0, [])
+    assert recipe("--force") == (0, ["first", "second"])
+    result = json.loads((tmp_path / "results" / "mini" / "second.json").read_text(encoding="utf-8"))
+    assert result["config"]["calibration"] is None and not result["calibrated"] and result["order"] == 1
+
+
+def test_changes_are_measured_again(recipe, tmp_path):
+    recipe()
+    changed = [RECIPE["settings"][0] | {"options": {"epoch_tokens": 32, "rank": 0}}, RECIPE["settings"][1]]
+    assert recipe(settings=changed) == (0, ["first"])
+    assert recipe(protocol=RECIPE["protocol"] | {"chunk": 16}) == (0, ["first", "second"])
+    (tmp_path / "results" / "mini" / "first.json").write_text("{", encoding="utf-8")
+    assert recipe(protocol=RECIPE["protocol"] | {"chunk": 16}) == (0, ["first"])
+
+
+def test_labels_follow_the_recipe(recipe, tmp_path):
+    recipe()
+    settings = [RECIPE["settings"][1], RECIPE["settings"][0] | {"title": "now second", "headline": True}]
+    assert recipe(settings=settings) == (0, [])
+    result = json.loads((tmp_path / "results" / "mini" / "first.json").read_text(encoding="utf-8"))
+    assert (result["title"], result["order"], result["headline"]) == ("now second", 1, True)
+
+
+def test_expected_range(recipe, capsys):
+    settings = [RECIPE["settings"][0] | {"expected_kl": [5, 6]}, RECIPE["settings"][1] | {"expected_kl": [0, 100]}]
+    assert recipe(settings=settings)[0] == 1
+    shown = capsys.readouterr().out
+    assert "outside the expected range:\nfirst: mean KL" in shown and "second: mean KL" not in shown
+
+
+def test_list_runs_nothing(recipe, capsys):
+    assert recipe("--list") == (0, [])
+    assert capsys.readouterr().out == "to run  first\nto run  second\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "changes", "message"),
+    [
+        ((), {"protocol": RECIPE["protocol"] | {"text": "wikitext"}}, "set HEADQ_WIKITEXT=FOLDER"),
+        (("--wikitext", "nowhere"), {"calibration": {"text": "wikitext", "tokens": 9}}, "nowhere has no file"),
+        ((), {"settings": [{"name": "a", "title": "a", "options": {"bits": 2}}]}, "setting a: unknown option bits"),
+        ((), {"settings": RECIPE["settings"][:1] * 2}, "first is used twice"),
+        ((), {"settings": [{"name": "a", "options": {}}]}, "the key 'title' is missing"),
+        ((), {"settings": [RECIPE["settings"][0] | {"note": ""}]}, "unknown key note; a setting has name, title"),
+        ((), {"speed": 1}, "differs in {'speed'}"),
+        (("--only", "third"), {}, "no setting third; there are first, second"),
+    ],
+)
+def test_refuses(recipe, arguments, changes, message, monkeypatch, capsys):
+    monkeypatch.delenv("HEADQ_WIKITEXT", raising=False)
+    with pytest.raises(SystemExit) as caught:
+        recipe(*arguments, **changes)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_core_recipe_and_its_results(tmp_path):
+    """Every committed result is of a setting that core.yaml still has, made with its options, within its range."""
+    for name in ("wiki.test.raw", "wiki.valid.raw"):
+        (tmp_path / name).touch()
+    core = runner.Recipe.read(ROOT / "recipes" / "core.yaml", str(tmp_path))
+    settings = {setting.name: setting for setting in core.settings}
+    paths = sorted((ROOT / "recipes" / "results" / "core").glob("*.json"))
+    assert {path.stem for path in paths} == set(settings)
+    results = [runner.finished(core, settings[path.stem], path) for path in paths]
+    assert None not in results, "core.yaml, the defaults or the results changed: python recipes/run.py"
+    assert runner.outside(core, results) == []
+    assert all(setting.expected_kl is not None for setting in core.settings)

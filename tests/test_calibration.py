@@ -1,0 +1,369 @@
+"""Moments against states taken from the model by hooks, and the file they are kept in."""
+
+import json
+import os
+import stat
+
+import pytest
+import safetensors.torch
+import torch
+
+from headq_ao import Calibration, calibrate, headq_config, quantize_
+from headq_ao.calibration import TENSORS, LayerMoments, MomentAccumulator
+from headq_ao.models import fingerprint
+
+N_SINK = 3
+
+
+@pytest.fixture
+def llama(tiny):
+    return tiny("llama", head_dim=32, heads=4, kv_heads=2, layers=2)
+
+
+@pytest.fixture
+def batches(token_ids):
+    return [token_ids(1, 20)[0], token_ids(2, 17, seed=1), token_ids(1, 9, seed=2).tolist()]
+
+
+def rotated(x, positions):
+    """RoPE written out: pairs (i, i + D/2) turn by position · 10000^(−2i/D)."""
+    half = x.shape[-1] // 2
+    angle = positions[:, None] * 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
+
+
+def states_by_hooks(model, batches):
+    """Per layer ``q [N, Hq, D]``, ``k``, ``v`` ``[N, Hkv, D]`` of all tokens behind the sinks, in order."""
+    states = [[[], [], []] for _ in model.model.layers]
+    hooks = []
+    for i, layer in enumerate(model.model.layers):
+        for j, name in enumerate(("q_proj", "k_proj", "v_proj")):
+
+            def keep(module, args, out, i=i, j=j):
+                x = out.double().unflatten(-1, (-1, 32)).transpose(1, 2)  # [B, H, T, D]
+                if j < 2:
+                    x = rotated(x, torch.arange(x.shape[2], dtype=torch.float64))
+                states[i][j].append(x[:, :, N_SINK:].transpose(1, 2).flatten(0, 1))
+
+            hooks.append(getattr(layer.self_attn, name).register_forward_hook(keep))
+    with torch.no_grad():
+        for batch in batches:
+            model(torch.as_tensor(batch).reshape(-1, torch.as_tensor(batch).shape[-1]), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return [[torch.cat(x) for x in layer] for layer in states]
+
+
+def run(model, batches, **options):
+    return calibrate(model, batches, n_sink=N_SINK, progress=False, **options)
+
+
+def assert_same(a, b):
+    assert (a.fingerprint, a.meta, len(a.layers)) == (b.fingerprint, b.meta, len(b.layers))
+    for x, y in zip(a.layers, b.layers, strict=True):
+        assert (x.tokens, x.groups) == (y.tokens, y.groups)
+        for name in TENSORS:
+            assert torch.equal(getattr(x, name), getattr(y, name)), name
+
+
+def test_moments_against_hooks(llama, batches):
+    got = run(llama, batches, n_rows=16)
+    tokens = (20 - N_SINK) + 2 * (17 - N_SINK) + (9 - N_SINK)
+    for moments, (q, k, v) in zip(got.layers, states_by_hooks(llama, batches), strict=True):
+        assert (moments.tokens, moments.groups) == (tokens, 2)
+        expected = {
+            "k_sum": k.sum(0),
+            "v_sum": v.sum(0),
+            "k_outer": sum(torch.einsum("hd,he->hde", x, x) for x in k),
+            "v_outer": sum(torch.einsum("hd,he->hde", x, x) for x in v),
+            "q_outer": torch.stack(
+                [sum(torch.outer(x[h], x[h]) for x in q for h in (2 * kv, 2 * kv + 1)) for kv in range(2)]
+            ),
+        }
+        for name, want in expected.items():
+            value = getattr(moments, name)
+            assert value.dtype == torch.float32 and value.device.type == "cpu"
+            torch.testing.assert_close(value.double(), want, rtol=1e-4, atol=1e-4 * float(want.abs().max()), msg=name)
+        torch.testing.assert_close(moments.c_q, moments.q_outer / (2 * tokens))
+        torch.testing.assert_close(moments.k_mean.double(), k.mean(0), rtol=1e-4, atol=1e-4)
+        assert moments.k_rows.shape == (16, 2, 32)
+        distance = (moments.k_rows.double()[:, None] - k[None]).flatten(2).norm(dim=-1)
+        nearest = distance.argmin(1).tolist()
+        assert float(distance.min(1).values.max()) < 1e-4, "each sampled row is a key"
+        assert nearest == sorted(set(nearest)), "each once, in order"
+    assert got.fingerprint == fingerprint(llama)
+    assert got.meta["tokens"] == 20 + 34 + 9
+
+
+def test_all_keys_are_kept_where_they_are_few(llama, token_ids):
+    (moments, _) = run(llama, [token_ids(1, 20)], n_rows=512).layers
+    assert moments.k_rows.shape[0] == 20 - N_SINK
+    torch.testing.assert_close(moments.k_rows.sum(0), moments.k_sum, rtol=1e-4, atol=1e-4)
+
+
+def test_same_seed_same_sample(llama, batches):
+    first, again, other = (run(llama, batches, n_rows=8, seed=s) for s in (3, 3, 4))
+    assert_same(first, again)
+    for a, b in zip(first.layers, other.layers, strict=True):
+        assert not torch.equal(a.k_rows, b.k_rows)
+        assert torch.equal(a.q_outer, b.q_outer)
+
+
+def test_one_token_set_for_all_layers(llama, batches):
+    """The sample keeps the same tokens in each layer."""
+    states = states_by_hooks(llama, batches)
+    kept = []
+    for moments, (_, k, _) in zip(run(llama, batches, n_rows=8).layers, states, strict=True):
+        kept.append((moments.k_rows.double()[:, None] - k[None]).flatten(2).norm(dim=-1).argmin(1).tolist())
+    assert kept[0] == kept[1]
+
+
+def test_the_sample_is_uniform():
+    """Every token is kept equally often, wherever its batch stands."""
+    counts = torch.zeros(40)
+    g = torch.Generator().manual_seed(0)
+    for _ in range(400):
+        accumulator = MomentAccumulator(10)
+        for start in (0, 5, 25):
+            n = {0: 5, 5: 20, 25: 15}[start]
+            x = torch.arange(start, start + n).float()[:, None, None]
+            accumulator.add(x, x, x, torch.rand(n, generator=g))
+        counts[accumulator.moments().k_rows.flatten().long()] += 1
+    assert counts.sum() == 4000
+    assert float((counts - 100).abs().max()) < 4.5 * (400 * 0.25 * 0.75) ** 0.5
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_model_is_left_as_it_was(llama, batches, attention):
+    llama.set_attn_implementation(attention)
+    llama.train()
+    llama.model.layers[1].eval()  # a part that was frozen stays so
+    modes = {name: m.training for name, m in llama.named_modules()}
+    weights = {name: p.clone() for name, p in llama.named_parameters()}
+    run(llama, batches)
+    assert {name: m.training for name, m in llama.named_modules()} == modes
+    assert llama.config._attn_implementation == attention
+    assert all(torch.equal(p, weights[name]) for name, p in llama.named_parameters())
+    assert all(p.grad is None and p.requires_grad for p in llama.parameters())
+
+
+def test_the_model_is_left_as_it_was_after_a_failure(llama, batches, monkeypatch):
+    llama.train()
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(llama.model.layers[1].mlp, "forward", fail)
+    with pytest.raises(RuntimeError, match="planted"):
+        run(llama, batches)
+    assert llama.config._attn_implementation == "sdpa"
+    assert all(m.training for m in llama.modules())
+    monkeypatch.undo()
+    # nothing goes on recording
+    llama.eval()
+    first = run(llama, batches)
+    llama(torch.tensor([[1, 2, 3, 4, 5]]))
+    assert_same(first, run(llama, batches))
+
+
+def test_a_quantized_model_calibrates_as_before(llama, batches):
+    plain = run(llama, batches)
+    quantize_(llama, headq_config())
+    again = run(llama, batches)
+    assert_same(plain, again)
+    assert llama.config._attn_implementation == "headq"
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [[], [[1, 2, 3]], [torch.ones(1, 1, 8, dtype=torch.long)], [torch.ones(8)], [torch.ones(2, N_SINK).long()]],
+    ids=["none", "short", "3-D", "floats", "only sinks"],
+)
+def test_unusable_batches(llama, bad):
+    with pytest.raises(ValueError, match=r"token_batches must hold integer token ids .* with T > n_sink = 3, got"):
+        run(llama, bad)
+
+
+@pytest.mark.parametrize("name", ["q_proj", "k_proj", "v_proj"])
+def test_non_finite_states(llama, batches, name):
+    with torch.no_grad():
+        getattr(llama.model.layers[1].self_attn, name).weight[0, 0] = float("nan")
+    what = {"q": "queries", "k": "keys", "v": "values"}[name[0]]
+    with pytest.raises(ValueError, match=f"layer 1: calibration met non-finite {what}; run the model in float32"):
+        run(llama, batches)
+
+
+@pytest.fixture
+def made():
+    """A small calibration with exact numbers in every field."""
+    g = torch.Generator().manual_seed(0)
+    shapes = {"q_outer": (2, 4, 4), "k_sum": (2, 4), "k_outer": (2, 4, 4), "v_sum": (2, 4), "v_outer": (2, 4, 4)}
+
+    def moments(tokens):
+        tensors = {name: torch.randn(shape, generator=g) for name, shape in shapes.items()}
+        return LayerMoments(tokens, 3, **tensors, k_rows=torch.randn(5, 2, 4, generator=g).transpose(1, 2).mT)
+
+    print_ = {"model_type": "llama", "layers": 2, "rope": "None", "weights": [0.1, 0.25]}
+    return Calibration([moments(7), moments(9)], print_, {"source": "text, “quoted”", "tokens": 16})
+
+
+@pytest.mark.parametrize("as_path", [str, lambda p: p])
+def test_save_and_load(made, tmp_path, as_path):
+    path = as_path(tmp_path / "made.safetensors")
+    made.save(path)
+    assert_same(Calibration.load(path), made)
+
+
+def test_save_and_load_of_a_model(llama, batches, tmp_path):
+    calibration = run(llama, batches, source="random ids")
+    calibration.save(tmp_path / "c.safetensors")
+    loaded = Calibration.load(tmp_path / "c.safetensors")
+    assert_same(loaded, calibration)
+    loaded.check_model(fingerprint(llama))
+    loaded.check_model(fingerprint(llama.to(torch.bfloat16)))
+
+
+def test_saving_over_a_file_that_was_loaded(made, tmp_path):
+    path = tmp_path / "c.safetensors"
+    made.save(path)
+    loaded = Calibration.load(path)
+    Calibration([], {}).save(path)
+    assert_same(loaded, made)
+    assert Calibration.load(path).layers == []
+
+
+def test_the_file_is_readable_to_others(made, tmp_path):
+    """As any file one writes: what the umask leaves."""
+    (tmp_path / "plain").write_text("")
+    made.save(tmp_path / "c.safetensors")
+    modes = {stat.S_IMODE(os.stat(tmp_path / name).st_mode) for name in ("plain", "c.safetensors")}
+    assert len(modes) == 1
+
+
+def test_the_file_is_plain_safetensors(made, tmp_path, monkeypatch):
+    """Nothing in it is code: torch.load and pickle are not used to read it."""
+    path = tmp_path / "c.safetensors"
+    made.save(path)
+    assert set(safetensors.torch.load_file(path)) == {f"{i}.{name}" for i in range(2) for name in TENSORS}
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("pickle was used")
+
+    for name in ("pickle.loads", "pickle.load", "pickle.Unpickler", "torch.load"):
+        monkeypatch.setattr(name, refuse)
+    assert_same(Calibration.load(path), made)
+
+
+def test_a_pickle_is_not_loaded(tmp_path):
+    path = tmp_path / "c.safetensors"
+    torch.save({"layers": []}, path)
+    with pytest.raises(ValueError, match="is not a usable headq_ao calibration"):
+        Calibration.load(path)
+
+
+def rewrite(path, change=None, drop=()):
+    """The file with another description, or without some tensors."""
+    with safetensors.safe_open(path, "pt") as f:
+        metadata = dict(f.metadata())
+    tensors = {n: t for n, t in safetensors.torch.load_file(path).items() if n not in drop}
+    head = json.loads(metadata["headq_calibration"])
+    text = change(head) if change else head
+    metadata["headq_calibration"] = text if isinstance(text, str) else json.dumps(text)
+    safetensors.torch.save_file(tensors, path, metadata)
+
+
+def without(head, key):
+    return {k: v for k, v in head.items() if k != key}
+
+
+DAMAGE = {
+    "empty": (lambda p: p.write_bytes(b""), ""),
+    "truncated header": (lambda p: p.write_bytes(p.read_bytes()[:40]), ""),
+    "truncated body": (lambda p: p.write_bytes(p.read_bytes()[:-4]), ""),
+    "flipped header": (lambda p: p.write_bytes(p.read_bytes().replace(b"F32", b"F99", 1)), ""),
+    "text": (lambda p: p.write_text("0123456789" * 9), ""),
+    "other safetensors": (
+        lambda p: safetensors.torch.save_file({"w": torch.ones(1)}, p),
+        "no headq_calibration entry; make one with calibrate",
+    ),
+    "version": (
+        lambda p: rewrite(p, lambda h: h | {"version": 99}),
+        "version 99, but this headq_ao reads 1; calibrate again",
+    ),
+    "no version": (lambda p: rewrite(p, lambda h: without(h, "version")), "version"),
+    "no fingerprint": (lambda p: rewrite(p, lambda h: without(h, "fingerprint")), "fingerprint"),
+    "no JSON": (lambda p: rewrite(p, lambda h: "{"), ""),
+    "another JSON": (lambda p: rewrite(p, lambda h: [1]), ""),
+    "layers of another kind": (lambda p: rewrite(p, lambda h: h | {"layers": [3]}), ""),
+    "more layers": (lambda p: rewrite(p, lambda h: h | {"layers": h["layers"] * 2}), "2.q_outer"),
+    "a lost tensor": (lambda p: rewrite(p, drop=("1.v_sum",)), "1.v_sum"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damaged_files(made, tmp_path, name):
+    path = tmp_path / "c.safetensors"
+    made.save(path)
+    damage, message = DAMAGE[name]
+    damage(path)
+    with pytest.raises(ValueError, match=f"c.safetensors' is not a usable headq_ao calibration: .*{message}"):
+        Calibration.load(path)
+
+
+def test_no_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no calibration file at '.*nowhere'; make one with calibrate"):
+        Calibration.load(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="no calibration file at"):
+        Calibration.load(tmp_path)
+
+
+def test_no_folder(made, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no folder '.*gone' to write 'c.safetensors' to; create it first"):
+        made.save(tmp_path / "gone" / "c.safetensors")
+
+
+@pytest.mark.parametrize("when", ["writing", "replacing"])
+def test_a_failed_save_leaves_the_old_file(made, tmp_path, monkeypatch, when):
+    path = tmp_path / "c.safetensors"
+    made.save(path)
+    before = path.read_bytes()
+
+    def half_written(tensors, target, metadata):
+        with open(target, "wb") as f:
+            f.write(b"half")
+        raise OSError("disk full")
+
+    def fail(*args):
+        raise OSError("disk full")
+
+    if when == "writing":
+        monkeypatch.setattr(safetensors.torch, "save_file", half_written)
+    else:
+        monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        Calibration([], {}).save(path)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["c.safetensors"]
+
+
+def test_another_model(made):
+    made.check_model(made.fingerprint)
+    made.check_model(made.fingerprint | {"weights": [0.1002, 0.2495]})
+    made.check_model({k: v for k, v in made.fingerprint.items() if k != "weights"})
+    with pytest.raises(ValueError, match="made on another model: layers is 3 here and 2 there; run calibrate on this"):
+        made.check_model(made.fingerprint | {"layers": 3})
+    with pytest.raises(ValueError, match=r"weights is \[0.1, 0.26\] here and \[0.1, 0.25\] there"):
+        made.check_model(made.fingerprint | {"weights": [0.1, 0.26]})
+    with pytest.raises(ValueError, match="head_dim is 64 here and None there"):
+        made.check_model(made.fingerprint | {"head_dim": 64})
+
+
+def test_a_calibration_of_another_model_is_refused(tiny, llama, batches, tmp_path):
+    calibration = run(llama, batches)
+    other = tiny("llama", head_dim=32, heads=4, kv_heads=2, layers=2, seed=1)
+    with pytest.raises(ValueError, match="the calibration was made on another model: weights is"):
+        quantize_(other, headq_config(calibration=calibration))
+    with pytest.raises(FileNotFoundError, match="no calibration file"):
+        quantize_(llama, headq_config(calibration=str(tmp_path / "gone.safetensors")))
+    assert llama.config._attn_implementation == "sdpa"

@@ -1,0 +1,194 @@
+"""What a config accepts, what it says otherwise, and its way through torchao's JSON."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+import torch
+from torchao.core.config import config_from_dict, config_to_dict
+
+from headq_ao import Calibration, HeadQConfig, headq_config
+from headq_ao.calibration import LayerMoments
+from headq_ao.config import PRESETS
+
+WHOLE = "must be a whole number of at least"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"k_bits": 7}, "k_bits must be 1, 2, 3, 4, 5, 6 or 8, or None (exact), got 7"),
+        ({"k_bits": 2.5}, "k_bits must be 1, 2, 3, 4, 5, 6 or 8, or None (exact), got 2.5"),
+        ({"k_bits": "2"}, "or None (exact), got '2'"),
+        ({"k_bits": float("nan")}, "or None (exact), got nan"),
+        ({"v_bits": 0}, "v_bits must be 1, 2, 3, 4, 5, 6 or 8, or None (exact), got 0"),
+        ({"v_bits": 16}, "v_bits must be 1, 2, 3, 4, 5, 6 or 8, or None (exact), got 16"),
+        ({"k_bits": None, "v_bits": None}, "both None: nothing would be packed; give at least one of them"),
+        ({"block_size": 48}, "block_size must divide 128, got 48; use 16, 32, 64 or 128"),
+        ({"block_size": "32"}, "block_size must divide 128, got '32'; use 16, 32, 64 or 128"),
+        ({"v_bits": 3, "block_size": 16}, "block_size must be a multiple of 32 with v_bits=3, got 16"),
+        ({"key_codec": "kivi"}, "key_codec must be one of 'affine', 'visible', got 'kivi'"),
+        (
+            {"basis": "pca"},
+            "basis must be one of 'query_pca', 'score_optimal', 'key_pca', 'random', got 'pca'",
+        ),
+        ({"adapt": None}, "adapt must be one of 'off', 'prompt', got None"),
+        ({"side_bits": 0}, "side_bits must be 1, 2, 3, 4, 5, 6 or 8, got 0; rank=0 for none"),
+        ({"side_bits": None}, "side_bits must be 1, 2, 3, 4, 5, 6 or 8, got None; rank=0 for none"),
+        ({"sign": 0}, "sign must be 1 or -1, got 0"),
+        ({"k_bits": True}, "or None (exact), got True"),
+        ({"v_bits": 2.0}, "or None (exact), got 2.0"),
+        ({"side_bits": 2.0}, "got 2.0; rank=0 for none"),
+        ({"block_size": 32.0}, "got 32.0; use 16, 32, 64 or 128"),
+        ({"sign": True}, "sign must be 1 or -1, got True"),
+        ({"key_codec": "visible"}, "key_codec='visible' is not in this version; use key_codec='affine'"),
+        ({"seed": None}, f"seed {WHOLE} 0, got None"),
+        ({"rotation": "no"}, "rotation must be True or False, got 'no'"),
+        ({"k_zero_point": 1}, "k_zero_point must be True or False, got 1"),
+        ({"v_zero_point": None}, "v_zero_point must be True or False, got None"),
+        ({"key_gauge": 0}, "key_gauge must be True or False, got 0"),
+        ({"unbiased_scale": "yes"}, "unbiased_scale must be True or False, got 'yes'"),
+        ({"check_finite": 1}, "check_finite must be True, False or None, got 1"),
+        ({"n_sink": -1}, f"n_sink {WHOLE} 0, got -1"),
+        ({"n_sink": True}, f"n_sink {WHOLE} 0, got True"),
+        ({"residual_length": 0}, f"residual_length {WHOLE} 1, got 0"),
+        ({"residual_length": 64.0}, f"residual_length {WHOLE} 1, got 64.0"),
+        ({"prior_tokens": -5}, f"prior_tokens {WHOLE} 0, got -5"),
+        ({"rank": -1}, f"rank {WHOLE} 0 or None, got -1"),
+        ({"epoch_tokens": 0}, f"epoch_tokens {WHOLE} 1 or None, got 0"),
+        ({"v_group_size": 0}, f"v_group_size {WHOLE} 1 or None, got 0"),
+        ({"calibration": 3}, "calibration must be a Calibration, the path of a saved one, or None, got"),
+    ],
+    ids=str,
+)
+def test_values_out_of_range(options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        headq_config(**options)
+
+
+@pytest.mark.parametrize("name", ["n_sink", "residual_length", "prior_tokens"])
+def test_lengths_are_not_optional(name):
+    with pytest.raises(ValueError, match=f"{name} {WHOLE}"):
+        headq_config(**{name: None})
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 8])
+def test_widths(bits):
+    config = headq_config(k_bits=bits, v_bits=bits, side_bits=bits)
+    assert config.key_bits(64) == (bits,) * 80
+    assert headq_config(k_bits=bits, v_bits=None).v_bits is None
+    assert headq_config(k_bits=None, v_bits=bits).k_bits is None
+
+
+def test_unknown_options_list_the_valid_ones():
+    with pytest.raises(ValueError, match="unknown option bits, kbits; valid options are k_bits, v_bits, ") as raised:
+        headq_config(kbits=2, bits=3, v_bits=2)
+    for field in dataclasses.fields(HeadQConfig):
+        assert field.name in str(raised.value)
+
+
+def test_presets():
+    with pytest.raises(ValueError, match=re.escape("preset must be one of ['headq_paper'] or None, got 'paper'")):
+        headq_config("paper")
+    paper = headq_config("headq_paper")
+    assert (paper.basis, paper.rank, paper.side_bits, paper.k_zero_point) == ("query_pca", 8, 4, True)
+    assert headq_config("headq_paper", rank=4).rank == 4
+    assert headq_config() == HeadQConfig()
+    for name, options in PRESETS.items():
+        assert dataclasses.asdict(headq_config(name)) == dataclasses.asdict(HeadQConfig()) | options
+
+
+@pytest.mark.parametrize(("rank", "expected"), [(None, 16), (0, 0), (5, 5), (64, 64)])
+def test_rank(rank, expected):
+    config = headq_config(rank=rank, k_bits=3, side_bits=4)
+    assert config.side_rank(64) == expected
+    assert config.key_bits(64) == (3,) * 64 + (4,) * expected
+
+
+@pytest.mark.parametrize(
+    ("options", "head_dim", "expected"),
+    [
+        ({}, 64, 256),
+        ({}, 128, 512),
+        ({}, 16, 256),
+        ({"epoch_tokens": 100}, 64, 128),  # whole blocks
+        ({"epoch_tokens": 128, "block_size": 16}, 64, 128),
+        ({"block_size": 128, "epoch_tokens": 1}, 64, 128),
+    ],
+)
+def test_first_epoch(options, head_dim, expected):
+    assert headq_config(**options).first_epoch(head_dim) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "head_dim", "message"),
+    [
+        ({}, 72, "head_dim must be a multiple of 16 up to 256, got 72"),
+        ({}, 272, "head_dim must be a multiple of 16 up to 256, got 272"),
+        ({"v_group_size": 32}, 80, "v_group_size must divide head_dim 80, got 32"),
+        ({"rank": 96}, 80, "rank must be at most head_dim 80, got 96"),
+    ],
+)
+def test_head_dims_that_cannot_be_stored(options, head_dim, message):
+    with pytest.raises(ValueError, match=message):
+        headq_config(**options).check_head_dim(head_dim)
+
+
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 96, 128, 256])
+def test_head_dims_that_can_be_stored(head_dim):
+    headq_config(v_group_size=16, rank=16).check_head_dim(head_dim)
+
+
+def every_option_changed():
+    """A config that differs from the default in every field, so that a lost one shows."""
+    changed = headq_config(
+        k_bits=3, v_bits=None, k_zero_point=True, v_zero_point=True, rank=8, side_bits=4,
+        basis="score_optimal", sign=-1, rotation=False, key_gauge=False, unbiased_scale=False, v_group_size=16,
+        n_sink=0, residual_length=32, block_size=64, calibration="a/b.safetensors", adapt="off", prior_tokens=1,
+        epoch_tokens=512, check_finite=True, seed=3,
+    )  # fmt: skip
+    default = HeadQConfig()
+    same = [f.name for f in dataclasses.fields(default) if getattr(changed, f.name) == getattr(default, f.name)]
+    assert same == ["key_codec", "version"]
+    return changed
+
+
+@pytest.mark.parametrize("make", [headq_config, lambda: headq_config("headq_paper"), every_option_changed])
+def test_torchao_json_round_trip(make):
+    config = make()
+    text = json.dumps(config_to_dict(config))
+    loaded = config_from_dict(json.loads(text))
+    assert type(loaded) is HeadQConfig
+    assert loaded == config
+
+
+def test_json_with_an_unknown_field_is_refused():
+    data = config_to_dict(headq_config())
+    data["_data"]["k_bit"] = 2
+    with pytest.raises(ValueError, match="Failed to create instance of HeadQConfig"):
+        config_from_dict(data)
+
+
+def test_json_with_a_value_out_of_range_is_refused():
+    data = config_to_dict(headq_config())
+    data["_data"]["k_bits"] = 7
+    with pytest.raises(ValueError, match="k_bits must be 1, 2, 3"):
+        config_from_dict(data)
+
+
+def test_a_calibration_object_has_no_json():
+    """Its tensors do not fit; HeadQConfig's docstring says to give a path."""
+    moments = LayerMoments(1, 1, *(torch.zeros(1) for _ in range(6)))
+    config = headq_config(calibration=Calibration([moments], {}))
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        config_to_dict(config)
+    assert "Only a path fits into JSON" in HeadQConfig.__doc__
+
+
+def test_each_field_is_documented():
+    arguments = HeadQConfig.__doc__.split("Args:")[1]
+    missing = [
+        f.name for f in dataclasses.fields(HeadQConfig) if not re.search(rf"^\s+.*\b{f.name}\b.*:", arguments, re.M)
+    ]
+    assert missing == ["version"]
