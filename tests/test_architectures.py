@@ -53,6 +53,7 @@ def trace(model):
         [name for name, _ in model.named_buffers()],
         sorted(model.__dict__),
         [list(m._forward_pre_hooks.values()) + list(m._forward_hooks.values()) for m in model.modules()],
+        [(len(m._forward_pre_hooks_with_kwargs), len(m._forward_hooks_with_kwargs)) for m in model.modules()],
         model.config.to_dict(),
         model.config._attn_implementation,
     )

@@ -174,6 +174,16 @@ def test_score_optimal_is_a_minimum(statistics):
         assert score_error(q, k_err, encode + nudge[0] * scale_e, read + nudge[1] * scale_p) > least
 
 
+def test_a_constant_error_does_not_move_the_basis(statistics):
+    """Softmax does not see an error that all keys share, so no side code is spent on it."""
+    _, k, c_q = statistics(head_dim=32)
+    k_err = anisotropic(1, 2, 512, 32, seed=11)
+    config = headq_config(basis="score_optimal")
+    basis, moved = (side_basis(config, 4, c_q, k, x) for x in (k_err, k_err + 10 * randn(1, 2, 1, 32)))
+    for a, b in zip(basis, moved, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
 def test_score_optimal_pair_is_a_projection(statistics):
     """EᵀP = 1, so that coding an error inside the span of P gives that error back."""
     _, k, c_q = statistics(head_dim=32)

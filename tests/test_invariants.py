@@ -439,15 +439,15 @@ def test_two_deep_crops_and_selection():
     assert relative(out, reference_attention(rows[0][:, :, 140:], rows[1], rows[2], D**-0.5, 140)) < 0.02
 
 
-@pytest.mark.parametrize("uncalibrated_row", [True, False])
-def test_non_finite_rows_do_not_poison_others(uncalibrated_row):
-    q, k, v = stream(3)
+@pytest.mark.parametrize(("calibrated", "head_dim"), [(False, 16), (False, D), (True, D)])
+def test_non_finite_rows_do_not_poison_others(calibrated, head_dim):
+    q, k, v = stream(3, head_dim=head_dim)
     outs = []
     for bad in (None, float("nan"), float("inf")):
         keys, values, queries = k.clone(), v.clone(), q.clone()
         if bad is not None:
             keys[1, 0, 40, 3] = values[1, :, 30] = queries[1, :, 20] = bad
-        layer, codec = make({"check_finite": False}, calibrated=not uncalibrated_row)
+        layer, codec = make({"check_finite": False}, calibrated, head_dim=head_dim)
         outs.append(feed(layer, codec, queries, keys, values, [200, *[1] * 20, 80], attend=True))
     for poisoned in outs[1:]:
         assert torch.equal(poisoned[[0, 2]], outs[0][[0, 2]])

@@ -115,6 +115,7 @@ def run(args, **options):
         {"head_dim": 32, "base_bits": 1, "rank": 8, "side_bits": 1},
         {"base_bits": 8, "rank": 16, "side_bits": 6},
         {"head_dim": 128, "heads": 1, "base_bits": 4, "rank": 3, "side_bits": 5},
+        {"head_dim": 256, "heads": 1, "rank": 64},
     ],
     ids=str,
 )
