@@ -45,7 +45,7 @@ def headq_attention(
         ValueError: on an argument that changes the scores in a way HeadQ does not know.
     """
     if not isinstance(key, HeadQHistory):
-        recorder = RECORDER.get()
+        recorder = None if torch.compiler.is_compiling() else RECORDER.get()
         if recorder is not None:
             recorder.record(module.layer_idx, query, key, value)  # type: ignore[arg-type]
         elif hasattr(module, "headq"):

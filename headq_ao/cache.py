@@ -7,8 +7,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from headq_ao.cache_layer import HeadQCacheLayer, Incoming
+from headq_ao.cache_layer import HeadQCacheLayer
 from headq_ao.config import HeadQConfig
+from headq_ao.layer_state import Incoming
 from headq_ao.models import LayerShape
 from headq_ao.report import BitsReport
 from headq_ao.state import Span, storage_bytes

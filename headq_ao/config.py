@@ -28,7 +28,8 @@ class HeadQConfig(AOBaseConfig):
         key_codec: ``"affine"``: the same bits for each coordinate of the rotated key.
         k_zero_point, v_zero_point: store a zero beside the scale (min-max range of the row); without it the levels
             stand around the key gauge (keys) or zero (values) and the row saves 16 bits.
-        rank, side_bits: size of the side code of the key's error; ``rank=None`` is ``head_dim // 4``, 0 is none.
+        rank, side_bits: size of the side code of the key's error; ``rank=None`` is a quarter of head_dim in steps of 16
+            (at least 16), 0 is none.
         basis: of the side code. ``"query_pca"``: top eigenvectors of ``E[q qᵀ]`` (the paper);
             ``"score_optimal"``: best rank-R pair for the score error; ``"key_pca"``, ``"random"``: controls.
         sign: ``+1``; ``-1`` adds the correction with the wrong sign (control).
@@ -123,8 +124,8 @@ class HeadQConfig(AOBaseConfig):
             )
 
     def side_rank(self, head_dim: int) -> int:
-        """R, with the default resolved."""
-        return min(head_dim, head_dim // 4 if self.rank is None else self.rank)
+        """R, with the default resolved: whole 16-coordinate granules, so that no stored bit is padding."""
+        return max(16, head_dim // 4 // 16 * 16) if self.rank is None else self.rank
 
     def key_bits(self, head_dim: int) -> tuple[int, ...]:
         """Bits of each stored key coordinate: base first, then the side code."""

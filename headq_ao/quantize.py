@@ -139,6 +139,8 @@ def supply_cache(
         use_cache = getattr(model.config.get_text_config(decoder=True), "use_cache", True)
     if kwargs.get("output_attentions"):
         raise ValueError("output_attentions is not available from a packed cache; restore_(model) first")
+    if model.training and isinstance(cache, HeadQCache):
+        raise ValueError("a packed cache keeps no gradients and the model is in train mode; call model.eval() first")
     if model.training or (not use_cache and cache is None):
         return args, kwargs
     if cache is None or (type(cache) is DynamicCache and cache.get_seq_length() == 0):

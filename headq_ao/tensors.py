@@ -36,7 +36,7 @@ class _PackedTensor(TorchAOBaseTensor):
         inner = {name: fn(name, getattr(self, name)) for name in names}
         return type(self).__tensor_unflatten__(inner, attributes, None, None)
 
-    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+    def __repr__(self, **_: Any) -> str:
         shape, nbytes = tuple(self.shape), self.packed_nbytes
         return f"{type(self).__name__}(shape={shape}, dtype={self.dtype}, packed_nbytes={nbytes})"
 

@@ -750,3 +750,12 @@ def test_part_of_a_quantized_model_warns(model, token_ids):
     """``model.model(...)`` bypasses the pre-hook of ``model``: dense, and it says so."""
     with pytest.warns(UserWarning, match="dense keys and values"), torch.no_grad():
         model.model(token_ids(1, 20))
+
+
+def test_packed_cache_in_train_mode_is_refused(tiny):
+    model = tiny("llama")
+    quantize_(model, headq_config())
+    cache = HeadQCache(model)
+    model.train()
+    with pytest.raises(ValueError, match=r"call model\.eval\(\) first"):
+        model(torch.arange(10)[None], cache=cache)

@@ -16,8 +16,7 @@ ALLOWED_TRANSFORMERS = {
     "cache.py",
     "cache_layer.py",
     "calibrate.py",
-    "hf_quantizer.py",
-    "lm_eval.py",
+    "estimate.py",
     "models.py",
     "quantize.py",
 }

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from headq_ao import headq_config
-from headq_ao.cache_layer import HeadQCacheLayer, Incoming
+from headq_ao.cache_layer import HeadQCacheLayer
 from headq_ao.calibration import LayerMoments
 from headq_ao.layer_codec import LayerCodec
+from headq_ao.layer_state import Incoming
 from headq_ao.models import LayerShape
 from headq_ao.state import Span
 
@@ -150,7 +151,7 @@ def test_codes_do_not_depend_on_calls(case, kind):
 @pytest.mark.parametrize("adapt", ["off", "prompt"])
 def test_long_prefill_is_encoded_in_pieces_of_the_same_rows(adapt, monkeypatch):
     """A prefill longer than ``ENCODE_TOKENS`` is coded piecewise."""
-    monkeypatch.setattr("headq_ao.cache_layer.ENCODE_TOKENS", 48)
+    monkeypatch.setattr("headq_ao.closing.ENCODE_TOKENS", 48)
     pieces, codec = make({"adapt": adapt}, True)
     feed(pieces, codec, *stream(), [T])
     monkeypatch.undo()
@@ -524,9 +525,9 @@ def test_counted_reads_are_visible_slots(case, monkeypatch):
     options, calibrated, window = CASES[case]
     layer, codec = make(options, calibrated, window)
     asked = [0, 0]
-    from headq_ao import cache_layer
+    from headq_ao import reading
 
-    original = cache_layer.decode_attention
+    original = reading.decode_attention
 
     def spy(query, keys, values, start, stop, valid=None):
         slots = keys.scale.shape[2] if keys.exact is None else keys.exact.shape[2]
@@ -536,7 +537,7 @@ def test_counted_reads_are_visible_slots(case, monkeypatch):
         asked[1] += n
         return original(query, keys, values, start, stop, valid)
 
-    monkeypatch.setattr(cache_layer, "decode_attention", spy)
+    monkeypatch.setattr(reading, "decode_attention", spy)
     feed(layer, codec, *stream(2), chunks(7), attend=True, spans=[(0, T), (77, T)])
     assert layer.rows_read == asked
     assert asked[0] > 0

@@ -1,0 +1,188 @@
+"""Closing blocks: exact rows that left the window become packed rows, once."""
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+
+from headq_ao.codec import KeyCodec
+from headq_ao.layer_codec import Epoch, LayerCodec
+from headq_ao.layer_state import LayerState
+from headq_ao.ops import encode_values
+from headq_ao.state import RowCounts
+
+ENCODE_TOKENS = 2048  # tokens encoded at a time: bounds the transient memory of closing blocks after a long prefill
+
+
+class ClosingLayer(LayerState):
+    """The write side of a layer.
+
+    Per layer, one stream of q, k, v gives identical codes whether it comes in one call or in many: blocks close at
+    fixed slots, only with tokens older than ``residual_length``, and statistics are taken at fixed slots.
+    """
+
+    def commit(self, q: Tensor | None, codec: LayerCodec) -> None:
+        """Close every block whose tokens have all left the window. Called once after each update.
+
+        Args:
+            q: the queries of this call ``[B, Hq, S, D]``; kept while a sequence's own query statistics are awaited.
+            codec: of this layer.
+        """
+        if not self.epochs:
+            self.epochs = codec.plan(len(self.rows))
+        if q is not None and self._awaits_queries():
+            self.exact.append("q", q.detach(), self.last_counts, self.last_spans, self.exact_capacity)
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for b, row in enumerate(self.rows):
+            groups.setdefault(dataclasses.astuple(row), []).append(b)
+        for members in groups.values():
+            blocks = self._closable(self.rows[members[0]], members[0])
+            index = None if len(members) == len(self.rows) else torch.tensor(members, device=self.device)
+            if blocks and self._never_packs:
+                self._let_go(index, members, blocks)
+            elif blocks:
+                self._close(index, members, blocks, codec)
+        if self.exact.q is not None and not self._awaits_queries():
+            self.exact.q = None
+        if self.k_sum is not None and all(all(e.ready) for e in self.epochs if e.per_sequence):
+            self.k_sum = None
+        self.exact.resize(max(self.exact_capacity, max(r.exact for r in self.rows) + 1))
+        if self.sliding_window is not None:
+            self._drop_old(self.sliding_window)
+
+    def _awaits_queries(self) -> bool:
+        return any(e.per_sequence and e.begin == 0 and not all(e.ready) for e in self.epochs)
+
+    def _closable(self, row: RowCounts, b: int) -> int:
+        block = self.config.block_size
+        blocks = max(row.exact - self.config.n_sink - self._kept, 0) // block
+        first = self.epochs[0]
+        if (
+            not self._never_packs
+            and first.per_sequence
+            and not first.ready[b]
+            and blocks * block < self.config.first_epoch(self.shape.head_dim)
+        ):
+            return 0
+        return blocks
+
+    def _let_go(self, index: Tensor | None, members: list[int], blocks: int) -> None:
+        """Drop exact rows that lie beyond a short sliding window."""
+        n = blocks * self.config.block_size
+        self.exact.shift(index, self.config.n_sink, n, self.rows[members[0]].exact)
+        for b in members:
+            self.rows[b].dropped += n
+
+    def _close(self, index: Tensor | None, members: list[int], blocks: int, codec: LayerCodec) -> None:
+        """Pack ``blocks`` blocks of the rows ``members``, which share their counts."""
+        row, n_sink, block = self.rows[members[0]], self.config.n_sink, self.config.block_size
+        slot, end = row.slots, row.slots + blocks * block
+        if self.valid is not None:  # crops have made holes: mark the new slots
+            grow = end - self.valid.shape[1]
+            self.valid = nn.functional.pad(self.valid, (0, max(grow, 0)))
+            self.valid[members, slot:end] = True
+        count, taken = row.exact, n_sink
+
+        def rows(x: Tensor, at: int, n: int) -> Tensor:
+            return (x if index is None else x.index_select(0, index))[:, :, at : at + n]
+
+        assert self.exact.k is not None and self.exact.v is not None
+        while slot < end:
+            e = max(i for i, epoch in enumerate(self.epochs) if epoch.begin <= slot)
+            stop = min(end, self._epoch_end(e), slot + ENCODE_TOKENS)
+            epoch = self.epochs[e]
+            if epoch.per_sequence and not all(epoch.ready[b] for b in members):
+                self._derive(epoch, index, members, codec)
+            k = rows(self.exact.k, taken, stop - slot)
+            v = rows(self.exact.v, taken, stop - slot)
+            self._fold(k, index, members, e)
+            self._write(index, slot, stop - slot, k, v, self._codec(e, codec, index), codec)
+            taken += stop - slot
+            slot = stop
+        self.exact.shift(index, n_sink, taken - n_sink, count)
+        for b in members:
+            self.rows[b].packed += blocks * block
+            self.rows[b].slots = end
+
+    def _write(
+        self,
+        index: Tensor | None,
+        slot: int,
+        n: int,
+        k: Tensor,
+        v: Tensor,
+        key_codec: KeyCodec | None,
+        codec: LayerCodec,
+    ) -> None:
+        new_k = [k] if key_codec is None else flat(*key_codec.encode_rows(k, self.config.unbiased_scale))
+        new_v = [v] if self.config.v_bits is None else flat(*encode_values(v, codec.rotation_v, **codec.value_options))
+        self.store_k.write(index, slot, len(self.rows), new_k, n)
+        self.store_v.write(index, slot, len(self.rows), new_v, n)
+
+    def _derive(self, epoch: Epoch, index: Tensor | None, members: list[int], codec: LayerCodec) -> None:
+        """Take the statistics of the rows ``members`` now, at a fixed slot, and keep their codec in fp16."""
+        n, first = self.config.first_epoch(self.shape.head_dim), self.config.n_sink
+        if epoch.begin == 0:
+            assert self.exact.k is not None and self.exact.q is not None
+            k, q = (x if index is None else x.index_select(0, index) for x in (self.exact.k, self.exact.q))
+            new = codec.from_prompt(q[:, :, first : first + n], k[:, :, first : first + n])
+        else:
+            assert self.k_sum is not None
+            k_sum = self.k_sum if index is None else self.k_sum.index_select(0, index)
+            new = codec.from_prior(k_sum, self.rows[members[0]].folded)
+        half = {name: t.half() for name, t in new.tensors().items() if name in new.own}
+        new = new.replace(half)
+        if index is None:
+            epoch.codec = new
+        else:
+            if epoch.codec is None:
+                b = len(self.rows)
+                epoch.codec = new.replace({name: t.new_zeros((b, *t.shape[1:])) for name, t in half.items()})
+            for name, t in half.items():
+                epoch.codec.tensors()[name][index] = t
+        for b in members:
+            epoch.ready[b] = True
+
+    def _fold(self, k: Tensor, index: Tensor | None, members: list[int], e: int) -> None:
+        """Add keys to the moments of a later epoch, block by block: the order of additions never depends on calls."""
+        if not any(epoch.per_sequence for epoch in self.epochs[e + 1 :]):
+            return
+        if self.k_sum is None:
+            acc = torch.float64 if k.dtype == torch.float64 else torch.float32
+            self.k_sum = torch.zeros(len(self.rows), k.shape[1], k.shape[3], dtype=acc, device=k.device)
+        for tile in k.to(self.k_sum.dtype).split(self.config.block_size, dim=2):
+            if index is None:
+                self.k_sum += tile.sum(2)
+            else:
+                self.k_sum[index] += tile.sum(2)
+        for b in members:
+            self.rows[b].folded += k.shape[2]
+
+    def _drop_old(self, window: int) -> None:
+        """Let go of blocks that lie beyond the window of any query to come, once they are half of what is stored."""
+        block, low = self.config.block_size, 2**62
+        for r in self.rows:
+            oldest_seen = r.tokens - window + 1 - self.config.residual_length  # a crop may step back that far
+            low = min(low, max(oldest_seen - self.config.n_sink - r.dropped, 0) // block * block)
+        if (
+            low == 0
+            or low * 2 < max(r.slots for r in self.rows)
+            or not all(all(e.ready) for e in self.epochs if e.per_sequence)
+        ):
+            return
+        low = min(low, min(r.slots for r in self.rows))
+        self.store_k.drop(low)
+        self.store_v.drop(low)
+        for r in self.rows:
+            r.slots -= low
+            r.packed -= low
+            r.dropped += low
+        for epoch in self.epochs:
+            epoch.begin = max(epoch.begin - low, 0)
+        while len(self.epochs) > 1 and self.epochs[1].begin == 0:
+            self.epochs.pop(0)
+
+
+def flat(planes: list[Tensor], scale: Tensor, zero: Tensor | None) -> list[Tensor]:
+    """What an encoder returns, as the list of tensors to store."""
+    return [*planes, scale] if zero is None else [*planes, scale, zero]

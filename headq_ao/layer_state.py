@@ -1,0 +1,132 @@
+"""What one layer of the packed cache holds: exact rows, packed rows, epochs of codecs, and counts."""
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from headq_ao.codec import KeyCodec
+from headq_ao.config import HeadQConfig
+from headq_ao.layer_codec import Epoch, LayerCodec
+from headq_ao.models import LayerShape
+from headq_ao.state import ExactRows, RowCounts, RowStore, Span
+from headq_ao.tensors import HeadQKeyTensor, HeadQValueTensor
+
+
+@dataclass
+class Incoming:
+    """What the model's pre-hook found about the next call: slots seen before it, its length, each row's real span."""
+
+    seen: int = 0
+    length: int = 0
+    spans: list[Span] | None = None
+
+
+class LayerState:
+    """Plain tensors and per-row counts; :mod:`headq_ao.closing` writes them, :mod:`headq_ao.reading` reads them."""
+
+    dtype: torch.dtype  # of exact rows; set by the first update, like the device
+    device: torch.device
+    last_spans: list[Span]  # of the last update: real tokens per row, exact rows held before it, slots
+    last_counts: list[int]
+    last_slots: int
+
+    def __init__(self, config: HeadQConfig, shape: LayerShape, incoming: Incoming | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.shape = shape
+        self.incoming = incoming if incoming is not None else Incoming()
+        self.is_sliding = shape.sliding_window is not None
+        self.sliding_window = shape.sliding_window
+        self._clear()
+
+    def _clear(self) -> None:
+        self.is_initialized = False
+        self.keys = self.values = None
+        self.seen = 0
+        self.rows: list[RowCounts] = []
+        self.exact = ExactRows()
+        self.store_k, self.store_v = RowStore(), RowStore()
+        self.valid: Tensor | None = None
+        self.epochs: list[Epoch] = []
+        self.k_sum: Tensor | None = None
+        self.rows_read = [0, 0]  # packed, all
+
+    @property
+    def exact_capacity(self) -> int:
+        """Exact rows to hold in the steady state: sinks, window, and one block in the making."""
+        return self.config.n_sink + self._kept + self.config.block_size
+
+    @property
+    def _kept(self) -> int:
+        """Newest tokens that stay exact; where nothing is packed, also what a crop by that many makes visible again."""
+        window = self.sliding_window if self._never_packs else None
+        return self.config.residual_length + (window or 0)
+
+    @property
+    def _never_packs(self) -> bool:
+        """A sliding window that the exact rows cover: older tokens are let go, not packed."""
+        return self.sliding_window is not None and self.sliding_window <= self.config.residual_length
+
+    def _codec(self, e: int, codec: LayerCodec, index: Tensor | None = None) -> KeyCodec | None:
+        key_codec = self.epochs[e].codec if self.epochs[e].per_sequence else codec.calibrated
+        return key_codec if key_codec is None or index is None else key_codec.index(index)
+
+    def _epoch_end(self, e: int) -> int:
+        return self.epochs[e + 1].begin if e + 1 < len(self.epochs) else 2**62
+
+    def _epoch_range(self, e: int) -> tuple[int, int]:
+        longest = max(r.slots for r in self.rows)
+        return min(self.epochs[e].begin, longest), min(self._epoch_end(e), longest)
+
+    def _used_epochs(self) -> list[int]:
+        ranges = (self._epoch_range(e) for e in range(len(self.epochs)))
+        return [e for e, (begin, end) in enumerate(ranges) if begin < end]
+
+    def segment(self, e: int, codec: LayerCodec) -> tuple[Tensor, Tensor]:
+        """The packed rows of epoch ``e`` as tensors ``[B, Hkv, T, D]``: subclasses, or plain rows on an exact side."""
+        begin, end = self._epoch_range(e)
+        k, v = self.store_k.view(begin, end), self.store_v.view(begin, end)
+        key_codec = self._codec(e, codec)
+        keys, values = k[0], v[0]
+        if key_codec is not None:
+            zero = [k.pop()] if key_codec.weight is None else [None]
+            keys = HeadQKeyTensor.from_planes(k[:-1], k[-1], zero[0], key_codec, self.dtype)
+        if self.config.v_bits is not None:
+            zero = [v.pop()] if self.config.v_zero_point else [None]
+            values = HeadQValueTensor.from_planes(
+                v[:-1], v[-1], zero[0], codec.rotation_v, self.config.v_bits, self.dtype
+            )
+        return keys, values
+
+    def dequantize(self, codec: LayerCodec) -> tuple[Tensor, Tensor]:
+        """All rows as the model sees them, ``[B, Hkv, T, D]``, for sequences of equal length without holes."""
+        if len({dataclasses.astuple(r) for r in self.rows}) != 1 or self.valid is not None:
+            raise ValueError("dequantize needs sequences of equal length and no deep crop")
+        n_sink, held = self.config.n_sink, self.rows[0].exact
+        parts: list[tuple[Tensor, Tensor]] = []
+        assert self.exact.k is not None and self.exact.v is not None
+        if self.rows[0].slots:
+            for e in self._used_epochs():
+                k, v = self.segment(e, codec)
+                parts.append((k if type(k) is Tensor else k.dequantize(), v if type(v) is Tensor else v.dequantize()))
+        ends = [(x[:, :, :n_sink], x[:, :, n_sink:held]) for x in (self.exact.k, self.exact.v)]
+        return tuple(  # type: ignore[return-value]
+            torch.cat([sink, *(p[i] for p in parts), window], 2) for i, (sink, window) in enumerate(ends)
+        )
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor held for the sequences."""
+        rest = [] if self.valid is None else [self.valid]
+        rows = [t for t in (self.exact.k, self.exact.v) if t is not None]
+        return rows + self.store_k.tensors + self.store_v.tensors + self.own_bases() + self.moments() + rest
+
+    def own_bases(self) -> list[Tensor]:
+        """Tensors of key codecs that belong to the sequences."""
+        codecs = [e.codec for e in self.epochs if e.codec is not None]
+        return [t for codec in codecs for name, t in codec.tensors().items() if name in codec.own]
+
+    def moments(self) -> list[Tensor]:
+        """Running sums, and the queries kept while a sequence's own statistics are awaited."""
+        return [t for t in (self.k_sum, self.exact.q) if t is not None]

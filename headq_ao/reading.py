@@ -1,0 +1,98 @@
+"""Reading the cache: attention over packed rows and exact rows, joined by log-sum-exp."""
+
+import torch
+from torch import Tensor
+
+from headq_ao.layer_codec import LayerCodec
+from headq_ao.layer_state import LayerState
+from headq_ao.ops import MappedQuery, Rows, decode_attention, merge_segments
+from headq_ao.state import int_tensor
+from headq_ao.tensors import HeadQKeyTensor, HeadQValueTensor
+
+
+class ReadingLayer(LayerState):
+    """The read side of a layer."""
+
+    def attend(self, q: Tensor, scaling: float, codec: LayerCodec) -> Tensor:
+        """Attention of the new queries ``[B, Hq, S, D]`` over packed and exact rows; ``[B, Hq, S, D]`` in q's dtype."""
+        s = q.shape[2]
+        position = [
+            [r.tokens - sp.length + i - sp.start if sp.start <= i < sp.stop else -1 for i in range(s)]
+            for r, sp in zip(self.rows, self.last_spans, strict=True)
+        ]
+        parts = []
+        if any(r.slots for r in self.rows):
+            packed = merge_segments([self._attend_epoch(q, scaling, codec, e, position) for e in self._used_epochs()])
+            if self.config.v_bits is not None:
+                packed = (packed[0] @ codec.rotation_v.to(packed[0].dtype).T, packed[1])
+            parts.append(packed)
+        parts.append(self._attend_exact(q, scaling, position))
+        self._count_reads(position)
+        return merge_segments(parts)[0].to(q.dtype)
+
+    def _attend_epoch(
+        self, q: Tensor, scaling: float, codec: LayerCodec, e: int, position: list[list[int]]
+    ) -> tuple[Tensor, Tensor]:
+        begin, end = self._epoch_range(e)
+        window = self.sliding_window
+        start, stop = [], []
+        for r, row_position in zip(self.rows, position, strict=True):
+            low = self.config.n_sink + r.dropped  # position of slot 0
+            start.append([0 if window is None else max(p - window + 1 - low - begin, 0) for p in row_position])
+            stop.append([max(min(r.slots, end) - begin, 0) if p >= 0 else 0 for p in row_position])
+        keys, values = self.segment(e, codec)
+        if isinstance(keys, HeadQKeyTensor):
+            query, key_rows = keys.codec.map_query(q, scaling, self.config.sign), keys.rows()
+        else:
+            query, key_rows = MappedQuery.exact(q, scaling), Rows(exact=keys)
+        value_rows = values.rows() if isinstance(values, HeadQValueTensor) else Rows(exact=values)
+        valid = None if self.valid is None else self.valid[:, begin:end]
+        return decode_attention(
+            query, key_rows, value_rows, int_tensor(start, q.device), int_tensor(stop, q.device), valid
+        )
+
+    def _attend_exact(self, q: Tensor, scaling: float, position: list[list[int]]) -> tuple[Tensor, Tensor]:
+        n_sink, window = self.config.n_sink, self.sliding_window
+        held = max(r.exact for r in self.rows)
+        assert self.exact.k is not None and self.exact.v is not None
+        start, stop = [], []
+        for r, row_position in zip(self.rows, position, strict=True):
+            gone = r.packed + r.dropped  # an exact row behind the sinks stands at index = position − gone
+            first = [0 if window is None else max(p - window + 1, 0) for p in row_position]
+            start.append([f if f <= n_sink else max(n_sink, f - gone) for f in first])
+            stop.append([max(p - gone + 1, 0) for p in row_position])
+        query = MappedQuery.exact(q, scaling)
+        rows = Rows(exact=self.exact.k[:, :, :held]), Rows(exact=self.exact.v[:, :, :held])
+        return decode_attention(query, *rows, int_tensor(start, q.device), int_tensor(stop, q.device))
+
+    @property
+    def first_call(self) -> bool:
+        """Whether the last update was the first: attention is then exact, over the new rows alone."""
+        return self.seen == self.last_slots
+
+    def check_mask(self, mask: Tensor | None) -> None:
+        """Where the pre-hook was bypassed, refuse a mask that hides cached rows: counts would not know it."""
+        known = (self.incoming.seen, self.incoming.length) == (self.seen - self.last_slots, self.last_slots)
+        if mask is None or known or self.is_sliding:
+            return
+        last = mask[:, :, -1] if mask.dtype == torch.bool else mask[:, :, -1] == 0
+        if not bool(last.all()):
+            raise ValueError(
+                "padding reached the cache without the model's pre-hook; call the model that quantize_ was given"
+            )
+
+    def _count_reads(self, position: list[list[int]]) -> None:
+        for r, row_position in zip(self.rows, position, strict=True):
+            gone = r.packed + r.dropped
+            for p in row_position:
+                if p >= 0:
+                    reach = p + 1 if self.sliding_window is None else min(p + 1, self.sliding_window)
+                    packed = min(r.packed, max(reach - (p + 1 - gone - self.config.n_sink), 0))
+                    self.rows_read[0] += packed
+                    self.rows_read[1] += reach
+
+    def count_exact_reads(self) -> None:
+        """Count the reads of a call that attended exactly (the first one)."""
+        for span in self.last_spans:
+            n, w = span.length, self.sliding_window or span.length
+            self.rows_read[1] += n * (n + 1) // 2 - max(n - w, 0) * (max(n - w, 0) + 1) // 2
