@@ -124,7 +124,7 @@ def test_footprint_is_what_a_walk_finds(tiny, token_ids, variant, family, ragged
         ({"k_bits": 4, "v_bits": 4}, 128, 4 + 0.5 + 0.125, 4 + 0.125),
         ({"k_bits": 1, "v_bits": 1, "rank": 0, "block_size": 32}, 64, 1.25, 1.25),
         ({"k_bits": 8, "v_bits": 6, "rank": 0}, 64, 8.25, 6.25),
-        # planes of 80 coordinates are stored in whole granules of 16: 100 coordinates of 2 bits take 112
+        # the default rank is a whole granule: 16 coordinates, where a quarter of 80 would be 20 and stored as 32
         ({}, 80, 96 * 2 / 80 + 16 / 80, 2 + 16 / 80),
         ({"v_bits": None}, 64, 2.75, None),
         ({"k_bits": None}, 64, None, 2.25),
