@@ -60,6 +60,12 @@ class HeadQCache(Cache):
 
     def announce(self, length: int, spans: list[Span] | None) -> None:
         """Tell the layers which of the next call's ``length`` slots hold real tokens; None: all."""
+        held = sorted({layer.seen for layer in self.layers})
+        if len(held) > 1:
+            raise RuntimeError(
+                f"an earlier call failed part-way: layers hold {held[0]} to {held[-1]} tokens; "
+                "call reset() on this cache or start a new one"
+            )
         self.incoming.seen, self.incoming.length, self.incoming.spans = self.get_seq_length(), length, spans
 
     def crop(self, tokens_to_remove: int) -> None:

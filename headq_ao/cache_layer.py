@@ -106,6 +106,8 @@ class HeadQCacheLayer(ClosingLayer, ReadingLayer, CacheLayerMixin):
         """Remove the last ``-tokens_to_remove`` tokens. Packed rows are invalidated, never encoded again."""
         self.check_crop(tokens_to_remove)
         n = min(-tokens_to_remove, self.seen)
+        if n == self.seen:
+            return self._clear()
         for b, row in enumerate(self.rows):
             removed, exact = self._removed(row, n)
             row.pads = max(row.pads - n, 0)

@@ -51,7 +51,7 @@ class ClosingLayer(LayerState):
             self._drop_old(self.sliding_window)
 
     def _awaits_queries(self) -> bool:
-        return any(e.per_sequence and e.begin == 0 and not all(e.ready) for e in self.epochs)
+        return not self._never_packs and any(e.per_sequence and e.begin == 0 and not all(e.ready) for e in self.epochs)
 
     def _closable(self, row: RowCounts, b: int) -> int:
         block = self.config.block_size

@@ -82,7 +82,7 @@ class HeadQConfig(AOBaseConfig):
         if self.k_bits is None and self.v_bits is None:
             raise ValueError("k_bits and v_bits are both None: nothing would be packed; give at least one of them")
         if not _whole(self.block_size, (16, 32, 64, 128)):
-            raise ValueError(f"block_size must divide 128, got {self.block_size!r}; use 16, 32, 64 or 128")
+            raise ValueError(f"block_size must be 16, 32, 64 or 128, got {self.block_size!r}")
         if self.v_bits is not None:
             tile = max(granule(w) for w in PIECES[self.v_bits])
             if self.block_size % tile:
@@ -94,6 +94,8 @@ class HeadQConfig(AOBaseConfig):
             if getattr(self, name) not in choice.__args__:  # type: ignore[attr-defined]
                 options = ", ".join(repr(c) for c in choice.__args__)  # type: ignore[attr-defined]
                 raise ValueError(f"{name} must be one of {options}, got {getattr(self, name)!r}")
+        if self.version != CONFIG_VERSION:
+            raise ValueError(f"version must be {CONFIG_VERSION}, which this headq_ao reads, got {self.version!r}")
         if self.key_codec == "visible":
             raise ValueError("key_codec='visible' is not in this version; use key_codec='affine'")
         if not _whole(self.side_bits, PIECES):

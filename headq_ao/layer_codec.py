@@ -84,7 +84,7 @@ class LayerCodec(nn.Module):
         if self.frame is None:
             return [Epoch(0, per_sequence=True, ready=[False] * batch)]
         shared = Epoch(0, per_sequence=False)
-        if config.adapt == "off":
+        if config.adapt == "off" or not config.key_gauge:
             return [shared]
         return [shared, Epoch(config.first_epoch(head_dim), per_sequence=True, ready=[False] * batch)]
 
@@ -102,7 +102,7 @@ class LayerCodec(nn.Module):
         codec = self.calibrated
         assert codec is not None
         prior = self.config.prior_tokens
-        mean = (codec.mean * prior + k_sum) / (prior + tokens) if self.config.key_gauge else codec.mean.expand_as(k_sum)
+        mean = (codec.mean * prior + k_sum) / (prior + tokens)
         return dataclasses.replace(codec, mean=mean, own=frozenset({"mean"}))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LayerCodec":

@@ -42,7 +42,8 @@ def quantize_(
         device: as in torchao: move there first.
 
     Raises:
-        ValueError: when the model or the calibration does not fit; the model is then unchanged.
+        ValueError: when the model or the calibration does not fit; the model is then unchanged
+            (but for a move to ``device``, which torchao makes first).
 
     Example:
         >>> import torch

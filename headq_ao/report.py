@@ -16,7 +16,7 @@ KINDS = ("codes", "scales", "packed_exact_side", "bases", "moments", "exact_rows
 
 @dataclass
 class BitsReport:
-    """What a cache stores, counted whole (METHOD: body bits, and bits at T tokens).
+    """What a cache stores, counted whole: body bits, and bits at T tokens.
 
     Args:
         key_body_bits, value_body_bits: stored bytes of packed rows of that side × 8 / (tokens · Hkv · head_dim); None
@@ -27,7 +27,7 @@ class BitsReport:
         packed_rows: mean packed rows per sequence and layer.
         tokens: mean tokens per sequence.
         bytes: by kind: codes, scales, rows of a side that is kept exact, per-sequence bases, moments (with the queries
-            kept for them), exact rows, unused capacity. Their sum is ``get_memory_footprint()``.
+            kept for them), exact rows, unused capacity (with the mask of holes after a deep crop). Their sum is ``get_memory_footprint()``.
     """
 
     key_body_bits: float | None

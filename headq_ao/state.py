@@ -1,4 +1,4 @@
-"""Storage of the cache layer: token-major tensors that grow geometrically, and per-row counts."""
+"""Storage of the cache layer: packed rows that grow geometrically, exact rows of a fixed few, and per-row counts."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -59,7 +59,7 @@ class RowStore:
         if not self.tensors:
             self.units = [tokens // t.shape[2] for t in new]
             self.tensors = [t.new_empty((batch, t.shape[1], 0, *t.shape[3:])) for t in new]
-        self._reserve(slot + tokens, tokens)
+        self._reserve(slot + tokens)
         for stored, unit, part in zip(self.tensors, self.units, new, strict=True):
             at = slice(slot // unit, (slot + tokens) // unit)
             if rows is None:
@@ -67,11 +67,10 @@ class RowStore:
             else:
                 stored[rows, :, at] = part
 
-    def _reserve(self, slots: int, tokens: int) -> None:
+    def _reserve(self, slots: int) -> None:
         if slots <= self.capacity:
             return
-        step = max(self.units) if self.units else 1
-        step = max(step, 32)
+        step = max(32, *self.units)
         grown = slots if self.capacity == 0 else max(slots, self.capacity + self.capacity // 8)
         self.capacity = -(-grown // step) * step
         for i, (stored, unit) in enumerate(zip(self.tensors, self.units, strict=True)):
@@ -104,10 +103,6 @@ class ExactRows:
         self.k: Tensor | None = None
         self.v: Tensor | None = None
         self.q: Tensor | None = None
-
-    @property
-    def capacity(self) -> int:
-        return 0 if self.k is None else self.k.shape[2]
 
     def append(self, name: str, new: Tensor, counts: Sequence[int], spans: Sequence[Span], minimum: int) -> None:
         """Write each row's real new tokens behind its ``counts``; grow to hold them, to at least ``minimum``."""

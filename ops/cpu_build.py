@@ -5,6 +5,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -31,7 +32,7 @@ def cpu_name() -> str:
 
 @functools.cache
 def load(source: Path) -> ctypes.CDLL | None:
-    """The shared library of ``source``, compiled where it is not cached for this source and CPU.
+    """The shared library of ``source``, compiled where it is not cached for this source, compiler and CPU.
 
     Returns None, with one warning, where there is no working compiler; ``HEADQ_CPU_KERNEL=0`` asks for that.
     Two processes that compile at once each write a file of their own and rename it.
@@ -39,17 +40,18 @@ def load(source: Path) -> ctypes.CDLL | None:
     if os.environ.get("HEADQ_CPU_KERNEL") == "0":
         return None
     code = source.read_bytes()
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    tag = hashlib.sha256(b"\0".join([code, " ".join(FLAGS).encode(), cpu_name().encode()])).hexdigest()[:16]
+    compiler = shlex.split(os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or "")
+    parts = (code, " ".join([*compiler, *FLAGS]).encode(), cpu_name().encode())
+    tag = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
     library = cache_folder() / f"{source.parent.name}-{tag}.so"
     try:
         if not library.exists():
-            if compiler is None:
+            if not compiler:
                 raise FileNotFoundError("no C++ compiler found (set CXX)")
             library.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=library.parent) as folder:
                 built = Path(folder) / library.name
-                command = [compiler, *FLAGS, str(source), "-o", str(built)]
+                command = [*compiler, *FLAGS, str(source), "-o", str(built)]
                 subprocess.run(command, check=True, capture_output=True, text=True)
                 os.replace(built, library)
         return ctypes.CDLL(str(library))

@@ -649,7 +649,7 @@ def test_crop_everything_then_start_again(model, token_ids):
     forward(model, token_ids(2, 100, seed=1), cache=cache)
     cache.crop(-100)
     assert cache.get_seq_length() == 0
-    assert [(r.tokens, r.slots, r.packed) for r in cache.layers[0].rows] == [(0, 0, 0)] * 2
+    assert cache.get_memory_footprint() == 0
     ids = token_ids(2, 50)
     fresh = HeadQCache(model)
     torch.testing.assert_close(forward(model, ids, cache=cache), forward(model, ids, cache=fresh))
@@ -759,3 +759,35 @@ def test_packed_cache_in_train_mode_is_refused(tiny):
     model.train()
     with pytest.raises(ValueError, match=r"call model\.eval\(\) first"):
         model(torch.arange(10)[None], cache=cache)
+
+
+def test_call_after_a_failed_one_is_refused(tiny, token_ids):
+    """A call that fails in a later layer leaves the earlier ones ahead: going on would store a token twice."""
+    model = tiny("llama")
+    quantize_(model, headq_config(**OPTIONS))
+    cache = HeadQCache(model)
+    with torch.no_grad():
+        model(token_ids(1, 100), cache=cache)
+        weight = model.model.layers[1].self_attn.k_proj.weight
+        kept = weight.clone()
+        weight.fill_(float("nan"))
+        with pytest.raises(ValueError, match="keys must be finite"):
+            model(token_ids(1, 1), cache=cache)
+        weight.copy_(kept)
+        with pytest.raises(RuntimeError, match="an earlier call failed part-way: layers hold 100 to 101 tokens"):
+            model(token_ids(1, 1), cache=cache)
+        cache.reset()
+        model(token_ids(1, 100), cache=cache)
+
+
+def test_crop_to_nothing_starts_anew(tiny, token_ids):
+    model = tiny("llama")
+    quantize_(model, headq_config(**OPTIONS))
+    first, second = token_ids(1, 200), token_ids(1, 200).flip(1)
+    used, fresh = HeadQCache(model), HeadQCache(model)
+    with torch.no_grad():
+        model(first, cache=used)
+        used.crop(-200)
+        for ids in (second[:, :150], second[:, 150:]):
+            a, b = model(ids, cache=used).logits, model(ids, cache=fresh).logits
+    assert torch.equal(a, b)

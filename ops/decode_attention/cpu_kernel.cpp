@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <new>
 #include <vector>
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -24,7 +25,7 @@ struct Plane { const uint8_t* data; int64_t batch_stride, head_stride, tile_stri
 struct Scale { const uint16_t* data; int64_t batch_stride, head_stride, token_stride; };
 
 struct Args {
-  int32_t batch, kv_heads, queries, slots, head_dim, coords;  // queries: rows per KV head (group x new tokens)
+  int32_t batch, kv_heads, queries, slots, head_dim;  // queries: rows per KV head (group x new tokens)
   int32_t key_planes, value_planes, value_bits, groups, threads, isa, new_tokens;
   Plane k[3], v[2];
   Scale k_scale, k_zero, v_scale, v_zero;                     // k_zero.data, v_zero.data may be null
@@ -198,11 +199,15 @@ void tile(int isa, bool key, int width, const uint8_t* data, int64_t step, int n
 // Two int8 planes of a query: x ≈ scale · (hi·128 + lo), |hi·128 + lo| <= 16128.
 float split_query(const float* x, int n, int8_t* hi, int8_t* lo) {
   float most = 0;
-  for (int i = 0; i < n; i++) most = std::max(most, std::fabs(x[i]));
-  if (!(most > 0) || !std::isfinite(most)) {
+  bool finite = true;
+  for (int i = 0; i < n; i++) {
+    most = std::max(most, std::fabs(x[i]));
+    finite = finite && std::isfinite(x[i]);
+  }
+  if (!finite || most < 1e-30f) {  // a non-finite query gives NaN, as it does elsewhere
     std::memset(hi, 0, n);
     std::memset(lo, 0, n);
-    return 0;
+    return finite ? 0.0f : std::numeric_limits<float>::quiet_NaN();
   }
   float scale = most / 16128, inverse = 16128 / most;
   for (int i = 0; i < n; i++) {
@@ -289,7 +294,7 @@ void readout(const Args& a, int b, int h, int nq, int t0, int t1, const float* s
       if (zero)
         halves(zero + first * a.v_zero.token_stride + g, a.v_zero.token_stride, n, offset);
       else
-        for (int i = 0; i < n; i++) offset[i] = -0.5f * top * sigma[i];
+        std::fill(offset, offset + n, 0.0f);
       for (int q = 0; q < nq; q++) {
         const float* row = s + q * CHUNK + (first - t0);
         alignas(64) float w[WEIGHTS];
@@ -302,11 +307,14 @@ void readout(const Args& a, int b, int h, int nq, int t0, int t1, const float* s
         }
         float inverse = most > 0 ? 16256 / most : 0.0f;
         unit[q] = most / 16256;
+        int whole = 0;
         for (int i = 0; i < n; i++) {
           int x = int(std::nearbyint(w[i] * inverse));
+          whole += x;
           hi[q][i] = int8_t(x >> 7);
           lo[q][i] = int8_t(x & 127);
         }
+        if (!zero) constant = -0.5f * top * unit[q] * whole;  // of the weights as rounded, so that levels stay centred
         for (int d = g * group; d < (g + 1) * group; d++) acc[q * a.head_dim + d] += constant;
       }
       int shift = 0;
@@ -342,12 +350,19 @@ extern "C" int headq_best_isa() {
 
 extern "C" int headq_args_size() { return int(sizeof(Args)); }
 
-extern "C" void headq_decode_attention(const Args* args) {
+// Returns 1 where memory for partial sums is not to be had.
+extern "C" int headq_decode_attention(const Args* args) {
   const Args& a = *args;
   int heads = a.batch * a.kv_heads, chunks = (a.slots + CHUNK - 1) / CHUNK;
   int64_t width = int64_t(a.queries) * (a.head_dim + 2);
-  std::vector<Query> queries(heads);
-  std::vector<float> parts(width * heads * chunks);
+  std::vector<Query> queries;
+  std::vector<float> parts;
+  try {
+    queries.resize(heads);
+    parts.resize(width * heads * chunks);
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
 #pragma omp parallel num_threads(a.threads)
   {
 #pragma omp for schedule(static)
@@ -397,6 +412,13 @@ extern "C" void headq_decode_attention(const Args* args) {
         }
         a.lse[int64_t(i) * a.queries + q] = most == NEG ? NEG : most + std::log(total);
         for (int d = 0; d < a.head_dim && total > 0; d++) out[d] /= total;
+        int64_t at = int64_t(i / a.kv_heads) * a.new_tokens + q % a.new_tokens;
+        for (int p = 0; p < a.key_planes; p++)
+          if (std::isnan(queries[i].scale[p * a.queries + q]) && a.start[at] < a.stop[at]) {
+            std::fill(out, out + a.head_dim, std::numeric_limits<float>::quiet_NaN());
+            a.lse[int64_t(i) * a.queries + q] = std::numeric_limits<float>::quiet_NaN();
+          }
       }
   }
+  return 0;
 }

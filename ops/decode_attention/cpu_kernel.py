@@ -24,7 +24,7 @@ class _Scale(ctypes.Structure):
     _fields_ = (("data", _P), ("batch", _I64), ("head", _I64), ("token", _I64))
 
 
-_INTS = "batch kv_heads queries slots head_dim coords key_planes value_planes value_bits groups threads isa new_tokens"
+_INTS = "batch kv_heads queries slots head_dim key_planes value_planes value_bits groups threads isa new_tokens"
 
 
 class _Args(ctypes.Structure):
@@ -46,7 +46,7 @@ def library() -> ctypes.CDLL | None:
     """The compiled kernel, or None where there is no compiler."""
     lib = cpu_build.load(Path(__file__).with_name("cpu_kernel.cpp"))
     if lib is not None:
-        lib.headq_decode_attention.restype = None
+        lib.headq_decode_attention.restype = ctypes.c_int
         assert lib.headq_args_size() == ctypes.sizeof(_Args), "cpu_kernel.py and cpu_kernel.cpp disagree about Args"
     return lib
 
@@ -81,40 +81,48 @@ def decode_attention(
     valid: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`headq_ao.ops.decode_attention` for fp32 queries over packed keys and packed values."""
-    batch, heads, new, coords = q.shape
+    batch, heads, new, _ = q.shape
     kv_heads, slots = key_scale.shape[1:]
     head_dim = value_planes[0].shape[3] * value_planes[0].shape[4]
     planes = [p.contiguous() for p in query_planes(q, key_bits)]
     rows = [x.contiguous() for x in (bias, zero_query, gauge, start, stop)]
     out, lse = q.new_empty(batch, heads, new, head_dim), q.new_empty(batch, heads, new)
     mask = None if valid is None else valid if valid.stride(1) == 1 else valid.contiguous()
+    # lists, so that what is made contiguous here lives until the call returns
+    key_planes, value_planes = [_dense(p) for p in key_planes], [_dense(p) for p in value_planes]
+    scales = [_dense(x) for x in (key_scale, key_zero, value_scale, value_zero)]
     widths = plane_pieces(tuple(key_bits))
     key = [_plane(p, w, x.shape[-1]) for p, w, x in zip(key_planes, widths, planes, strict=True)]
     args = _Args(
-        batch=batch, kv_heads=kv_heads, queries=heads // kv_heads * new, slots=slots, head_dim=head_dim, coords=coords,
+        batch=batch, kv_heads=kv_heads, queries=heads // kv_heads * new, slots=slots, head_dim=head_dim,
         key_planes=len(key_planes), value_planes=len(value_planes), value_bits=value_bits,
         groups=value_scale.shape[3], threads=torch.get_num_threads(), isa=code_path(lib), new_tokens=new,
         k=(_Plane * 3)(*key),
         v=(_Plane * 2)(*(_plane(p, w, head_dim) for p, w in zip(value_planes, PIECES[value_bits], strict=True))),
-        k_scale=_scale(key_scale), k_zero=_scale(key_zero), v_scale=_scale(value_scale), v_zero=_scale(value_zero),
+        **{name: _scale(x) for name, x in zip(("k_scale", "k_zero", "v_scale", "v_zero"), scales, strict=True)},
         q=(_P * 3)(*(x.data_ptr() for x in planes)),
         bias=rows[0].data_ptr(), zero_query=rows[1].data_ptr(), gauge=rows[2].data_ptr(),
         start=rows[3].data_ptr(), stop=rows[4].data_ptr(),
         valid=None if mask is None else mask.data_ptr(), valid_stride=0 if mask is None else mask.stride(0),
         out=out.data_ptr(), lse=lse.data_ptr(),
     )  # fmt: skip
-    lib.headq_decode_attention(ctypes.byref(args))
+    if lib.headq_decode_attention(ctypes.byref(args)):
+        raise MemoryError(f"decode_attention had no memory for its partial sums over {slots} slots")
     return out, lse
 
 
+def _dense(x: Tensor | None) -> Tensor | None:
+    """``x`` with its entries of one token tile packed together; batch, heads and tokens may have any stride."""
+    if x is None or x.ndim == 3 or not x.shape[2]:
+        return x
+    return x if x[0, 0, 0].is_contiguous() else x.contiguous()
+
+
 def _plane(plane: Tensor, width: int, columns: int) -> _Plane:
-    if plane.shape[2] and not plane[0, 0, 0].is_contiguous():
-        plane = plane.contiguous()
     return _Plane(plane.data_ptr(), plane.stride(0), plane.stride(1), plane.stride(2), width, columns)
 
 
 def _scale(scale: Tensor | None) -> _Scale:
     if scale is None:
         return _Scale()
-    assert scale.dtype == torch.float16 and (scale.ndim == 3 or scale.stride(3) == 1 or scale.shape[3] == 1)
     return _Scale(scale.data_ptr(), scale.stride(0), scale.stride(1), scale.stride(2))

@@ -89,6 +89,7 @@ def decode_attention(
     slots = _slots(keys, TOKEN_TILE), _slots(values, granule(PIECES[values.bits[0]][0]) if values.bits else 1)
     if slots[0] != slots[1]:
         raise ValueError(f"keys and values must hold the same slots, got {slots[0]} and {slots[1]}")
+    _check_operands(q, keys, values, start, stop, valid, (q.codes.shape[0], hkv, slots[0]))
     if start.shape != q.bias.shape[::2] or stop.shape != start.shape:
         raise ValueError(
             f"start and stop must be [B, S] = {tuple(q.bias.shape[::2])}, "
@@ -178,8 +179,51 @@ def _cpu(q, bias, zero_query, gauge, k, key_planes, key_bits, key_scale, key_zer
     lib = cpu_kernel.library() if k is None and v is None and q.dtype == torch.float32 else None
     if lib is None:
         return _tiled(q, bias, zero_query, gauge, k, key_planes, key_bits, key_scale, key_zero, v, value_planes, *rest)
-    rows = (key_planes, key_bits, key_scale, key_zero, value_planes)
-    return cpu_kernel.decode_attention(lib, q, bias, zero_query, gauge, *rows, *rest)
+    *value_rows, start, stop, valid = rest
+    parts = [
+        cpu_kernel.decode_attention(
+            lib, q[:, :, s], bias[..., s], zero_query[..., s], gauge[..., s],
+            key_planes, key_bits, key_scale, key_zero, value_planes, *value_rows, start[:, s], stop[:, s], valid,
+        )
+        for s in _tiles(q.shape[2], QUERY_TILE)
+    ]  # fmt: skip
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
+
+
+def _check_operands(
+    q: MappedQuery,
+    keys: Rows,
+    values: Rows,
+    start: Tensor,
+    stop: Tensor,
+    valid: Tensor | None,
+    rows: tuple[int, int, int],
+) -> None:
+    """Every operand has the rows' ``[B, Hkv, T]`` and its dtype: compiled kernels read them by address."""
+    for name, x in (("bias", q.bias), ("zero", q.zero), ("gauge", q.gauge)):
+        if x.dtype != q.codes.dtype or x.shape != q.codes.shape[:-1]:
+            what = f"{tuple(x.shape)} {x.dtype}"
+            raise ValueError(f"q.{name} must be {tuple(q.codes.shape[:-1])} {q.codes.dtype}, got {what}")
+    for side, operand in (("keys", keys), ("values", values)):
+        for plane in operand.planes:
+            if plane.shape[:2] != rows[:2] or plane.dtype != torch.uint8:
+                what = f"{tuple(plane.shape[:2])} {plane.dtype}"
+                raise ValueError(f"{side} planes must be uint8 with [B, Hkv] = {rows[:2]}, got {what}")
+        for name, x in (("scale", operand.scale), ("zero", operand.zero)):
+            if x is not None and (x.shape[:3] != rows or x.dtype != torch.float16):
+                raise ValueError(
+                    f"{side} {name} must be fp16 with [B, Hkv, T] = {rows}, got {tuple(x.shape)} {x.dtype}"
+                )
+        if operand.planes and operand.scale is None:
+            raise ValueError(f"packed {side} need their scale")
+        if operand.exact is not None and operand.exact.shape[:2] != rows[:2]:
+            raise ValueError(f"exact {side} must have [B, Hkv] = {rows[:2]}, got {tuple(operand.exact.shape[:2])}")
+    if start.dtype != torch.int64 or stop.dtype != torch.int64:
+        raise ValueError(f"start and stop must be int64, got {start.dtype} and {stop.dtype}")
+    if valid is not None and (valid.shape != rows[::2] or valid.dtype != torch.bool):
+        raise ValueError(f"valid must be bool [B, T] = {rows[::2]}, got {tuple(valid.shape)} {valid.dtype}")
 
 
 def _slots(rows: Rows, tokens_per_entry: int) -> int:

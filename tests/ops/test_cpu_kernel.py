@@ -145,3 +145,52 @@ def test_two_processes_may_compile_at_once(tmp_path):
     runs = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(2)]
     assert [run.wait() for run in runs] == [0, 0]
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_planes_of_any_strides():
+    """A plane whose entries are not packed together is copied, and the copy outlives the call."""
+    q, keys, values, start, stop, valid = make(*SHAPES[0])
+    expected = decode_attention(q, keys, values, start, stop, valid)
+    strided = [p.transpose(-1, -2).contiguous().transpose(-1, -2) for p in (*keys.planes, *values.planes)]
+    n = len(keys.planes)
+    keys = Rows(planes=strided[:n], bits=keys.bits, scale=keys.scale)
+    values = Rows(planes=strided[n:], bits=values.bits, scale=values.scale)
+    assert torch.equal(decode_attention(q, keys, values, start, stop, valid)[0], expected[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c | {"start": c["start"].int()}, "start and stop must be int64"),
+        (lambda c: c | {"valid": torch.ones(1, 8, dtype=torch.bool)}, r"valid must be bool \[B, T\]"),
+        (lambda c: c | {"keys": Rows(planes=c["keys"].planes, bits=c["keys"].bits)}, "packed keys need their scale"),
+        (
+            lambda c: c | {"keys": Rows(c["keys"].exact, c["keys"].planes, c["keys"].bits, c["keys"].scale[:, :, :32])},
+            "keys scale must be fp16 with",
+        ),
+        (
+            lambda c: c | {"q": MappedQuery(c["q"].codes, c["q"].bias.double(), c["q"].zero, c["q"].gauge)},
+            "q.bias must",
+        ),
+    ],
+)
+def test_operands_that_do_not_fit_are_refused(change, message):
+    names = ("q", "keys", "values", "start", "stop", "valid")
+    case = change(dict(zip(names, make(*SHAPES[0]), strict=True)))
+    with pytest.raises(ValueError, match=message):
+        decode_attention(*(case[name] for name in names))
+
+
+def test_a_non_finite_query_stays_visible():
+    q, keys, values, start, stop, valid = make(*SHAPES[0])
+    q.codes[0, 0, 0, 5] = float("nan")
+    out, lse = decode_attention(q, keys, values, start, stop, valid)
+    assert out[0, 0].isnan().all() and lse[0, 0].isnan().all()
+    assert out[0, 1:].isfinite().all()
+
+
+def test_many_queries_are_cut_into_tiles(monkeypatch):
+    case = make(1, 1, 2, 70, 96, 64, 2, 16, 2, False, 2, 64, False, False)
+    whole = decode_attention(*case)
+    monkeypatch.setattr("headq_ao.ops.decode_attention.op.QUERY_TILE", 32)
+    torch.testing.assert_close(decode_attention(*case)[0], whole[0], rtol=0, atol=0)
