@@ -27,7 +27,8 @@ class BitsReport:
         packed_rows: mean packed rows per sequence and layer.
         tokens: mean tokens per sequence.
         bytes: by kind: codes, scales, rows of a side that is kept exact, per-sequence bases, moments (with the queries
-            kept for them), exact rows, unused capacity (with the mask of holes after a deep crop). Their sum is ``get_memory_footprint()``.
+            kept for them), exact rows, unused capacity (with
+            the mask of holes after a deep crop). Their sum is ``get_memory_footprint()``.
     """
 
     key_body_bits: float | None

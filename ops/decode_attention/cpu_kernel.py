@@ -90,7 +90,7 @@ def decode_attention(
     mask = None if valid is None else valid if valid.stride(1) == 1 else valid.contiguous()
     # lists, so that what is made contiguous here lives until the call returns
     key_planes, value_planes = [_dense(p) for p in key_planes], [_dense(p) for p in value_planes]
-    scales = [_dense(x) for x in (key_scale, key_zero, value_scale, value_zero)]
+    scales = [None if x is None else _dense(x) for x in (key_scale, key_zero, value_scale, value_zero)]
     widths = plane_pieces(tuple(key_bits))
     key = [_plane(p, w, x.shape[-1]) for p, w, x in zip(key_planes, widths, planes, strict=True)]
     args = _Args(
@@ -111,9 +111,9 @@ def decode_attention(
     return out, lse
 
 
-def _dense(x: Tensor | None) -> Tensor | None:
+def _dense(x: Tensor) -> Tensor:
     """``x`` with its entries of one token tile packed together; batch, heads and tokens may have any stride."""
-    if x is None or x.ndim == 3 or not x.shape[2]:
+    if x.ndim == 3 or not x.shape[2]:
         return x
     return x if x[0, 0, 0].is_contiguous() else x.contiguous()
 

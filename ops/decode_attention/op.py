@@ -179,11 +179,12 @@ def _cpu(q, bias, zero_query, gauge, k, key_planes, key_bits, key_scale, key_zer
     lib = cpu_kernel.library() if k is None and v is None and q.dtype == torch.float32 else None
     if lib is None:
         return _tiled(q, bias, zero_query, gauge, k, key_planes, key_bits, key_scale, key_zero, v, value_planes, *rest)
-    *value_rows, start, stop, valid = rest
+    value_bits, value_scale, value_zero, start, stop, valid = rest
     parts = [
         cpu_kernel.decode_attention(
             lib, q[:, :, s], bias[..., s], zero_query[..., s], gauge[..., s],
-            key_planes, key_bits, key_scale, key_zero, value_planes, *value_rows, start[:, s], stop[:, s], valid,
+            key_planes, key_bits, key_scale, key_zero,
+            value_planes, value_bits, value_scale, value_zero, start[:, s], stop[:, s], valid,
         )
         for s in _tiles(q.shape[2], QUERY_TILE)
     ]  # fmt: skip
@@ -211,11 +212,10 @@ def _check_operands(
             if plane.shape[:2] != rows[:2] or plane.dtype != torch.uint8:
                 what = f"{tuple(plane.shape[:2])} {plane.dtype}"
                 raise ValueError(f"{side} planes must be uint8 with [B, Hkv] = {rows[:2]}, got {what}")
-        for name, x in (("scale", operand.scale), ("zero", operand.zero)):
-            if x is not None and (x.shape[:3] != rows or x.dtype != torch.float16):
-                raise ValueError(
-                    f"{side} {name} must be fp16 with [B, Hkv, T] = {rows}, got {tuple(x.shape)} {x.dtype}"
-                )
+        for name, row in (("scale", operand.scale), ("zero", operand.zero)):
+            if row is not None and (row.shape[:3] != rows or row.dtype != torch.float16):
+                what = f"{tuple(row.shape)} {row.dtype}"
+                raise ValueError(f"{side} {name} must be fp16 with [B, Hkv, T] = {rows}, got {what}")
         if operand.planes and operand.scale is None:
             raise ValueError(f"packed {side} need their scale")
         if operand.exact is not None and operand.exact.shape[:2] != rows[:2]:

@@ -192,5 +192,5 @@ def test_a_non_finite_query_stays_visible():
 def test_many_queries_are_cut_into_tiles(monkeypatch):
     case = make(1, 1, 2, 70, 96, 64, 2, 16, 2, False, 2, 64, False, False)
     whole = decode_attention(*case)
-    monkeypatch.setattr("headq_ao.ops.decode_attention.op.QUERY_TILE", 32)
+    monkeypatch.setattr(sys.modules[_tiled.__module__], "QUERY_TILE", 32)
     torch.testing.assert_close(decode_attention(*case)[0], whole[0], rtol=0, atol=0)
