@@ -44,7 +44,7 @@ class ClosingLayer(LayerState):
                 self._close(index, members, blocks, codec)
         if self.exact.q is not None and not self._awaits_queries():
             self.exact.q = None
-        if self.k_sum is not None and all(all(e.ready) for e in self.epochs if e.per_sequence):
+        if self.k_sum is not None and self._statistics_taken():
             self.k_sum = None
         self.exact.resize(max(self.exact_capacity, max(r.exact for r in self.rows) + 1))
         if self.sliding_window is not None:
@@ -52,6 +52,9 @@ class ClosingLayer(LayerState):
 
     def _awaits_queries(self) -> bool:
         return not self._never_packs and any(e.per_sequence and e.begin == 0 and not all(e.ready) for e in self.epochs)
+
+    def _statistics_taken(self) -> bool:
+        return all(all(e.ready) for e in self.epochs if e.per_sequence)
 
     def _closable(self, row: RowCounts, b: int) -> int:
         block = self.config.block_size
@@ -83,9 +86,6 @@ class ClosingLayer(LayerState):
             self.valid[members, slot:end] = True
         count, taken = row.exact, n_sink
 
-        def rows(x: Tensor, at: int, n: int) -> Tensor:
-            return (x if index is None else x.index_select(0, index))[:, :, at : at + n]
-
         assert self.exact.k is not None and self.exact.v is not None
         while slot < end:
             e = max(i for i, epoch in enumerate(self.epochs) if epoch.begin <= slot)
@@ -93,8 +93,7 @@ class ClosingLayer(LayerState):
             epoch = self.epochs[e]
             if epoch.per_sequence and not all(epoch.ready[b] for b in members):
                 self._derive(epoch, index, members, codec)
-            k = rows(self.exact.k, taken, stop - slot)
-            v = rows(self.exact.v, taken, stop - slot)
+            k, v = (select(x, index)[:, :, taken : taken + stop - slot] for x in (self.exact.k, self.exact.v))
             self._fold(k, index, members, e)
             self._write(index, slot, stop - slot, k, v, self._codec(e, codec, index), codec)
             taken += stop - slot
@@ -124,12 +123,11 @@ class ClosingLayer(LayerState):
         n, first = self.config.first_epoch(self.shape.head_dim), self.config.n_sink
         if epoch.begin == 0:
             assert self.exact.k is not None and self.exact.q is not None
-            k, q = (x if index is None else x.index_select(0, index) for x in (self.exact.k, self.exact.q))
-            new = codec.from_prompt(q[:, :, first : first + n], k[:, :, first : first + n])
+            q, k = (select(x, index)[:, :, first : first + n] for x in (self.exact.q, self.exact.k))
+            new = codec.from_prompt(q, k)
         else:
             assert self.k_sum is not None
-            k_sum = self.k_sum if index is None else self.k_sum.index_select(0, index)
-            new = codec.from_prior(k_sum, self.rows[members[0]].folded)
+            new = codec.from_prior(select(self.k_sum, index), self.rows[members[0]].folded)
         half = {name: t.half() for name, t in new.tensors().items() if name in new.own}
         new = new.replace(half)
         if index is None:
@@ -164,11 +162,7 @@ class ClosingLayer(LayerState):
         for r in self.rows:
             oldest_seen = r.tokens - window + 1 - self.config.residual_length  # a crop may step back that far
             low = min(low, max(oldest_seen - self.config.n_sink - r.dropped, 0) // block * block)
-        if (
-            low == 0
-            or low * 2 < max(r.slots for r in self.rows)
-            or not all(all(e.ready) for e in self.epochs if e.per_sequence)
-        ):
+        if low == 0 or low * 2 < max(r.slots for r in self.rows) or not self._statistics_taken():
             return
         low = min(low, min(r.slots for r in self.rows))
         self.store_k.drop(low)
@@ -181,6 +175,11 @@ class ClosingLayer(LayerState):
             epoch.begin = max(epoch.begin - low, 0)
         while len(self.epochs) > 1 and self.epochs[1].begin == 0:
             self.epochs.pop(0)
+
+
+def select(x: Tensor, index: Tensor | None) -> Tensor:
+    """Those batch rows; None: all."""
+    return x if index is None else x.index_select(0, index)
 
 
 def flat(planes: list[Tensor], scale: Tensor, zero: Tensor | None) -> list[Tensor]:
