@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headq_ao import Calibration, HeadQConfig, estimate_memory, headq_config, quantize_, restore_
+from headq_ao import Calibration
 from headq_ao.config import PRESETS
 from headq_ao.evals import inputs
+from headq_ao.evals.baselines.methods import METHODS
 from headq_ao.evals.environment import environment
 from headq_ao.evals.scoring import NothingPackedError, exact_logprobs, score
+from headq_ao.evals.subjects import BACKENDS, Subject
 from headq_ao.evals.table import measured, number, text_table
-
-REPORT_TOKENS = 4096
 
 EPILOG = """\
 examples:
@@ -28,6 +28,8 @@ examples:
   WikiText-2 as in README.md (wiki.valid.raw calibrates, wiki.test.raw reports):
     HEADQ_WIKITEXT=path/to/wikitext-2-raw python -m headq_ao.evals.perplexity \\
         --text wikitext --calibration wikitext --rows 3
+  another quantizer at the same bits, in the same cache:
+    python -m headq_ao.evals.perplexity --method kivi --set k_bits=2 --set v_bits=2 --set k_group=64 --set v_group=64
   a model and a text of your own, the published construction:
     python -m headq_ao.evals.perplexity --model path/to/model --dtype bfloat16 --text my.txt --preset headq_paper
 
@@ -41,34 +43,43 @@ def evaluate(
     model: Any,
     rows: Tensor,
     exact: Sequence[Tensor],
-    config: HeadQConfig,
+    subject: Subject,
     *,
     prefill: int = 256,
     chunk: int = 64,
+    batch_size: int = 1,
     progress: bool = True,
     label: str = "HeadQ",
 ) -> dict[str, Any]:
-    """Score one config through its cache; the model is left without HeadQ.
+    """Score one subject through its cache; the model is left without HeadQ.
 
     Args:
         model: without HeadQ.
         rows: token ids ``[N, T]``.
         exact: :func:`headq_ao.evals.scoring.exact_logprobs` on the same rows.
-        config: what to score.
+        subject: what to score.
+        batch_size: rows at a time, where the subject codes them apart.
 
     Returns:
-        ``config``, ``score`` (:meth:`Score.to_dict`) and ``bits_at_4096`` as plain data.
+        ``method`` (:meth:`Subject.describe`), ``config``, ``score`` (:meth:`Score.to_dict`), ``bits`` and
+        ``memory_bytes`` as plain data.
 
     Raises:
         NothingPackedError: when no packed row was read.
     """
-    quantize_(model, config)
-    try:
-        result = score(model, rows, exact, prefill=prefill, chunk=chunk, progress=progress, label=label).to_dict()
-    finally:
-        restore_(model)
-    at_4k = estimate_memory(model, config, REPORT_TOKENS).bits_at_t
-    return {"config": inputs.describe(config), "score": result, f"bits_at_{REPORT_TOKENS}": at_4k}
+    with subject.on(model) as make_cache:
+        result = score(
+            model, rows, exact, prefill=prefill, chunk=chunk, batch_size=batch_size if subject.batchable else 1,
+            make_cache=make_cache, progress=progress, label=label,
+        ).to_dict()  # fmt: skip
+    bits = subject.bits(model, result["report"])
+    return {
+        "method": subject.describe(),
+        "config": None if subject.config is None else inputs.describe(subject.config),
+        "score": result,
+        "bits": bits,
+        "memory_bytes": subject.memory_bytes(model, bits, result["report"]),
+    }
 
 
 def parse_value(text: str) -> Any:
@@ -85,7 +96,7 @@ def parse_value(text: str) -> Any:
 
 
 def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
-    """``["k_bits=3", …]`` as keyword arguments of ``headq_config``.
+    """``["k_bits=3", …]`` as keyword arguments.
 
     Raises:
         ValueError: on a pair without ``=``, a name given twice, or ``calibration``, which has its own option.
@@ -106,7 +117,7 @@ def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m headq_ao.evals.perplexity",
-        description="Perplexity and next-token KL of a model that reads its history from a packed HeadQ cache.",
+        description="Perplexity and next-token KL of a model that reads its history from a packed cache.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -120,6 +131,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--row-length", type=int, default=1024, help="tokens per row (1024)")
     add("--prefill", type=int, default=256, help="tokens of each row that go in first, at once (256)")
     add("--chunk", type=int, default=64, help="tokens per later call (64)")
+    add("--batch-size", type=int, default=4, metavar="N", help="rows that go through the model together (4)")
     add(
         "--calibration",
         default="none",
@@ -128,6 +140,13 @@ def build_parser() -> argparse.ArgumentParser:
         "a text file to calibrate on, or a saved .safetensors",
     )
     add("--calibration-tokens", type=int, default=4096, metavar="N", help="of a text to calibrate on (4096)")
+    add(
+        "--method",
+        default="headq",
+        metavar="NAME",
+        help=f"headq (default), another quantizer in the same cache ({', '.join(METHODS)}), or a backend of "
+        f"transformers' QuantizedCache ({', '.join(BACKENDS)})",
+    )
     add("--preset", choices=sorted(PRESETS), help="start from a named config")
     add(
         "--set",
@@ -135,7 +154,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=[],
         dest="options",
         metavar="NAME=VALUE",
-        help="a field of headq_config, repeatable: k_bits=3, v_bits=none, rank=0, adapt=off",
+        help="a field of headq_config, repeatable: k_bits=3, v_bits=none, rank=0, adapt=off; or an option of --method",
     )
     add("--threads", type=int, help="CPU threads (PyTorch's default)")
     add("--json", type=Path, metavar="OUT", help="write settings, environment and scores there")
@@ -143,13 +162,13 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check(args: argparse.Namespace) -> tuple[Path, Path | None, HeadQConfig]:
-    """Everything that can be refused before a model is loaded: text, calibration file, config.
+def check(args: argparse.Namespace) -> tuple[Path, Path | None, Subject]:
+    """Everything that can be refused before a model is loaded: text, calibration file, options.
 
     Raises:
         ValueError, FileNotFoundError: saying what to do.
     """
-    for name in ("rows", "row_length", "prefill", "chunk", "calibration_tokens", "threads"):
+    for name in ("rows", "row_length", "prefill", "chunk", "batch_size", "calibration_tokens", "threads"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
@@ -158,21 +177,26 @@ def check(args: argparse.Namespace) -> tuple[Path, Path | None, HeadQConfig]:
             f"--row-length must be larger than --prefill {args.prefill}, got {args.row_length}: "
             "tokens up to --prefill are not scored"
         )
-    config = headq_config(args.preset, **parse_options(args.options))
+    preset = {} if args.preset is None else {"preset": args.preset}
+    if preset and args.method != "headq":
+        raise ValueError(f"--preset names a config of HeadQ, but --method is {args.method}; leave one of them out")
+    subject = Subject(args.method, preset | parse_options(args.options))
+    if subject.kind == "exact":
+        raise ValueError("the exact cache is what every run is compared with; choose another --method")
     text = inputs.find_text(args.text, "report")
     calibration = None
     if args.calibration.endswith(".safetensors"):
-        config.calibration = Calibration.load(args.calibration)
+        subject.calibrate(Calibration.load(args.calibration))
     elif args.calibration != "none":
         calibration = inputs.find_text(args.calibration, "calibrate")
         if calibration.resolve() == text.resolve():
             raise ValueError(f"--calibration and --text are the same file {text.name}: report on a text unseen")
     if args.json is not None and args.json.is_dir():
         raise ValueError(f"--json must name a file, got the folder {args.json}")
-    return text, calibration, config
+    return text, calibration, subject
 
 
-def run(args: argparse.Namespace, text: Path, calibration: Path | None, config: HeadQConfig) -> dict[str, Any]:
+def run(args: argparse.Namespace, text: Path, calibration: Path | None, subject: Subject) -> dict[str, Any]:
     """Load, calibrate, score; returns what ``--json`` writes."""
     progress = not args.no_progress
     if args.threads:
@@ -180,9 +204,13 @@ def run(args: argparse.Namespace, text: Path, calibration: Path | None, config: 
     model, tokenizer = inputs.load(args.model, args.gguf_file, inputs.DTYPES[args.dtype], args.device)
     rows = inputs.token_rows(tokenizer, text, args.rows, args.row_length)
     if calibration is not None:
-        config.calibration = inputs.calibrate_on(model, tokenizer, calibration, args.calibration_tokens, progress)
+        subject.calibrate(inputs.calibrate_on(model, tokenizer, calibration, args.calibration_tokens, progress))
     exact = exact_logprobs(model, rows, args.prefill, progress)
-    result = evaluate(model, rows, exact, config, prefill=args.prefill, chunk=args.chunk, progress=progress)
+    label = "HeadQ" if args.method == "headq" else args.method
+    result = evaluate(
+        model, rows, exact, subject,
+        prefill=args.prefill, chunk=args.chunk, batch_size=args.batch_size, progress=progress, label=label,
+    )  # fmt: skip
     protocol = {
         "text": text.name,
         "calibration": args.calibration if calibration is None else calibration.name,
@@ -204,10 +232,10 @@ def show(result: dict[str, Any]) -> str:
     rows = [
         ["exact", f"{full} / {full}", f"{full}", f"{full}", number(s["exact_perplexity"], 3), "1", "0", "0 %"],
         [
-            "HeadQ",
+            "HeadQ" if result["method"]["name"] == "headq" else result["method"]["name"],
             " / ".join("exact" if bits is None else number(bits) for bits in sides),
             number(report["packed_bits_per_element"]),
-            number(result[f"bits_at_{REPORT_TOKENS}"]),
+            number(result["bits"]["at"]["4096"]),
             number(s["perplexity"], 3),
             measured(s["ppl_ratio"], s["ppl_ratio_sem"], 4),
             measured(s["mean_kl"], s["mean_kl_sem"], 4),

@@ -11,6 +11,8 @@ from tqdm.auto import tqdm
 
 from headq_ao import HeadQCache
 
+POSITION_BIN = 64  # positions that one entry of kl_by_position covers at least
+
 
 class NothingPackedError(RuntimeError):
     """No packed row was read: the score would be that of the exact cache."""
@@ -24,10 +26,13 @@ class Score:
         perplexity: ``exp(mean NLL)`` over the scored targets.
         exact_perplexity: the same with an exact cache.
         ppl_ratio: ``exp(mean ΔNLL)``.
-        ppl_ratio_sem: its standard error over rows (delta method); None with one row.
+        perplexity_sem, exact_perplexity_sem, ppl_ratio_sem: their standard errors over rows (delta method); None with
+            one row.
         mean_kl: mean over positions of ``KL(exact ‖ cached)`` of the next-token distribution, in nats.
         mean_kl_sem: its standard error over rows; None with one row.
         kl_by_row: one mean per row.
+        kl_by_position: mean over rows per chunk, of 64 positions at least: ``{"start", "stop", "kl"}``, in positions
+            of the row.
         flips: share of positions where the most likely next token differs.
         packed_fraction: packed over all rows that the scored queries read.
         report: the cache's bits at the end of the last row.
@@ -35,12 +40,15 @@ class Score:
     """
 
     perplexity: float
+    perplexity_sem: float | None
     exact_perplexity: float
+    exact_perplexity_sem: float | None
     ppl_ratio: float
     ppl_ratio_sem: float | None
     mean_kl: float
     mean_kl_sem: float | None
     kl_by_row: list[float]
+    kl_by_position: list[dict[str, float]]
     flips: float
     packed_fraction: float
     report: dict[str, Any] = field(default_factory=dict)
@@ -69,6 +77,7 @@ def score(
     *,
     prefill: int = 256,
     chunk: int = 64,
+    batch_size: int = 1,
     make_cache: Callable[[], Any] | None = None,
     progress: bool = True,
     label: str = "cached",
@@ -76,13 +85,15 @@ def score(
     """Score ``rows [N, T]`` through a cache: prefill ``prefill`` tokens, then chunks of ``chunk``.
 
     Perplexity is over targets ``prefill … T−1``, KL over positions ``prefill … T−1``; what a chunk attends to has been
-    read from the cache. With a HeadQ cache the run fails when no packed row was read.
+    read from the cache. The run fails when no packed row was read.
 
     Args:
         model: with HeadQ (:func:`headq_ao.quantize_`), or as it is together with ``make_cache``.
         rows: token ids, CPU.
         exact: :func:`exact_logprobs` of the unquantized model on the same rows.
-        make_cache: builds each row's cache; None: a :class:`HeadQCache`.
+        batch_size: rows that go through the model together, each with its own rows in the cache.
+        make_cache: builds the cache of each batch; None: a :class:`HeadQCache`. A cache that has no ``rows_read`` is
+            taken for an exact one.
         label: of the progress bar.
 
     Raises:
@@ -91,48 +102,99 @@ def score(
     n, length = rows.shape
     if not 0 < prefill < length:
         raise ValueError(f"prefill must lie between 1 and the row length {length} − 1, got {prefill}")
-    if chunk < 1:
-        raise ValueError(f"chunk must be at least 1, got {chunk}")
-    nll, exact_nll, kl, flips = [], [], [], []
-    packed, read, report = 0, 0, {}
+    for name, value in (("chunk", chunk), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    sums = _Sums(n, prefill, length)
     bar = tqdm(total=n * (length - prefill), desc=label, unit="tok", disable=not progress)
-    for row, reference in zip(rows, exact, strict=True):
+    packable = False
+    for first in range(0, n, batch_size):
         cache = HeadQCache(model) if make_cache is None else make_cache()
-        ids = row[None].to(model.device)
-        logits = [model(ids[:, :prefill], cache=cache, logits_to_keep=1).logits[0]]
-        before = cache.rows_read if isinstance(cache, HeadQCache) else (0, 0)
+        packable = packable or hasattr(cache, "rows_read")
+        batch = slice(first, min(first + batch_size, n))
+        ids = rows[batch].to(model.device)
+        logits = model(ids[:, :prefill], cache=cache, logits_to_keep=1).logits
+        sums.add(batch, prefill - 1, logits, rows, exact)
+        before = getattr(cache, "rows_read", (0, 0))
         for start in range(prefill, length, chunk):
-            logits.append(model(ids[:, start : start + chunk], cache=cache).logits[0])
-            bar.update(logits[-1].shape[0])
-        if isinstance(cache, HeadQCache):
-            packed, read = packed + cache.rows_read[0] - before[0], read + cache.rows_read[1] - before[1]
-            report = cache.bits_report().to_dict()
-        logprobs = torch.log_softmax(torch.cat(logits).float(), -1).cpu()
-        targets = row[prefill:, None]
-        nll.append(-logprobs[:-1].gather(1, targets).mean().item())
-        exact_nll.append(-reference[:-1].gather(1, targets).mean().item())
-        kl.append((reference[1:].exp() * (reference[1:] - logprobs[1:])).sum(-1).mean().item())
-        flips.append((reference[1:].argmax(-1) != logprobs[1:].argmax(-1)).float().mean().item())
+            logits = model(ids[:, start : start + chunk], cache=cache).logits
+            sums.add(batch, start, logits, rows, exact)
+            bar.update(logits.shape[0] * logits.shape[1])
+        sums.count(before, cache)
     bar.close()
-    if make_cache is None and packed == 0:
+    if packable and sums.packed == 0:
         raise NothingPackedError(
             f"no packed row was read in {n} rows of {length} tokens: this would score the exact cache; "
             "use longer rows or a smaller residual_length or epoch_tokens"
         )
-    delta = torch.tensor(nll) - torch.tensor(exact_nll)
-    ratio = delta.mean().exp().item()
-    sem = (lambda x: x.std().item() / math.sqrt(n)) if n > 1 else (lambda x: None)
-    delta_sem = sem(delta)
-    return Score(
-        perplexity=math.exp(sum(nll) / n),
-        exact_perplexity=math.exp(sum(exact_nll) / n),
-        ppl_ratio=ratio,
-        ppl_ratio_sem=None if delta_sem is None else ratio * delta_sem,
-        mean_kl=sum(kl) / n,
-        mean_kl_sem=sem(torch.tensor(kl)),
-        kl_by_row=kl,
-        flips=sum(flips) / n,
-        packed_fraction=packed / read if read else 0.0,
-        report=report,
-        tokens=n * (length - prefill),
-    )
+    return sums.score(chunk)
+
+
+class _Sums:
+    """Per row and position: negative log-likelihoods, KL and flips; and the counts of the caches."""
+
+    def __init__(self, n: int, prefill: int, length: int) -> None:
+        self.prefill = prefill
+        self.nll, self.exact_nll, self.kl, self.flips = (torch.zeros(n, length - prefill) for _ in range(4))
+        self.packed = self.read = 0
+        self.report: dict[str, Any] = {}
+
+    def add(self, batch: slice, start: int, logits: Tensor, rows: Tensor, exact: Sequence[Tensor]) -> None:
+        """Logits ``[b, s, vocab]`` of positions ``start …`` of the rows ``batch``."""
+        length = rows.shape[1]
+        for b, row_logits in zip(range(batch.start, batch.stop), logits, strict=True):
+            logprobs = torch.log_softmax(row_logits.float(), -1).cpu()
+            stop, at = start + len(logprobs), start - self.prefill
+            reference = exact[b][at + 1 : at + 1 + len(logprobs)]
+            targets = rows[b, start + 1 : stop + 1, None]
+            scored = slice(at + 1, at + 1 + len(targets))
+            self.nll[b, scored] = -logprobs[: len(targets)].gather(1, targets)[:, 0]
+            self.exact_nll[b, scored] = -reference[: len(targets)].gather(1, targets)[:, 0]
+            if start < self.prefill:
+                continue
+            here = slice(at, min(stop, length) - self.prefill)
+            self.kl[b, here] = (reference.exp() * (reference - logprobs)).sum(-1)
+            self.flips[b, here] = (reference.argmax(-1) != logprobs.argmax(-1)).float()
+
+    def count(self, before: tuple[int, int], cache: Any) -> None:
+        """What a cache has read since ``before``, and what it holds."""
+        if hasattr(cache, "rows_read"):
+            packed, read = cache.rows_read
+            self.packed, self.read = self.packed + packed - before[0], self.read + read - before[1]
+            self.report = cache.bits_report().to_dict()
+
+    def score(self, chunk: int) -> Score:
+        """The means and their standard errors."""
+        nll, exact_nll, kl = self.nll.mean(1), self.exact_nll.mean(1), self.kl.mean(1)
+        delta = nll - exact_nll
+        perplexity, exact_perplexity, ratio = (x.mean().exp().item() for x in (nll, exact_nll, delta))
+        step = max(chunk, POSITION_BIN)
+        positions = [
+            {
+                "start": self.prefill + i * step,
+                "stop": self.prefill + i * step + part.shape[1],
+                "kl": part.mean().item(),
+            }
+            for i, part in enumerate(self.kl.split(step, 1))
+        ]
+        return Score(
+            perplexity=perplexity,
+            perplexity_sem=_sem(nll, perplexity),
+            exact_perplexity=exact_perplexity,
+            exact_perplexity_sem=_sem(exact_nll, exact_perplexity),
+            ppl_ratio=ratio,
+            ppl_ratio_sem=_sem(delta, ratio),
+            mean_kl=kl.mean().item(),
+            mean_kl_sem=_sem(kl),
+            kl_by_row=kl.tolist(),
+            kl_by_position=positions,
+            flips=self.flips.mean().item(),
+            packed_fraction=self.packed / self.read if self.read else 0.0,
+            report=self.report,
+            tokens=self.kl.numel(),
+        )
+
+
+def _sem(x: Tensor, factor: float = 1.0) -> float | None:
+    """``factor`` times the standard error of the mean; None with one row."""
+    return factor * x.std().item() / math.sqrt(len(x)) if len(x) > 1 else None

@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 MARKERS = re.compile(r"(<!-- table:(?P<name>[\w-]+)(?P<all>:all)? -->\n).*?(<!-- /table -->)", re.DOTALL)
-HEADER = ("cache", "options", "bits K / V", "mean bits", "at 4k", "ppl ratio", "KL (nats)", "flips", "packed")
+HEADER = (
+    "cache", "method and options", "bits K / V", "at 1k / 4k / 16k", "exact rows", "perplexity", "ratio", "KL (nats)",
+    "flips", "packed",
+)  # fmt: skip
 
 EPILOG = """\
 examples:
@@ -58,23 +61,27 @@ def measured(x: float, sem: float | None, digits: int) -> str:
 
 
 def options_text(result: dict[str, Any]) -> str:
-    """What a setting asked for, as one writes it in ``headq_config(...)``."""
+    """What a setting asked for, as one writes it in ``headq_config(...)`` or for another method."""
     parts = [f"{name}={value!r}" for name, value in result["options"].items()]
-    return ", ".join(parts + ([] if result["calibrated"] else ["no calibration"])) or "defaults"
+    text = ", ".join(parts + ([] if result["calibrated"] else ["no calibration"]))
+    name = result["method"]["name"]
+    return (text or "defaults") if name == "headq" else f"{name}({text})"
 
 
 def result_row(result: dict[str, Any]) -> list[str]:
     """The cells of one setting under ``HEADER``."""
-    score, at_4k = result["score"], result["bits_at_4096"]
-    sides = [score["report"][f"{side}_body_bits"] for side in ("key", "value")]
+    score, bits = result["score"], result["bits"]
+    exact = result["method"]["kind"] == "exact"
+    sides = [bits[side] for side in ("key", "value")]
     return [
         result["title"],
         f"`{options_text(result)}`",
-        " / ".join("exact" if bits is None else number(bits) for bits in sides),
-        number(score["report"]["packed_bits_per_element"]),
-        number(at_4k),
-        measured(score["ppl_ratio"], score["ppl_ratio_sem"], 3),
-        measured(score["mean_kl"], score["mean_kl_sem"], 4),
+        " / ".join("exact" if x is None else number(x) for x in sides),
+        "–" if exact else " / ".join(number(x) for x in bits["at"].values()),
+        "all" if exact else number(score["report"]["exact_rows"], 0),
+        measured(score["perplexity"], score["perplexity_sem"], 2),
+        "1" if exact else measured(score["ppl_ratio"], score["ppl_ratio_sem"], 3),
+        "0" if exact else measured(score["mean_kl"], score["mean_kl_sem"], 4),
         f"{100 * score['flips']:.1f} %",
         f"{100 * score['packed_fraction']:.0f} %",
     ]
@@ -86,7 +93,8 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     Raises:
         FileNotFoundError: when the folder holds none.
     """
-    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    results = [result for result in found if "score" in result]  # a recipe's panel lies beside them
     if not results:
         raise FileNotFoundError(f"no results in {folder}; make them with: python recipes/run.py recipes/NAME.yaml")
     return sorted(results, key=lambda result: (result["order"], result["name"]))
@@ -96,11 +104,13 @@ def results_table(results: Sequence[dict[str, Any]]) -> str:
     """Markdown table of results, followed by one line on the protocol."""
     first = results[0]
     p, score = first["protocol"], first["score"]
+    perplexity = measured(score["exact_perplexity"], score["exact_perplexity_sem"], 2)
     note = (
         f"{first['model']}, {p['dtype']}; {p['rows']} rows of {p['row_length']} tokens of {p['text']}, "
         f"prefill {p['prefill']}, chunks of {p['chunk']}; calibration on {p['calibration_tokens']} tokens of "
-        f"{p['calibration']}; exact perplexity {score['exact_perplexity']:.3f}. ± is the standard error over rows; "
-        "packed: share of the rows read that were packed ones."
+        f"{p['calibration']}; exact perplexity {perplexity}. "
+        "± is the standard error over rows; exact rows: sinks and window at the end of a row; packed: share of the "
+        "rows read that were packed ones."
     )
     return markdown_table(HEADER, [result_row(result) for result in results], left=2) + "\n\n" + note
 

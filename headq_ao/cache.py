@@ -55,8 +55,11 @@ class HeadQCache(Cache):
             raise ValueError(f"{type(model).__name__} has no HeadQ config; call quantize_(model, headq_config()) first")
         self.config = state.config
         self.incoming = Incoming()
-        super().__init__(layers=[HeadQCacheLayer(state.config, shape, self.incoming) for shape in state.shapes])
+        super().__init__(layers=[self._new_layer(i, shape) for i, shape in enumerate(state.shapes)])
         self.layers: list[HeadQCacheLayer]
+
+    def _new_layer(self, index: int, shape: LayerShape) -> HeadQCacheLayer:
+        return HeadQCacheLayer(self.config, shape, self.incoming)
 
     def announce(self, length: int, spans: list[Span] | None) -> None:
         """Tell the layers which of the next call's ``length`` slots hold real tokens; None: all."""

@@ -54,6 +54,12 @@ class LayerState:
         self.rows_read = [0, 0]  # packed, all
 
     @property
+    def packed_sides(self) -> tuple[str, ...]:
+        """Which of ``"key"`` and ``"value"`` are coded; the other side's rows are kept as they are."""
+        bits = {"key": self.config.k_bits, "value": self.config.v_bits}
+        return tuple(side for side, n in bits.items() if n is not None)
+
+    @property
     def exact_capacity(self) -> int:
         """Exact rows to hold in the steady state: sinks, window, and one block in the making."""
         return self.config.n_sink + self._kept + self.config.block_size

@@ -22,24 +22,22 @@ class ReadingLayer(LayerState):
         ]
         parts = []
         if any(r.slots for r in self.rows):
-            packed = merge_segments([self._attend_epoch(q, scaling, codec, e, position) for e in self._used_epochs()])
-            if self.config.v_bits is not None:
-                packed = (packed[0] @ codec.rotation_v.to(packed[0].dtype).T, packed[1])
-            parts.append(packed)
+            parts.append(self._attend_packed(q, scaling, codec, position))
         parts.append(self._attend_exact(q, scaling, position))
         self._count_reads(position)
         return merge_segments(parts)[0].to(q.dtype)
+
+    def _attend_packed(
+        self, q: Tensor, scaling: float, codec: LayerCodec, position: list[list[int]]
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = merge_segments([self._attend_epoch(q, scaling, codec, e, position) for e in self._used_epochs()])
+        return (out if self.config.v_bits is None else out @ codec.rotation_v.to(out.dtype).T), lse
 
     def _attend_epoch(
         self, q: Tensor, scaling: float, codec: LayerCodec, e: int, position: list[list[int]]
     ) -> tuple[Tensor, Tensor]:
         begin, end = self._epoch_range(e)
-        window = self.sliding_window
-        start, stop = [], []
-        for r, row_position in zip(self.rows, position, strict=True):
-            low = self.config.n_sink + r.dropped  # position of slot 0
-            start.append([0 if window is None else max(p - window + 1 - low - begin, 0) for p in row_position])
-            stop.append([max(min(r.slots, end) - begin, 0) if p >= 0 else 0 for p in row_position])
+        start, stop = self._visible_slots(begin, end, position)
         keys, values = self.segment(e, codec)
         if isinstance(keys, HeadQKeyTensor):
             query, key_rows = keys.codec.map_query(q, scaling, self.config.sign), keys.rows()
@@ -50,6 +48,16 @@ class ReadingLayer(LayerState):
         return decode_attention(
             query, key_rows, value_rows, int_tensor(start, q.device), int_tensor(stop, q.device), valid
         )
+
+    def _visible_slots(self, begin: int, end: int, position: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
+        """First slot and end, counted from ``begin``, that each query sees among slots ``begin:end``."""
+        window = self.sliding_window
+        start, stop = [], []
+        for r, row_position in zip(self.rows, position, strict=True):
+            low = self.config.n_sink + r.dropped  # position of slot 0
+            start.append([0 if window is None else max(p - window + 1 - low - begin, 0) for p in row_position])
+            stop.append([max(min(r.slots, end) - begin, 0) if p >= 0 else 0 for p in row_position])
+        return start, stop
 
     def _attend_exact(self, q: Tensor, scaling: float, position: list[list[int]]) -> tuple[Tensor, Tensor]:
         n_sink, window = self.config.n_sink, self.sliding_window

@@ -79,12 +79,11 @@ class _Counts:
             self.packed += row.packed
             self.exact += row.exact
             self.sequences += 1
-        config = layer.config
-        for side, store, bits in (("key", layer.store_k, config.k_bits), ("value", layer.store_v, config.v_bits)):
+        for side, store in (("key", layer.store_k), ("value", layer.store_v)):
             for stored, unit in zip(store.tensors, store.units, strict=True):
                 entry = stored[:1, :, :1].numel() * stored.element_size()
                 n = sum(row.slots // unit * entry for row in layer.rows)
-                if bits is None:
+                if side not in layer.packed_sides:
                     self.kinds["packed_exact_side"] += n
                 else:
                     self.kinds["codes" if stored.dtype == torch.uint8 else "scales"] += n

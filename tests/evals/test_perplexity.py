@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from headq_ao import Calibration, headq_config
+from headq_ao import Calibration
 from headq_ao.evals import inputs, perplexity
 from headq_ao.evals.scoring import exact_logprobs
+from headq_ao.evals.subjects import Subject
 
 SMALL = ["--row-length", "160", "--prefill", "64", "--chunk", "32", "--no-progress", "--set", "epoch_tokens=32"]
 PACKED = [*SMALL, "--set", "residual_length=16", "--set", "block_size=16"]
@@ -25,7 +26,7 @@ def test_run(tiny_folder, text_file, tmp_path, capsys):
     assert result["config"]["k_bits"] == 3 and result["config"]["v_bits"] is None
     assert result["config"]["calibration"]["tokens"] == 300
     assert result["score"]["packed_fraction"] > 0.3 and result["score"]["mean_kl"] > 0
-    assert 4.5 < result["bits_at_4096"] < 4.6
+    assert 4.5 < result["bits"]["at"]["4096"] < 4.6
     assert result["protocol"] == {
         "text": "text.txt", "calibration": "calibration.txt", "rows": 2, "row_length": 160, "prefill": 64, "chunk": 32,
         "dtype": "float32",
@@ -109,7 +110,8 @@ def test_parse_value():
 def test_evaluate_leaves_the_model_as_it_was(tiny, token_ids):
     model, rows = tiny(), token_ids(1, 160)
     exact = exact_logprobs(model, rows, 64, progress=False)
-    perplexity.evaluate(model, rows, exact, headq_config(epoch_tokens=32), prefill=64, chunk=32, progress=False)
+    subject = Subject("headq", {"epoch_tokens": 32})
+    perplexity.evaluate(model, rows, exact, subject, prefill=64, chunk=32, progress=False)
     again = exact_logprobs(model, rows, 64, progress=False)
     assert (exact[0] == again[0]).all()
     assert not hasattr(model, "_headq")
