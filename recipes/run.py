@@ -126,22 +126,21 @@ def relabelled(recipe: Recipe, setting: Setting, path: Path) -> dict[str, Any]:
 
 def compare(recipe: Recipe, wanted: Sequence[tuple[str, Setting]], folder: Path, progress: bool) -> int:
     """Measure again what is in ``folder`` and say how far the KL of each row differs; 1 when it is over 1 %."""
-    there = {key: recipe.finished(key[1], key[0], folder) for key in wanted}
-    wanted = [key for key in wanted if there[key] is not None]
+    there = [(model, setting, recipe.finished(setting, model, folder)) for model, setting in wanted]
+    there = [entry for entry in there if entry[2] is not None]
     worst = 0.0
     with tempfile.TemporaryDirectory() as temporary:
-        run(recipe, wanted, False, Path(temporary), progress)
-        for key in wanted:
-            again = recipe.finished(key[1], key[0], Path(temporary))
-            first = there[key]
+        run(recipe, [(model, setting) for model, setting, _ in there], False, Path(temporary), progress)
+        for model, setting, first in there:
+            again = recipe.finished(setting, model, Path(temporary))
             assert again is not None and first is not None
-            pairs = list(zip(first["score"]["kl_by_row"], again["score"]["kl_by_row"], strict=True))
-            off = max((abs(a - b) / max(abs(a), 1e-9) if a != b else 0.0) for a, b in pairs)
+            pairs = zip(first["score"]["kl_by_row"], again["score"]["kl_by_row"], strict=True)
+            off = max(abs(a - b) / max(abs(a), 1e-9) for a, b in pairs)
             worst = max(worst, off)
             means = f"{first['score']['mean_kl']:.6f} then {again['score']['mean_kl']:.6f}"
-            print(f"{recipe.file(key[1], key[0]):40} mean KL {means}; worst row differs by {100 * off:.3f} %")
-    print(f"{len(wanted)} settings measured twice; the KL of a row differs by {100 * worst:.3f} % at most")
-    return int(worst > 0.01 or not wanted)
+            print(f"{recipe.file(setting, model):40} mean KL {means}; worst row differs by {100 * off:.3f} %")
+    print(f"{len(there)} settings measured twice; the KL of a row differs by {100 * worst:.3f} % at most")
+    return int(worst > 0.01 or not there)
 
 
 def build_parser() -> argparse.ArgumentParser:

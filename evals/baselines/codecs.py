@@ -228,6 +228,10 @@ class LowRank(Codec):
     rank: int
     block: int
 
+    def __post_init__(self) -> None:
+        if self.block % self.base.unit:
+            raise ValueError(f"groups of {self.base.unit} tokens must divide its blocks of {self.block}")
+
     @property
     def unit(self) -> int:  # type: ignore[override]
         return self.block

@@ -26,6 +26,10 @@ class Method:
     query_weight: float = 0.0
     calibration: Calibration | None = None
 
+    def __post_init__(self) -> None:
+        if self.keys is None and self.values is None:
+            raise ValueError("k_bits and v_bits are both None: nothing would be packed; give at least one of them")
+
     @property
     def unit(self) -> int:
         """Tokens that a block must hold a multiple of."""

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from headq_ao.evals.recipe import Recipe
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -31,6 +33,13 @@ RECIPE = {
     "settings": [
         {"name": "first", "title": "first", "options": {"epoch_tokens": 32}},
         {"name": "second", "title": "second", "options": {"epoch_tokens": 32, "v_bits": None}, "calibration": False},
+        {
+            "name": "third",
+            "title": "third",
+            "method": "kivi",
+            "family": "KIVI",
+            "options": {"k_bits": 2, "v_bits": 2, "residual_length": 16},
+        },
     ],
 }
 
@@ -60,21 +69,21 @@ def recipe(tmp_path, tiny, token_ids, monkeypatch):
 
 def test_resumes(recipe, tmp_path, capsys):
     assert recipe("--only", "first") == (0, ["first"])
-    assert recipe() == (0, ["second"])
+    assert recipe() == (0, ["second", "third"])
     shown = capsys.readouterr().out
-    assert "mini: 1 of 2 settings to run, 1 already there" in shown
-    assert "| first | `epoch_tokens=32` |" in shown and "no calibration" in shown
+    assert "mini: 2 of 3 settings to run, 1 already there" in shown
+    assert "| first | `epoch_tokens=32` |" in shown and "no calibration" in shown and "`kivi(k_bits=2" in shown
     assert recipe() == (0, [])
-    assert recipe("--force") == (0, ["first", "second"])
+    assert recipe("--force") == (0, ["first", "second", "third"])
     result = json.loads((tmp_path / "results" / "mini" / "second.json").read_text(encoding="utf-8"))
     assert result["config"]["calibration"] is None and not result["calibrated"] and result["order"] == 1
 
 
 def test_changes_are_measured_again(recipe, tmp_path):
     recipe()
-    changed = [RECIPE["settings"][0] | {"options": {"epoch_tokens": 32, "rank": 0}}, RECIPE["settings"][1]]
+    changed = [RECIPE["settings"][0] | {"options": {"epoch_tokens": 32, "rank": 0}}, *RECIPE["settings"][1:]]
     assert recipe(settings=changed) == (0, ["first"])
-    assert recipe(protocol=RECIPE["protocol"] | {"chunk": 16}) == (0, ["first", "second"])
+    assert recipe(protocol=RECIPE["protocol"] | {"chunk": 16}) == (0, ["first", "second", "third"])
     (tmp_path / "results" / "mini" / "first.json").write_text("{", encoding="utf-8")
     assert recipe(protocol=RECIPE["protocol"] | {"chunk": 16}) == (0, ["first"])
 
@@ -96,7 +105,7 @@ def test_expected_range(recipe, capsys):
 
 def test_list_runs_nothing(recipe, capsys):
     assert recipe("--list") == (0, [])
-    assert capsys.readouterr().out == "to run  first\nto run  second\n"
+    assert capsys.readouterr().out == "to run  first.json\nto run  second.json\nto run  third.json\n"
 
 
 @pytest.mark.parametrize(
@@ -106,10 +115,12 @@ def test_list_runs_nothing(recipe, capsys):
         (("--wikitext", "nowhere"), {"calibration": {"text": "wikitext", "tokens": 9}}, "nowhere has no file"),
         ((), {"settings": [{"name": "a", "title": "a", "options": {"bits": 2}}]}, "setting a: unknown option bits"),
         ((), {"settings": RECIPE["settings"][:1] * 2}, "first is used twice"),
-        ((), {"settings": [{"name": "a", "options": {}}]}, "the key 'title' is missing"),
+        ((), {"settings": [{"name": "a", "options": {}}]}, "a setting has no title"),
         ((), {"settings": [RECIPE["settings"][0] | {"note": ""}]}, "unknown key note; a setting has name, title"),
         ((), {"speed": 1}, "differs in {'speed'}"),
-        (("--only", "third"), {}, "no setting third; there are first, second"),
+        (("--only", "fourth"), {}, "no setting fourth; there are first, second, third"),
+        ((), {"settings": [RECIPE["settings"][0] | {"method": "kvi"}]}, "no method 'kvi'"),
+        ((), {"panel": {"lines": 1}}, "panel must be"),
     ],
 )
 def test_refuses(recipe, arguments, changes, message, monkeypatch, capsys):
@@ -120,15 +131,56 @@ def test_refuses(recipe, arguments, changes, message, monkeypatch, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_core_recipe_and_its_results(tmp_path):
-    """Every committed result is of a setting that core.yaml still has, made with its options, within its range."""
+def test_again_compares(recipe, tmp_path, capsys):
+    recipe()
+    folder = tmp_path / "results" / "mini"
+    before = {path.name: path.read_text(encoding="utf-8") for path in folder.iterdir()}
+    assert recipe("--again") == (0, ["first", "second", "third"])
+    assert "3 settings measured twice; the KL of a row differs by 0.000 % at most" in capsys.readouterr().out
+    changed = json.loads(before["first.json"])
+    changed["score"]["kl_by_row"][1] *= 1.5
+    (folder / "first.json").write_text(json.dumps(changed), encoding="utf-8")
+    assert recipe("--again", "--only", "first") == (1, ["first"])
+    assert "worst row differs by 33.333 %" in capsys.readouterr().out
+    (folder / "first.json").write_text(before["first.json"], encoding="utf-8")
+    assert {path.name: path.read_text(encoding="utf-8") for path in folder.iterdir()} == before
+
+
+def test_several_models_and_layers(recipe, tmp_path):
+    settings = [RECIPE["settings"][0] | {"layers": True, "chunk": 16}]
+    assert recipe(model=["a", "b"], settings=settings) == (0, ["first", "first"])
+    for model in "ab":
+        result = json.loads((tmp_path / "results" / "mini" / f"{model}.first.json").read_text(encoding="utf-8"))
+        assert result["model"] == model and result["protocol"]["chunk"] == 16
+        assert len(result["layers"]["attention_kl"]) == 2 and min(result["layers"]["attention_kl"]) > 0
+
+
+def test_panel(recipe, tmp_path):
+    pytest.importorskip("matplotlib")
+    settings = RECIPE["settings"][:1]
+    folder = tmp_path / "results" / "mini"
+    assert recipe(settings=settings, panel={"rows": 1}) == (0, ["first"])
+    panel = json.loads((folder / "panel.json").read_text(encoding="utf-8"))
+    assert panel["settings"] == {"rows": 1} and panel["panel"]["null_space"]
+    assert (folder / "panel.png").stat().st_size > 10_000
+    (folder / "panel.png").unlink()
+    assert recipe(settings=settings, panel={"rows": 1}) == (0, [])
+    assert not (folder / "panel.png").exists()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_and_their_results(path, tmp_path):
+    """Every committed result is of a setting that its recipe still has, made with its options, within its range."""
     for name in ("wiki.test.raw", "wiki.valid.raw"):
         (tmp_path / name).touch()
-    core = runner.Recipe.read(ROOT / "recipes" / "core.yaml", str(tmp_path))
-    settings = {setting.name: setting for setting in core.settings}
-    paths = sorted((ROOT / "recipes" / "results" / "core").glob("*.json"))
-    assert {path.stem for path in paths} == set(settings)
-    results = [runner.finished(core, settings[path.stem], path) for path in paths]
-    assert None not in results, "core.yaml, the defaults or the results changed: python recipes/run.py"
-    assert runner.outside(core, results) == []
-    assert all(setting.expected_kl is not None for setting in core.settings)
+    recipe = Recipe.read(path, str(tmp_path))
+    assert recipe.name == path.stem
+    folder = ROOT / "recipes" / "results" / recipe.name
+    expected = {recipe.file(s, model): (s, model) for model in recipe.models for s in recipe.settings}
+    found = {p.name for p in folder.glob("*.json")} - {"panel.json"}
+    assert found == set(expected), f"python recipes/run.py recipes/{path.name}"
+    results = [recipe.finished(*expected[name], folder) for name in sorted(expected)]
+    assert None not in results, f"the recipe, the defaults or the results changed: python recipes/run.py {path.name}"
+    assert recipe.outside(results) == []
+    assert all(setting.expected_kl is not None for setting in recipe.settings)
+    assert recipe.panel is None or (folder / "panel.json").is_file()
