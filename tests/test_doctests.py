@@ -9,31 +9,39 @@ import pytest
 import torch
 
 import headq_ao
+import headq_ao.evals
+import headq_ao.ops
 
 KERNELS = ("triton_kernel",)  # importing one needs triton
-OPTIONAL = ("headq_ao.lm_eval",)
+OPTIONAL = {"headq_ao.lm_eval": "lm_eval", "headq_ao.evals.tasks": "lm_eval"}  # package: what it needs
+PACKAGES = (headq_ao, headq_ao.ops, headq_ao.evals)  # ops and evals lie beside headq_ao, where a walk does not go
 
 
 def module_names():
-    names = (m.name for m in pkgutil.walk_packages(headq_ao.__path__, "headq_ao."))
-    return ["headq_ao", *(n for n in names if not n.endswith(KERNELS))]
+    found = {
+        m.name for p in PACKAGES for m in pkgutil.walk_packages(p.__path__, p.__name__ + ".", onerror=lambda _: None)
+    }
+    return ["headq_ao", *sorted(n for n in found if not n.endswith((*KERNELS, "__main__")))]
 
 
 @pytest.mark.parametrize("name", module_names())
 def test_examples(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    if name in OPTIONAL:
-        pytest.importorskip(name)
+    for package, needed in OPTIONAL.items():
+        if name.startswith(package):
+            pytest.importorskip(needed)
     result = doctest.testmod(importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE)
     assert result.failed == 0
     assert not list(tmp_path.iterdir()), "an example left a file"
 
 
 def test_examples_are_found():
+    names = ("headq_ao.calibration", "headq_ao.ops.layout", "headq_ao.ops.encode_keys.op", "headq_ao.evals.metrics")
+    assert set(names) < set(module_names())
     found = [
         example
-        for name in ("headq_ao.calibration", "headq_ao.ops.layout", "headq_ao.ops.encode_keys.op")
+        for name in names
         for test in doctest.DocTestFinder().find(importlib.import_module(name))
         for example in test.examples
     ]
