@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from headq_ao import Calibration, HeadQConfig, calibrate
-from headq_ao.evals import smollm2
+from headq_ao.evals import qwen, smollm2
 
 TEXTS = Path(__file__).parent / "texts"
 WIKITEXT_VARIABLE = "HEADQ_WIKITEXT"
@@ -54,14 +54,25 @@ def find_text(name: str, purpose: Purpose, wikitext: str | None = None) -> Path:
 
 
 def load(model: str, gguf_file: str | None, dtype: torch.dtype, device: str = "cpu") -> tuple[Any, Any]:
-    """Model in eval mode and tokenizer: ``"smollm2"`` from its package, else what transformers finds under the name.
+    """Model in eval mode and tokenizer: a named one, else what transformers finds under the name.
+
+    Named: ``"smollm2"`` and ``"qwen2.5-coder-0.5b"`` come from packages, ``"small-gpt-neox"`` and ``"small-gpt2"``
+    are trained on first use.
 
     Raises:
         ValueError: when transformers cannot load it.
-        ModuleNotFoundError: when SmolLM2's package is not installed.
+        ModuleNotFoundError: when the model's package is not installed.
+        FileNotFoundError: when a model must be trained and its text is not there.
     """
+    from headq_ao.evals import small_models  # it finds its text here
+
     if model == SMOLLM2:
         return smollm2.load_model(dtype).to(device), smollm2.load_tokenizer()
+    if model == qwen.NAME:
+        return qwen.load_model(dtype).to(device), qwen.load_tokenizer()
+    if model in small_models.NAMES:
+        trained, tokenizer = small_models.load(model, dtype)
+        return trained.to(device), tokenizer
     options = {} if gguf_file is None else {"gguf_file": gguf_file}
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, **options)

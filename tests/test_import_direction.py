@@ -17,6 +17,7 @@ ALLOWED_TRANSFORMERS = {
     "cache_layer.py",
     "calibrate.py",
     "estimate.py",
+    "lm_eval/feeding.py",
     "models.py",
     "quantize.py",
 }

@@ -1,0 +1,1 @@
+"""Tasks for lm-eval that need no hub: give this folder to ``--include_path``."""
