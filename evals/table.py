@@ -8,7 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-MARKERS = re.compile(r"(<!-- table:(?P<name>[\w-]+)(?P<all>:all)? -->\n).*?(<!-- /table -->)", re.DOTALL)
+MARKERS = re.compile(
+    r"(?P<begin><!-- table:(?P<name>[\w-]+)(?::(?P<kind>all|panel))? -->\n).*?(?P<end><!-- /table -->)", re.DOTALL
+)
+PREDICTORS = {"key_mse": "key mean square error", "score_error": "score error", "fisher_error": "Fisher error"}
 HEADER = (
     "cache", "method and options", "bits K / V", "at 1k / 4k / 16k", "exact rows", "perplexity", "ratio", "KL (nats)",
     "flips", "packed",
@@ -21,7 +24,8 @@ examples:
   python -m headq_ao.evals.table --print core    show one table
 
 A table stands between <!-- table:NAME --> or <!-- table:NAME:all --> and <!-- /table -->. Its rows are those of
-recipes/results/NAME/*.json that the recipe marks as headline, or all of them, in the order of the recipe.
+recipes/results/NAME/*.json that the recipe marks as headline, or all of them, in the order of the recipe; one table
+per model. <!-- table:NAME:panel --> is that of the recipe's perturbation panel.
 """
 
 
@@ -115,13 +119,53 @@ def results_table(results: Sequence[dict[str, Any]]) -> str:
     return markdown_table(HEADER, [result_row(result) for result in results], left=2) + "\n\n" + note
 
 
+def model_tables(results: Sequence[dict[str, Any]]) -> str:
+    """One table per model, in the order of the results."""
+    models = list(dict.fromkeys(result["model"] for result in results))
+    return "\n\n".join(results_table([r for r in results if r["model"] == model]) for model in models)
+
+
+def panel_table(folder: Path) -> str:
+    """How well each measure of key error predicts the attention KL, from the recipe's ``panel.json``.
+
+    Raises:
+        FileNotFoundError: when there is none.
+    """
+    path = folder / "panel.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path}; make it with: python recipes/run.py recipes/{folder.name}.yaml")
+    found = json.loads(path.read_text(encoding="utf-8"))
+    panel = found["panel"]
+    pooled, orders = panel["correlations"]["all"], panel["counterexamples"]
+    header = ["measure", "rank correlation with KL", "within a head", "lowest head", "wrong order at equal bits"]
+    rows = [
+        [
+            title,
+            *(number(pooled[name][key], 3) for key in ("spearman", "within_head", "within_head_lowest")),
+            f"{100 * orders['wrong_order'][name]['share']:.1f} %",
+        ]
+        for name, title in PREDICTORS.items()
+    ]
+    free = panel["null_space"][0]
+    note = (
+        f"{found['model']}; {pooled['perturbations']} perturbations of the keys of each layer, {panel['rows']} rows of "
+        f"{panel['row_length']} tokens; {orders['compared']} comparisons of two quantizers of equal bits on one head. "
+        f"{free['name'].capitalize()}: mean square {number(free['relative_key_mse'], 0)} times the keys' variance, "
+        f"attention KL {free['attention_kl']:.0e} nats."
+    )
+    return markdown_table(header, rows) + "\n\n" + note
+
+
 def updated(readme: str, results: Path) -> str:
     """The text of README.md with each marked table made anew."""
 
     def table(match: re.Match[str]) -> str:
-        found = read_results(results / match["name"])
-        shown = found if match["all"] else [result for result in found if result["headline"]]
-        return f"{match[1]}{results_table(shown)}\n{match[4]}"
+        folder = results / match["name"]
+        if match["kind"] == "panel":
+            return f"{match['begin']}{panel_table(folder)}\n{match['end']}"
+        found = read_results(folder)
+        shown = found if match["kind"] == "all" else [result for result in found if result["headline"]]
+        return f"{match['begin']}{model_tables(shown)}\n{match['end']}"
 
     return MARKERS.sub(table, readme)
 
@@ -141,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         if args.name:
-            print(results_table(read_results(args.results / args.name)))
+            print(model_tables(read_results(args.results / args.name)))
             return 0
         old = args.readme.read_text(encoding="utf-8")
         new = updated(old, args.results)

@@ -18,7 +18,7 @@ from headq_ao.evals.perturbations import perturbation_panel, plot_panel
 from headq_ao.evals.recipe import Recipe, Setting, write_json
 from headq_ao.evals.score_error import score_error
 from headq_ao.evals.scoring import exact_logprobs
-from headq_ao.evals.table import results_table
+from headq_ao.evals.table import model_tables
 
 HERE = Path(__file__).resolve().parent
 BATCH = 4  # rows that go through the model together
@@ -193,8 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{recipe.name}: {len(pending)} of {len(wanted)} settings to run, {done} already there", flush=True)
     run(recipe, pending, panel, folder, not args.no_progress)
     results = [relabelled(recipe, setting, folder / recipe.file(setting, model)) for model, setting in wanted]
-    for model in recipe.models:
-        print(results_table([result for result in results if result["model"] == model]))
+    print(model_tables(results))
     if args.report is not None:
         from headq_ao.evals.report import write_report  # needs matplotlib, which the results do not
 
