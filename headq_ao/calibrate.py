@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from headq_ao.calibration import Calibration, MomentAccumulator
-from headq_ao.models import attention_modules, fingerprint, layer_shapes
+from headq_ao.models import attention_modules, execution_device, fingerprint, layer_shapes
 
 RECORDER: contextvars.ContextVar["Recorder | None"] = contextvars.ContextVar("headq_recorder", default=None)
 
@@ -98,10 +98,11 @@ def calibrate(
     token = RECORDER.set(recorder)
     try:
         model.eval()
+        device = execution_device(model)
         model.set_attn_implementation("headq")
         for batch in tqdm(batches, desc="calibrate", unit="batch", disable=not progress):
             recorder.begin(batch)
-            model(input_ids=batch.to(model.device), use_cache=False)
+            model(input_ids=batch.to(device), use_cache=False)
     finally:
         RECORDER.reset(token)
         model.set_attn_implementation(previous)

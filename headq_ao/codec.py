@@ -127,6 +127,16 @@ def rotation_matrix(head_dim: int, hadamard: bool = True) -> Tensor:
     return torch.kron(h, dct).float()
 
 
+def base_codec(config: HeadQConfig, mean: Tensor) -> KeyCodec:
+    """The codec without a side code: all but ``mean [B or 1, Hkv, D]`` is constant."""
+    head_dim = mean.shape[-1]
+    bits = config.key_bits(head_dim)[:head_dim]
+    rotation = rotation_matrix(head_dim, config.rotation).to(mean.device, mean.dtype)[None, None]
+    ones = mean.new_ones(1, 1, head_dim)
+    step, weight = (ones, None) if config.k_zero_point else (ones * GAUSSIAN_STEP[bits[0]], ones)
+    return KeyCodec(mean, rotation, rotation, step, weight, None, None, None, bits)
+
+
 def affine_codec(config: HeadQConfig, c_q: Tensor, mean: Tensor, rows: Tensor) -> KeyCodec:
     """A base with equal bits for each rotated coordinate, and a side code of its error.
 
@@ -138,11 +148,7 @@ def affine_codec(config: HeadQConfig, c_q: Tensor, mean: Tensor, rows: Tensor) -
     """
     head_dim = mean.shape[-1]
     bits, rank = config.key_bits(head_dim), config.side_rank(head_dim)
-    rotation = rotation_matrix(head_dim, config.rotation).to(mean.device, mean.dtype)[None, None]
-    mean = mean if config.key_gauge else torch.zeros_like(mean)
-    ones = mean.new_ones(1, 1, head_dim)
-    step, weight = (ones, None) if config.k_zero_point else (ones * GAUSSIAN_STEP[bits[0]], ones)
-    base = KeyCodec(mean, rotation, rotation, step, weight, None, None, None, bits[:head_dim])
+    base = base_codec(config, mean if config.key_gauge else torch.zeros_like(mean))
     if rank == 0:
         return base
     planes, scale, zero = base.encode_rows(rows, config.unbiased_scale)

@@ -1,5 +1,7 @@
 """What a Hugging Face model looks like to the cache: its attention layers, their shapes, and what is not supported."""
 
+import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,6 +9,10 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from headq_ao.files import tensor_bytes
+
+SAMPLE = 4096  # elements of each parameter that identify it
 
 
 @dataclass(frozen=True)
@@ -116,3 +122,46 @@ def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
         slices = weight.detach()[: weight.shape[0] // 16 * 16].unflatten(0, (16, -1))[:, :64]
         print_["weights"] = slices.float().square().mean((1, 2)).sqrt().tolist()
     return print_
+
+
+def weight_digests(model: nn.Module) -> dict[str, str]:
+    """A short SHA-256 of up to 4096 evenly spaced elements of each parameter, as stored; offloaded ones are left out.
+
+    Unlike the numbers of :func:`fingerprint` it tells models apart that differ in dtype, weight quantization or a
+    fine-tune.
+    """
+    digests = {}
+    for name, parameter in model.named_parameters():
+        parts = list(plain_tensors(parameter))
+        if any(t.device.type == "meta" for t in parts):
+            continue
+        digest = hashlib.sha256()
+        for t in parts:
+            flat = t.detach().reshape(-1)
+            digest.update(f"{t.dtype} {tuple(t.shape)} ".encode())
+            digest.update(tensor_bytes(flat[:: max(len(flat) // SAMPLE, 1)]))
+        digests[name] = digest.hexdigest()[:16]
+    return digests
+
+
+def plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The plain tensors inside a tensor subclass (torchao's weights, a DTensor's local part), or the tensor itself."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from plain_tensors(getattr(tensor, name))
+
+
+def execution_device(module: nn.Module) -> torch.device:
+    """Where a module computes: where its parameters are or, where accelerate offloads them, where it brings them."""
+    device = next(module.parameters()).device
+    if device.type != "meta":
+        return device
+    for part in module.modules():
+        hook = getattr(part, "_hf_hook", None)
+        for one in getattr(hook, "hooks", [hook]):
+            found = getattr(one, "execution_device", None)
+            if found is not None:
+                return torch.device(found)
+    return device

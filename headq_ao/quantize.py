@@ -17,7 +17,7 @@ from headq_ao.calibrate import RECORDER
 from headq_ao.calibration import Calibration
 from headq_ao.config import HeadQConfig
 from headq_ao.layer_codec import LayerCodec
-from headq_ao.models import attention_modules, fingerprint, layer_shapes
+from headq_ao.models import attention_modules, execution_device, fingerprint, layer_shapes
 from headq_ao.state import Span
 
 CACHE_NAMES = ("cache", "past_key_values")  # transformers 5.24 renamed the argument
@@ -85,7 +85,7 @@ def _handle(model: nn.Module, config: HeadQConfig) -> nn.Module:
     codecs = []
     for i, (module, shape) in enumerate(zip(modules, shapes, strict=True)):
         moments = None if calibration is None else calibration.layers[i]
-        codecs.append(LayerCodec(config, shape, moments, next(module.parameters()).device))
+        codecs.append(LayerCodec(config, shape, moments, execution_device(module)))
     state = HeadQState(config, shapes, model.config._attn_implementation)
     model.set_attn_implementation(attention.NAME)
     for module, codec in zip(modules, codecs, strict=True):

@@ -298,7 +298,10 @@ DAMAGE = {
         "no headq_calibration entry; make one with calibrate",
     ),
     "newer": (lambda p: rewrite(p, lambda h: h | {"version": 99}), "version 99 is newer than .*; update headq_ao"),
-    "older": (lambda p: rewrite(p, lambda h: h | {"version": 1}), "version 1 is older than .*; make one with calibrate"),
+    "older": (
+        lambda p: rewrite(p, lambda h: h | {"version": 1}),
+        "version 1 is older than .*; make one with calibrate",
+    ),
     "older, no checksum yet": (lambda p: rewrite(p, lambda h: h | {"version": 1}, signed=False), "version 1 is older"),
     "no version": (lambda p: rewrite(p, lambda h: without(h, "version")), "version"),
     "a version of another kind": (lambda p: rewrite(p, lambda h: h | {"version": "2"}), "no version, got '2'"),

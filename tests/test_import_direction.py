@@ -18,6 +18,7 @@ ALLOWED_TRANSFORMERS = {
     "calibrate.py",
     "estimate.py",
     "models.py",
+    "prompt_cache.py",
     "quantize.py",
 }
 ALLOWED_TORCHAO = {
