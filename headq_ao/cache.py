@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from headq_ao.cache_layer import HeadQCacheLayer
+from headq_ao.calibration import Calibration
 from headq_ao.config import HeadQConfig
 from headq_ao.layer_state import Incoming
 from headq_ao.models import LayerShape
@@ -25,6 +26,7 @@ class HeadQState:
     config: HeadQConfig
     shapes: list[LayerShape]
     previous_attention: Any
+    calibration: Calibration | None = None  # what config.calibration is, or names
 
 
 class HeadQCache(Cache):

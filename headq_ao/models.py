@@ -1,6 +1,7 @@
 """What a Hugging Face model looks like to the cache: its attention layers, their shapes, and what is not supported."""
 
 import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -115,7 +116,9 @@ def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
         "heads": shapes[0].n_heads,
         "kv_heads": shapes[0].n_kv_heads,
         "head_dim": shapes[0].head_dim,
-        "rope": repr(getattr(c, "rope_parameters", None)),
+        "rope": json.dumps(
+            getattr(c, "rope_parameters", None), sort_keys=True, default=str
+        ),  # order is not kept in files
     }
     weight = model.get_input_embeddings().weight
     if type(weight) is nn.Parameter and weight.device.type != "meta":

@@ -11,7 +11,7 @@ from torchao.core.config import AOBaseConfig
 from torchao.quantization.transform_module import register_quantize_module_handler
 from transformers import DynamicCache, PreTrainedModel
 
-from headq_ao import attention
+from headq_ao import attention, hf_quantizer
 from headq_ao.cache import HeadQCache, HeadQState
 from headq_ao.calibrate import RECORDER
 from headq_ao.calibration import Calibration
@@ -59,6 +59,8 @@ def quantize_(
     if not isinstance(config, HeadQConfig):
         arguments = {} if filter_fn is _DEFAULT else {"filter_fn": filter_fn}
         torchao.quantization.quantize_(model, config, device=device, **arguments)
+        if isinstance(model, PreTrainedModel):
+            hf_quantizer.note_weights(model, config)
         return
     if filter_fn is not _DEFAULT and filter_fn is not None:
         raise ValueError("a HeadQ config applies to the whole model; call quantize_(model, config) without filter_fn")
@@ -86,12 +88,13 @@ def _handle(model: nn.Module, config: HeadQConfig) -> nn.Module:
     for i, (module, shape) in enumerate(zip(modules, shapes, strict=True)):
         moments = None if calibration is None else calibration.layers[i]
         codecs.append(LayerCodec(config, shape, moments, execution_device(module)))
-    state = HeadQState(config, shapes, model.config._attn_implementation)
+    state = HeadQState(config, shapes, model.config._attn_implementation, calibration)
     model.set_attn_implementation(attention.NAME)
     for module, codec in zip(modules, codecs, strict=True):
         module.headq = codec
     model._headq = state
     model.register_forward_pre_hook(supply_cache, with_kwargs=True)
+    hf_quantizer.attach(model, config)
     return model
 
 
@@ -123,6 +126,7 @@ def restore_(model: nn.Module) -> None:
         del model._forward_pre_hooks[key]
         model._forward_pre_hooks_with_kwargs.pop(key, None)
     del model._headq
+    hf_quantizer.detach(model)
 
 
 def supply_cache(

@@ -17,12 +17,15 @@ ALLOWED_TRANSFORMERS = {
     "cache_layer.py",
     "calibrate.py",
     "estimate.py",
+    "hf_quantizer.py",
     "models.py",
     "prompt_cache.py",
     "quantize.py",
 }
 ALLOWED_TORCHAO = {
     "config.py",
+    "hf_quantizer.py",
+    "prompt_cache.py",
     "quantize.py",
     "tensors.py",
 }

@@ -306,7 +306,7 @@ def test_damaged_files(tiny, token_ids, tmp_path, name):
         damage(path)
     with pytest.raises(ValueError, match=f"c' is not a usable headq_ao prompt cache: .*{message}"):
         HeadQCache.load(path, model)
-    with pytest.raises(FileNotFoundError, match="no prompt cache file at .*; fill a HeadQCache"):
+    with pytest.raises(FileNotFoundError, match=r"no prompt cache file at .*; fill a HeadQCache"):
         HeadQCache.load(tmp_path / "nowhere", model)
 
 
