@@ -27,6 +27,7 @@ class HeadQState:
     shapes: list[LayerShape]
     previous_attention: Any
     calibration: Calibration | None = None  # what config.calibration is, or names
+    fingerprint: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class HeadQCache(Cache):

@@ -1,6 +1,5 @@
 """``Calibration``: raw moments of queries, keys and values, independent of any config."""
 
-import dataclasses
 import math
 import os
 from collections.abc import Mapping
@@ -59,12 +58,6 @@ class LayerMoments:
             x = getattr(self, name)
             if x.dtype != torch.float32 or not bool(torch.isfinite(x).all()):
                 raise ValueError(f"layer {layer}: {name} must hold finite float32 numbers")
-
-    def heads(self, part: slice) -> "LayerMoments":
-        """The moments of some KV heads."""
-        return dataclasses.replace(
-            self, **{name: getattr(self, name)[(slice(None),) * (name == "k_rows") + (part,)] for name in TENSORS}
-        )
 
 
 @dataclass(eq=False)

@@ -48,6 +48,10 @@ class KeyCodec:
             {n: t.index_select(0, rows.to(t.device)) for n, t in self.tensors().items() if n in self.own}
         )
 
+    def of_heads(self, part: slice) -> "KeyCodec":
+        """The codec of some of its KV heads."""
+        return self.replace({n: t[:, part].contiguous() for n, t in self.tensors().items() if t.shape[1] > 1})
+
     def replace(self, tensors: dict[str, Tensor]) -> "KeyCodec":
         """A copy with some tensors exchanged; a side basis that reads as it encodes stays one tensor."""
         if self.side_read is self.side_encode and "side_encode" in tensors:

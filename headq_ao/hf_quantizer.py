@@ -15,6 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from headq_ao.calibration import CALIBRATION, Calibration
 from headq_ao.config import HeadQConfig
+from headq_ao.models import kv_heads_here, layer_shapes
 
 METHOD = "headq"
 PREFIX = "headq_calibration."  # of the calibration's tensors in a checkpoint
@@ -131,6 +132,8 @@ class HeadQQuantizer(HfQuantizer):
         if self.inner is not None:
             self.inner._process_model_before_weight_loading(model, checkpoint_files=checkpoint_files, **kwargs)
         config = self.quantization_config.config
+        processes = getattr(getattr(model.config, "distributed_config", None), "tp_size", None) or 1
+        kv_heads_here(model, layer_shapes(model.config), 0, processes)
         if self.pre_quantized and self.quantization_config.calibrated:
             config = dataclasses.replace(config, calibration=read_calibration(checkpoint_files or []))
             self.quantization_config.config = config

@@ -33,10 +33,16 @@ class LayerCodec(nn.Module):
         shape: of the layer.
         moments: the layer's calibration, or None.
         device: of the attention module.
+        heads: the KV heads of the moments that are here, None: all. The codec is made for all and cut.
     """
 
     def __init__(
-        self, config: HeadQConfig, shape: LayerShape, moments: LayerMoments | None, device: torch.device
+        self,
+        config: HeadQConfig,
+        shape: LayerShape,
+        moments: LayerMoments | None,
+        device: torch.device,
+        heads: slice | None = None,
     ) -> None:
         super().__init__()
         config.check_head_dim(shape.head_dim)
@@ -51,6 +57,7 @@ class LayerCodec(nn.Module):
                     f"the calibration must hold at least {TOKEN_TILE} sampled keys per layer; calibrate on more text"
                 )
             codec = affine_codec(config, moments.c_q[None], moments.k_mean[None], rows[None])
+            codec = codec if heads is None else codec.of_heads(heads)
             for name, tensor in codec.tensors().items():
                 self.register_buffer(f"key_{name}", tensor.to(device), persistent=False)
             self.frame = codec.replace({name: torch.empty(0) for name in codec.tensors()})

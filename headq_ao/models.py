@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.distributed.tensor_parallel import get_kv_heads_per_rank
 
 from headq_ao.files import tensor_bytes
 
@@ -103,6 +105,33 @@ def attention_modules(model: nn.Module, n_layers: int) -> list[nn.Module]:
     return [found[i] for i in range(n_layers)]
 
 
+def tensor_parallel(model: nn.Module) -> tuple[int, int]:
+    """Rank and size of the tensor-parallel group of a model; (0, 1) where it is not sharded."""
+    manager = getattr(model, "_mesh_manager", None)
+    if manager is None or (getattr(model, "_tp_size", None) or 1) == 1:
+        return 0, 1
+    mesh = manager.get_mesh("tp")
+    return mesh.get_local_rank(), mesh.size()
+
+
+def kv_heads_here(model: PreTrainedModel, shapes: list[LayerShape], rank: int, size: int) -> slice:
+    """The KV heads that one rank of a tensor-parallel model attends with.
+
+    Raises:
+        ValueError: when the plan shards attention and the heads cannot be divided among the ranks.
+    """
+    total = shapes[0].n_kv_heads
+    held = get_kv_heads_per_rank(model.tp_plan or {}, total, size)
+    if held is None:
+        fits = [n for n in range(2, total + 1) if total % n == 0]
+        raise ValueError(
+            f"{model.config.model_type} has {total} KV heads ({shapes[0].n_heads} query heads), "
+            f"which cannot be divided among {size} tensor-parallel processes; "
+            + (f"use {' or '.join(map(str, fits))}" if fits else "run it on one, or data-parallel")
+        )
+    return slice(0, total) if held == total else slice(rank * held, (rank + 1) * held)
+
+
 def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
     """What identifies a model for a calibration: type, shapes, rope, and the RMS of 16 slices of its embedding.
 
@@ -121,6 +150,8 @@ def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
         ),  # order is not kept in files
     }
     weight = model.get_input_embeddings().weight
+    if isinstance(weight, DTensor):  # tensor-parallel: all ranks ask at once
+        weight = nn.Parameter(weight.detach().full_tensor(), requires_grad=False)
     if type(weight) is nn.Parameter and weight.device.type != "meta":
         slices = weight.detach()[: weight.shape[0] // 16 * 16].unflatten(0, (16, -1))[:, :64]
         print_["weights"] = slices.float().square().mean((1, 2)).sqrt().tolist()

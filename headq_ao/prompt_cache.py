@@ -15,7 +15,7 @@ from headq_ao.cache_layer import HeadQCacheLayer
 from headq_ao.config import HeadQConfig
 from headq_ao.files import FileKind
 from headq_ao.layer_codec import Epoch, LayerCodec
-from headq_ao.models import attention_modules, execution_device, fingerprint, weight_digests
+from headq_ao.models import attention_modules, execution_device, weight_digests
 from headq_ao.state import RowCounts, RowStore
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def model_head(model: PreTrainedModel, config: HeadQConfig) -> dict[str, Any]:
     options = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "calibration"}
     codecs = [module.headq for module in attention_modules(model, len(model._headq.shapes))]
     return {
-        "fingerprint": fingerprint(model),
+        "fingerprint": model._headq.fingerprint,
         "shapes": [dataclasses.asdict(shape) for shape in model._headq.shapes],
         "weights": weight_digests(model),
         "config": options,
