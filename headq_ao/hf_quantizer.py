@@ -115,7 +115,7 @@ class HeadQQuantizer(HfQuantizer):
         state, metadata = (None, {}) if self.inner is None else self.inner.get_state_dict_and_metadata(model)
         if self.inner is None:
             check_weights_known(model)
-        if self.below is not self.inner:  # unpacked GGUF weights: saved under the model's own names
+        if self.below is not None and plain(self.below):  # the model's own names, not those of the GGUF file
             vars(model).pop("_weight_conversions", None)
         untie(model)
         calibration = model._headq.calibration
@@ -209,11 +209,15 @@ def attach(model: PreTrainedModel, config: HeadQConfig) -> None:
         return
     quantizer = HeadQQuantizer(HeadQQuantizationConfig(config), pre_quantized=True)
     quantizer.below = below
-    # a GGUF file's quantizer has no packed modules where the weights were unpacked while loading: they are plain then
-    if below is not None and getattr(below, "packed_modules", None) != {}:
+    if below is not None and not plain(below):
         quantizer.set_inner(below)
     model.hf_quantizer = quantizer
     model.config.quantization_config = quantizer.quantization_config
+
+
+def plain(quantizer: HfQuantizer) -> bool:
+    """Whether a GGUF file's quantizer has unpacked all weights while loading: no packed module is left."""
+    return getattr(quantizer, "packed_modules", None) == {}
 
 
 def detach(model: PreTrainedModel) -> None:
@@ -242,7 +246,8 @@ def note_weights(model: PreTrainedModel, config: Any) -> None:
     above = getattr(model, "hf_quantizer", None)
     if isinstance(above, HeadQQuantizer):
         above.set_inner(inner)
-    elif above is None:
+    elif above is None or plain(above):
+        vars(model).pop("_weight_conversions", None)
         model.hf_quantizer, model.config.quantization_config = inner, inner.quantization_config
 
 

@@ -184,7 +184,9 @@ def plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         yield tensor
         return
     for name in tensor.__tensor_flatten__()[0]:
-        yield from plain_tensors(getattr(tensor, name))
+        part = getattr(tensor, name)
+        if isinstance(part, torch.Tensor):  # a DTensor lists its mesh too
+            yield from plain_tensors(part)
 
 
 def execution_device(module: nn.Module) -> torch.device:
