@@ -8,9 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
+import transformers
 
 from headq_ao.evals import inputs
+from tests.conftest import build_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -57,4 +60,16 @@ def smollm2_folder(tmp_path_factory):
     del model.config.quantization_config
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_folder(tmp_path):
+    """A folder that transformers loads as model and tokenizer."""
+    folder = tmp_path / "tiny"
+    build_tiny().save_pretrained(folder)
+    words = {"<unk>": 0, "</s>": 1, "<s>": 2} | {f"w{i}": i + 3 for i in range(125)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(folder)
     return folder

@@ -12,7 +12,7 @@ from transformers.distributed import DistributedConfig
 from headq_ao import HeadQCache, calibrate, headq_config, quantize_
 
 
-def run(job, rank):
+def run(name, job, rank):
     """Greedy tokens and what the cache of this rank holds."""
     dtype = getattr(torch, job["dtype"])
     model = AutoModelForCausalLM.from_pretrained(
@@ -36,7 +36,7 @@ def run(job, rank):
     tokens = model.generate(ids, max_new_tokens=job["new"], do_sample=False, cache=cache, pad_token_id=0)
     heads = sorted({layer.exact.k.shape[1] for layer in cache.layers})
     result |= {"tokens": tokens.tolist(), "heads": heads, "bytes": cache.get_memory_footprint()}
-    path = f"{job['folder']}/prompt.{rank}.safetensors"
+    path = f"{job['folder']}/{name}.{rank}.safetensors"
     cache.save(path)
     with torch.no_grad():
         logits = [model(ids[:, :1], cache=c, logits_to_keep=1).logits for c in (HeadQCache.load(path, model), cache)]
@@ -49,7 +49,7 @@ def main():
     jobs = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
-    results = {name: run(job, rank) for name, job in jobs.items()}
+    results = {name: run(name, job, rank) for name, job in jobs.items()}
     Path(f"{sys.argv[2]}.{rank}.json").write_text(json.dumps(results), encoding="utf-8")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

@@ -94,7 +94,6 @@ def test_tiny(two, family, calibrated):
 def test_a_basis_drawn_for_all_heads_is_cut(two):
     _, ranks, alone = two
     assert [rank["random basis"]["tokens"] for rank in ranks] == [alone["random basis"]["tokens"]] * 2
-    assert alone["random basis"]["tokens"] != alone["llama calibrated"]["tokens"]
     for rank in ranks:
         assert "basis='random' on a tensor-parallel model needs a calibration" in rank["uncalibrated random"]["error"]
 
@@ -126,7 +125,7 @@ def test_a_prompt_cache_belongs_to_its_rank(two):
     model = AutoModelForCausalLM.from_pretrained(folder / "llama")
     quantize_(model, headq_config(**FAST))
     with pytest.raises(ValueError, match="other attention heads, as on another rank of a tensor-parallel model"):
-        HeadQCache.load(folder / "llama" / "prompt.0.safetensors", model)
+        HeadQCache.load(folder / "llama" / "llama.0.safetensors", model)
 
 
 @pytest.mark.slow
