@@ -203,10 +203,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = estimate_memory(model, config, max(server.most_tokens, 1), min(args.batch_size, len(conversations)))
     dense = sum(2 * s.n_kv_heads * s.head_dim for s in model._headq.shapes) * model.dtype.itemsize
     estimate, dense = sum(report.bytes.values()), dense * server.most_tokens * args.batch_size
-    print(
-        f"{len(conversations)} conversations, {server.steps} steps; the cache held at most {server.peak_bytes:,} bytes; "
-        f"estimated {estimate:,}; a dense one {dense:,}"
-    )
+    print(f"{len(conversations)} conversations, {server.steps} steps, cache at most {server.peak_bytes:,} bytes")
+    print(f"(estimated {estimate:,}; a dense cache would hold {dense:,})")
     return 0
 
 
