@@ -47,10 +47,7 @@ def complete(model: Any, tokenizer: Any, prompts: list[str], new: int) -> dict[s
 
 
 def run(state: PartialState, model: Any, tokenizer: Any, batches: list[Any], new: int) -> dict[int, dict[str, Any]]:
-    """Every batch's result on every process, by its number.
-
-    With fewer batches than processes accelerate gives the last one to several: equal numbers are one result.
-    """
+    """Every batch's result on every process, by its number."""
     with state.split_between_processes(batches) as mine:
         work = tqdm(mine, desc="batches of this process", disable=not state.is_main_process)
         done = [(i, complete(model, tokenizer, prompts, new) | {"process": state.process_index}) for i, prompts in work]

@@ -5,6 +5,8 @@ import json
 
 import pytest
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 
 from headq_ao import calibrate
 from headq_ao.evals import inputs
@@ -48,13 +50,18 @@ def test_two_processes_equal_one(recipe, tiny_folder, tmp_path):
     assert (one["processes"], two["processes"], two["batches_of_process"]) == (1, 2, [3, 2])
 
 
-@pytest.mark.slow
-def test_fewer_batches_than_processes(tiny_folder, tmp_path):
-    (tmp_path / "prompts.txt").write_text(words(2))
-    arguments = [tmp_path / "prompts.txt", "--model", tiny_folder, "--max-new-tokens", 4, "--json", tmp_path / "o.json"]
-    done = torchrun(2, SCRIPT, *arguments)
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert len(json.loads((tmp_path / "o.json").read_text())["completions"]) == 2
+def test_fewer_batches_than_processes(recipe, monkeypatch):
+    """A process without work takes part in the gathering all the same."""
+    state, made = PartialState(cpu=True), []
+    monkeypatch.setattr(recipe, "complete", lambda model, tokenizer, prompts, new: {"texts": prompts})
+    monkeypatch.setattr(recipe, "gather_object", lambda done: made.extend(done) or made)
+    monkeypatch.setattr(state, "num_processes", 3)
+    monkeypatch.setattr(state, "distributed_type", DistributedType.MULTI_CPU)
+    for index in (2, 1, 0):
+        monkeypatch.setattr(state, "process_index", index)
+        results = recipe.run(state, None, None, recipe.batches_of(["a", "b", "c"], 2), 4)
+    assert [i for i, _ in made] == [1, 0]
+    assert [r["texts"] for r in results.values()] == [["a", "b"], ["c"]]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
