@@ -19,7 +19,9 @@ from headq_ao.evals.environment import environment
 from headq_ao.evals.inputs import DTYPES, SMOLLM2, calibrate_on, describe, find_text, load, token_rows
 from headq_ao.files import atomic_path
 
-RESULT = Path(__file__).resolve().parent / "results" / "prompt_cache"
+HERE = Path(__file__).resolve().parent
+RESULT = HERE / "results" / "prompt_cache"
+BEGIN, END = "<!-- table:prompt_cache -->", "<!-- /table -->"
 
 
 def timed(call: Callable[[], Any], times: int) -> tuple[float, Any]:
@@ -80,6 +82,35 @@ def measure(model: Any, ids: torch.Tensor, folder: Path, repeats: int = 5) -> di
     }
 
 
+def readme_table(result: dict[str, Any]) -> str:
+    """The README's lines about a result."""
+    seconds, env = result["seconds"], result["environment"]
+    return f"""\
+| {result["tokens"]} tokens, {result["model"]} | file | seconds to read | seconds to compute |
+| --- | ---: | ---: | ---: |
+| packed | {result["packed_bytes"] / 1e6:.1f} MB | {seconds["load"]:.2f} | {seconds["recompute"]:.1f} |
+| dense, bfloat16 | {result["dense_bf16_bytes"] / 1e6:.1f} MB | {seconds["load_dense_bf16"]:.2f} | \
+{seconds["recompute_dense"]:.1f} |
+
+{result["size_ratio"]:.3f} of the dense file; read {result["speedup_over_recompute"]:.0f} times faster than computed. \
+{result["dtype"]}, {result["text"]}, {env["threads"]} thread of {env["cpu"]} shared with other work; \
+`python recipes/prompt_cache.py --readme README.md`."""
+
+
+def update_readme(path: Path, result: dict[str, Any]) -> None:
+    """Replace the table between the README's marks.
+
+    Raises:
+        ValueError: when the marks are not there.
+    """
+    before, mark, rest = path.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not mark or not end:
+        raise ValueError(f"{path} has no lines {BEGIN} and {END}")
+    with atomic_path(path) as temporary:
+        Path(temporary).write_text(f"{before}{BEGIN}\n{readme_table(result)}\n{END}{after}", encoding="utf-8")
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(
@@ -91,6 +122,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--text", default="wikitext", help="'bundled', 'wikitext' or a file (default: %(default)s)")
     p.add_argument("--tokens", type=int, default=4096, help="length of the prompt (default: %(default)s)")
     p.add_argument("--calibration", action="store_true", help="calibrate on the bundled text first")
+    p.add_argument("--readme", type=Path, help="only put the stored result into this README")
     p.add_argument("--json", type=Path, default=RESULT / "prompt_cache.json", help="the result (default: %(default)s)")
     return p
 
@@ -99,6 +131,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command."""
     args = parser().parse_args(argv)
     try:
+        if args.readme is not None:
+            update_readme(args.readme, json.loads(args.json.read_text(encoding="utf-8")))
+            return 0
         if args.tokens < 1:
             raise ValueError(f"tokens must be at least 1, got {args.tokens}")
         path = find_text(args.text, "report")
