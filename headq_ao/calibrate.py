@@ -131,6 +131,5 @@ def gathered(model: PreTrainedModel, moments: LayerMoments) -> LayerMoments:
         torch.distributed.all_gather(parts, tensor.contiguous().to(device), group=group)
         return torch.cat(parts, dim).cpu()
 
-    return dataclasses.replace(
-        moments, **{name: gather(getattr(moments, name), int(name == "k_rows")) for name in TENSORS}
-    )
+    whole: dict[str, Any] = {name: gather(getattr(moments, name), int(name == "k_rows")) for name in TENSORS}
+    return dataclasses.replace(moments, **whole)

@@ -124,7 +124,8 @@ class Calibration:
         """
         layers = []
         for i, counts in enumerate(head["layers"]):
-            layer = LayerMoments(**counts, **{name: tensors[f"{i}.{name}"] for name in TENSORS})
+            fields: dict[str, Any] = {name: tensors[f"{i}.{name}"] for name in TENSORS}
+            layer = LayerMoments(**counts, **fields)
             layer.check(i)
             layers.append(layer)
         if extra := set(tensors) - {f"{i}.{name}" for i in range(len(layers)) for name in TENSORS}:

@@ -119,9 +119,9 @@ def checksum(head: str, tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def tensor_bytes(tensor: Tensor) -> memoryview:
+def tensor_bytes(tensor: Tensor) -> Any:
     """The bytes of a tensor in row-major order."""
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 @contextlib.contextmanager

@@ -92,7 +92,7 @@ class HeadQQuantizer(HfQuantizer):
             setattr(self, name, getattr(inner, name))
 
     @property
-    def serialized_names(self) -> dict[str, list[str]]:  # type: ignore[override]
+    def serialized_names(self) -> dict[str, list[str]]:
         """Names of quantized weights in a checkpoint."""
         return {} if self.inner is None else self.inner.serialized_names
 

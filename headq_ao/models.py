@@ -151,7 +151,7 @@ def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
     }
     weight = model.get_input_embeddings().weight
     if isinstance(weight, DTensor):  # tensor-parallel: all ranks ask at once
-        weight = nn.Parameter(weight.detach().full_tensor(), requires_grad=False)
+        weight = nn.Parameter(weight.full_tensor().detach(), requires_grad=False)
     if type(weight) is nn.Parameter and weight.device.type != "meta":
         slices = weight.detach()[: weight.shape[0] // 16 * 16].unflatten(0, (16, -1))[:, :64]
         print_["weights"] = slices.float().square().mean((1, 2)).sqrt().tolist()
