@@ -6,6 +6,7 @@ from headq_ao.calibrate import calibrate
 from headq_ao.calibration import Calibration
 from headq_ao.config import HeadQConfig, headq_config
 from headq_ao.estimate import estimate_memory
+from headq_ao.hf_quantizer import HeadQQuantizationConfig
 from headq_ao.quantize import quantize_, restore_
 
 _attention.register()
@@ -14,6 +15,7 @@ __all__ = [
     "Calibration",
     "HeadQCache",
     "HeadQConfig",
+    "HeadQQuantizationConfig",
     "calibrate",
     "estimate_memory",
     "headq_config",

@@ -1,6 +1,8 @@
 """``HeadQCache``: the packed cache that a quantized model reads and writes."""
 
 import dataclasses
+import os
+import weakref
 from typing import Any
 
 from torch import Tensor
@@ -8,9 +10,11 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from headq_ao.cache_layer import HeadQCacheLayer
+from headq_ao.calibration import Calibration
 from headq_ao.config import HeadQConfig
 from headq_ao.layer_state import Incoming
 from headq_ao.models import LayerShape
+from headq_ao.prompt_cache import load_cache, save_cache
 from headq_ao.report import BitsReport
 from headq_ao.state import Span, storage_bytes
 
@@ -22,6 +26,8 @@ class HeadQState:
     config: HeadQConfig
     shapes: list[LayerShape]
     previous_attention: Any
+    calibration: Calibration | None = None  # what config.calibration is, or names
+    fingerprint: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class HeadQCache(Cache):
@@ -54,6 +60,7 @@ class HeadQCache(Cache):
         if not isinstance(state, HeadQState):
             raise ValueError(f"{type(model).__name__} has no HeadQ config; call quantize_(model, headq_config()) first")
         self.config = state.config
+        self._model = weakref.ref(model)
         self.incoming = Incoming()
         super().__init__(layers=[self._new_layer(i, shape) for i, shape in enumerate(state.shapes)])
         self.layers: list[HeadQCacheLayer]
@@ -76,6 +83,54 @@ class HeadQCache(Cache):
         for layer in self.layers:
             layer.check_crop(tokens_to_remove)
         super().crop(tokens_to_remove)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write what the cache holds to one safetensors file, so that a prompt need not be computed again.
+
+        The file has the packed rows as they are and a JSON head with counts, config and the model's fingerprint; it is
+        written whole or not at all, and without unused capacity. On a tensor-parallel model each rank saves a file of
+        its own.
+
+        Raises:
+            ValueError: when the cache holds no tokens, or HeadQ has been taken off its model.
+            OSError: when the file cannot be written; an older one of that name is then unchanged.
+
+        Example:
+            >>> import os, tempfile, torch
+            >>> from transformers import LlamaConfig, LlamaForCausalLM
+            >>> from headq_ao import HeadQCache, headq_config, quantize_
+            >>> config = LlamaConfig(vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=2)
+            >>> model = LlamaForCausalLM(config).eval()
+            >>> quantize_(model, headq_config(epoch_tokens=32))
+            >>> cache = HeadQCache(model)
+            >>> _ = model(torch.arange(200)[None] % 64, cache=cache)
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     cache.save(os.path.join(folder, "prompt.safetensors"))
+            ...     HeadQCache.load(os.path.join(folder, "prompt.safetensors"), model).get_seq_length()
+            200
+        """
+        model = self._model()
+        state = getattr(model, "_headq", None)
+        if model is None or not isinstance(state, HeadQState) or state.config != self.config:
+            raise ValueError("the model of this cache is gone or no longer has its HeadQ config; save the cache before")
+        save_cache(self, model, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: PreTrainedModel) -> "HeadQCache":
+        """Read :meth:`save`'s file; the next token's logits are bit for bit those of the cache that was saved.
+
+        Args:
+            path: of the file.
+            model: with the HeadQ config and calibration that the file was made with, and the same weights.
+
+        Raises:
+            FileNotFoundError: when there is no such file.
+            ValueError: when it is no prompt cache, damaged, of another version, or was made with another model,
+                weights, config or calibration. Offloaded weights are not compared.
+        """
+        cache = cls(model)
+        load_cache(cache, model, path)
+        return cache
 
     @property
     def batch_size(self) -> int | None:

@@ -1,6 +1,7 @@
 """``calibrate``: run a model over text and keep moments of what its attention reads."""
 
 import contextvars
+import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,8 +11,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from headq_ao.calibration import Calibration, MomentAccumulator
-from headq_ao.models import attention_modules, fingerprint, layer_shapes
+from headq_ao.calibration import TENSORS, Calibration, LayerMoments, MomentAccumulator
+from headq_ao.models import attention_modules, execution_device, fingerprint, layer_shapes, tensor_parallel
 
 RECORDER: contextvars.ContextVar["Recorder | None"] = contextvars.ContextVar("headq_recorder", default=None)
 
@@ -98,10 +99,11 @@ def calibrate(
     token = RECORDER.set(recorder)
     try:
         model.eval()
+        device = execution_device(model)
         model.set_attn_implementation("headq")
         for batch in tqdm(batches, desc="calibrate", unit="batch", disable=not progress):
             recorder.begin(batch)
-            model(input_ids=batch.to(model.device), use_cache=False)
+            model(input_ids=batch.to(device), use_cache=False)
     finally:
         RECORDER.reset(token)
         model.set_attn_implementation(previous)
@@ -113,4 +115,21 @@ def calibrate(
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    return Calibration([layer.moments() for layer in recorder.layers], fingerprint(model), meta)
+    layers = [gathered(model, layer.moments()) for layer in recorder.layers]
+    return Calibration(layers, fingerprint(model), meta)
+
+
+def gathered(model: PreTrainedModel, moments: LayerMoments) -> LayerMoments:
+    """The moments of all KV heads, on a tensor-parallel model from all its ranks."""
+    _, size = tensor_parallel(model)
+    if size == 1 or moments.k_sum.shape[0] == layer_shapes(model.config)[0].n_kv_heads:
+        return moments
+    group, device = model._mesh_manager.get_mesh("tp").get_group(), execution_device(model)
+
+    def gather(tensor: Tensor, dim: int) -> Tensor:
+        parts = [torch.empty_like(tensor, device=device) for _ in range(size)]
+        torch.distributed.all_gather(parts, tensor.contiguous().to(device), group=group)
+        return torch.cat(parts, dim).cpu()
+
+    whole: dict[str, Any] = {name: gather(getattr(moments, name), int(name == "k_rows")) for name in TENSORS}
+    return dataclasses.replace(moments, **whole)

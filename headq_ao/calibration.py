@@ -1,20 +1,17 @@
 """``Calibration``: raw moments of queries, keys and values, independent of any config."""
 
-import contextlib
-import json
 import math
 import os
-import secrets
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
-CALIBRATION_VERSION = 1
+from headq_ao.files import FileKind
+
+CALIBRATION = FileKind("calibration", 2, "make one with calibrate(...).save(path)")
 TENSORS = ("q_outer", "k_sum", "k_outer", "v_sum", "v_outer", "k_rows")
 
 
@@ -46,6 +43,22 @@ class LayerMoments:
         """``[Hkv, D]``."""
         return self.k_sum / max(self.tokens, 1)
 
+    def check(self, layer: int) -> None:
+        """Raise ValueError, naming ``layer``, where counts or shapes do not fit together or a number is not finite."""
+        h, d = self.k_sum.shape
+        shapes = {"q_outer": (h, d, d), "k_outer": (h, d, d), "v_sum": (h, d), "v_outer": (h, d, d)}
+        shapes["k_rows"] = (self.k_rows.shape[0], h, d)
+        for name in ("tokens", "groups"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"layer {layer}: {name} must be a whole number of at least 1")
+        for name, shape in shapes.items():
+            if tuple(getattr(self, name).shape) != shape:
+                raise ValueError(f"layer {layer}: {name} must be {shape}, got {tuple(getattr(self, name).shape)}")
+        for name in TENSORS:
+            x = getattr(self, name)
+            if x.dtype != torch.float32 or not bool(torch.isfinite(x).all()):
+                raise ValueError(f"layer {layer}: {name} must hold finite float32 numbers")
+
 
 @dataclass(eq=False)
 class Calibration:
@@ -73,18 +86,13 @@ class Calibration:
     meta: dict[str, Any] = field(default_factory=dict)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one safetensors file whose header carries the JSON description; atomic."""
-        tensors = {
-            f"{i}.{name}": getattr(layer, name).contiguous() for i, layer in enumerate(self.layers) for name in TENSORS
-        }
-        head = {
-            "version": CALIBRATION_VERSION,
-            "fingerprint": self.fingerprint,
-            "meta": self.meta,
-            "layers": [{"tokens": layer.tokens, "groups": layer.groups} for layer in self.layers],
-        }
-        with atomic_path(path) as temporary:
-            safetensors.torch.save_file(tensors, temporary, {"headq_calibration": json.dumps(head)})
+        """Write one safetensors file whose header carries the JSON description and a checksum; atomic.
+
+        Raises:
+            FileNotFoundError: when there is no folder to write to.
+            OSError: when it cannot be written; an older file of that name is then unchanged.
+        """
+        CALIBRATION.save(path, self.head(), self.tensors())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Calibration":
@@ -92,29 +100,37 @@ class Calibration:
 
         Raises:
             FileNotFoundError: when there is no such file.
-            ValueError: when it is no calibration, is damaged, or of another version.
+            ValueError: when it is no calibration, truncated, changed, or of an older or newer version.
         """
-        if not os.path.isfile(path):
-            raise FileNotFoundError(
-                f"no calibration file at {os.fspath(path)!r}; make one with calibrate(...).save(path)"
-            )
-        try:
-            with safetensors.safe_open(path, "pt") as f:
-                metadata = f.metadata() or {}
-                if "headq_calibration" not in metadata:
-                    raise ValueError("its header has no headq_calibration entry; make one with calibrate(...).save")
-                head = json.loads(metadata["headq_calibration"])
-                if head["version"] != CALIBRATION_VERSION:
-                    raise ValueError(
-                        f"version {head['version']}, but this headq_ao reads {CALIBRATION_VERSION}; calibrate again"
-                    )
-                layers = [
-                    LayerMoments(**counts, **{name: f.get_tensor(f"{i}.{name}") for name in TENSORS})
-                    for i, counts in enumerate(head["layers"])
-                ]
-                return cls(layers, head["fingerprint"], head["meta"])
-        except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{os.fspath(path)!r} is not a usable headq_ao calibration: {error}") from error
+        head, tensors = CALIBRATION.load(path)
+        with CALIBRATION.refusing(path):
+            return cls.of(head, tensors)
+
+    def head(self) -> dict[str, Any]:
+        """Everything but the tensors, as plain data for JSON."""
+        layers = [{"tokens": layer.tokens, "groups": layer.groups} for layer in self.layers]
+        return {"fingerprint": self.fingerprint, "meta": self.meta, "layers": layers}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of all layers, named ``{layer}.{field}``."""
+        return {f"{i}.{name}": getattr(layer, name) for i, layer in enumerate(self.layers) for name in TENSORS}
+
+    @classmethod
+    def of(cls, head: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "Calibration":
+        """From :meth:`head` and :meth:`tensors`.
+
+        Raises:
+            KeyError, TypeError, ValueError: where they do not describe a calibration.
+        """
+        layers = []
+        for i, counts in enumerate(head["layers"]):
+            fields: dict[str, Any] = {name: tensors[f"{i}.{name}"] for name in TENSORS}
+            layer = LayerMoments(**counts, **fields)
+            layer.check(i)
+            layers.append(layer)
+        if extra := set(tensors) - {f"{i}.{name}" for i in range(len(layers)) for name in TENSORS}:
+            raise ValueError(f"it holds tensors that no layer has: {', '.join(sorted(extra)[:4])}")
+        return cls(layers, head["fingerprint"], head["meta"])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Calibration":
         """Itself: never changed, and shared by the copies of a model and of its caches."""
@@ -174,22 +190,3 @@ class MomentAccumulator:
         assert self.rows is not None
         q_outer, k_sum, k_outer, v_sum, v_outer = (s.float().cpu() for s in self.sums)
         return LayerMoments(self.tokens, self.groups, q_outer, k_sum, k_outer, v_sum, v_outer, self.rows.cpu())
-
-
-@contextlib.contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[str]:
-    """A temporary path beside ``path`` that replaces it on success and is removed on failure."""
-    folder = os.path.dirname(os.path.abspath(path))
-    if not os.path.isdir(folder):
-        raise FileNotFoundError(f"no folder {folder!r} to write {os.path.basename(path)!r} to; create it first")
-    temporary = os.path.join(folder, f".headq-{secrets.token_hex(8)}.tmp")
-    try:
-        with open(temporary, "xb") as f:
-            mode = os.fstat(f.fileno()).st_mode
-        yield temporary
-        os.chmod(temporary, mode)  # safetensors leaves the file to its owner alone
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise

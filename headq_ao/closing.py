@@ -128,7 +128,7 @@ class ClosingLayer(LayerState):
         else:
             assert self.k_sum is not None
             new = codec.from_prior(select(self.k_sum, index), self.rows[members[0]].folded)
-        half = {name: t.half() for name, t in new.tensors().items() if name in new.own}
+        half = {name: t.half().contiguous() for name, t in new.tensors().items() if name in new.own}
         new = new.replace(half)
         if index is None:
             epoch.codec = new

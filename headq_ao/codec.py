@@ -48,6 +48,10 @@ class KeyCodec:
             {n: t.index_select(0, rows.to(t.device)) for n, t in self.tensors().items() if n in self.own}
         )
 
+    def of_heads(self, part: slice) -> "KeyCodec":
+        """The codec of some of its KV heads."""
+        return self.replace({n: t[:, part].contiguous() for n, t in self.tensors().items() if t.shape[1] > 1})
+
     def replace(self, tensors: dict[str, Tensor]) -> "KeyCodec":
         """A copy with some tensors exchanged; a side basis that reads as it encodes stays one tensor."""
         if self.side_read is self.side_encode and "side_encode" in tensors:
@@ -127,6 +131,16 @@ def rotation_matrix(head_dim: int, hadamard: bool = True) -> Tensor:
     return torch.kron(h, dct).float()
 
 
+def base_codec(config: HeadQConfig, mean: Tensor) -> KeyCodec:
+    """The codec without a side code: all but ``mean [B or 1, Hkv, D]`` is constant."""
+    head_dim = mean.shape[-1]
+    bits = config.key_bits(head_dim)[:head_dim]
+    rotation = rotation_matrix(head_dim, config.rotation).to(mean.device, mean.dtype)[None, None]
+    ones = mean.new_ones(1, 1, head_dim)
+    step, weight = (ones, None) if config.k_zero_point else (ones * GAUSSIAN_STEP[bits[0]], ones)
+    return KeyCodec(mean, rotation, rotation, step, weight, None, None, None, bits)
+
+
 def affine_codec(config: HeadQConfig, c_q: Tensor, mean: Tensor, rows: Tensor) -> KeyCodec:
     """A base with equal bits for each rotated coordinate, and a side code of its error.
 
@@ -138,11 +152,7 @@ def affine_codec(config: HeadQConfig, c_q: Tensor, mean: Tensor, rows: Tensor) -
     """
     head_dim = mean.shape[-1]
     bits, rank = config.key_bits(head_dim), config.side_rank(head_dim)
-    rotation = rotation_matrix(head_dim, config.rotation).to(mean.device, mean.dtype)[None, None]
-    mean = mean if config.key_gauge else torch.zeros_like(mean)
-    ones = mean.new_ones(1, 1, head_dim)
-    step, weight = (ones, None) if config.k_zero_point else (ones * GAUSSIAN_STEP[bits[0]], ones)
-    base = KeyCodec(mean, rotation, rotation, step, weight, None, None, None, bits[:head_dim])
+    base = base_codec(config, mean if config.key_gauge else torch.zeros_like(mean))
     if rank == 0:
         return base
     planes, scale, zero = base.encode_rows(rows, config.unbiased_scale)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from headq_ao.calibration import LayerMoments
-from headq_ao.codec import GAUSSIAN_STEP, KeyCodec, affine_codec, rotation_matrix
+from headq_ao.codec import GAUSSIAN_STEP, KeyCodec, affine_codec, base_codec, rotation_matrix
 from headq_ao.config import HeadQConfig
 from headq_ao.models import LayerShape
 from headq_ao.ops.layout import TOKEN_TILE
@@ -33,10 +33,16 @@ class LayerCodec(nn.Module):
         shape: of the layer.
         moments: the layer's calibration, or None.
         device: of the attention module.
+        heads: the KV heads of the moments that are here, None: all. The codec is made for all and cut.
     """
 
     def __init__(
-        self, config: HeadQConfig, shape: LayerShape, moments: LayerMoments | None, device: torch.device
+        self,
+        config: HeadQConfig,
+        shape: LayerShape,
+        moments: LayerMoments | None,
+        device: torch.device,
+        heads: slice | None = None,
     ) -> None:
         super().__init__()
         config.check_head_dim(shape.head_dim)
@@ -51,6 +57,7 @@ class LayerCodec(nn.Module):
                     f"the calibration must hold at least {TOKEN_TILE} sampled keys per layer; calibrate on more text"
                 )
             codec = affine_codec(config, moments.c_q[None], moments.k_mean[None], rows[None])
+            codec = codec if heads is None else codec.of_heads(heads)
             for name, tensor in codec.tensors().items():
                 self.register_buffer(f"key_{name}", tensor.to(device), persistent=False)
             self.frame = codec.replace({name: torch.empty(0) for name in codec.tensors()})
@@ -104,6 +111,37 @@ class LayerCodec(nn.Module):
         prior = self.config.prior_tokens
         mean = (codec.mean * prior + k_sum) / (prior + tokens)
         return dataclasses.replace(codec, mean=mean, own=frozenset({"mean"}))
+
+    def with_own(self, own: dict[str, Tensor], dtype: torch.dtype) -> KeyCodec:
+        """What :meth:`from_prompt` or :meth:`from_prior` made, from the tensors that belong to its sequences.
+
+        ``side_read`` may be left out where it is ``side_encode``.
+        """
+        codec = self.calibrated
+        if codec is None:
+            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            codec = base_codec(self.config, own["mean"].to(wide))
+        if "side_encode" in own:
+            own = {"side_read": own["side_encode"]} | own
+            codec = dataclasses.replace(codec, bits=self.config.key_bits(own["mean"].shape[-1]))
+        return dataclasses.replace(codec, **own, own=frozenset(own))  # type: ignore[arg-type]
+
+    def sketch(self) -> list[float]:
+        """A few numbers that tell calibrated codecs apart: a random projection of each head's unit-norm tensors.
+
+        They agree to 1e-5 between machines whose eigenvectors differ in rounding; without a calibration, none.
+        """
+        codec = self.calibrated
+        if codec is None:
+            return []
+        numbers = []
+        for name in ("mean", "side_encode", "side_read", "side_step"):
+            tensor = getattr(codec, name)
+            if tensor is not None:
+                x = tensor[0].detach().cpu().double().flatten(1)
+                direction = torch.randn(x.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+                numbers += (x @ direction / x.norm(dim=1).clamp(min=1e-30)).tolist()
+        return numbers
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LayerCodec":
         """Follow the model to its device, but stay fp32 when the model is cast."""

@@ -1,12 +1,21 @@
 """What a Hugging Face model looks like to the cache: its attention layers, their shapes, and what is not supported."""
 
+import hashlib
+import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.distributed.tensor_parallel import get_kv_heads_per_rank
+
+from headq_ao.files import tensor_bytes
+
+SAMPLE = 4096  # elements of each parameter that identify it
 
 
 @dataclass(frozen=True)
@@ -96,6 +105,33 @@ def attention_modules(model: nn.Module, n_layers: int) -> list[nn.Module]:
     return [found[i] for i in range(n_layers)]
 
 
+def tensor_parallel(model: nn.Module) -> tuple[int, int]:
+    """Rank and size of the tensor-parallel group of a model; (0, 1) where it is not sharded."""
+    manager = getattr(model, "_mesh_manager", None)
+    if manager is None or (getattr(model, "_tp_size", None) or 1) == 1:
+        return 0, 1
+    mesh = manager.get_mesh("tp")
+    return mesh.get_local_rank(), mesh.size()
+
+
+def kv_heads_here(model: PreTrainedModel, shapes: list[LayerShape], rank: int, size: int) -> slice:
+    """The KV heads that one rank of a tensor-parallel model attends with.
+
+    Raises:
+        ValueError: when the plan shards attention and the heads cannot be divided among the ranks.
+    """
+    total = shapes[0].n_kv_heads
+    held = get_kv_heads_per_rank(model.tp_plan or {}, total, size)
+    if held is None:
+        fits = [n for n in range(2, total + 1) if total % n == 0]
+        raise ValueError(
+            f"{model.config.model_type} has {total} KV heads ({shapes[0].n_heads} query heads), "
+            f"which cannot be divided among {size} tensor-parallel processes; "
+            + (f"use {' or '.join(map(str, fits))}" if fits else "run it on one, or data-parallel")
+        )
+    return slice(0, total) if held == total else slice(rank * held, (rank + 1) * held)
+
+
 def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
     """What identifies a model for a calibration: type, shapes, rope, and the RMS of 16 slices of its embedding.
 
@@ -109,10 +145,59 @@ def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
         "heads": shapes[0].n_heads,
         "kv_heads": shapes[0].n_kv_heads,
         "head_dim": shapes[0].head_dim,
-        "rope": repr(getattr(c, "rope_parameters", None)),
+        "rope": json.dumps(
+            getattr(c, "rope_parameters", None), sort_keys=True, default=str
+        ),  # order is not kept in files
     }
     weight = model.get_input_embeddings().weight
+    if isinstance(weight, DTensor):  # tensor-parallel: all ranks ask at once
+        weight = nn.Parameter(weight.full_tensor().detach(), requires_grad=False)
     if type(weight) is nn.Parameter and weight.device.type != "meta":
         slices = weight.detach()[: weight.shape[0] // 16 * 16].unflatten(0, (16, -1))[:, :64]
         print_["weights"] = slices.float().square().mean((1, 2)).sqrt().tolist()
     return print_
+
+
+def weight_digests(model: nn.Module) -> dict[str, str]:
+    """A short SHA-256 of up to 4096 evenly spaced elements of each parameter, as stored; offloaded ones are left out.
+
+    Unlike the numbers of :func:`fingerprint` it tells models apart that differ in dtype, weight quantization or a
+    fine-tune.
+    """
+    digests = {}
+    for name, parameter in model.named_parameters():
+        parts = list(plain_tensors(parameter))
+        if any(t.device.type == "meta" for t in parts):
+            continue
+        digest = hashlib.sha256()
+        for t in parts:
+            flat = t.detach().reshape(-1)
+            digest.update(f"{t.dtype} {tuple(t.shape)} ".encode())
+            digest.update(tensor_bytes(flat[:: max(len(flat) // SAMPLE, 1)]))
+        digests[name] = digest.hexdigest()[:16]
+    return digests
+
+
+def plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The plain tensors inside a tensor subclass (torchao's weights, a DTensor's local part), or the tensor itself."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        part = getattr(tensor, name)
+        if isinstance(part, torch.Tensor):  # a DTensor lists its mesh too
+            yield from plain_tensors(part)
+
+
+def execution_device(module: nn.Module) -> torch.device:
+    """Where a module computes: where its parameters are or, where accelerate offloads them, where it brings them."""
+    device = next(module.parameters()).device
+    if device.type != "meta":
+        return device
+    for part in module.modules():
+        hook = getattr(part, "_hf_hook", None)
+        for one in getattr(hook, "hooks", [hook]):
+            found = getattr(one, "execution_device", None)
+            if found is not None:
+                return torch.device(found)
+    return device

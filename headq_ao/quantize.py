@@ -1,5 +1,6 @@
 """``quantize_`` and ``restore_``: put HeadQ on a model, and take it off."""
 
+import dataclasses
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -11,13 +12,21 @@ from torchao.core.config import AOBaseConfig
 from torchao.quantization.transform_module import register_quantize_module_handler
 from transformers import DynamicCache, PreTrainedModel
 
-from headq_ao import attention
+from headq_ao import attention, hf_quantizer
 from headq_ao.cache import HeadQCache, HeadQState
 from headq_ao.calibrate import RECORDER
 from headq_ao.calibration import Calibration
 from headq_ao.config import HeadQConfig
 from headq_ao.layer_codec import LayerCodec
-from headq_ao.models import attention_modules, fingerprint, layer_shapes
+from headq_ao.models import (
+    LayerShape,
+    attention_modules,
+    execution_device,
+    fingerprint,
+    kv_heads_here,
+    layer_shapes,
+    tensor_parallel,
+)
 from headq_ao.state import Span
 
 CACHE_NAMES = ("cache", "past_key_values")  # transformers 5.24 renamed the argument
@@ -59,6 +68,8 @@ def quantize_(
     if not isinstance(config, HeadQConfig):
         arguments = {} if filter_fn is _DEFAULT else {"filter_fn": filter_fn}
         torchao.quantization.quantize_(model, config, device=device, **arguments)
+        if isinstance(model, PreTrainedModel):
+            hf_quantizer.note_weights(model, config)
         return
     if filter_fn is not _DEFAULT and filter_fn is not None:
         raise ValueError("a HeadQ config applies to the whole model; call quantize_(model, config) without filter_fn")
@@ -80,19 +91,38 @@ def _handle(model: nn.Module, config: HeadQConfig) -> nn.Module:
     calibration = config.calibration
     if isinstance(calibration, str):
         calibration = Calibration.load(calibration)
+    print_ = fingerprint(model)
     if calibration is not None:
-        calibration.check_model(fingerprint(model))
+        calibration.check_model(print_)
+    shapes, heads = shapes_here(model, shapes, config)
     codecs = []
     for i, (module, shape) in enumerate(zip(modules, shapes, strict=True)):
         moments = None if calibration is None else calibration.layers[i]
-        codecs.append(LayerCodec(config, shape, moments, next(module.parameters()).device))
-    state = HeadQState(config, shapes, model.config._attn_implementation)
+        codecs.append(LayerCodec(config, shape, moments, execution_device(module), heads))
+    state = HeadQState(config, shapes, model.config._attn_implementation, calibration, print_)
     model.set_attn_implementation(attention.NAME)
     for module, codec in zip(modules, codecs, strict=True):
         module.headq = codec
     model._headq = state
     model.register_forward_pre_hook(supply_cache, with_kwargs=True)
+    hf_quantizer.attach(model, config)
     return model
+
+
+def shapes_here(
+    model: PreTrainedModel, shapes: list[LayerShape], config: HeadQConfig
+) -> tuple[list[LayerShape], slice | None]:
+    """The layers as this process sees them and, on a tensor-parallel model, the KV heads that it owns."""
+    rank, size = tensor_parallel(model)
+    if size == 1:
+        return shapes, None
+    if config.basis == "random" and config.calibration is None:
+        raise ValueError(
+            "basis='random' on a tensor-parallel model needs a calibration; it is drawn for all heads at once"
+        )
+    heads = kv_heads_here(model, shapes, rank, size)
+    held = heads.stop - heads.start
+    return [dataclasses.replace(s, n_heads=s.n_heads // s.n_kv_heads * held, n_kv_heads=held) for s in shapes], heads
 
 
 def restore_(model: nn.Module) -> None:
@@ -123,6 +153,7 @@ def restore_(model: nn.Module) -> None:
         del model._forward_pre_hooks[key]
         model._forward_pre_hooks_with_kwargs.pop(key, None)
     del model._headq
+    hf_quantizer.detach(model)
 
 
 def supply_cache(

@@ -49,7 +49,9 @@ class ReadingLayer(LayerState):
             query, key_rows, value_rows, int_tensor(start, q.device), int_tensor(stop, q.device), valid
         )
 
-    def _visible_slots(self, begin: int, end: int, position: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
+    def _visible_slots(
+        self, begin: int, end: int, position: list[list[int]]
+    ) -> tuple[list[list[int]], list[list[int]]]:
         """First slot and end, counted from ``begin``, that each query sees among slots ``begin:end``."""
         window = self.sliding_window
         start, stop = [], []

@@ -11,6 +11,7 @@ import torch
 from headq_ao import Calibration, calibrate, headq_config, quantize_
 from headq_ao.calibrate import RECORDER
 from headq_ao.calibration import TENSORS, LayerMoments, MomentAccumulator
+from headq_ao.files import checksum
 from headq_ao.models import fingerprint
 
 N_SINK = 3
@@ -259,14 +260,18 @@ def test_a_pickle_is_not_loaded(tmp_path):
         Calibration.load(path)
 
 
-def rewrite(path, change=None, drop=()):
-    """The file with another description, or without some tensors."""
+def rewrite(path, change=None, drop=(), edit=None, signed=True):
+    """The file with another description, other tensors or without some; ``signed``: with a checksum that fits."""
     with safetensors.safe_open(path, "pt") as f:
         metadata = dict(f.metadata())
-    tensors = {n: t for n, t in safetensors.torch.load_file(path).items() if n not in drop}
+    tensors = {n: t.clone() for n, t in safetensors.torch.load_file(path).items() if n not in drop}
+    if edit:
+        edit(tensors)
     head = json.loads(metadata["headq_calibration"])
     text = change(head) if change else head
     metadata["headq_calibration"] = text if isinstance(text, str) else json.dumps(text)
+    if signed:
+        metadata["headq_sha256"] = checksum(metadata["headq_calibration"], tensors)
     safetensors.torch.save_file(tensors, path, metadata)
 
 
@@ -274,27 +279,51 @@ def without(head, key):
     return {k: v for k, v in head.items() if k != key}
 
 
+def flip(path, at):
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
 DAMAGE = {
     "empty": (lambda p: p.write_bytes(b""), ""),
     "truncated header": (lambda p: p.write_bytes(p.read_bytes()[:40]), ""),
     "truncated body": (lambda p: p.write_bytes(p.read_bytes()[:-4]), ""),
+    "longer body": (lambda p: p.write_bytes(p.read_bytes() + b"0000"), ""),
     "flipped header": (lambda p: p.write_bytes(p.read_bytes().replace(b"F32", b"F99", 1)), ""),
+    "flipped last bit": (lambda p: flip(p, -1), "its checksum does not fit its content"),
     "text": (lambda p: p.write_text("0123456789" * 9), ""),
     "other safetensors": (
         lambda p: safetensors.torch.save_file({"w": torch.ones(1)}, p),
         "no headq_calibration entry; make one with calibrate",
     ),
-    "version": (
-        lambda p: rewrite(p, lambda h: h | {"version": 99}),
-        "version 99, but this headq_ao reads 1; calibrate again",
+    "newer": (lambda p: rewrite(p, lambda h: h | {"version": 99}), "version 99 is newer than .*; update headq_ao"),
+    "older": (
+        lambda p: rewrite(p, lambda h: h | {"version": 1}),
+        "version 1 is older than .*; make one with calibrate",
     ),
+    "older, no checksum yet": (lambda p: rewrite(p, lambda h: h | {"version": 1}, signed=False), "version 1 is older"),
     "no version": (lambda p: rewrite(p, lambda h: without(h, "version")), "version"),
-    "no fingerprint": (lambda p: rewrite(p, lambda h: without(h, "fingerprint")), "fingerprint"),
+    "a version of another kind": (lambda p: rewrite(p, lambda h: h | {"version": "2"}), "no version, got '2'"),
+    "no fingerprint": (lambda p: rewrite(p, lambda h: without(h, "fingerprint")), "it has no 'fingerprint'"),
+    "another fingerprint": (
+        lambda p: rewrite(p, lambda h: h | {"fingerprint": {}}, signed=False),
+        "it was changed or damaged; make one with",
+    ),
+    "another number": (lambda p: rewrite(p, edit=lambda t: t["0.k_sum"].mul_(1.5), signed=False), "changed or damaged"),
     "no JSON": (lambda p: rewrite(p, lambda h: "{"), ""),
     "another JSON": (lambda p: rewrite(p, lambda h: [1]), ""),
     "layers of another kind": (lambda p: rewrite(p, lambda h: h | {"layers": [3]}), ""),
+    "no tokens": (lambda p: rewrite(p, lambda h: h | {"layers": [{"tokens": 0, "groups": 1}] * 2}), "layer 0: tokens"),
     "more layers": (lambda p: rewrite(p, lambda h: h | {"layers": h["layers"] * 2}), "2.q_outer"),
-    "a lost tensor": (lambda p: rewrite(p, drop=("1.v_sum",)), "1.v_sum"),
+    "fewer layers": (lambda p: rewrite(p, lambda h: h | {"layers": h["layers"][:1]}), "tensors that no layer has: 1.k"),
+    "a lost tensor": (lambda p: rewrite(p, drop=("1.v_sum",)), "it has no '1.v_sum'"),
+    "another shape": (
+        lambda p: rewrite(p, edit=lambda t: t.update({"1.q_outer": torch.ones(1, 4, 4)})),
+        r"layer 1: q_outer must be \(2, 4, 4\), got \(1, 4, 4\)",
+    ),
+    "not finite": (lambda p: rewrite(p, edit=lambda t: t["1.v_outer"].fill_(torch.nan)), "v_outer must hold finite"),
+    "another dtype": (lambda p: rewrite(p, edit=lambda t: t.update({"0.v_sum": torch.ones(2, 4).half()})), "float32"),
 }
 
 

@@ -18,11 +18,15 @@ ALLOWED_TRANSFORMERS = {
     "calibrate.py",
     "estimate.py",
     "lm_eval/feeding.py",
+    "hf_quantizer.py",
     "models.py",
+    "prompt_cache.py",
     "quantize.py",
 }
 ALLOWED_TORCHAO = {
     "config.py",
+    "hf_quantizer.py",
+    "prompt_cache.py",
     "quantize.py",
     "tensors.py",
 }

@@ -1,0 +1,167 @@
+"""A stored prompt against a dense cache file and against computing it: ``python recipes/prompt_cache.py --help``."""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from transformers import DynamicCache
+
+from headq_ao import HeadQCache, headq_config, quantize_, restore_
+from headq_ao.evals.environment import environment
+from headq_ao.evals.inputs import DTYPES, SMOLLM2, calibrate_on, describe, find_text, load, token_rows
+from headq_ao.files import atomic_path
+
+HERE = Path(__file__).resolve().parent
+RESULT = HERE / "results" / "prompt_cache"
+BEGIN, END = "<!-- prompt_cache -->", "<!-- /prompt_cache -->"
+
+
+def timed(call: Callable[[], Any], times: int) -> tuple[float, Any]:
+    """Median seconds of some calls, and what the last returned."""
+    seconds = []
+    for _ in range(times):
+        start = time.perf_counter()
+        out = call()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds), out
+
+
+@torch.no_grad()
+def measure(model: Any, ids: torch.Tensor, folder: Path, repeats: int = 5) -> dict[str, Any]:
+    """Store the cache of ``ids [1, T]``, packed and dense, and read both back.
+
+    Args:
+        model: with HeadQ; taken off in the end.
+        ids: the prompt, and one token more that is read from the caches.
+        folder: for the two files.
+        repeats: of loading; its median counts.
+
+    Returns:
+        Bytes of the files, seconds to compute, save and load, and whether the next token's logits are bit-equal.
+    """
+    prompt, token = ids[:, :-1], ids[:, -1:]
+
+    def compute() -> HeadQCache:
+        cache = HeadQCache(model)
+        model(prompt, cache=cache, logits_to_keep=1)
+        return cache
+
+    recompute, cache = timed(compute, 1)
+    packed, dense = folder / "packed.safetensors", folder / "dense.safetensors"
+    save, _ = timed(lambda: cache.save(packed), 1)
+    load_packed, loaded = timed(lambda: HeadQCache.load(packed, model), repeats)
+    equal = torch.equal(model(token, cache=cache).logits, model(token, cache=loaded).logits)
+    restore_(model)
+    exact = DynamicCache(config=model.config)
+    recompute_dense, _ = timed(lambda: model(prompt, cache=exact, logits_to_keep=1), 1)
+    rows = {f"{i}.{n}": getattr(x, n).bfloat16() for i, x in enumerate(exact.layers) for n in ("keys", "values")}
+    safetensors.torch.save_file(rows, dense)
+    load_dense, _ = timed(lambda: {n: t.clone() for n, t in safetensors.torch.load_file(dense).items()}, repeats)
+    sizes = {"packed_bytes": packed.stat().st_size, "dense_bf16_bytes": dense.stat().st_size}
+    seconds = {
+        "recompute": recompute,
+        "recompute_dense": recompute_dense,
+        "save": save,
+        "load": load_packed,
+        "load_dense_bf16": load_dense,
+    }
+    return {
+        **sizes,
+        "size_ratio": sizes["packed_bytes"] / sizes["dense_bf16_bytes"],
+        "seconds": seconds,
+        "speedup_over_recompute": recompute / load_packed,
+        "next_token_bit_equal": equal,
+    }
+
+
+def readme_table(result: dict[str, Any]) -> str:
+    """The README's lines about a result."""
+    seconds, env = result["seconds"], result["environment"]
+    return f"""\
+| {result["tokens"]} tokens, {result["model"]} | file | seconds to read | seconds to compute |
+| --- | ---: | ---: | ---: |
+| packed | {result["packed_bytes"] / 1e6:.1f} MB | {seconds["load"]:.2f} | {seconds["recompute"]:.1f} |
+| dense, bfloat16 | {result["dense_bf16_bytes"] / 1e6:.1f} MB | {seconds["load_dense_bf16"]:.2f} | \
+{seconds["recompute_dense"]:.1f} |
+
+{result["size_ratio"]:.3f} of the dense file; read {result["speedup_over_recompute"]:.0f} times faster than computed. \
+{result["dtype"]}, {result["text"]}, {env["threads"]} thread of {env["cpu"]} shared with other work; \
+`python recipes/prompt_cache.py --readme README.md`."""
+
+
+def update_readme(path: Path, result: dict[str, Any]) -> None:
+    """Replace the table between the README's marks.
+
+    Raises:
+        ValueError: when the marks are not there.
+    """
+    before, mark, rest = path.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not mark or not end:
+        raise ValueError(f"{path} has no lines {BEGIN} and {END}")
+    with atomic_path(path) as temporary:
+        Path(temporary).write_text(f"{before}{BEGIN}\n{readme_table(result)}\n{END}{after}", encoding="utf-8")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(
+        description="Store a long prompt's packed cache; compare the file's size and the time to read it.",
+        epilog="example: HEADQ_WIKITEXT=path/to/wikitext-2-raw python recipes/prompt_cache.py --json prompt_cache.json",
+    )
+    p.add_argument("--model", default=SMOLLM2, help="'smollm2' or what transformers loads (default: %(default)s)")
+    p.add_argument("--dtype", choices=DTYPES, default="float32", help="of the model (default: %(default)s)")
+    p.add_argument("--text", default="wikitext", help="'bundled', 'wikitext' or a file (default: %(default)s)")
+    p.add_argument("--tokens", type=int, default=4096, help="length of the prompt (default: %(default)s)")
+    p.add_argument("--calibration", action="store_true", help="calibrate on the bundled text first")
+    p.add_argument("--readme", type=Path, help="only put the stored result into this README")
+    p.add_argument("--json", type=Path, default=RESULT / "prompt_cache.json", help="the result (default: %(default)s)")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command."""
+    args = parser().parse_args(argv)
+    try:
+        if args.readme is not None:
+            update_readme(args.readme, json.loads(args.json.read_text(encoding="utf-8")))
+            return 0
+        if args.tokens < 1:
+            raise ValueError(f"tokens must be at least 1, got {args.tokens}")
+        path = find_text(args.text, "report")
+        model, tokenizer = load(args.model, None, DTYPES[args.dtype])
+        ids = token_rows(tokenizer, path, 1, args.tokens + 1)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    calibration = None
+    if args.calibration:
+        calibration = calibrate_on(model, tokenizer, find_text("bundled", "calibrate"), 4096, True)
+    config = headq_config(calibration=calibration)
+    quantize_(model, config)
+    with tempfile.TemporaryDirectory() as folder:
+        result = measure(model, ids, Path(folder))
+    settings = {"model": Path(args.model).name, "dtype": args.dtype, "text": path.name, "tokens": args.tokens}
+    result = settings | {"config": describe(config)} | result | {"environment": environment()}
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(args.json) as temporary:
+        Path(temporary).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    seconds, ratio = result["seconds"], result["size_ratio"]
+    print(
+        f"{args.tokens} tokens: {result['packed_bytes']:,} bytes, {ratio:.3f} of a dense bf16 file; "
+        f"read in {seconds['load']:.2f} s, computed in {seconds['recompute']:.2f} s "
+        f"({result['speedup_over_recompute']:.0f} times); next token bit-equal: {result['next_token_bit_equal']}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
