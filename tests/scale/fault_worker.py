@@ -101,7 +101,7 @@ def disk_full(folder):
             told = str(error)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        assert "cannot write" in told and "an older file is unchanged" in told, told
+        assert "cannot write" in told and "what was there before is unchanged" in told, told
         assert (folder / name).read_bytes() == before
     assert sorted(os.listdir(folder)) == ["cache", "calibration"]
     larger.save(folder / "calibration")

@@ -66,13 +66,18 @@ def test_two_processes_compile_the_kernel_at_once(tmp_path):
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     command = [sys.executable, "-c", COMPILE]
     both = [subprocess.Popen(command, **pipes, text=True, cwd=ROOT, env=environment) for _ in range(2)]
-    for process in both:
-        assert process.stdout.readline() == "ready\n"
-    assert os.listdir(tmp_path) == []
-    for process in both:
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    outputs = [process.communicate(timeout=150) for process in both]
+    try:
+        for process in both:
+            assert process.stdout.readline() == "ready\n"
+        assert os.listdir(tmp_path) == []
+        for process in both:
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        outputs = [process.communicate(timeout=300) for process in both]
+    finally:
+        for process in both:
+            process.kill()
+            process.communicate()
     assert [process.returncode for process in both] == [0, 0], outputs
     assert outputs[0][0] == outputs[1][0] and len(outputs[0][0]) == 65
     assert [path.suffix for path in tmp_path.iterdir()] == [".so"]
