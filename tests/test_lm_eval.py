@@ -170,6 +170,20 @@ def test_automatic_batch_size(lm):
     assert each.batch_sizes == {0: 4}
 
 
+def test_automatic_batch_size_with_chunked_prompts(lm):
+    """Prompts that go in by chunks make batches of their own; none is left out or answered twice."""
+    fixed, each = (
+        lm(prefill=32, **SMALL),
+        lm(prefill=32, batch_size="auto:2", max_batch_size=2, max_length=192, **SMALL),
+    )
+    torch.testing.assert_close(
+        torch.tensor(each.loglikelihood(REQUESTS + SHARED)),
+        torch.tensor(fixed.loglikelihood(REQUESTS + SHARED)),
+        rtol=0.05,
+        atol=0.1,
+    )
+
+
 def test_counts_by_task(lm, caplog):
     each = lm(**SMALL)
     answers = each.loglikelihood([scored(150, 3, task="long"), scored(20, 3, task="short"), scored(90, 3, task="long")])
@@ -251,6 +265,15 @@ def test_half_precision_is_scored_in_float32(tiny, lm):
     each.model.to(torch.bfloat16)
     ((answer, _),) = each.loglikelihood([scored(30, 1)])
     assert answer != torch.tensor(answer).bfloat16().item()
+
+
+def test_mixed_precision(lm):
+    plain, mixed = lm(quantized=False), lm(mixed_precision_dtype="bfloat16", k_bits=8, v_bits=8, rank=0, **SMALL)
+    requests = REQUESTS[:1] + SHARED
+    answers = [torch.tensor([a[0] for a in each.loglikelihood(requests)]) for each in (plain, mixed)]
+    assert 1e-3 < (answers[0] - answers[1]).abs().max() < 2
+    mixed.generate_until(prompts(2))
+    assert mixed.get_model_info()["headq"]["tasks"]["task"]["packed_fraction"] > 0.5
 
 
 def test_stored_answers_of_another_cache_are_refused(lm, tmp_path):

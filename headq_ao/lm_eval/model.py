@@ -106,6 +106,8 @@ class HeadQLM(HFLM):
 
     def _filled(self, request: Instance) -> Instance:
         """The request with its context filled up to ``min_context`` tokens."""
+        if not self.settings.min_context:
+            return request
         context, *rest = request.args
         filled = fill_front(context, self.settings.min_context, self.tokenizer, self.tok_encode)
         if filled == context:
@@ -153,14 +155,15 @@ class HeadQLM(HFLM):
         """Batches of request numbers that may go through one cache together."""
         if self.batch_size == "auto" and size is None:
             self.batch_sizes: dict[int, int] = {}
-        ordered = [requests[i] for i in order]
+        ordered, done = [requests[i] for i in order], 0
         for _, group in itertools.groupby(order, lambda i: chunked_context(len(asked[i].context), self.settings)):
             rest = list(group)
             while rest:
                 n = size or self.batch_size
                 if n == "auto":
-                    n = self._batch_scheduler(len(order) - len(rest), ordered)
+                    n = self._batch_scheduler(done, ordered)
                 yield rest[:n]
+                done += len(rest[:n])
                 rest = rest[n:]
 
     def _autocast(self) -> torch.autocast:
