@@ -259,6 +259,7 @@ def test_panel_is_plain_data_and_depends_on_the_seed_alone(tiny_panel):
     families = {p["family"] for p in found["perturbations"]}
     assert families == {*FAMILIES, "null"}
     assert found["layers"] == [0, 1]
+    assert found["null_space"][0]["relative_key_mse"] == pytest.approx(100, rel=1e-4)  # a mean over the two rows
     assert len(found["points"]) == 2 * sum(p["family"] != "null" for p in found["perturbations"]) < 400
     assert tiny_panel(layers=[1])["correlations"]["all"]["key_mse"]["per_layer"] == [
         found["correlations"]["all"]["key_mse"]["per_layer"][1]

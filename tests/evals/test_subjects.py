@@ -21,10 +21,21 @@ from headq_ao.evals.subjects import Subject
 def test_on_and_off(tiny, method, options, kind, cache_type):
     model, subject = tiny(), Subject(method, options)
     assert subject.kind == kind and subject.batchable == (kind != "transformers")
-    with pytest.raises(RuntimeError, match="stop here"), subject.on(model) as make_cache:
+    with subject.on(model) as make_cache:
         assert hasattr(model, "_headq") == (kind in ("headq", "baseline"))
         assert make_cache is None or cache_type is None or isinstance(make_cache(), cache_type)
-        raise RuntimeError("stop here")
+    assert not hasattr(model, "_headq")
+
+
+def test_off_after_a_failure(tiny):
+    model, subject = tiny(), Subject("headq")
+
+    def fail():
+        with subject.on(model):
+            raise RuntimeError("stop here")
+
+    with pytest.raises(RuntimeError, match="stop here"):
+        fail()
     assert not hasattr(model, "_headq")
 
 
