@@ -267,13 +267,11 @@ def test_half_precision_is_scored_in_float32(tiny, lm):
     assert answer != torch.tensor(answer).bfloat16().item()
 
 
-def test_mixed_precision(lm):
-    plain, mixed = lm(quantized=False), lm(mixed_precision_dtype="bfloat16", k_bits=8, v_bits=8, rank=0, **SMALL)
-    requests = REQUESTS[:1] + SHARED
-    answers = [torch.tensor([a[0] for a in each.loglikelihood(requests)]) for each in (plain, mixed)]
+def test_mixed_precision_of_the_exact_cache(lm):
+    plain, mixed = (lm(quantized=False, mixed_precision_dtype=dtype) for dtype in (None, "bfloat16"))
+    answers = [torch.tensor([a[0] for a in each.loglikelihood(REQUESTS)]) for each in (plain, mixed)]
     assert 1e-3 < (answers[0] - answers[1]).abs().max() < 2
-    mixed.generate_until(prompts(2))
-    assert mixed.get_model_info()["headq"]["tasks"]["task"]["packed_fraction"] > 0.5
+    assert all(isinstance(text, str) for text in mixed.generate_until(prompts(2)))
 
 
 def test_stored_answers_of_another_cache_are_refused(lm, tmp_path):

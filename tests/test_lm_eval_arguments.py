@@ -121,6 +121,7 @@ def test_names_do_not_collide():
         ({"pretrained": None}, "pretrained is missing"),
         ({"peft": "adapter"}, "peft does not go with model=headq: .* merge it into the weights first"),
         ({"backend": "seq2seq"}, "backend does not go with model=headq"),
+        ({"mixed_precision_dtype": "bfloat16"}, "load the model in that dtype, as in dtype=bfloat16"),
         ({"logits_cache": True}, "logits_cache does not go with model=headq"),
     ],
 )

@@ -60,7 +60,8 @@ def kivi(*, k_bits: int | None, v_bits: int | None, k_group: int = 32, v_group: 
 
 def per_token(*, k_bits: int | None, v_bits: int | None, group: int = 64) -> Method:
     """Keys and values per token over ``group`` coordinates."""
-    return Method(*(None if bits is None else Affine(bits, group) for bits in (k_bits, v_bits)))
+    keys, values = (None if bits is None else Affine(bits, group) for bits in (k_bits, v_bits))
+    return Method(keys, values)
 
 
 def hadamard(

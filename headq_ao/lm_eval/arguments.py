@@ -110,6 +110,11 @@ def split_arguments(arguments: dict[str, Any]) -> tuple[Settings, dict[str, Any]
         raise ModelArgumentError("calibration_tokens goes with calibration=TEXT_FILE")
     check_numbers(own)
     config = make_config(rest.get("quantized", True), options, text)
+    if config is not None and plain(hf.get("mixed_precision_dtype")) is not None:
+        raise ModelArgumentError(
+            "mixed_precision_dtype would cast the cache's own arithmetic too; load the model in that dtype, as in "
+            "dtype=bfloat16"
+        )
     return Settings(config, None if text is None else Path(text), **own), resolve_model(hf)
 
 
