@@ -41,10 +41,10 @@ def test_in_a_process_of_its_own(tmp_path, case):
 
 COMPILE = """
 import sys, hashlib, warnings, torch
-warnings.simplefilter("error")
 from tests.conftest import build_tiny
 from headq_ao import HeadQCache, headq_config, quantize_
 from headq_ao.ops.decode_attention import cpu_kernel
+warnings.simplefilter("error")  # not before: other libraries warn as they are imported
 model = build_tiny(head_dim=64)
 quantize_(model, headq_config(epoch_tokens=64, residual_length=32, block_size=16))
 ids = torch.randint(3, 128, (1, 200), generator=torch.Generator().manual_seed(0))
