@@ -2,6 +2,7 @@
 
 import datetime
 import importlib.metadata
+import json
 import os
 import platform
 import shlex
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 import headq_ao
+from headq_ao.files import atomic_path
 
 PACKAGES = ("torch", "torchao", "transformers")
 
@@ -41,6 +43,13 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": command_line(),
     }
+
+
+def write_json(path: Path, result: Any) -> None:
+    """Write a result, whole or not at all; its folder is made when it is not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary:
+        Path(temporary).write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def cpu_model() -> str:

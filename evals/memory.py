@@ -1,7 +1,6 @@
 """Bytes of the packed cache against transformers' DynamicCache, on a real run: ``python -m headq_ao.evals.memory``."""
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,8 +11,9 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache
 
 from headq_ao import HeadQCache, headq_config, quantize_
-from headq_ao.evals.environment import environment
+from headq_ao.evals.environment import environment, write_json
 from headq_ao.evals.inputs import DTYPES, SMOLLM2, calibrate_on, describe, find_text, load, token_rows
+from headq_ao.state import call_spans
 
 
 @torch.no_grad()
@@ -30,8 +30,7 @@ def measure(model: Any, ids: torch.Tensor, prefill: int, chunk: int, progress: b
         ``dense_bytes``, ``packed_bytes``, their ratio, bytes of the tensors by kind, and the bits report.
     """
     cache = HeadQCache(model)
-    starts = [0, *range(prefill, ids.shape[1], chunk)]
-    for start, stop in tqdm(list(zip(starts, [*starts[1:], ids.shape[1]], strict=True)), disable=not progress):
+    for start, stop in tqdm(list(call_spans(prefill, ids.shape[1], chunk)), disable=not progress):
         model(ids[:, start:stop], cache=cache, logits_to_keep=1)
     dense = sum(
         2 * ids.shape[1] * layer.shape.n_kv_heads * layer.shape.head_dim * model.dtype.itemsize
@@ -92,8 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json is not None:
         settings = {"tokens": args.tokens, "prefill": args.prefill, "chunk": args.chunk, "text": path.name}
         result = {**settings, "config": describe(config), **result, "environment": environment()}
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_json(args.json, result)
     return 0
 
 

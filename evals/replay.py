@@ -1,6 +1,6 @@
 """One exact forward pass, listened to; and a cache layer fed with what was heard."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from headq_ao.attention import NAME
 from headq_ao.calibrate import RECORDER
 from headq_ao.layer_codec import LayerCodec
-from headq_ao.tensors import HeadQKeyTensor
 
 PROJECTIONS = ("o_proj", "dense", "c_proj", "out_proj")
 
@@ -52,19 +51,6 @@ class _Listener:
         self.record = receive
 
 
-def spans(length: int, prefill: int, chunk: int) -> Iterator[tuple[int, int]]:
-    """``(0, prefill)``, then chunks up to ``length``.
-
-    Example:
-        >>> from headq_ao.evals.replay import spans
-        >>> list(spans(10, 4, 4))
-        [(0, 4), (4, 8), (8, 10)]
-    """
-    yield 0, prefill
-    for start in range(prefill, length, chunk):
-        yield start, min(start + chunk, length)
-
-
 def attention_scaling(module: nn.Module, head_dim: int) -> float:
     """What the module multiplies scores with."""
     scaling = getattr(module, "scaling", None)
@@ -97,8 +83,6 @@ def rows_as_read(layer: Any, codec: LayerCodec, k: Tensor, v: Tensor) -> tuple[t
     """
     k_hat, v_hat = layer.dequantize(codec)
     first = layer.config.n_sink
-    if layer.config.sign < 0:
-        k_hat = wrong_sign(layer, codec, k_hat)
     gone = k.shape[2] - k_hat.shape[2]
     if gone:
         k_hat, v_hat = (
@@ -106,16 +90,3 @@ def rows_as_read(layer: Any, codec: LayerCodec, k: Tensor, v: Tensor) -> tuple[t
             for hat, exact in ((k_hat, k), (v_hat, v))
         )
     return (k_hat, v_hat), (first + gone, first + gone + layer.rows[0].packed)
-
-
-def wrong_sign(layer: Any, codec: LayerCodec, k_hat: Tensor) -> Tensor:
-    """Rows with the side code subtracted: ``dequantize`` adds it whatever ``config.sign`` says."""
-    segments = [layer.segment(e, codec)[0] for e in range(len(layer.epochs))]
-    parts = []
-    for keys in segments:
-        if isinstance(keys, HeadQKeyTensor) and keys.shape[2]:
-            key_codec = keys.codec
-            flipped = key_codec if keys.side_step is None else key_codec.replace({"side_step": -keys.side_step})
-            parts.append(flipped.dequantize(keys.planes, keys.scale, keys.zero_point).to(keys.dtype))
-    first, packed = layer.config.n_sink, sum(p.shape[2] for p in parts)
-    return torch.cat([k_hat[:, :, :first], *parts, k_hat[:, :, first + packed :]], 2)

@@ -21,9 +21,10 @@ from headq_ao.evals.metrics import (
     top1_flips,
     value_error,
 )
-from headq_ao.evals.replay import attention_scaling, check_rows, each_layer, output_projection, rows_as_read, spans
-from headq_ao.evals.scoring import NothingPackedError
+from headq_ao.evals.replay import attention_scaling, check_rows, each_layer, output_projection, rows_as_read
 from headq_ao.models import attention_modules, layer_shapes
+from headq_ao.report import NothingPackedError
+from headq_ao.state import call_spans
 
 # Rows are binned by entropy / log(visible keys). Fixed edges can be summed over chunks, and mean the same in every
 # layer and at every length; below 0.25 a row reads about one key (4 of 256, 6 of 1024): a flip there reroutes it.
@@ -251,9 +252,8 @@ def score_error(
             cache = HeadQCache(model) if make_cache is None else make_cache()
 
             def receive(i: int, q: Tensor, k: Tensor, v: Tensor, cache: Any = cache) -> None:
-                feed(
-                    errors, i, cache.layers[i], modules[i], projections[i], (q, k, v), spans(k.shape[2], prefill, chunk)
-                )
+                calls = call_spans(prefill, k.shape[2], chunk)
+                feed(errors, i, cache.layers[i], modules[i], projections[i], (q, k, v), calls)
                 cache.layers[i].reset()
                 bar.update()
 

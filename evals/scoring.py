@@ -10,12 +10,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from headq_ao import HeadQCache
+from headq_ao.report import NothingPackedError
 
 POSITION_BIN = 64  # positions that one entry of kl_by_position covers at least
-
-
-class NothingPackedError(RuntimeError):
-    """No packed row was read: the score would be that of the exact cache."""
 
 
 @dataclass

@@ -12,6 +12,7 @@ from transformers import DynamicCache
 from headq_ao import Calibration, HeadQConfig, estimate_memory, headq_config, quantize_, restore_
 from headq_ao.evals.baselines import methods
 from headq_ao.evals.baselines.cache import BaselineCache
+from headq_ao.evals.baselines.transformers_cache import TransformersCache
 from headq_ao.models import LayerShape, layer_shapes
 
 CONTEXTS = (1024, 4096, 16384)  # where bits are stated; 4096 is the one for claims at equal bits
@@ -85,8 +86,6 @@ class Subject:
         if self.kind == "exact":
             yield functools.partial(DynamicCache, config=model.config)
         elif self.kind == "transformers":
-            from headq_ao.evals.baselines.transformers_cache import TransformersCache
-
             yield functools.partial(TransformersCache, self.method, model.config, **self.options)
         else:
             assert self.config is not None

@@ -93,8 +93,8 @@ class KeyCodec:
         middle = [(2**b - 1) / 2 for b in self.bits]
         return like.new_tensor(middle if self.weight is not None else [0.0] * base + middle[base:])
 
-    def dequantize(self, planes: list[Tensor], scale: Tensor, zero: Tensor | None, side: bool = True) -> Tensor:
-        """``k_hat + P z`` of packed rows, ``[B, Hkv, T, D]`` fp32; without ``side``, ``k_hat`` alone."""
+    def dequantize(self, planes: list[Tensor], scale: Tensor, zero: Tensor | None, side: int = 1) -> Tensor:
+        """``k_hat + side · P z`` of packed rows, ``[B, Hkv, T, D]`` fp32; with ``side`` 0, ``k_hat`` alone."""
         codes = unpack_keys(planes, self.bits).float()
         codes = (codes - self.centre(codes)) * scale.float()[..., None]
         base = self.read.shape[-1]
@@ -103,7 +103,7 @@ class KeyCodec:
             y_hat = y_hat + zero.float()[..., None]
         k_hat = self.mean.float().unsqueeze(-2) + y_hat @ self.read.float().transpose(-1, -2)
         if side and self.side_read is not None and self.side_step is not None:
-            z = codes[..., base:] * self.side_step.float().unsqueeze(-2)
+            z = codes[..., base:] * (side * self.side_step.float()).unsqueeze(-2)
             k_hat = k_hat + z @ self.side_read.float().transpose(-1, -2)
         return k_hat
 

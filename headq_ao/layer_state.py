@@ -116,7 +116,8 @@ class LayerState:
         if self.rows[0].slots:
             for e in self._used_epochs():
                 k, v = self.segment(e, codec)
-                parts.append((k if type(k) is Tensor else k.dequantize(), v if type(v) is Tensor else v.dequantize()))
+                k = k.dequantize(self.config.sign) if isinstance(k, HeadQKeyTensor) else k
+                parts.append((k, v.dequantize() if isinstance(v, HeadQValueTensor) else v))
         ends = [(x[:, :, :n_sink], x[:, :, n_sink:held]) for x in (self.exact.k, self.exact.v)]
         return tuple(  # type: ignore[return-value]
             torch.cat([sink, *(p[i] for p in parts), window], 2) for i, (sink, window) in enumerate(ends)

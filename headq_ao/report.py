@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 KINDS = ("codes", "scales", "packed_exact_side", "bases", "moments", "exact_rows", "unused")
 
 
+class NothingPackedError(RuntimeError):
+    """No packed row was read: the score would be that of the exact cache."""
+
+
 @dataclass
 class BitsReport:
     """What a cache stores, counted whole: body bits, and bits at T tokens.

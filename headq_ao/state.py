@@ -1,7 +1,8 @@
 """Storage of the cache layer: packed rows that grow geometrically, exact rows of a fixed few, and per-row counts."""
 
 import dataclasses
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -145,6 +146,17 @@ class ExactRows:
             stored = getattr(self, name)
             if stored is not None:
                 setattr(self, name, stored.index_select(0, index.to(stored.device)))
+
+
+def call_spans(first: int, length: int, chunk: int) -> Iterator[tuple[int, int]]:
+    """Begin and end of each call that feeds ``length`` tokens: ``first`` tokens, then ``chunk`` at a time.
+
+    Example:
+        >>> from headq_ao.state import call_spans
+        >>> list(call_spans(5, 12, 4)), list(call_spans(0, 3, 4))
+        ([(0, 5), (5, 9), (9, 12)], [(0, 3)])
+    """
+    return itertools.pairwise(sorted({0, *range(first, length, chunk), length}))
 
 
 def storage_bytes(tensors: Sequence[Tensor]) -> int:

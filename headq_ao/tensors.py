@@ -176,9 +176,9 @@ class HeadQKeyTensor(_PackedTensor):
         """The form that :func:`headq_ao.ops.decode_attention` reads."""
         return Rows(planes=self.planes, bits=self.bits, scale=self.scale, zero=self.zero_point)
 
-    def dequantize(self) -> Tensor:
-        """``k_hat + P z`` in the outer dtype."""
-        return self.codec.dequantize(self.planes, self.scale, self.zero_point).to(self.dtype)
+    def dequantize(self, sign: int = 1) -> Tensor:
+        """``k_hat + sign · P z`` in the outer dtype."""
+        return self.codec.dequantize(self.planes, self.scale, self.zero_point, sign).to(self.dtype)
 
     def _tokens_per_entry(self, name: str) -> int | None:
         return TOKEN_TILE if name.startswith("plane") else 1 if name in ("scale", "zero_point") else None

@@ -1,7 +1,6 @@
 """Data-parallel generation: prompts split between processes. ``python recipes/multi_process.py --help``."""
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,9 +12,8 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from headq_ao import HeadQCache, headq_config, quantize_
-from headq_ao.evals.environment import environment
+from headq_ao.evals.environment import environment, write_json
 from headq_ao.evals.inputs import DTYPES, SMOLLM2, load
-from headq_ao.files import atomic_path
 
 EPILOG = """\
 examples:
@@ -115,8 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.json is None:
             print("\n".join(f"{i}: {text}" for i, text in enumerate(texts)))
         else:
-            with atomic_path(args.json) as temporary:
-                Path(temporary).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            write_json(args.json, report)
     state.wait_for_everyone()
     if state.num_processes > 1:
         state.destroy_process_group()

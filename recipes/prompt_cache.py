@@ -15,7 +15,7 @@ import torch
 from transformers import DynamicCache
 
 from headq_ao import HeadQCache, headq_config, quantize_, restore_
-from headq_ao.evals.environment import environment
+from headq_ao.evals.environment import environment, write_json
 from headq_ao.evals.inputs import DTYPES, SMOLLM2, calibrate_on, describe, find_text, load, token_rows
 from headq_ao.files import atomic_path
 
@@ -151,9 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = measure(model, ids, Path(folder))
     settings = {"model": Path(args.model).name, "dtype": args.dtype, "text": path.name, "tokens": args.tokens}
     result = settings | {"config": describe(config)} | result | {"environment": environment()}
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(args.json) as temporary:
-        Path(temporary).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_json(args.json, result)
     seconds, ratio = result["seconds"], result["size_ratio"]
     print(
         f"{args.tokens} tokens: {result['packed_bytes']:,} bytes, {ratio:.3f} of a dense bf16 file; "

@@ -12,10 +12,11 @@ import torch
 from tqdm.auto import tqdm
 
 from headq_ao.evals import inputs
-from headq_ao.evals.environment import environment
+from headq_ao.evals.environment import environment, write_json
 from headq_ao.evals.perplexity import evaluate
 from headq_ao.evals.perturbations import perturbation_panel, plot_panel
-from headq_ao.evals.recipe import Recipe, Setting, write_json
+from headq_ao.evals.recipe import Recipe, Setting
+from headq_ao.evals.report import write_report
 from headq_ao.evals.score_error import score_error
 from headq_ao.evals.scoring import exact_logprobs
 from headq_ao.evals.table import model_tables
@@ -195,8 +196,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = [relabelled(recipe, setting, folder / recipe.file(setting, model)) for model, setting in wanted]
     print(model_tables(results))
     if args.report is not None:
-        from headq_ao.evals.report import write_report  # needs matplotlib, which the results do not
-
         print(f"page: {write_report([folder], args.report)}")
     wrong = recipe.outside(results)
     if wrong:

@@ -1,7 +1,10 @@
 """Fixtures shared by the tests: tiny seeded models, and a clean slate of once-only warnings."""
 
 import importlib
+import importlib.util
 import os
+import sys
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -12,6 +15,16 @@ import transformers
 from headq_ao import attention
 
 VOCAB = 128
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def load_recipe(name):
+    """The script ``recipes/NAME.py`` as a module: the folder is no package."""
+    spec = importlib.util.spec_from_file_location(f"recipes_{name}", ROOT / "recipes" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,6 @@
 """From results folders to plots and the page."""
 
 import importlib.util
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from headq_ao.evals.report.figures import Draw, Figure, control_figures, file_na
 from headq_ao.evals.report.page import PAGE, GroupKey, exact_memory, groups_by_model, render
 from headq_ao.evals.report.plots import drawable
 from headq_ao.evals.report.read import read_recipe, recipe_order
+from headq_ao.files import atomic_path
 
 
 def write_report(results_folders: Sequence[Path], out_folder: Path, *, progress: bool = True) -> Path:
@@ -46,9 +46,8 @@ def write_report(results_folders: Sequence[Path], out_folder: Path, *, progress:
     out_folder.mkdir(parents=True, exist_ok=True)
     figures, across = _draw(recipes, out_folder, progress)
     page = out_folder / PAGE
-    temporary = page.with_suffix(".tmp")
-    temporary.write_text(render(recipes, figures, across), encoding="utf-8")
-    os.replace(temporary, page)
+    with atomic_path(page) as temporary:
+        Path(temporary).write_text(render(recipes, figures, across), encoding="utf-8")
     return page
 
 

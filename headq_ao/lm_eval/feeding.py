@@ -1,7 +1,6 @@
 """Feeding requests through one cache: contexts once, then what is scored, chunk by chunk."""
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ from transformers import DynamicCache
 from headq_ao.cache import HeadQCache, HeadQState
 from headq_ao.lm_eval.arguments import Settings
 from headq_ao.lm_eval.reads import TaskReads, rows_read
+from headq_ao.state import call_spans
 
 PAD = 0  # any id will do: padding is masked, and holds no place in the cache
 
@@ -50,7 +50,7 @@ class Stream:
     def feed_context(self, ids: Tensor, real: Tensor, settings: Settings) -> None:
         """The first ``settings.prefill`` slots of ``ids [R, S]`` at once, the rest in chunks; no logits are kept."""
         first = ids.shape[1] if settings.prefill is None else min(settings.prefill, ids.shape[1])
-        for begin, end in spans(first, ids.shape[1], settings.chunk_size):
+        for begin, end in call_spans(first, ids.shape[1], settings.chunk_size):
             self.feed(ids[:, begin:end], real[:, begin:end], logits_to_keep=1)
 
     def expand(self, rows: Sequence[int]) -> None:
@@ -65,18 +65,6 @@ def new_cache(model: Any) -> Any:
     """A packed cache for a model with HeadQ, transformers' exact one for any other."""
     packed = isinstance(getattr(model, "_headq", None), HeadQState)
     return HeadQCache(model) if packed else DynamicCache(config=model.config)
-
-
-def spans(first: int, length: int, chunk: int) -> Iterator[tuple[int, int]]:
-    """Begin and end of each call: ``first`` tokens, then ``chunk`` at a time.
-
-    Example:
-        >>> from headq_ao.lm_eval.feeding import spans
-        >>> list(spans(5, 12, 4)), list(spans(0, 3, 4))
-        ([(0, 5), (5, 9), (9, 12)], [(0, 3)])
-    """
-    edges = sorted({0, *range(first, length, chunk), length})
-    return itertools.pairwise(edges)
 
 
 def chunked_context(context_tokens: int, settings: Settings) -> int:
@@ -146,7 +134,7 @@ def score(
     targets, real = padded([request.continuation for request in requests], "right", model.device)
     ids = torch.cat([targets.new_tensor([[request.context[-1]] for request in requests]), targets[:, :-1]], 1)
     logprobs, greedy = [], []
-    for begin, end in spans(0, targets.shape[1], settings.chunk_size):
+    for begin, end in call_spans(0, targets.shape[1], settings.chunk_size):
         at = slice(begin, end)
         logits = stream.feed(ids[:, at], real[:, at])
         logits = logits.to(dtype or torch.promote_types(logits.dtype, torch.float32))

@@ -3,11 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
+from headq_ao.report import NothingPackedError
+
 WARN_BELOW = 0.5  # packed share of the rows read: less is mostly a score of the exact window
-
-
-class NothingPackedError(RuntimeError):
-    """No packed row was read: the scores would be those of the exact cache."""
 
 
 @dataclass

@@ -1,27 +1,14 @@
 """The recipe runner: what it skips, what it repeats, what it refuses."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import yaml
 
 from headq_ao.evals.recipe import Recipe
+from tests.conftest import ROOT, load_recipe
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def load_runner():
-    spec = importlib.util.spec_from_file_location("recipes_run", ROOT / "recipes" / "run.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["recipes_run"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-runner = load_runner()
+runner = load_recipe("run")
 
 RECIPE = {
     "name": "mini",

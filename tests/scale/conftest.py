@@ -5,7 +5,6 @@ import signal
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import tokenizers
@@ -13,9 +12,7 @@ import torch
 import transformers
 
 from headq_ao.evals import inputs
-from tests.conftest import build_tiny
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.conftest import ROOT, build_tiny
 
 
 def torchrun(processes, *command, timeout=150, **environment):

@@ -14,7 +14,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from headq_ao import HeadQCache, headq_config, quantize_
-from tests.scale.conftest import ROOT
+from tests.conftest import ROOT
 
 FAST = {"epoch_tokens": 64, "residual_length": 32, "block_size": 16}
 WORKER = Path(__file__).with_name("fault_worker.py")

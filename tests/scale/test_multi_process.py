@@ -1,6 +1,5 @@
 """``recipes/multi_process.py``: two processes give, in order, what one gives."""
 
-import importlib.util
 import json
 
 import pytest
@@ -10,7 +9,8 @@ from accelerate.utils import DistributedType
 
 from headq_ao import calibrate
 from headq_ao.evals import inputs
-from tests.scale.conftest import ROOT, torchrun
+from tests.conftest import ROOT, load_recipe
+from tests.scale.conftest import torchrun
 
 pytestmark = pytest.mark.xdist_group("processes")
 SCRIPT = ROOT / "recipes" / "multi_process.py"
@@ -19,10 +19,7 @@ FAMILIES = ["llama", "qwen3", "mistral", "gemma3", "phi3", "gpt_neox", "gpt2"]
 
 @pytest.fixture(scope="module")
 def recipe():
-    spec = importlib.util.spec_from_file_location("multi_process", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_recipe("multi_process")
 
 
 def words(rows, seed=0):

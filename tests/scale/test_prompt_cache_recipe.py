@@ -1,20 +1,16 @@
 """``recipes/prompt_cache.py`` on a tiny model, and the README's table from its stored result."""
 
-import importlib.util
 import json
 
 import pytest
 
 from headq_ao import headq_config, quantize_
-from tests.scale.conftest import ROOT
+from tests.conftest import ROOT, load_recipe
 
 
 @pytest.fixture(scope="module")
 def recipe():
-    spec = importlib.util.spec_from_file_location("prompt_cache", ROOT / "recipes" / "prompt_cache.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_recipe("prompt_cache")
 
 
 def test_measure(recipe, tiny, token_ids, tmp_path):

@@ -1,22 +1,17 @@
 """``recipes/serving.py``: unequal prompts over a shared prefix in one batch, several turns, bounded memory."""
 
-import importlib.util
-
 import pytest
 import torch
 
 from headq_ao import HeadQCache, estimate_memory, headq_config, quantize_
-from tests.scale.conftest import ROOT
+from tests.conftest import load_recipe
 
 FAST = {"epoch_tokens": 64, "residual_length": 32, "block_size": 16}
 
 
 @pytest.fixture(scope="module")
 def recipe():
-    spec = importlib.util.spec_from_file_location("serving", ROOT / "recipes" / "serving.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_recipe("serving")
 
 
 def prompt(length, seed):
