@@ -6,6 +6,7 @@ import pytest
 
 pytest.importorskip("lm_eval")
 
+from accelerate import PartialState
 from lm_eval._cli.utils import key_val_to_dict
 from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
@@ -135,7 +136,16 @@ def test_gguf_file_that_the_folder_lacks(tmp_path):
         split({"pretrained": str(tmp_path), "gguf_file": "other.gguf"})
 
 
-def test_one_process(monkeypatch, no_loading):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ModelArgumentError, match="runs in one process"):
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, "one machine, got 4 processes with 2 of them here"),
+        ({"WORLD_SIZE": "2"}, "all 2 processes of the launcher must take part, accelerate found 1 on cpu"),
+    ],
+)
+def test_launchers_that_do_not_fit(variables, message, monkeypatch, no_loading):
+    PartialState(cpu=True)  # so that accelerate has counted one process
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ModelArgumentError, match=message):
         HeadQLM(pretrained="some/model")

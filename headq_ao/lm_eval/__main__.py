@@ -5,6 +5,7 @@ import sys
 from lm_eval.__main__ import cli_evaluate
 
 from headq_ao.lm_eval import ModelArgumentError, NothingPackedError
+from headq_ao.lm_eval.processes import launched, leave_processes
 
 PROG = "headq-lm-eval"
 
@@ -25,6 +26,9 @@ examples:
     ... --model_args pretrained=smollm2,min_context=512 --tasks headq_choice ...
   or a smaller exact window:
     ... --model_args pretrained=smollm2,residual_length=16,block_size=16,epoch_tokens=64 ...
+  several processes on one machine, which split the documents; the results are those of one:
+    torchrun --nproc_per_node 2 -m headq_ao.lm_eval run --model headq ...             on CPUs
+    accelerate launch --num_processes 4 -m headq_ao.lm_eval run --model headq ...     a GPU each
 
 --model_args of "headq":
   every argument of lm-eval's "hf" model: pretrained (also "smollm2" or a .gguf file), gguf_file, dtype, max_length ...
@@ -46,11 +50,17 @@ def main() -> int:
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help") or arguments[1:] in (["-h"], ["--help"]):
         print(HELP)
+    rank, size = launched()
     try:
         cli_evaluate()
     except (ModelArgumentError, NothingPackedError) as error:
-        print(f"{PROG}: {error}", file=sys.stderr)
+        print(f"{PROG}{f', rank {rank}' if size > 1 else ''}: {error}", file=sys.stderr)
         return 2 if isinstance(error, ModelArgumentError) else 1
+    except Exception as error:
+        if size > 1:
+            error.add_note(f"{PROG}: this was rank {rank} of {size} processes; when one fails, all end")
+        raise
+    leave_processes()
     return 0
 
 

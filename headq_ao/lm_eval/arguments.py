@@ -23,7 +23,7 @@ REFUSED = {
     "gptqmodel": "its model is no transformers model; load GPTQ weights through transformers",
     "logits_cache": "requests that share a context share its rows in the cache instead",
     "peft": "an adapter hides the model that HeadQ hooks into; merge it into the weights first",
-    "tp_plan": "HeadQ runs in one process",
+    "tp_plan": "each process has the whole model; a launcher's processes split the documents instead",
 }
 
 

@@ -4,11 +4,11 @@ import dataclasses
 import itertools
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list, gather_object
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CacheHook
 from lm_eval.api.registry import register_model
@@ -21,6 +21,7 @@ from headq_ao.estimate import estimate_memory
 from headq_ao.lm_eval.arguments import ModelArgumentError, split_arguments
 from headq_ao.lm_eval.feeding import Request, Stream, chunked_context, score
 from headq_ao.lm_eval.filling import NEUTRAL, fill_front
+from headq_ao.lm_eval.processes import join_processes
 from headq_ao.lm_eval.reads import TaskReads, check_packed, reads_table, rows_read
 from headq_ao.quantize import quantize_
 
@@ -38,6 +39,10 @@ class HeadQLM(HFLM):
     predicted by a query that reads the cache. The counts of what was read stand in the results under
     ``config.headq``.
 
+    Under torchrun or ``accelerate launch`` each process has a model and answers its share of the documents; every
+    process gets all answers. To lm-eval it is one process everywhere, of rank 0: were lm-eval to split the documents,
+    few-shot examples would be drawn in another order, and a process without a document would fail.
+
     Args:
         pretrained: what transformers loads, ``"smollm2"``, a ``.gguf`` file, or a loaded causal LM with ``tokenizer``.
         **arguments: those of lm-eval's ``"hf"`` model, the options of :func:`headq_ao.headq_config`, and the fields of
@@ -50,11 +55,11 @@ class HeadQLM(HFLM):
 
     def __init__(self, pretrained: Any, **arguments: Any) -> None:
         self.settings, hf = split_arguments({"pretrained": pretrained, **arguments})
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ModelArgumentError("model=headq runs in one process; start one run per device, without a launcher")
+        self.processes = join_processes(hf.get("device"))
         self.tasks: dict[str, TaskReads] = {}
         self._reads = TaskReads()
         super().__init__(**hf)
+        self._rank, self._world_size = 0, 1  # lm-eval's class counts processes where there are several GPUs
         if self.settings.min_context >= self.max_length:
             raise ModelArgumentError(
                 f"min_context must be below max_length {self.max_length}, got {self.settings.min_context}"
@@ -64,7 +69,7 @@ class HeadQLM(HFLM):
             quantize_(self.model, self.settings.config)
 
     def _calibrate(self) -> None:
-        """Calibrate on the text that the arguments name, if they name one."""
+        """Calibrate on the text that the arguments name, if they name one; the first process does it for all."""
         text, tokens = self.settings.calibration_text, self.settings.calibration_tokens
         if text is None:
             return
@@ -74,7 +79,8 @@ class HeadQLM(HFLM):
         length = min(tokens, CALIBRATION_ROW)
         rows = list(torch.tensor(ids[: tokens // length * length]).view(-1, length))
         assert self.settings.config is not None
-        self.settings.config.calibration = calibrate(self.model, rows, source=text.name)
+        made = [calibrate(self.model, rows, source=text.name) if self.processes.is_main_process else None]
+        (self.settings.config.calibration,) = broadcast_object_list(made)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Sum of log-probabilities of each continuation, and whether it is the most likely one."""
@@ -91,17 +97,32 @@ class HeadQLM(HFLM):
     def _by_task(
         self, answer: Callable[..., list[Any]], requests: list[Instance], disable_tqdm: bool, fill: bool
     ) -> list[Any]:
-        """Answer one task after another, so that what is read is counted for its task; answers in the order asked."""
-        tasks: dict[str, list[int]] = {}
+        """Answer one task after another, so that what is read is counted for its task; answers in the order asked.
+
+        Each process takes every ``num_processes``-th document, with all its requests: they share a context, or are
+        samples that must differ.
+        """
+        state = self.processes
+        tasks: dict[str, dict[Any, list[int]]] = {}
         for i, request in enumerate(requests):
-            tasks.setdefault(request.task_name or "unnamed", []).append(i)
+            tasks.setdefault(request.task_name or "unnamed", {}).setdefault(request.doc_id, []).append(i)
+        mine: list[tuple[int, Any]] = []
+        reads = {name: TaskReads() for name in tasks}
+        for name, documents in tasks.items():
+            share = list(documents.values())[state.process_index :: state.num_processes]
+            numbers = [i for document in share for i in document]
+            if numbers:
+                self._reads = reads[name]
+                self._reads.requests += len(numbers)
+                asked = [self._filled(requests[i]) if fill else requests[i] for i in numbers]
+                given = answer(asked, disable_tqdm=disable_tqdm or not state.is_main_process)
+                mine.extend(zip(numbers, given, strict=True))
         answers: list[Any] = [None] * len(requests)
-        for name, numbers in tasks.items():
-            self._reads = self.tasks.setdefault(name, TaskReads())
-            self._reads.requests += len(numbers)
-            asked = [self._filled(requests[i]) if fill else requests[i] for i in numbers]
-            for i, given in zip(numbers, answer(asked, disable_tqdm=disable_tqdm), strict=True):
+        for theirs, counts in gather_object([(mine, reads)]):
+            for i, given in theirs:
                 answers[i] = given
+            for name, count in counts.items():
+                self.tasks.setdefault(name, TaskReads()).merge(count)
         return answers
 
     def _filled(self, request: Instance) -> Instance:
@@ -123,7 +144,8 @@ class HeadQLM(HFLM):
         order = sorted(range(len(asked)), key=lambda i: (-len(asked[i].context), asked[i].context, i))
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(asked)
         total = sum(len(request.continuation) for request in asked)
-        with tqdm(total=total, desc="Scoring through the cache", unit="tok", disable=disable_tqdm) as bar:
+        quiet = disable_tqdm or not self.processes.is_main_process
+        with tqdm(total=total, desc="Scoring through the cache", unit="tok", disable=quiet) as bar:
             for batch in self._batches(order, asked, requests, override_bs):
                 with self._autocast():
                     scored = score(
@@ -209,6 +231,7 @@ class HeadQLM(HFLM):
         """Take lm-eval's store of answers (``--use_cache``), unless it holds those of other settings.
 
         lm-eval finds an answer by its request alone, so that a store made with another cache would be read in silence.
+        Each process has a store; here each takes what the others hold, so that all ask the model for the same requests.
         """
         super().set_cache_hook(cache_hook)
         store = cache_hook.dbdict
@@ -216,8 +239,10 @@ class HeadQLM(HFLM):
             return
         model = {"model": str(self.pretrained), "dtype": str(self.model.dtype)}
         mine = json.dumps({**model, **self._settings_dict()}, sort_keys=True, default=str)
-        if len(store) and store.get("headq_settings") != mine:
+        stores = gather_object([dict(store)])
+        if any(each and each.get("headq_settings") != mine for each in stores):
             raise ModelArgumentError("--use_cache names a file with answers of another model or cache; take a new one")
+        store.update({key: answer for each in stores for key, answer in each.items() if key not in store})
         store["headq_settings"] = mine
 
     def _settings_dict(self) -> dict[str, Any]:
@@ -233,12 +258,13 @@ class HeadQLM(HFLM):
         Raises:
             NothingPackedError: when a packed cache was asked for and no packed row was read.
         """
-        info = {**self._settings_dict(), "tasks": {name: task.to_dict() for name, task in self.tasks.items()}}
+        tasks = {name: task.to_dict() for name, task in self.tasks.items()}
+        info = {**self._settings_dict(), "processes": self.processes.num_processes, "tasks": tasks}
         config = self.settings.config
         if config is not None:
             info[f"bits_at_{REPORT_TOKENS}"] = estimate_memory(self.model, config, REPORT_TOKENS).bits_at_t
             for warning in check_packed(self.tasks):
                 logger.warning(warning)
-            if self.tasks:
+            if self.tasks and self.processes.is_main_process:
                 print(reads_table(self.tasks))
         return {**super().get_model_info(), "headq": info}

@@ -40,6 +40,13 @@ class TaskReads:
             if self.bits is None or report["packed_rows"] > self.bits["packed_rows"]:
                 self.bits = report
 
+    def merge(self, other: "TaskReads") -> None:
+        """Count what another process, or an earlier call, has read."""
+        for name in ("requests", "filled", "packed", "read"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        if other.bits is not None and (self.bits is None or other.bits["packed_rows"] > self.bits["packed_rows"]):
+            self.bits = other.bits
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         counts = {"packed_fraction": self.packed_fraction, "packed_rows_read": self.packed, "rows_read": self.read}
