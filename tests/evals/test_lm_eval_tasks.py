@@ -173,6 +173,18 @@ def test_command_line_says_what_went_wrong(error, code, monkeypatch, capsys):
     assert captured.err == "headq-lm-eval: why\n" and captured.out == ""
 
 
+def test_command_line_says_which_process_it_was(monkeypatch, capsys):
+    def fail():
+        raise NothingPackedError("why")
+
+    monkeypatch.setattr(__main__, "cli_evaluate", fail)
+    monkeypatch.setattr(sys, "argv", ["headq-lm-eval", "run", "--model", "headq"])
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert __main__.main() == 1
+    assert capsys.readouterr().err == "headq-lm-eval, rank 1: why\n"
+
+
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["run", "--help"]])
 def test_help_explains_the_model(arguments, monkeypatch, capsys):
     monkeypatch.setattr(__main__, "cli_evaluate", lambda: None)
@@ -180,6 +192,7 @@ def test_help_explains_the_model(arguments, monkeypatch, capsys):
     assert __main__.main() == 0
     shown = capsys.readouterr().out
     assert "--model headq --model_args pretrained=smollm2" in shown and "min_context" in shown
+    assert "torchrun --nproc_per_node 2 -m headq_ao.lm_eval run" in shown and "accelerate launch" in shown
 
 
 def test_console_script():
