@@ -13,6 +13,7 @@ from headq_ao import Calibration, HeadQConfig, calibrate
 from headq_ao.evals import qwen, smollm2
 
 TEXTS = Path(__file__).parent / "texts"
+OTHER_TEXTS = ("french", "code", "dialogue")
 WIKITEXT_VARIABLE = "HEADQ_WIKITEXT"
 SMOLLM2 = "smollm2"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -24,11 +25,11 @@ WIKITEXT: dict[Purpose, str] = {"report": "wiki.test.raw", "calibrate": "wiki.va
 
 
 def find_text(name: str, purpose: Purpose, wikitext: str | None = None) -> Path:
-    """The text file behind ``"bundled"``, ``"wikitext"`` or a path.
+    """The text file behind ``"bundled"``, ``"wikitext"``, another bundled text's name, or a path.
 
     Args:
         name: ``"bundled"``: this package's held-out or calibration text; ``"wikitext"``: the raw test or validation
-            split; anything else is a file.
+            split; ``"french"``, ``"code"``, ``"dialogue"``: bundled texts of other kinds; anything else is a file.
         purpose: report and calibrate never share a text.
         wikitext: folder of the raw WikiText files; None: the environment variable ``HEADQ_WIKITEXT``.
 
@@ -48,8 +49,11 @@ def find_text(name: str, purpose: Purpose, wikitext: str | None = None) -> Path:
         if not path.is_file():
             raise FileNotFoundError(f"{folder} has no file {WIKITEXT[purpose]}; it must hold the raw WikiText-2 files")
         return path
+    if name in OTHER_TEXTS:
+        return TEXTS / f"{name}.txt"
     if not Path(name).is_file():
-        raise FileNotFoundError(f"no text file {name!r}; give a path, 'bundled' or 'wikitext'")
+        known = ", ".join(map(repr, ("bundled", "wikitext", *OTHER_TEXTS)))
+        raise FileNotFoundError(f"no text file {name!r}; give a path or one of {known}")
     return Path(name)
 
 

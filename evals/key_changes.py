@@ -9,10 +9,10 @@ from torch import Tensor
 
 from headq_ao import HeadQConfig, headq_config
 from headq_ao.calibration import LayerMoments
-from headq_ao.codec import affine_codec, top_eigenvectors
+from headq_ao.codec import top_eigenvectors
 from headq_ao.evals.baselines.codecs import Affine, Codec, Frame, LloydMax, query_span
 from headq_ao.evals.metrics import causal_window
-from headq_ao.ops.layout import TOKEN_TILE
+from headq_ao.layer_codec import key_codec
 
 N_SINK = 4  # kept exact, as in the cache
 CODED_TOKENS = 128  # what is coded is padded to a multiple of this, with copies of its last key
@@ -20,7 +20,7 @@ STRENGTHS = (0.03, 0.1, 0.2, 0.4, 0.8)  # rms of the noise over that of the cent
 HUGE = 10.0
 EVERYWHERE = "all directions"
 BASES = ("query_pca", "score_optimal", "key_pca", "random")
-WRONG_SIGN, NO_SIDE_CODE = "wrong sign", "no side code"
+WRONG_SIGN, NO_SIDE_CODE, FEEDBACK = "wrong sign", "no side code", "error feedback"
 SIDE = " + "  # stands between base code and side code in a setting
 SQUAT_RANK, SQUAT_WEIGHT = 16, 10.0
 
@@ -165,13 +165,18 @@ def _headq(head_dim: int, seed: int) -> Iterator[Perturbation]:
     def code(name: str, setting: str, config: HeadQConfig, control: bool = False) -> Perturbation:
         return Perturbation(name, "HeadQ", lambda s: headq_error(s, config), setting, control=control)
 
+    affine: dict[str, Any] = {"key_codec": "affine"}
     for bits in (2, 3, 4):
-        yield code(NO_SIDE_CODE, f"{bits} bits", headq_config(k_bits=bits, rank=0))
-        yield code(NO_SIDE_CODE, f"{bits} bits, min-max", headq_config(k_bits=bits, rank=0, k_zero_point=True))
+        yield code(NO_SIDE_CODE, f"{bits} bits", headq_config(k_bits=bits, rank=0, **affine))
+        yield code(
+            NO_SIDE_CODE, f"{bits} bits, min-max", headq_config(k_bits=bits, rank=0, k_zero_point=True, **affine)
+        )
+        yield code(FEEDBACK, f"{bits} bits", headq_config(k_bits=bits))
+        yield code("whitened", f"{bits} bits", headq_config(k_bits=bits, error_feedback=False), control=True)
     rank = head_dim // 4
-    few: dict[str, Any] = {"rank": rank // 2, "side_bits": 4}
+    few: dict[str, Any] = affine | {"rank": rank // 2, "side_bits": 4}
     settings: dict[str, dict[str, Any]] = {
-        f"2 bits{SIDE}R={rank} at 2 bits": {"rank": rank, "side_bits": 2},
+        f"2 bits{SIDE}R={rank} at 2 bits": affine | {"rank": rank, "side_bits": 2},
         f"2 bits{SIDE}R={rank // 2} at 4 bits": few,
         f"2 bits, min-max{SIDE}R={rank // 2} at 4 bits": few | {"k_zero_point": True},
     }
@@ -238,9 +243,8 @@ def orthogonal_to_queries(s: States) -> Tensor:
 
 def headq_error(s: States, config: HeadQConfig) -> tuple[Tensor, float]:
     """Of HeadQ's own key codec, with the statistics of the calibration."""
-    m = s.moments
-    sample = m.k_rows[: m.k_rows.shape[0] // TOKEN_TILE * TOKEN_TILE].transpose(0, 1)
-    codec = affine_codec(config, *(x[None].to(s.k) for x in (m.c_q, m.k_mean, sample)))
+    codec = key_codec(config, s.moments)
+    codec = codec.replace({name: x.to(s.k) for name, x in codec.tensors().items()})
 
     def code(s: States, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         planes, scale, zero = codec.encode_rows(x, config.unbiased_scale)

@@ -74,7 +74,7 @@ def evaluate(
     bits = subject.bits(model, result["report"])
     return {
         "method": subject.describe(),
-        "config": None if subject.config is None else inputs.describe(subject.config),
+        "config": subject.cache_config(),
         "score": result,
         "bits": bits,
         "memory_bytes": subject.memory_bytes(model, bits, result["report"]),

@@ -120,7 +120,8 @@ class Recipe:
     def key(self, setting: Setting, model: str) -> dict[str, Any]:
         """What must be equal for a result to be taken as done."""
         subject = setting.subject(self.seed)
-        config = None if subject.config is None else inputs.describe(subject.config) | {"calibration": None}
+        config = subject.cache_config()
+        config = config and config | {"calibration": None}
         protocol = self.protocol if setting.chunk is None else self.protocol | {"chunk": setting.chunk}
         return {
             "model": model,

@@ -13,6 +13,7 @@ from headq_ao import Calibration, HeadQConfig, estimate_memory, headq_config, qu
 from headq_ao.evals.baselines import methods
 from headq_ao.evals.baselines.cache import BaselineCache
 from headq_ao.evals.baselines.transformers_cache import TransformersCache
+from headq_ao.evals.inputs import describe
 from headq_ao.models import LayerShape, layer_shapes
 
 CONTEXTS = (1024, 4096, 16384)  # where bits are stated; 4096 is the one for claims at equal bits
@@ -134,6 +135,13 @@ class Subject:
         exact, own = report["exact_rows"], report["bytes"].get("bases", 0)
         per_row = sum(16 if bits[side] is None else bits[side] for side in ("key", "value")) / 8
         return {str(t): round(own + width * ((t - exact) * per_row + exact * 4)) for t in MEMORY_CONTEXTS}
+
+    def cache_config(self) -> dict[str, Any] | None:
+        """The cache's config as plain data: all of it for HeadQ, for others what every quantizer in the cache shares."""
+        if self.config is None:
+            return None
+        config = describe(self.config)
+        return config if self.kind == "headq" else {name: config[name] for name in CACHE_OPTIONS}
 
     def describe(self) -> dict[str, Any]:
         """``kind``, ``name`` and ``options`` as plain data."""

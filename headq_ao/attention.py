@@ -47,7 +47,8 @@ def headq_attention(
     if not isinstance(key, HeadQHistory):
         recorder = None if torch.compiler.is_compiling() else RECORDER.get()
         if recorder is not None:
-            recorder.record(module.layer_idx, query, key, value)  # type: ignore[arg-type]
+            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+            recorder.record(module.layer_idx, query, key, value, scale, sliding_window)  # type: ignore[arg-type]
         elif hasattr(module, "headq"):
             bypassed = "use_cache is False, or the call did not go through the model that quantize_ was given"
             warn_dense("the model is in train mode" if module.training else bypassed)
@@ -56,6 +57,7 @@ def headq_attention(
     assert isinstance(value, HeadQHistory)
     codec, layer = module.headq, key.layer
     assert isinstance(codec, LayerCodec)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if layer.first_call:
         out, _ = _dense(
             module,
@@ -72,9 +74,8 @@ def headq_attention(
         layer.count_exact_reads()
     else:
         layer.check_mask(attention_mask)
-        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        out = layer.attend(query, scaling, codec).transpose(1, 2).contiguous()
-    layer.commit(query, codec)
+        out = layer.attend(query, scale, codec).transpose(1, 2).contiguous()
+    layer.commit(query, codec, scale)
     return out, None
 
 

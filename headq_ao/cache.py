@@ -28,6 +28,7 @@ class HeadQState:
     previous_attention: Any
     calibration: Calibration | None = None  # what config.calibration is, or names
     fingerprint: dict[str, Any] = dataclasses.field(default_factory=dict)
+    configs: list[HeadQConfig] = dataclasses.field(default_factory=list)  # of each layer
 
 
 class HeadQCache(Cache):
@@ -59,14 +60,14 @@ class HeadQCache(Cache):
         state = getattr(model, "_headq", None)
         if not isinstance(state, HeadQState):
             raise ValueError(f"{type(model).__name__} has no HeadQ config; call quantize_(model, headq_config()) first")
-        self.config = state.config
+        self.config, self.configs = state.config, state.configs
         self._model = weakref.ref(model)
         self.incoming = Incoming()
         super().__init__(layers=[self._new_layer(i, shape) for i, shape in enumerate(state.shapes)])
         self.layers: list[HeadQCacheLayer]
 
     def _new_layer(self, index: int, shape: LayerShape) -> HeadQCacheLayer:
-        return HeadQCacheLayer(self.config, shape, self.incoming)
+        return HeadQCacheLayer(self.configs[index], shape, self.incoming)
 
     def announce(self, length: int, spans: list[Span] | None) -> None:
         """Tell the layers which of the next call's ``length`` slots hold real tokens; None: all."""

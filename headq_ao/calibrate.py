@@ -11,10 +11,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from headq_ao.calibration import TENSORS, Calibration, LayerMoments, MomentAccumulator
+from headq_ao.allocate import output_errors
+from headq_ao.calibration import Calibration, LayerMoments, MomentAccumulator
 from headq_ao.models import attention_modules, execution_device, fingerprint, layer_shapes, tensor_parallel
+from headq_ao.ops.layout import TOKEN_TILE
+from headq_ao.seen import seen_weights
 
-RECORDER: contextvars.ContextVar["Recorder | None"] = contextvars.ContextVar("headq_recorder", default=None)
+PROFILED_TOKENS = 1024
+SEEN_EVERY = 4  # every fourth query serves for the weights that attention gives
+RECORDER: contextvars.ContextVar["Recorder | Profiler | None"] = contextvars.ContextVar("headq_recorder", default=None)
 
 
 class Recorder:
@@ -31,15 +36,31 @@ class Recorder:
         tokens = batch.shape[0] * max(batch.shape[1] - self.n_sink, 0)
         self.priority = torch.rand(tokens, generator=self.generator)
 
-    def record(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+    def record(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None) -> None:
         """Fold one layer's ``[B, H, T, D]`` states, sinks left out."""
+        weights = seen_weights(q.float(), k.float(), scaling, n_sink=self.n_sink, window=window, every=SEEN_EVERY)
         q, k, v = (x[:, :, self.n_sink :].transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+        rows = [SEEN_EVERY * w[:, :, self.n_sink :].transpose(1, 2).flatten(0, 1) for w in weights]
         for name, x in (("queries", q), ("keys", k), ("values", v)):
             if not bool(torch.isfinite(x).all()):
                 raise ValueError(
                     f"layer {layer}: calibration met non-finite {name}; run the model in float32 or bfloat16"
                 )
-        self.layers[layer].add(q, k, v, self.priority)
+        self.layers[layer].add(q, k, v, rows, self.priority)
+
+
+class Profiler:
+    """Measures what coded keys and values change in the output of every layer, on one sequence."""
+
+    def __init__(self, moments: list[LayerMoments], n_sink: int) -> None:
+        self.moments, self.n_sink = moments, n_sink
+
+    def record(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None) -> None:
+        """Fold one layer's ``[1, H, T, D]`` states."""
+        m = self.moments[layer]
+        m.errors, m.energy = output_errors(
+            m, q, k, v, scaling, n_sink=self.n_sink, window=window, every=SEEN_EVERY
+        )  # fmt: skip
 
 
 @torch.no_grad()
@@ -56,7 +77,9 @@ def calibrate(
     """Collect the statistics that HeadQ derives its bases from.
 
     Per layer and KV head: ``Σ q qᵀ`` over the query heads that read it, ``Σ k``, ``Σ k kᵀ``, ``Σ v``, ``Σ v vᵀ`` after
-    QK-norm and RoPE, and a uniform sample of ``n_rows`` keys. The model is left as it was.
+    QK-norm and RoPE, the same weighted by what attention sees of each row (:func:`headq_ao.seen.seen_weights`), and
+    a uniform sample of ``n_rows`` keys. Then one sequence shows what coded keys and values change in each layer's
+    output, for ``mean_bits``. The model is left as it was.
 
     Args:
         model: a supported causal LM, quantized with HeadQ or not.
@@ -104,6 +127,11 @@ def calibrate(
         for batch in tqdm(batches, desc="calibrate", unit="batch", disable=not progress):
             recorder.begin(batch)
             model(input_ids=batch.to(device), use_cache=False)
+        moments = [layer.moments() for layer in recorder.layers]
+        longest = max(batches, key=lambda batch: batch.shape[1])[:1, :PROFILED_TOKENS]
+        if longest.shape[1] > n_sink + TOKEN_TILE:
+            RECORDER.set(Profiler(moments, n_sink))
+            model(input_ids=longest.to(device), use_cache=False)
     finally:
         RECORDER.reset(token)
         model.set_attn_implementation(previous)
@@ -115,7 +143,7 @@ def calibrate(
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    layers = [gathered(model, layer.moments()) for layer in recorder.layers]
+    layers = [gathered(model, layer) for layer in moments]
     return Calibration(layers, fingerprint(model), meta)
 
 
@@ -131,5 +159,5 @@ def gathered(model: PreTrainedModel, moments: LayerMoments) -> LayerMoments:
         torch.distributed.all_gather(parts, tensor.contiguous().to(device), group=group)
         return torch.cat(parts, dim).cpu()
 
-    whole: dict[str, Any] = {name: gather(getattr(moments, name), int(name == "k_rows")) for name in TENSORS}
+    whole: dict[str, Any] = {name: gather(x, int(name == "k_rows")) for name, x in moments.tensors().items()}
     return dataclasses.replace(moments, **whole)

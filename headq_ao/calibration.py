@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,9 +10,15 @@ import torch
 from torch import Tensor
 
 from headq_ao.files import FileKind
+from headq_ao.seen import UNIFORM
 
-CALIBRATION = FileKind("calibration", 2, "make one with calibrate(...).save(path)")
-TENSORS = ("q_outer", "k_sum", "k_outer", "v_sum", "v_outer", "k_rows")
+CALIBRATION = FileKind("calibration", 3, "make one with calibrate(...).save(path)")
+TENSORS = (
+    "q_outer", "q_seen_outer", "k_sum", "k_outer", "k_seen", "k_seen_sum", "k_seen_outer",
+    "v_sum", "v_outer", "v_seen", "v_seen_sum", "v_seen_outer", "k_rows",
+)  # fmt: skip
+PROFILE = ("errors", "energy")
+PROFILED_BITS = (1, 2, 3, 4)
 
 
 @dataclass(eq=False)
@@ -21,17 +27,29 @@ class LayerMoments:
 
     ``q_outer [Hkv, D, D]`` = Σ q qᵀ over the query heads of each KV head (``tokens · groups`` terms);
     ``k_sum``, ``v_sum`` ``[Hkv, D]``; ``k_outer``, ``v_outer`` ``[Hkv, D, D]``;
-    ``k_rows [n, Hkv, D]``, a uniform sample of keys.
+    ``k_rows [n, Hkv, D]``, a uniform sample of keys. Those with ``seen`` are weighted by what attention sees
+    (:func:`headq_ao.seen.seen_weights`); ``k_seen``, ``v_seen`` ``[Hkv]`` are the sums of the weights.
+    ``errors [Hkv, 2, 4]`` and ``energy [Hkv]``, where measured: what 1 to 4 bits of keys and of values change in the
+    output (:func:`headq_ao.allocate.output_errors`).
     """
 
     tokens: int
     groups: int
     q_outer: Tensor
+    q_seen_outer: Tensor
     k_sum: Tensor
     k_outer: Tensor
+    k_seen: Tensor
+    k_seen_sum: Tensor
+    k_seen_outer: Tensor
     v_sum: Tensor
     v_outer: Tensor
+    v_seen: Tensor
+    v_seen_sum: Tensor
+    v_seen_outer: Tensor
     k_rows: Tensor
+    errors: Tensor | None = None
+    energy: Tensor | None = None
 
     @property
     def c_q(self) -> Tensor:
@@ -43,19 +61,51 @@ class LayerMoments:
         """``[Hkv, D]``."""
         return self.k_sum / max(self.tokens, 1)
 
+    @property
+    def seen_c_q(self) -> Tensor:
+        """``C_q = E[w q qᵀ]`` with each query's weight, ``[Hkv, D, D]``; ``C_q`` where no query has any."""
+        counted = self.q_seen_outer.diagonal(dim1=-2, dim2=-1).sum(-1) > 0
+        return torch.where(counted[:, None, None], self.q_seen_outer / max(self.tokens * self.groups, 1), self.c_q)
+
+    def seen(self, side: str) -> tuple[Tensor, Tensor]:
+        """Mean ``[Hkv, D]`` and second moment ``[Hkv, D, D]`` of ``"k"`` or ``"v"``, weighted as attention sees them.
+
+        A quarter of the weight is uniform (:data:`headq_ao.seen.UNIFORM`), all of it where nothing was seen.
+        """
+        weight, n = getattr(self, f"{side}_seen"), max(self.tokens, 1)
+        share = torch.where(weight > 0, 1 - UNIFORM, 0.0)
+
+        def mix(name: str) -> Tensor:
+            plain, seen = getattr(self, f"{side}_{name}"), getattr(self, f"{side}_seen_{name}")
+            wide = (-1, *[1] * (plain.ndim - 1))
+            return (1 - share).view(wide) * plain / n + (share / weight.clamp(min=1e-30)).view(wide) * seen
+
+        return mix("sum"), mix("outer")
+
+    def relative_errors(self, side: int) -> list[float]:
+        """Share of the output's energy that 1, 2, 3 and 4 bits of the keys (0) or the values (1) change."""
+        assert self.errors is not None and self.energy is not None
+        return (self.errors[:, side].sum(0) / self.energy.sum().clamp(min=1e-30)).tolist()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors by field name."""
+        return {name: x for name in (*TENSORS, *PROFILE) if (x := getattr(self, name)) is not None}
+
     def check(self, layer: int) -> None:
         """Raise ValueError, naming ``layer``, where counts or shapes do not fit together or a number is not finite."""
         h, d = self.k_sum.shape
-        shapes = {"q_outer": (h, d, d), "k_outer": (h, d, d), "v_sum": (h, d), "v_outer": (h, d, d)}
-        shapes["k_rows"] = (self.k_rows.shape[0], h, d)
+        kinds = {"outer": (h, d, d), "sum": (h, d), "seen": (h,), "rows": (self.k_rows.shape[0], h, d)}
+        kinds |= {"errors": (h, 2, len(PROFILED_BITS)), "energy": (h,)}
+        shapes = {name: kinds[name.rpartition("_")[2]] for name in self.tensors()}
+        if (self.errors is None) != (self.energy is None):
+            raise ValueError(f"layer {layer}: errors and energy must come together")
         for name in ("tokens", "groups"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"layer {layer}: {name} must be a whole number of at least 1")
         for name, shape in shapes.items():
             if tuple(getattr(self, name).shape) != shape:
                 raise ValueError(f"layer {layer}: {name} must be {shape}, got {tuple(getattr(self, name).shape)}")
-        for name in TENSORS:
-            x = getattr(self, name)
+        for name, x in self.tensors().items():
             if x.dtype != torch.float32 or not bool(torch.isfinite(x).all()):
                 raise ValueError(f"layer {layer}: {name} must hold finite float32 numbers")
 
@@ -113,7 +163,7 @@ class Calibration:
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors of all layers, named ``{layer}.{field}``."""
-        return {f"{i}.{name}": getattr(layer, name) for i, layer in enumerate(self.layers) for name in TENSORS}
+        return {f"{i}.{name}": x for i, layer in enumerate(self.layers) for name, x in layer.tensors().items()}
 
     @classmethod
     def of(cls, head: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "Calibration":
@@ -125,10 +175,11 @@ class Calibration:
         layers = []
         for i, counts in enumerate(head["layers"]):
             fields: dict[str, Any] = {name: tensors[f"{i}.{name}"] for name in TENSORS}
+            fields |= {name: tensors.get(f"{i}.{name}") for name in PROFILE}
             layer = LayerMoments(**counts, **fields)
             layer.check(i)
             layers.append(layer)
-        if extra := set(tensors) - {f"{i}.{name}" for i in range(len(layers)) for name in TENSORS}:
+        if extra := set(tensors) - {f"{i}.{name}" for i in range(len(layers)) for name in (*TENSORS, *PROFILE)}:
             raise ValueError(f"it holds tensors that no layer has: {', '.join(sorted(extra)[:4])}")
         return cls(layers, head["fingerprint"], head["meta"])
 
@@ -165,18 +216,15 @@ class MomentAccumulator:
         self.priority: Tensor | None = None
         self.groups = 1
 
-    def add(self, q: Tensor, k: Tensor, v: Tensor, priority: Tensor) -> None:
-        """Fold ``q [N, Hq, D]``, ``k``, ``v`` ``[N, Hkv, D]`` with ``priority [N]``."""
-        q, k, v = q.double(), k.double(), v.double()
+    def add(self, q: Tensor, k: Tensor, v: Tensor, weights: Sequence[Tensor], priority: Tensor) -> None:
+        """Fold ``q [N, Hq, D]``, ``k``, ``v`` ``[N, Hkv, D]``, the ``weights`` of their rows, and ``priority [N]``."""
+        q, k, v, of_q, of_k, of_v = (x.double() for x in (q, k, v, *weights))
         self.groups = q.shape[1] // k.shape[1]
-        q = q.unflatten(1, (k.shape[1], -1))
-        new = [
-            torch.einsum("nhgd,nhge->hde", q, q),
-            k.sum(0),
-            torch.einsum("nhd,nhe->hde", k, k),
-            v.sum(0),
-            torch.einsum("nhd,nhe->hde", v, v),
-        ]
+        q, of_q = q.unflatten(1, (k.shape[1], -1)), of_q.unflatten(1, (k.shape[1], -1))
+        new = [torch.einsum("nhgd,nhge->hde", q, q), torch.einsum("nhg,nhgd,nhge->hde", of_q, q, q)]
+        for x, weight in ((k, of_k), (v, of_v)):
+            new += [x.sum(0), torch.einsum("nhd,nhe->hde", x, x), weight.sum(0)]
+            new += [torch.einsum("nh,nhd->hd", weight, x), torch.einsum("nh,nhd,nhe->hde", weight, x, x)]
         self.sums = [a + b for a, b in zip(self.sums, new, strict=True)] if self.sums else new
         self.tokens += k.shape[0]
         rows, priority = k.float(), priority.to(k.device)
@@ -188,5 +236,4 @@ class MomentAccumulator:
     def moments(self) -> LayerMoments:
         """The sums so far, on the CPU in fp32."""
         assert self.rows is not None
-        q_outer, k_sum, k_outer, v_sum, v_outer = (s.float().cpu() for s in self.sums)
-        return LayerMoments(self.tokens, self.groups, q_outer, k_sum, k_outer, v_sum, v_outer, self.rows.cpu())
+        return LayerMoments(self.tokens, self.groups, *(s.float().cpu() for s in self.sums), self.rows.cpu())

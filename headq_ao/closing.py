@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from headq_ao.codec import KeyCodec
 from headq_ao.layer_codec import Epoch, LayerCodec
 from headq_ao.layer_state import LayerState
-from headq_ao.ops import encode_values
 from headq_ao.state import RowCounts
 
 ENCODE_TOKENS = 2048  # tokens encoded at a time: bounds the transient memory of closing blocks after a long prefill
@@ -21,13 +20,15 @@ class ClosingLayer(LayerState):
     fixed slots, only with tokens older than ``residual_length``, and statistics are taken at fixed slots.
     """
 
-    def commit(self, q: Tensor | None, codec: LayerCodec) -> None:
+    def commit(self, q: Tensor | None, codec: LayerCodec, scaling: float | None = None) -> None:
         """Close every block whose tokens have all left the window. Called once after each update.
 
         Args:
             q: the queries of this call ``[B, Hq, S, D]``; kept while a sequence's own query statistics are awaited.
             codec: of this layer.
+            scaling: of its scores; ``head_dim ** -0.5`` when None.
         """
+        self.scaling = self.shape.head_dim**-0.5 if scaling is None else scaling
         if not self.epochs:
             self.epochs = codec.plan(len(self.rows))
         if q is not None and self._awaits_queries():
@@ -114,7 +115,8 @@ class ClosingLayer(LayerState):
         codec: LayerCodec,
     ) -> None:
         new_k = [k] if key_codec is None else flat(*key_codec.encode_rows(k, self.config.unbiased_scale))
-        new_v = [v] if self.config.v_bits is None else flat(*encode_values(v, codec.rotation_v, **codec.value_options))
+        values = codec.values
+        new_v = [v] if values is None else flat(*values.encode_rows(v))
         self.store_k.write(index, slot, len(self.rows), new_k, n)
         self.store_v.write(index, slot, len(self.rows), new_v, n)
 
@@ -123,8 +125,8 @@ class ClosingLayer(LayerState):
         n, first = self.config.first_epoch(self.shape.head_dim), self.config.n_sink
         if epoch.begin == 0:
             assert self.exact.k is not None and self.exact.q is not None
-            q, k = (select(x, index)[:, :, first : first + n] for x in (self.exact.q, self.exact.k))
-            new = codec.from_prompt(q, k)
+            q, k = (select(x, index)[:, :, : first + n] for x in (self.exact.q, self.exact.k))
+            new = codec.from_prompt(q, k, self.scaling, self.sliding_window)
         else:
             assert self.k_sum is not None
             new = codec.from_prior(select(self.k_sum, index), self.rows[members[0]].folded)

@@ -1,4 +1,4 @@
-"""From statistics to a key codec: bases, steps, and the map of a query into the integers' coordinates."""
+"""From statistics to the codecs of keys and values: bases, steps, and the map of a query into the codes' coordinates."""
 
 import dataclasses
 import functools
@@ -8,12 +8,16 @@ import torch
 from torch import Tensor
 
 from headq_ao.config import HeadQConfig
-from headq_ao.ops import MappedQuery, encode_keys
+from headq_ao.ops import MappedQuery, encode_keys, encode_values
+from headq_ao.ops.decode_attention.reference import dequantize_values
 from headq_ao.ops.layout import unpack_keys
 
 # Distance of the levels of the uniform quantizer with least squared error on a unit normal (Max, 1960).
 GAUSSIAN_STEP = {1: 1.596, 2: 0.9957, 3: 0.5860, 4: 0.3352, 5: 0.1881, 6: 0.1041, 8: 0.0308}
 RIDGE = 1e-6  # of the largest eigenvalue of C_q
+VISIBLE_RIDGE = 0.1  # of the mean eigenvalue of C_q: errors that few queries have seen still count
+SPREAD_RIDGE = 1e-4  # of the mean eigenvalue of a covariance
+SEEN_RANK = 16  # directions of a prompt's own C_q that are kept
 STEP_GRID = tuple(0.6 + 0.1 * i for i in range(20))
 
 
@@ -23,6 +27,9 @@ class KeyCodec:
 
     ``mean [.., D]``, ``encode``/``read`` ``[.., D, M0]``, ``step [.., M0]``, ``weight [.., M0]`` or None (affine),
     ``side_encode``/``side_read`` ``[.., D, R]`` and ``side_step [.., R]`` or None, ``bits`` of the M0 + R coordinates.
+    ``metric [.., M0, M0]``, how an error of the coordinates is seen, turns error feedback on. The visible basis of a
+    prompt's own statistics comes without matrices of its own: ``spread [.., D]`` stretches the basis
+    (``diag(spread) @ read``, ``diag(1/spread) @ encode``), and ``seen [.., D, r]`` stands for ``C_q ∝ I + seen seenᵀ``.
     ``own`` names the tensors that belong to the sequences of a batch: indexed with it, and charged to it.
     """
 
@@ -36,6 +43,9 @@ class KeyCodec:
     side_step: Tensor | None
     bits: tuple[int, ...]
     own: frozenset[str] = frozenset()
+    metric: Tensor | None = None
+    spread: Tensor | None = None
+    seen: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """Its tensors by field name."""
@@ -60,10 +70,24 @@ class KeyCodec:
 
     def encode_rows(self, k: Tensor, unbiased: bool) -> tuple[list[Tensor], Tensor, Tensor | None]:
         """:func:`headq_ao.ops.encode_keys` with this codec."""
+        encode = self.encode if self.spread is None else self.encode / self.spread.float().unsqueeze(-1)
         return encode_keys(
-            k, self.mean, self.encode, self.read, self.step, self.bits,
-            weight=self.weight, side_encode=self.side_encode, side_step=self.side_step, unbiased=unbiased,
+            k, self.mean, encode, self.reader, self.step, self.bits, weight=self.weight, metric=self.error_metric(),
+            side_encode=self.side_encode, side_step=self.side_step, unbiased=unbiased,
         )  # fmt: skip
+
+    @property
+    def reader(self) -> Tensor:
+        """``[.., D, M0]``: ``(q @ reader)·ŷ`` is what the coordinates ``ŷ`` add to a score."""
+        return self.read if self.spread is None else self.read * self.spread.float().unsqueeze(-1)
+
+    def error_metric(self) -> Tensor | None:
+        """``readerᵀ C_q reader`` ``[.., M0, M0]``, or None: every code is the nearest."""
+        if self.seen is None:
+            return self.metric
+        read = self.reader.float()
+        shown = read.transpose(-1, -2) @ self.seen.float()
+        return read.transpose(-1, -2) @ read + shown @ shown.transpose(-1, -2)
 
     def map_query(self, q: Tensor, scaling: float, sign: int = 1) -> MappedQuery:
         """``q [B, Hq, S, D]`` in the coordinates of the codes, so that a score is one dot product of integers.
@@ -78,7 +102,7 @@ class KeyCodec:
         def project(basis: Tensor) -> Tensor:
             return g @ basis.to(dtype).unsqueeze(2)
 
-        base = project(self.read)
+        base = project(self.reader)
         coordinates = [base * self.step.to(dtype)[:, :, None, None]]
         if self.side_read is not None and self.side_step is not None:
             coordinates.append(project(self.side_read) * (sign * self.side_step.to(dtype))[:, :, None, None])
@@ -101,7 +125,7 @@ class KeyCodec:
         y_hat = codes[..., :base] * self.step.float().unsqueeze(-2)
         if zero is not None:
             y_hat = y_hat + zero.float()[..., None]
-        k_hat = self.mean.float().unsqueeze(-2) + y_hat @ self.read.float().transpose(-1, -2)
+        k_hat = self.mean.float().unsqueeze(-2) + y_hat @ self.reader.float().transpose(-1, -2)
         if side and self.side_read is not None and self.side_step is not None:
             z = codes[..., base:] * (side * self.side_step.float()).unsqueeze(-2)
             k_hat = k_hat + z @ self.side_read.float().transpose(-1, -2)
@@ -150,18 +174,143 @@ def affine_codec(config: HeadQConfig, c_q: Tensor, mean: Tensor, rows: Tensor) -
         mean: of the keys, ``[B or 1, Hkv, D]``.
         rows: exact keys to fit steps and ``C_e`` on, ``[B or 1, Hkv, n, D]``, ``n`` a multiple of 16.
     """
-    head_dim = mean.shape[-1]
-    bits, rank = config.key_bits(head_dim), config.side_rank(head_dim)
     base = base_codec(config, mean if config.key_gauge else torch.zeros_like(mean))
+    return with_side_code(config, base, c_q, rows)
+
+
+def with_side_code(config: HeadQConfig, base: KeyCodec, c_q: Tensor, rows: Tensor) -> KeyCodec:
+    """``base`` with a side code of its error on ``rows``; ``base`` itself at rank 0."""
+    mean, rank = base.mean, config.side_rank(base.mean.shape[-1])
     if rank == 0:
         return base
     planes, scale, zero = base.encode_rows(rows, config.unbiased_scale)
     k_err = rows.to(mean.dtype) - base.dequantize(planes, scale, zero).to(mean.dtype)
     encode, read = side_basis(config, rank, c_q, rows.to(mean.dtype), k_err)
     z = (k_err @ encode) / scale.to(mean.dtype)[..., None]
+    bits = config.key_bits(mean.shape[-1])
     return dataclasses.replace(
         base, side_encode=encode, side_read=read, side_step=fit_steps(z, config.side_bits), bits=bits
     )
+
+
+def visible_codec(config: HeadQConfig, c_q: Tensor, mean: Tensor, covariance: Tensor) -> KeyCodec:
+    """A base with equal bits for each coordinate of ``y = (k − mean) C_k^{−τ/2} R``, rounded with error feedback.
+
+    The whitening ``C_k^{−τ/2}`` evens out the coordinates, the Hadamard rotation ``R`` mixes them, and codes are
+    chosen for a small ``(y − ŷ)ᵀ M (y − ŷ)``, ``M = Rᵀ C_k^{τ/2} C_q C_k^{τ/2} R``: the error that the scores show.
+    With τ = 1 and a fine code the error is that of reverse water-filling, ``det(C_q C_k)^{1/D} 2^{−2b}``, though every
+    coordinate has the same bits.
+
+    Args:
+        config: what to build.
+        c_q: ``C_q``, ``[B or 1, Hkv, D, D]``.
+        mean, covariance: of the keys, ``[B or 1, Hkv, D]`` and ``[B or 1, Hkv, D, D]``.
+    """
+    base = base_codec(config, mean if config.key_gauge else torch.zeros_like(mean))
+    encode, read = whitening(covariance, config.whitening, base.read)
+    metric = read.transpose(-1, -2) @ ridged(c_q, VISIBLE_RIDGE) @ read if config.error_feedback else None
+    return dataclasses.replace(base, encode=encode, read=read, metric=metric)
+
+
+def prompt_visible_codec(config: HeadQConfig, c_q: Tensor, mean: Tensor, variance: Tensor) -> KeyCodec:
+    """:func:`visible_codec` in the little that a sequence can afford: variances ``[B, Hkv, D]`` instead of a
+    covariance, and the leading :data:`SEEN_RANK` directions of ``C_q``."""
+    base = base_codec(config, mean if config.key_gauge else torch.zeros_like(mean))
+    ridge = SPREAD_RIDGE * variance.mean(-1, keepdim=True)
+    spread = (variance + ridge).clamp(min=1e-12).pow(config.whitening / 2)
+    spread = spread / spread.log().mean(-1, keepdim=True).exp()  # around 1, as fp16 likes it
+    seen = None
+    if config.error_feedback:
+        values, vectors = _eigh(ridged(c_q, VISIBLE_RIDGE))
+        rank = min(SEEN_RANK, values.shape[-1] // 2)
+        floor = values[..., :-rank].mean(-1, keepdim=True).clamp(min=1e-30)
+        seen = (vectors[..., -rank:] * (values[..., -rank:] / floor - 1).clamp(min=0).sqrt()[..., None, :]).to(
+            mean.dtype
+        )
+    return dataclasses.replace(base, spread=spread.to(mean.dtype), seen=seen)
+
+
+def whitening(covariance: Tensor, power: float, rotation: Tensor) -> tuple[Tensor, Tensor]:
+    """``C^{−τ/2} R`` and ``C^{τ/2} R`` for symmetric matrices ``[.., D, D]`` and an orthogonal ``R``."""
+    values, vectors = _eigh(ridged(covariance, SPREAD_RIDGE))
+    values, r = values.clamp(min=1e-30), rotation.double()
+    encode, read = (
+        (vectors * values.pow(p / 2)[..., None, :]) @ vectors.transpose(-1, -2) @ r for p in (-power, power)
+    )
+    return encode.to(covariance.dtype), read.to(covariance.dtype)
+
+
+def ridged(matrix: Tensor, share: float) -> Tensor:
+    """The matrix with that share of its mean eigenvalue added to all of them."""
+    mean = matrix.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-20)[..., None, None]
+    return matrix + share * mean * torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+
+
+@dataclass(frozen=True)
+class ValueCodec:
+    """How values are written and read: ``encode``/``read`` ``[1, Hkv or 1, D, D]``; ``mean [1, Hkv, D]`` or None.
+
+    ``metric [1, Hkv, D, D]``, how an error of the coordinates reaches the output, turns error feedback on.
+    """
+
+    encode: Tensor
+    read: Tensor
+    bits: int
+    group_size: int
+    step: float
+    unbiased: bool
+    mean: Tensor | None = None
+    metric: Tensor | None = None
+
+    def encode_rows(self, v: Tensor) -> tuple[list[Tensor], Tensor, Tensor | None]:
+        """:func:`headq_ao.ops.encode_values` with this codec."""
+        return encode_values(
+            v, self.encode, self.bits, group_size=self.group_size, mean=self.mean, metric=self.metric, step=self.step,
+            unbiased=self.unbiased,
+        )  # fmt: skip
+
+    def round_trip(self, v: Tensor) -> Tensor:
+        """``v`` as it is read back, fp32."""
+        planes, scale, zero = self.encode_rows(v)
+        y_hat = dequantize_values(planes, self.bits, scale, zero, torch.float32)
+        v_hat = y_hat @ self.read.float().transpose(-1, -2)
+        return v_hat if self.mean is None else v_hat + self.mean.float().unsqueeze(-2)
+
+    def readout(self, out: Tensor) -> Tensor:
+        """``Σ_j a_j v̂_j`` from ``Σ_j a_j ŷ_j`` ``[B, Hq, S, D]``, the weights of these rows summing to one."""
+        read = self.read.to(out.dtype)
+        grouped = out.unflatten(1, (read.shape[1], -1)) @ read.transpose(-1, -2).unsqueeze(2)
+        if self.mean is not None:
+            grouped = grouped + self.mean.to(out.dtype)[:, :, None, None]
+        return grouped.flatten(1, 2)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors by field name."""
+        pairs = ((name, getattr(self, name)) for name in ("encode", "read", "mean", "metric"))
+        return {name: value for name, value in pairs if value is not None}
+
+
+def rotated_value_codec(config: HeadQConfig, head_dim: int) -> ValueCodec:
+    """Nearest codes in a Hadamard-rotated basis."""
+    bits, group = config.v_bits, config.v_group_size
+    assert bits is not None
+    rotation = rotation_matrix(head_dim, config.rotation)[None, None]
+    step = 0.0 if config.v_zero_point else GAUSSIAN_STEP[bits]
+    return ValueCodec(rotation, rotation, bits, head_dim if group is None else group, step, config.unbiased_scale)
+
+
+def visible_value_codec(config: HeadQConfig, mean: Tensor, outer: Tensor) -> ValueCodec:
+    """Equal bits for each coordinate of ``y = (v − mean) C_v^{−τ/2} R``, rounded with error feedback for a small
+    ``‖v − v̂‖²``; statistics weighted by A², as values are seen.
+
+    Args:
+        config: what to build.
+        mean, outer: of the values, ``[1, Hkv, D]`` and their second moment ``[1, Hkv, D, D]``.
+    """
+    base = rotated_value_codec(config, mean.shape[-1])
+    encode, read = whitening(outer - mean[..., :, None] * mean[..., None, :], config.whitening, base.read)
+    metric = read.transpose(-1, -2) @ read if config.error_feedback else None
+    return dataclasses.replace(base, encode=encode, read=read, mean=mean, metric=metric)
 
 
 def side_basis(config: HeadQConfig, rank: int, c_q: Tensor, rows: Tensor, k_err: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from torchao.core.config import ALLOWED_AO_MODULES, AOBaseConfig
 from headq_ao.calibration import Calibration
 from headq_ao.ops.layout import PIECES, granule
 
-KeyCodecName = Literal["affine", "visible"]
+CodecName = Literal["visible", "affine"]
 Basis = Literal["query_pca", "score_optimal", "key_pca", "random"]
 Adapt = Literal["off", "prompt"]
 
@@ -25,11 +25,17 @@ class HeadQConfig(AOBaseConfig):
 
     Args:
         k_bits, v_bits: code bits per coordinate, 1 to 6 or 8; ``None`` keeps that side exact.
-        key_codec: ``"affine"``: the same bits for each coordinate of the rotated key.
+        mean_bits: code bits per coordinate, as a mean over layers and packed sides, shared by what each layer does with
+            errors; needs a calibration, ``k_bits`` and ``v_bits`` hold without one.
+        key_codec, value_codec: ``"visible"``: the same bits for each coordinate of the whitened, rotated row, codes
+            chosen by error feedback; ``"affine"``: nearest codes of the rotated row. Values of a model without a
+            calibration are always coded as ``"affine"``.
+        whitening: power τ of the whitening ``C^{−τ/2}`` (``"visible"``), 0 to 1.
+        error_feedback: choose codes for a small error where it is seen (``"visible"``); False: nearest codes.
         k_zero_point, v_zero_point: store a zero beside the scale (min-max range of the row); without it the levels
             stand around the key gauge (keys) or zero (values) and the row saves 16 bits.
-        rank, side_bits: size of the side code of the key's error; ``rank=None`` is a quarter of head_dim in steps of 16
-            (at least 16), 0 is none.
+        rank, side_bits: size of the side code of the key's error, 0: none; ``rank=None`` is 0 with ``"visible"`` keys,
+            where it does not pay, and a quarter of head_dim in steps of 16 (at least 16) with ``"affine"`` ones.
         basis: of the side code. ``"query_pca"``: top eigenvectors of ``E[q qᵀ]`` (the paper);
             ``"score_optimal"``: best rank-R pair for the score error; ``"key_pca"``, ``"random"``: controls.
         sign: ``+1``; ``-1`` adds the correction with the wrong sign (control).
@@ -43,7 +49,8 @@ class HeadQConfig(AOBaseConfig):
         block_size: tokens packed at a time: 16, 32, 64 or 128.
         calibration: a :class:`headq_ao.Calibration`, the path of a saved one, or None: statistics then come from
             each sequence's own first tokens. Only a path fits into JSON (torchao's ``config_to_dict``).
-        adapt: with a calibration, ``"prompt"`` takes it as a prior that each prompt refines, ``"off"`` as it is.
+        adapt: with a calibration, ``"off"`` takes it as it is, ``"prompt"`` as a prior for the key gauge that each prompt
+            refines: 0 to 5 % less KL, and a second segment to read.
         prior_tokens: how many tokens the calibration counts as under ``adapt="prompt"``.
         epoch_tokens: tokens after which a sequence's own statistics are used; ``None`` is ``max(256, 4·head_dim)``.
         check_finite: raise on non-finite keys or values; ``None``: on the CPU only.
@@ -52,7 +59,11 @@ class HeadQConfig(AOBaseConfig):
 
     k_bits: int | None = 2
     v_bits: int | None = 2
-    key_codec: KeyCodecName = "affine"
+    mean_bits: float | None = None
+    key_codec: CodecName = "visible"
+    value_codec: CodecName = "visible"
+    whitening: float = 0.75
+    error_feedback: bool = True
     k_zero_point: bool = False
     v_zero_point: bool = False
     rank: int | None = None
@@ -67,7 +78,7 @@ class HeadQConfig(AOBaseConfig):
     residual_length: int = 64
     block_size: int = 32
     calibration: Calibration | str | None = None
-    adapt: Adapt = "prompt"
+    adapt: Adapt = "off"
     prior_tokens: int = 256
     epoch_tokens: int | None = None
     check_finite: bool | None = None
@@ -89,15 +100,13 @@ class HeadQConfig(AOBaseConfig):
                 raise ValueError(
                     f"block_size must be a multiple of {tile} with v_bits={self.v_bits}, got {self.block_size}"
                 )
-        choices = {"key_codec": KeyCodecName, "basis": Basis, "adapt": Adapt}
+        choices = {"key_codec": CodecName, "value_codec": CodecName, "basis": Basis, "adapt": Adapt}
         for name, choice in choices.items():
             if getattr(self, name) not in choice.__args__:  # type: ignore[attr-defined]
                 options = ", ".join(repr(c) for c in choice.__args__)  # type: ignore[attr-defined]
                 raise ValueError(f"{name} must be one of {options}, got {getattr(self, name)!r}")
         if self.version != CONFIG_VERSION:
             raise ValueError(f"version must be {CONFIG_VERSION}, which this headq_ao reads, got {self.version!r}")
-        if self.key_codec == "visible":
-            raise ValueError("key_codec='visible' is not in this version; use key_codec='affine'")
         if not _whole(self.side_bits, PIECES):
             raise ValueError(f"side_bits must be 1, 2, 3, 4, 5, 6 or 8, got {self.side_bits!r}; rank=0 for none")
         if not _whole(self.sign, (1, -1)):
@@ -115,9 +124,26 @@ class HeadQConfig(AOBaseConfig):
             if not (optional and value is None) and (not _whole(value) or value < least):
                 or_none = " or None" if optional else ""
                 raise ValueError(f"{name} must be a whole number of at least {least}{or_none}, got {value!r}")
-        for name in ("k_zero_point", "v_zero_point", "rotation", "key_gauge", "unbiased_scale"):
+        for name in ("k_zero_point", "v_zero_point", "rotation", "key_gauge", "unbiased_scale", "error_feedback"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if (
+            isinstance(self.whitening, bool)
+            or not isinstance(self.whitening, (int, float))
+            or not 0 <= self.whitening <= 1
+        ):
+            raise ValueError(f"whitening must be a number from 0 to 1, got {self.whitening!r}")
+        if self.k_zero_point and self.k_bits is not None and self.key_codec == "visible":
+            raise ValueError("k_zero_point=True needs key_codec='affine': visible keys stand around the key gauge")
+        if (self.v_zero_point or self.v_group_size is not None) and self.v_bits and self.value_codec == "visible":
+            raise ValueError(
+                "v_zero_point and v_group_size need value_codec='affine': visible values have one scale a row"
+            )
+        no_side = self.rank == 0 or (self.rank is None and self.key_codec == "visible")
+        if no_side and (self.sign != 1 or self.basis != "query_pca"):
+            raise ValueError(
+                f"sign={self.sign} and basis={self.basis!r} shape the side code, and there is none: give rank (16, say)"
+            )
         if self.check_finite is not None and not isinstance(self.check_finite, bool):
             raise ValueError(f"check_finite must be True, False or None, got {self.check_finite!r}")
         if self.calibration is not None and not isinstance(self.calibration, (Calibration, str)):
@@ -127,7 +153,9 @@ class HeadQConfig(AOBaseConfig):
 
     def side_rank(self, head_dim: int) -> int:
         """R, with the default resolved: whole 16-coordinate granules, so that no stored bit is padding."""
-        return max(16, head_dim // 4 // 16 * 16) if self.rank is None else self.rank
+        if self.rank is None:
+            return 0 if self.key_codec == "visible" else max(16, head_dim // 4 // 16 * 16)
+        return self.rank
 
     def key_bits(self, head_dim: int) -> tuple[int, ...]:
         """Bits of each stored key coordinate: base first, then the side code."""
@@ -156,6 +184,8 @@ def _whole(value: Any, among: Container[int] | None = None) -> bool:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "headq_paper": {
+        "key_codec": "affine",
+        "value_codec": "affine",
         "k_zero_point": True,
         "v_zero_point": True,
         "rank": 8,
@@ -163,24 +193,32 @@ PRESETS: dict[str, dict[str, Any]] = {
         "basis": "query_pca",
         "adapt": "off",
     },
+    "balanced": {"mean_bits": 2.25},
+    "quality": {"mean_bits": 2.75, "k_bits": 3},
+    "near_lossless": {"mean_bits": 4.0, "k_bits": 4, "v_bits": 4},
 }
+DEFAULT = "balanced"
+UNIFORM_ONLY = ("k_bits", "v_bits", "key_codec", "value_codec")  # given one of these, a preset shares no bits
 
 
 def headq_config(preset: str | None = None, **options: Any) -> HeadQConfig:
     """Build a :class:`HeadQConfig`; ``options`` are its fields and override the preset's.
 
     Args:
-        preset: None for the defaults, or ``"headq_paper"``: the published construction, an affine 2-bit base and a
-            query-PCA side code of its error (HeadQ, arXiv 2605.03562, withdrawn by its author).
-        **options: fields of :class:`HeadQConfig`.
+        preset: ``"balanced"``, the default (2.25 code bits, 2.5 with the scales at a head_dim of 64), ``"quality"``
+            (2.75, 3.0) or ``"near_lossless"`` (4.0, 4.25): mean bits shared between layers and sides by the
+            calibration; without one 2, 2.5 or 4 bits in every layer. ``"headq_paper"``: the published construction, an
+            affine 2-bit base and a query-PCA side code of its error (HeadQ, arXiv 2605.03562, withdrawn by its author).
+        **options: fields of :class:`HeadQConfig`. With ``k_bits``, ``v_bits`` or a codec, all layers have the same
+            bits, unless ``mean_bits`` is given too.
 
     Raises:
         ValueError: on an unknown preset or option (the message lists the valid ones), or a value out of range.
 
     Example:
         >>> from headq_ao import headq_config
-        >>> headq_config(k_bits=3, v_bits=None).v_bits is None
-        True
+        >>> headq_config().mean_bits, headq_config(k_bits=3, v_bits=None).mean_bits
+        (2.25, None)
         >>> headq_config(preset="headq_paper").rank
         8
     """
@@ -190,4 +228,7 @@ def headq_config(preset: str | None = None, **options: Any) -> HeadQConfig:
     unknown = sorted(set(options) - set(names))
     if unknown:
         raise ValueError(f"unknown option {', '.join(unknown)}; valid options are {', '.join(names)}")
-    return HeadQConfig(**({} if preset is None else PRESETS[preset]) | options)
+    chosen = dict(PRESETS[DEFAULT if preset is None else preset])
+    if options.keys() & set(UNIFORM_ONLY):
+        chosen.pop("mean_bits", None)
+    return HeadQConfig(**chosen | options)

@@ -6,10 +6,12 @@ import torch
 from transformers import PreTrainedModel
 
 from headq_ao.cache_layer import HeadQCacheLayer
-from headq_ao.calibration import LayerMoments
+from headq_ao.allocate import layer_configs
+from headq_ao.calibration import TENSORS, Calibration, LayerMoments
 from headq_ao.config import HeadQConfig
 from headq_ao.layer_codec import LayerCodec
 from headq_ao.models import LayerShape, layer_shapes
+from headq_ao.ops.layout import TOKEN_TILE
 from headq_ao.report import BitsReport
 
 META = torch.device("meta")
@@ -24,7 +26,7 @@ def estimate_memory(
 
     Args:
         model_or_config: a transformers model, or its config.
-        config: what to store; a calibration is not read, only its presence counts.
+        config: what to store; of a calibration only how ``mean_bits`` shares the bits counts, and its presence.
         tokens: per sequence.
         batch_size: sequences.
         dtype: of the exact rows; default the model's, else bfloat16.
@@ -49,10 +51,15 @@ def estimate_memory(
         dtype = getattr(model_or_config, "dtype", None)
         dtype = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
     layers = []
-    for shape in layer_shapes(model_config):
+    shapes = layer_shapes(model_config)
+    calibration = config.calibration
+    if config.mean_bits is not None and isinstance(calibration, str):
+        calibration = Calibration.load(calibration)
+    known = calibration if isinstance(calibration, Calibration) else None
+    for shape, own in zip(shapes, layer_configs(config, known, len(shapes)), strict=True):
         moments = None if config.calibration is None else _no_moments(shape)
-        codec = LayerCodec(config, shape, moments, META)
-        layer = HeadQCacheLayer(config, shape)
+        codec = LayerCodec(own, shape, moments, META)
+        layer = HeadQCacheLayer(own, shape)
         k = torch.empty(batch_size, shape.n_kv_heads, tokens, shape.head_dim, dtype=dtype, device=META)
         q = torch.empty(batch_size, shape.n_heads, tokens, shape.head_dim, dtype=dtype, device=META)
         layer.update(k, k)
@@ -64,8 +71,5 @@ def estimate_memory(
 def _no_moments(shape: LayerShape) -> LayerMoments:
     """Moments without data."""
     h, d = shape.n_kv_heads, shape.head_dim
-
-    def empty(*size: int) -> torch.Tensor:
-        return torch.empty(*size, device=META)
-
-    return LayerMoments(1, 1, empty(h, d, d), empty(h, d), empty(h, d, d), empty(h, d), empty(h, d, d), empty(16, h, d))
+    sizes = {"outer": (h, d, d), "sum": (h, d), "seen": (h,), "rows": (TOKEN_TILE, h, d)}
+    return LayerMoments(1, 1, *(torch.empty(sizes[name.rpartition("_")[2]], device=META) for name in TENSORS))

@@ -9,10 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from headq_ao.calibration import LayerMoments
-from headq_ao.codec import GAUSSIAN_STEP, KeyCodec, affine_codec, base_codec, rotation_matrix
+from headq_ao.codec import (
+    KeyCodec,
+    ValueCodec,
+    affine_codec,
+    base_codec,
+    prompt_visible_codec,
+    rotated_value_codec,
+    visible_codec,
+    visible_value_codec,
+    with_side_code,
+)
 from headq_ao.config import HeadQConfig
 from headq_ao.models import LayerShape
 from headq_ao.ops.layout import TOKEN_TILE
+from headq_ao.seen import mixed, seen_weights
 
 
 @dataclass
@@ -26,7 +37,7 @@ class Epoch:
 
 
 class LayerCodec(nn.Module):
-    """Calibrated key codec and value rotation of one layer, as non-persistent buffers in fp32.
+    """Calibrated key codec and value codec of one layer, as non-persistent buffers in fp32.
 
     Args:
         config: of the cache.
@@ -47,45 +58,37 @@ class LayerCodec(nn.Module):
         super().__init__()
         config.check_head_dim(shape.head_dim)
         self.config = config
-        rotation = rotation_matrix(shape.head_dim, config.rotation)
-        self.register_buffer("rotation_v", rotation.to(device), persistent=False)
+        self.head_dim = shape.head_dim
         self.frame: KeyCodec | None = None
+        self.value_frame: ValueCodec | None = None
+        if config.v_bits is not None:
+            self.value_frame = self._keep("value", value_codec(config, shape, moments, heads), device)
         if moments is not None and config.k_bits is not None:
-            rows = moments.k_rows[: moments.k_rows.shape[0] // TOKEN_TILE * TOKEN_TILE].transpose(0, 1)
-            if rows.shape[1] == 0:
-                raise ValueError(
-                    f"the calibration must hold at least {TOKEN_TILE} sampled keys per layer; calibrate on more text"
-                )
-            codec = affine_codec(config, moments.c_q[None], moments.k_mean[None], rows[None])
-            codec = codec if heads is None else codec.of_heads(heads)
-            for name, tensor in codec.tensors().items():
-                self.register_buffer(f"key_{name}", tensor.to(device), persistent=False)
-            self.frame = codec.replace({name: torch.empty(0) for name in codec.tensors()})
+            codec = key_codec(config, moments)
+            self.frame = self._keep("key", codec if heads is None else codec.of_heads(heads), device)
 
-    rotation_v: Tensor
+    def _keep(self, side: str, codec: Any, device: torch.device) -> Any:
+        """Register the tensors of a codec as buffers; what is left of it without them."""
+        for name, tensor in codec.tensors().items():
+            self.register_buffer(f"{side}_{name}", tensor.to(device), persistent=False)
+        return dataclasses.replace(codec, **{name: torch.empty(0) for name in codec.tensors()})
+
+    def _kept(self, side: str, frame: Any) -> Any:
+        return dataclasses.replace(frame, **{name: getattr(self, f"{side}_{name}") for name in frame.tensors()})
 
     @property
-    def value_options(self) -> dict[str, Any]:
-        """Arguments of :func:`headq_ao.ops.encode_values` beside the rows and the rotation."""
-        bits, group = self.config.v_bits, self.config.v_group_size
-        assert bits is not None
-        return {
-            "bits": bits,
-            "group_size": self.rotation_v.shape[0] if group is None else group,
-            "step": 0.0 if self.config.v_zero_point else GAUSSIAN_STEP[bits],
-            "unbiased": self.config.unbiased_scale,
-        }
+    def values(self) -> ValueCodec | None:
+        """How values are coded; None where they are exact."""
+        return None if self.value_frame is None else self._kept("value", self.value_frame)
 
     @property
     def calibrated(self) -> KeyCodec | None:
         """The codec of epoch 0 under a calibration."""
-        if self.frame is None:
-            return None
-        return self.frame.replace({name: getattr(self, f"key_{name}") for name in self.frame.tensors()})
+        return None if self.frame is None else self._kept("key", self.frame)
 
     def plan(self, batch: int) -> list[Epoch]:
         """Which slots use which statistics."""
-        config, head_dim = self.config, self.rotation_v.shape[0]
+        config, head_dim = self.config, self.head_dim
         if config.k_bits is None:
             return [Epoch(0, per_sequence=False)]
         if self.frame is None:
@@ -95,14 +98,25 @@ class LayerCodec(nn.Module):
             return [shared]
         return [shared, Epoch(config.first_epoch(head_dim), per_sequence=True, ready=[False] * batch)]
 
-    def from_prompt(self, q: Tensor, k: Tensor) -> KeyCodec:
-        """A codec from a sequence's own ``q [B, Hq, n, D]`` and ``k [B, Hkv, n, D]`` alone."""
+    def from_prompt(self, q: Tensor, k: Tensor, scaling: float, window: int | None = None) -> KeyCodec:
+        """A codec from a sequence's own first ``q [B, Hq, n, D]`` and ``k [B, Hkv, n, D]`` alone, sinks included."""
+        config, n_sink = self.config, self.config.n_sink
         dtype = torch.float64 if k.dtype == torch.float64 else torch.float32
-        q, k = q.to(dtype).unflatten(1, (k.shape[1], -1)).flatten(2, 3), k.to(dtype)
-        c_q = q.transpose(-1, -2) @ q / q.shape[-2]
-        codec = affine_codec(self.config, c_q, k.mean(-2), k)
-        own = {"mean"} if codec.side_encode is None else {"mean", "side_encode", "side_read", "side_step"}
-        return dataclasses.replace(codec, own=frozenset(own))
+        q, k = q.to(dtype), k.to(dtype)
+        of_q, of_k, _ = seen_weights(q, k, scaling, n_sink=n_sink, window=window)
+        grouped, rows = q[:, :, n_sink:].unflatten(1, (k.shape[1], -1)).flatten(2, 3), k[:, :, n_sink:]
+        if config.key_codec == "affine":
+            c_q = grouped.transpose(-1, -2) @ grouped / grouped.shape[-2]
+            codec = affine_codec(config, c_q, rows.mean(-2), rows)
+        else:
+            of_q = mixed(of_q[..., n_sink:].unflatten(1, (k.shape[1], -1)).flatten(2, 3))
+            c_q = grouped.transpose(-1, -2) @ (of_q[..., None] * grouped) / grouped.shape[-2]
+            of_k = mixed(of_k[..., n_sink:])[..., None]
+            mean = (of_k * rows).mean(-2)
+            variance = (of_k * (rows - mean.unsqueeze(-2)).square()).mean(-2)
+            codec = with_side_code(config, prompt_visible_codec(config, c_q, mean, variance), c_q, rows)
+        names = {"mean", "side_encode", "side_read", "side_step", "spread", "seen"}
+        return dataclasses.replace(codec, own=frozenset(names & codec.tensors().keys()))
 
     def from_prior(self, k_sum: Tensor, tokens: int) -> KeyCodec:
         """The calibrated codec with the key gauge refined: ``μ = (prior·μ_cal + Σ k) / (prior + tokens)``."""
@@ -131,13 +145,9 @@ class LayerCodec(nn.Module):
 
         They agree to 1e-5 between machines whose eigenvectors differ in rounding; without a calibration, none.
         """
-        codec = self.calibrated
-        if codec is None:
-            return []
         numbers = []
-        for name in ("mean", "side_encode", "side_read", "side_step"):
-            tensor = getattr(codec, name)
-            if tensor is not None:
+        for name, tensor in self.named_buffers():
+            if self.frame is not None or tensor.shape[1] > 1:
                 x = tensor[0].detach().cpu().double().flatten(1)
                 direction = torch.randn(x.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
                 numbers += (x @ direction / x.norm(dim=1).clamp(min=1e-30)).tolist()
@@ -150,3 +160,30 @@ class LayerCodec(nn.Module):
                 moved = fn(buffer)
                 self._buffers[name] = moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
         return self
+
+
+def key_codec(config: HeadQConfig, moments: LayerMoments) -> KeyCodec:
+    """The key codec of a calibrated layer."""
+    rows = moments.k_rows[: moments.k_rows.shape[0] // TOKEN_TILE * TOKEN_TILE].transpose(0, 1)[None]
+    if rows.shape[2] == 0:
+        raise ValueError(
+            f"the calibration must hold at least {TOKEN_TILE} sampled keys per layer; calibrate on more text"
+        )
+    if config.key_codec == "affine":
+        return affine_codec(config, moments.c_q[None], moments.k_mean[None], rows)
+    mean, outer = moments.seen("k")
+    covariance = outer - mean[:, :, None] * mean[:, None]
+    base = visible_codec(config, moments.seen_c_q[None], mean[None], covariance[None])
+    return with_side_code(config, base, moments.seen_c_q[None], rows)
+
+
+def value_codec(
+    config: HeadQConfig, shape: LayerShape, moments: LayerMoments | None, heads: slice | None
+) -> ValueCodec:
+    """The value codec of a layer, of those KV heads."""
+    if moments is None or config.value_codec == "affine":
+        return rotated_value_codec(config, shape.head_dim)
+    codec = visible_value_codec(config, *(x[None] for x in moments.seen("v")))
+    if heads is None:
+        return codec
+    return dataclasses.replace(codec, **{name: t[:, heads].contiguous() for name, t in codec.tensors().items()})

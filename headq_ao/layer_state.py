@@ -31,6 +31,7 @@ class LayerState:
     last_spans: list[Span]  # of the last update: real tokens per row, exact rows held before it, slots
     last_counts: list[int]
     last_slots: int
+    scaling: float  # of the scores; set by the first commit
 
     def __init__(self, config: HeadQConfig, shape: LayerShape, incoming: Incoming | None = None) -> None:
         super().__init__()
@@ -99,11 +100,9 @@ class LayerState:
         if key_codec is not None:
             zero = [k.pop()] if key_codec.weight is None else [None]
             keys = HeadQKeyTensor.from_planes(k[:-1], k[-1], zero[0], key_codec, self.dtype)
-        if self.config.v_bits is not None:
+        if (value_codec := codec.values) is not None:
             zero = [v.pop()] if self.config.v_zero_point else [None]
-            values = HeadQValueTensor.from_planes(
-                v[:-1], v[-1], zero[0], codec.rotation_v, self.config.v_bits, self.dtype
-            )
+            values = HeadQValueTensor.from_planes(v[:-1], v[-1], zero[0], value_codec, self.dtype)
         return keys, values
 
     def dequantize(self, codec: LayerCodec) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,8 @@ class ReadingLayer(LayerState):
         self, q: Tensor, scaling: float, codec: LayerCodec, position: list[list[int]]
     ) -> tuple[Tensor, Tensor]:
         out, lse = merge_segments([self._attend_epoch(q, scaling, codec, e, position) for e in self._used_epochs()])
-        return (out if self.config.v_bits is None else out @ codec.rotation_v.to(out.dtype).T), lse
+        values = codec.values
+        return (out if values is None else values.readout(out)), lse
 
     def _attend_epoch(
         self, q: Tensor, scaling: float, codec: LayerCodec, e: int, position: list[list[int]]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torchao.utils import TorchAOBaseTensor
 
-from headq_ao.codec import KeyCodec
+from headq_ao.codec import KeyCodec, ValueCodec
 from headq_ao.ops import Rows
 from headq_ao.ops.decode_attention.reference import dequantize_values
 from headq_ao.ops.layout import PIECES, TOKEN_TILE, granule, plane_pieces
@@ -115,6 +115,9 @@ class HeadQKeyTensor(_PackedTensor):
         "side_encode",
         "side_read",
         "side_step",
+        "metric",
+        "spread",
+        "seen",
     ]
     tensor_attribute_names: ClassVar = ["bits", "dtype"]
 
@@ -170,6 +173,9 @@ class HeadQKeyTensor(_PackedTensor):
             self.side_read,
             self.side_step,
             self.bits,
+            metric=self.metric,
+            spread=self.spread,
+            seen=self.seen,
         )
 
     def rows(self) -> Rows:
@@ -185,28 +191,28 @@ class HeadQKeyTensor(_PackedTensor):
 
 
 class HeadQValueTensor(_PackedTensor):
-    """Packed value rows, shape ``[B, Hkv, T, D]``: planes of the low and the high bits, scale, zero, rotation.
+    """Packed value rows, shape ``[B, Hkv, T, D]``: planes of the low and the high bits, scale, zero, basis and mean.
 
     Example:
         >>> import torch
         >>> from headq_ao.tensors import HeadQValueTensor
-        >>> from headq_ao.ops import encode_values
-        >>> v = torch.randn(1, 2, 32, 64)
-        >>> planes, scale, zero = encode_values(v, torch.eye(64), 4, group_size=64)
-        >>> packed = HeadQValueTensor.from_planes(planes, scale, zero, torch.eye(64), 4, v.dtype)
+        >>> from headq_ao.codec import rotated_value_codec
+        >>> from headq_ao.config import HeadQConfig
+        >>> v, codec = torch.randn(1, 2, 32, 64), rotated_value_codec(HeadQConfig(v_bits=4), 64)
+        >>> packed = HeadQValueTensor.from_planes(*codec.encode_rows(v), codec, v.dtype)
         >>> bool((packed.dequantize() - v).abs().max() < 0.3)
         True
     """
 
-    tensor_data_names: ClassVar = ["scale", "rotation", "plane_low"]
-    optional_tensor_data_names: ClassVar = ["plane_high", "zero_point"]
+    tensor_data_names: ClassVar = ["scale", "read", "plane_low"]
+    optional_tensor_data_names: ClassVar = ["plane_high", "zero_point", "mean"]
     tensor_attribute_names: ClassVar = ["bits", "dtype"]
 
-    def __new__(cls, scale, rotation, plane_low, bits, dtype, plane_high=None, zero_point=None):
-        shape = (*scale.shape[:3], rotation.shape[-1])
+    def __new__(cls, scale, read, plane_low, bits, dtype, plane_high=None, zero_point=None, mean=None):
+        shape = (*scale.shape[:3], read.shape[-1])
         self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=scale.device)
-        self.scale, self.rotation, self.plane_low, self.bits = scale, rotation, plane_low, bits
-        self.plane_high, self.zero_point = plane_high, zero_point
+        self.scale, self.read, self.plane_low, self.bits = scale, read, plane_low, bits
+        self.plane_high, self.zero_point, self.mean = plane_high, zero_point, mean
         return self
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -214,10 +220,11 @@ class HeadQValueTensor(_PackedTensor):
 
     @classmethod
     def from_planes(
-        cls, planes: list[Tensor], scale: Tensor, zero: Tensor | None, rotation: Tensor, bits: int, dtype: torch.dtype
+        cls, planes: list[Tensor], scale: Tensor, zero: Tensor | None, codec: ValueCodec, dtype: torch.dtype
     ) -> "HeadQValueTensor":
-        """Wrap planes that :func:`headq_ao.ops.encode_values` made."""
-        return cls(scale, rotation, planes[0], bits, dtype, planes[1] if len(planes) > 1 else None, zero)
+        """Wrap planes that ``codec`` made."""
+        high = planes[1] if len(planes) > 1 else None
+        return cls(scale, codec.read, planes[0], codec.bits, dtype, high, zero, codec.mean)
 
     @property
     def planes(self) -> list[Tensor]:
@@ -229,13 +236,16 @@ class HeadQValueTensor(_PackedTensor):
         return Rows(planes=self.planes, bits=(self.bits,), scale=self.scale, zero=self.zero_point)
 
     def dequantize(self) -> Tensor:
-        """``v_hat`` in the outer dtype, rotated back."""
-        rotated = dequantize_values(self.planes, self.bits, self.scale, self.zero_point, torch.float32)
-        return (rotated @ self.rotation.float().T).to(self.dtype)
+        """``v_hat`` in the outer dtype and the model's basis."""
+        y_hat = dequantize_values(self.planes, self.bits, self.scale, self.zero_point, torch.float32)
+        v_hat = y_hat @ self.read.float().transpose(-1, -2)
+        return (v_hat if self.mean is None else v_hat + self.mean.float().unsqueeze(-2)).to(self.dtype)
 
     def _tokens_per_entry(self, name: str) -> int | None:
         widths = PIECES[self.bits]
-        return {"plane_low": granule(widths[0]), "plane_high": granule(widths[-1]), "rotation": None}.get(name, 1)
+        return {"plane_low": granule(widths[0]), "plane_high": granule(widths[-1]), "read": None, "mean": None}.get(
+            name, 1
+        )
 
 
 class HeadQHistory(torch.Tensor):

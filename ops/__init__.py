@@ -3,5 +3,14 @@
 from headq_ao.ops.decode_attention.op import MappedQuery, Rows, decode_attention, merge_segments
 from headq_ao.ops.encode_keys.op import encode_keys
 from headq_ao.ops.encode_values.op import encode_values
+from headq_ao.ops.feedback.op import feedback_codes
 
-__all__ = ["MappedQuery", "Rows", "decode_attention", "encode_keys", "encode_values", "merge_segments"]
+__all__ = [
+    "MappedQuery",
+    "Rows",
+    "decode_attention",
+    "encode_keys",
+    "encode_values",
+    "feedback_codes",
+    "merge_segments",
+]

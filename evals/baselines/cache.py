@@ -34,14 +34,14 @@ class BaselineLayer(HeadQCacheLayer):
         sides = {"key": self.method.keys, "value": self.method.values}
         return tuple(side for side, codec in sides.items() if codec is not None)
 
-    def commit(self, q: Tensor | None, codec: LayerCodec) -> None:
+    def commit(self, q: Tensor | None, codec: LayerCodec, scaling: float | None = None) -> None:
         if not self.epochs:
             self.epochs = [Epoch(0, per_sequence=False)]
             if self.method.query_rank:
                 assert q is not None
                 span = query_span(q[:, :, self.config.n_sink :], self.shape.n_kv_heads, self.method.query_rank)
                 self.key_frame = replace(self.key_frame, span=span, span_weight=self.method.query_weight)
-        super().commit(q, codec)
+        super().commit(q, codec, scaling)
 
     def _write(
         self, index: Tensor | None, slot: int, n: int, k: Tensor, v: Tensor, key_codec: Any, codec: LayerCodec

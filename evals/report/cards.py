@@ -4,14 +4,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from headq_ao.evals.report import text
-from headq_ao.evals.report.choice import BUDGETS, NO_SIDE_CODE, Choice, choose
+from headq_ao.evals.report.choice import BUDGETS, SIDE_CODE, Choice, choose
 from headq_ao.evals.report.data import CONTROLS, Group, Recipe, Setting
 from headq_ao.evals.report.panel import Table
 
 
 def rivals(choice: Choice, pick: Setting) -> Table:
     """The pick beside what else one could take for the budget."""
-    plain = pick.family == NO_SIDE_CODE
+    plain = pick.family != SIDE_CODE
     roles = [
         ("the pick", pick),
         (f"within {choice.budget.most:.2f} bits", choice.within),

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from headq_ao.evals.report.data import Group, Setting
 
-NO_SIDE_CODE = "HeadQ, no side code"
+SIDE_CODE = "HeadQ, side code"
 BASELINE_SLACK = 0.1
 
 
@@ -125,11 +125,11 @@ def choose(group: Group, budgets: Sequence[Budget] = BUDGETS) -> list[Choice]:
 
 def _with_rivals(choice: Choice, pick: Setting, headq: Sequence[Setting]) -> Choice:
     others = [s for s in headq if s.bits <= max(choice.budget.most, pick.bits) and s is not pick]
-    plain = pick.family == NO_SIDE_CODE
+    side = pick.family == SIDE_CODE
     return replace(
         choice,
         within=best(others, choice.budget.most) if pick.bits > choice.budget.most else None,
-        other_code=best([s for s in others if (s.family == NO_SIDE_CODE) != plain]),
+        other_code=best([s for s in others if (s.family == SIDE_CODE) != side]),
         uncalibrated=best([s for s in others if not s.data["calibrated"]]) if pick.data["calibrated"] else None,
         near=tuple(s for s in others if told_apart(s, pick) is False),
     )

@@ -8,7 +8,9 @@ from typing import Any
 # Okabe and Ito's palette and Tol's, which stay apart for colour-blind eyes; each family has a marker of its own too
 FAMILIES: dict[str, tuple[str, str]] = {
     "HeadQ": ("#0072B2", "o"),
-    "HeadQ, no side code": ("#56B4E9", "s"),
+    "HeadQ, equal bits": ("#56B4E9", "s"),
+    "HeadQ, side code": ("#4477AA", "d"),
+    "HeadQ, rotated rows": ("#88CCEE", "8"),
     "KIVI": ("#D55E00", "^"),
     "per-token affine": ("#E69F00", "v"),
     "Hadamard per-token": ("#CC79A7", "D"),

@@ -18,6 +18,7 @@ def encode_keys(
     bits: Sequence[int],
     *,
     weight: Tensor | None = None,
+    metric: Tensor | None = None,
     side_encode: Tensor | None = None,
     side_step: Tensor | None = None,
     unbiased: bool = True,
@@ -27,7 +28,8 @@ def encode_keys(
     ``y = (k − mean) @ encode``; the base codes ``y``; ``k_err = k − mean − ŷ @ readᵀ``; the side code is
     ``z = round(k_err @ side_encode / (σ · side_step))``, with ``σ`` the row's scale.
     Without ``weight`` the base is affine (``ŷ = zero + σ·c``, min-max); with it, symmetric around zero:
-    ``σ = sqrt(mean(weight · y²))``, ``ŷ_i = σ · step_i · (c_i − (2^b − 1)/2)``.
+    ``σ = sqrt(mean(weight · y²))``, ``ŷ_i = σ · step_i · (c_i − (2^b − 1)/2)``, each code the nearest one, or with
+    ``metric`` those of :func:`headq_ao.ops.feedback_codes`, which keep ``(y − ŷ)ᵀ M (y − ŷ)`` small.
     Source of the construction: HeadQ, arXiv 2605.03562 (withdrawn by its author).
 
     Args:
@@ -37,6 +39,7 @@ def encode_keys(
         step: ``[B or 1, Hkv or 1, M0]``, in units of σ (ones for the affine base).
         bits: bits of the M0 base coordinates, then of the R side coordinates.
         weight: ``[B or 1, Hkv, M0]``, inverse variances; its presence selects the symmetric base.
+        metric: ``[B or 1, Hkv, M0, M0]``, how an error of ``y`` is seen, ``readᵀ C_q read``; symmetric base only.
         side_encode, side_step: ``[B or 1, Hkv, D, R]``, ``[B or 1, Hkv, R]``.
         unbiased: store the σ that makes ``⟨y, ŷ⟩ = ‖y‖²`` (symmetric base only).
 
@@ -65,6 +68,10 @@ def encode_keys(
         raise ValueError(f"bits must be of {sorted(PIECES)}, got {sorted(set(bits) - PIECES.keys())}")
     if weight is None and len(set(bits[:base])) != 1:
         raise ValueError(f"the affine base needs one bit width for all coordinates, got {sorted(set(bits[:base]))}")
+    if metric is not None and (weight is None or len(set(bits[:base])) != 1):
+        raise ValueError(
+            "error feedback (metric) needs the symmetric base (weight) and one bit width for its coordinates"
+        )
     if (side_encode is None) != (side_step is None):
         raise ValueError("side_encode and side_step must be given together")
     head_dim = k.shape[-1]
@@ -74,13 +81,14 @@ def encode_keys(
         "read": (read, (head_dim, base)),
         "step": (step, (base,)),
         "weight": (weight, (base,)),
+        "metric": (metric, (base, base)),
         "side_encode": (side_encode, (head_dim, side)),
         "side_step": (side_step, (side,)),
     }
     for name, (x, shape) in trailing.items():
         if x is not None and x.shape[-len(shape) :] != shape:
             raise ValueError(f"{name} must end in {shape} for keys of {head_dim}, got {tuple(x.shape)}")
-    out = _encode_keys(k, mean, encode, read, step, weight, side_encode, side_step, list(bits), unbiased)
+    out = _encode_keys(k, mean, encode, read, step, weight, metric, side_encode, side_step, list(bits), unbiased)
     if weight is None:
         return out[:-2], out[-2], out[-1]
     return out[:-1], out[-1], None
@@ -94,16 +102,17 @@ def _encode_keys(
     read: Tensor,
     step: Tensor,
     weight: Tensor | None,
+    metric: Tensor | None,
     side_encode: Tensor | None,
     side_step: Tensor | None,
     bits: list[int],
     unbiased: bool,
 ) -> list[Tensor]:
-    return reference.encode_keys(k, mean, encode, read, step, weight, side_encode, side_step, bits, unbiased)
+    return reference.encode_keys(k, mean, encode, read, step, weight, metric, side_encode, side_step, bits, unbiased)
 
 
 @_encode_keys.register_fake
-def _(k, mean, encode, read, step, weight, side_encode, side_step, bits, unbiased):
+def _(k, mean, encode, read, step, weight, metric, side_encode, side_step, bits, unbiased):
     rows = k.shape[:-1]
     planes = [k.new_empty((*rows[:2], *s), dtype=torch.uint8) for s in key_plane_shapes(bits, rows[2])]
     return planes + [k.new_empty(rows, dtype=torch.float16) for _ in range(2 if weight is None else 1)]

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from headq_ao.ops.feedback.op import feedback_codes
 from headq_ao.ops.layout import pack_keys
+from headq_ao.ops.rounding import half, half_signed, unbiased_scale
 
 
 def encode_keys(
@@ -15,6 +17,7 @@ def encode_keys(
     read: Tensor,
     step: Tensor,
     weight: Tensor | None,
+    metric: Tensor | None,
     side_encode: Tensor | None,
     side_step: Tensor | None,
     bits: Sequence[int],
@@ -25,15 +28,19 @@ def encode_keys(
     top = torch.tensor([2**b - 1 for b in bits], dtype=dtype, device=k.device)
     top, side_top = top[: read.shape[-1]], top[read.shape[-1] :]
     k = k - mean.unsqueeze(-2)
-    y = k @ encode  # [B, Hkv, T, M0]
-    if weight is None:  # affine: min-max
+    y, rows = k @ encode, []  # [B, Hkv, T, M0]
+    if metric is not None:  # symmetric, rounded with error feedback
+        codes, scale = feedback_codes(y, metric, step, bits[0], unbiased=unbiased)
+        codes, scale = codes.to(dtype), scale.to(dtype).unsqueeze(-1)
+        y_hat = scale * step.unsqueeze(-2) * (codes - top / 2)
+    elif weight is None:  # affine: min-max
         low, high = y.amin(-1, keepdim=True), y.amax(-1, keepdim=True)
         scale, zero = half((high - low) / top[0]), half_signed(low)
         codes = ((y - zero) / scale).round().clamp(zero.new_zeros(()), top)
         y_hat, rows = zero + scale * codes, [zero]
-    else:  # symmetric around the gauge
+    else:  # symmetric around the gauge, nearest levels
         scale = half((y.square() * weight.to(dtype).unsqueeze(-2)).mean(-1, keepdim=True).sqrt())
-        width, rows = scale * step.unsqueeze(-2), []
+        width = scale * step.unsqueeze(-2)
         codes = (y / width + top / 2).round().clamp(scale.new_zeros(()), top)
         if unbiased:
             scale = unbiased_scale(scale, y, width * (codes - top / 2))
@@ -43,19 +50,3 @@ def encode_keys(
         z = k_err @ side_encode.to(dtype) / (scale * side_step.to(dtype).unsqueeze(-2))  # [B, Hkv, T, R]
         codes = torch.cat([codes, (z + side_top / 2).round().clamp(z.new_zeros(()), side_top)], -1)
     return pack_keys(codes.to(torch.uint8), bits) + [x.squeeze(-1).half() for x in (scale, *rows)]
-
-
-def unbiased_scale(scale: Tensor, y: Tensor, y_hat: Tensor) -> Tensor:
-    """The scale that makes ``⟨y, ŷ⟩ = ‖y‖²``: nearest levels shrink a row, and shrinkage does not average out."""
-    gain = y.square().sum(-1, keepdim=True) / (y * y_hat).sum(-1, keepdim=True).clamp(min=1e-30)
-    return half(scale * torch.where(gain > 0, gain, torch.ones_like(gain)))
-
-
-def half(x: Tensor) -> Tensor:
-    """Round to the fp16 that is stored, never to zero: an all-equal row still divides."""
-    return x.clamp(min=2.0**-24, max=65504.0).half().to(x.dtype)
-
-
-def half_signed(x: Tensor) -> Tensor:
-    """Round to the fp16 that is stored, never to an infinity: a rotation can carry a large row past fp16."""
-    return x.clamp(min=-65504.0, max=65504.0).half().to(x.dtype)

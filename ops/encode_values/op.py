@@ -8,19 +8,30 @@ from headq_ao.ops.layout import CHANNEL_TILE, PIECES, granule, value_plane_shape
 
 
 def encode_values(
-    v: Tensor, rotation: Tensor, bits: int, *, group_size: int, step: float = 0.0, unbiased: bool = True
+    v: Tensor,
+    encode: Tensor,
+    bits: int,
+    *,
+    group_size: int,
+    mean: Tensor | None = None,
+    metric: Tensor | None = None,
+    step: float = 0.0,
+    unbiased: bool = True,
 ) -> tuple[list[Tensor], Tensor, Tensor | None]:
-    """Code values per token in a rotated basis: ``y = v @ rotation``, ``ŷ = zero + scale · c``.
+    """Code values per token in another basis: ``y = (v − mean) @ encode``, ``ŷ = zero + scale · c``.
 
     With ``step == 0`` the group is affine (min-max, a stored zero); with ``step > 0`` it is symmetric,
-    codes are taken at ``scale = step · rms(y)`` and ``zero = −scale·(2^b − 1)/2`` is not stored.
+    codes are taken at ``scale = step · rms(y)`` and ``zero = −scale·(2^b − 1)/2`` is not stored. With ``metric`` codes
+    and scale are those of :func:`headq_ao.ops.feedback_codes`, which keep ``(y − ŷ)ᵀ M (y − ŷ)`` small.
     Rotation before quantization: QuaRot, arXiv 2404.00456; per-token values: KIVI, arXiv 2402.02750.
 
     Args:
         v: exact values ``[B, Hkv, T, D]``, ``D`` a multiple of 16, ``T`` of 16 (2 bits), 8 (4 bits) or 32 (odd bits).
-        rotation: orthogonal ``[D, D]``; the reader applies its transpose once to the output.
+        encode: ``[D, D]`` or ``[B or 1, Hkv or 1, D, D]``; the reader applies its inverse once to the output.
         bits: 1 to 8 bits per coordinate.
         group_size: coordinates that share a scale; divides ``D``.
+        mean: the value gauge ``[B or 1, Hkv, D]`` (``Σ a_j = 1``: the reader adds it once), or None.
+        metric: ``[B or 1, Hkv, D, D]``, how an error of ``y`` is seen; needs ``step`` and one group.
         step: level distance in units of the group's RMS, 0 for min-max.
         unbiased: store the scale that makes ``⟨y, ŷ⟩ = ‖y‖²`` (symmetric groups only).
 
@@ -45,23 +56,34 @@ def encode_values(
             f"v must be [B, Hkv, T, D] with T a multiple of {tile} and D of {CHANNEL_TILE}, got {tuple(v.shape)}; "
             "pass whole blocks"
         )
-    if rotation.shape != (v.shape[-1], v.shape[-1]):
-        raise ValueError(f"rotation must be [D, D] for values of {v.shape[-1]}, got {tuple(rotation.shape)}")
+    d = v.shape[-1]
+    for name, x, shape in (("encode", encode, (d, d)), ("mean", mean, (d,)), ("metric", metric, (d, d))):
+        if x is not None and x.shape[-len(shape) :] != shape:
+            raise ValueError(f"{name} must end in {shape} for values of {d}, got {tuple(x.shape)}")
+    if metric is not None and (not step or group_size != d):
+        raise ValueError("error feedback (metric) needs a symmetric code (step > 0) and one scale per row")
     if v.shape[-1] % group_size:
         raise ValueError(f"group_size must divide head_dim {v.shape[-1]}, got {group_size}")
-    out = _encode_values(v, rotation, bits, group_size, float(step), unbiased)
+    out = _encode_values(v, encode, mean, metric, bits, group_size, float(step), unbiased)
     return (out[:-1], out[-1], None) if step else (out[:-2], out[-2], out[-1])
 
 
 @torch.library.custom_op("headq::encode_values", mutates_args=())
 def _encode_values(
-    v: Tensor, rotation: Tensor, bits: int, group_size: int, step: float, unbiased: bool
+    v: Tensor,
+    encode: Tensor,
+    mean: Tensor | None,
+    metric: Tensor | None,
+    bits: int,
+    group_size: int,
+    step: float,
+    unbiased: bool,
 ) -> list[Tensor]:
-    return reference.encode_values(v, rotation, bits, group_size, step, unbiased)
+    return reference.encode_values(v, encode, mean, metric, bits, group_size, step, unbiased)
 
 
 @_encode_values.register_fake
-def _(v, rotation, bits, group_size, step, unbiased):
+def _(v, encode, mean, metric, bits, group_size, step, unbiased):
     rows = v.shape[:-1]
     planes = [v.new_empty((*rows[:2], *s), dtype=torch.uint8) for s in value_plane_shapes(bits, rows[2], v.shape[-1])]
     groups = (*rows, v.shape[-1] // group_size)

@@ -1,0 +1,140 @@
+"""Bits where they matter: how a budget is shared between layers, and between keys and values."""
+
+import dataclasses
+import heapq
+import itertools
+from collections.abc import Hashable, Mapping, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from headq_ao.calibration import PROFILED_BITS, Calibration, LayerMoments
+from headq_ao.codec import visible_codec, visible_value_codec
+from headq_ao.config import HeadQConfig
+from headq_ao.ops.layout import PIECES, TOKEN_TILE, granule
+from headq_ao.seen import QUERY_TILE, RECENT
+
+Part = TypeVar("Part", bound=Hashable)
+PER_BIT = 0.27  # what a further bit leaves of the error of a fine code; 1/4 in theory
+
+
+@torch.no_grad()
+def output_errors(
+    moments: LayerMoments, q: Tensor, k: Tensor, v: Tensor, scaling: float, *, n_sink: int, window: int | None,
+    every: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """What coded keys or values change in a layer's output, at each of :data:`PROFILED_BITS`, and the output's energy.
+
+    ``Σ_q ‖Σ_j (â_qj − a_qj) v_j‖²`` for keys and ``Σ_q ‖Σ_j a_qj (v̂_j − v_j)‖²`` for values, over queries of one
+    sequence and the keys that a cache would have packed; both in the same unit, so that keys and values compare.
+
+    Args:
+        moments: of the layer, from which the codecs come.
+        q: ``[1, Hq, T, D]``, and ``k``, ``v`` ``[1, Hkv, T, D]``.
+
+    Returns:
+        ``[Hkv, 2, 4]``, keys then values, and ``[Hkv]``.
+    """
+    tokens = k.shape[2] // TOKEN_TILE * TOKEN_TILE
+    q, k, v = (x[:, :, :tokens].float() for x in (q, k, v))
+    (k_mean, k_outer), (v_mean, v_outer), c_q = (
+        *((x.to(k.device)[None] for x in moments.seen(side)) for side in "kv"), moments.seen_c_q.to(k.device)[None]
+    )  # fmt: skip
+    keys, values = [], []
+    for bits in PROFILED_BITS:
+        config = HeadQConfig(k_bits=bits, v_bits=bits)
+        codec = visible_codec(config, c_q, k_mean, k_outer - k_mean[..., :, None] * k_mean[..., None, :])
+        keys.append(codec.dequantize(*codec.encode_rows(k, config.unbiased_scale)) - k)
+        values.append(visible_value_codec(config, v_mean, v_outer).round_trip(v) - v)
+    position = torch.arange(tokens, device=k.device)
+    recent = min(RECENT, tokens // 4)
+    grouped = q.unflatten(1, (k.shape[1], -1)) * scaling
+    errors, energy = k.new_zeros(k.shape[1], 2, len(PROFILED_BITS)), k.new_zeros(k.shape[1])
+    for at in position[recent::every].split(QUERY_TILE):
+        query = grouped[:, :, :, at]
+        age = at[:, None] - position
+        hidden = age < 0 if window is None else (age < 0) | (age >= window)
+        packed = (age >= recent) & (position >= n_sink)
+        s = torch.einsum("bhgsd,bhtd->bhgst", query, k).masked_fill(hidden, float("-inf"))
+        a = s.softmax(-1)
+        energy += torch.einsum("bhgst,bhtd->bhgsd", a, v).square().sum((0, 2, 3, 4))
+        for i, (dk, dv) in enumerate(zip(keys, values, strict=True)):
+            moved = (s + torch.einsum("bhgsd,bhtd->bhgst", query, dk) * packed).softmax(-1) - a
+            for side, (weights, rows) in enumerate(((moved, v), (a * packed, dv))):
+                out = torch.einsum("bhgst,bhtd->bhgsd", weights, rows)
+                errors[:, side, i] += out.square().sum((0, 2, 3, 4))
+    return errors.cpu(), energy.cpu()
+
+
+def layer_configs(config: HeadQConfig, calibration: Calibration | None, layers: int) -> list[HeadQConfig]:
+    """The config of each layer: the same for all, or with the bits that ``mean_bits`` gives it.
+
+    Raises:
+        ValueError: when the calibration has not profiled the layers.
+    """
+    if config.mean_bits is None or calibration is None:
+        return [config] * layers
+    unknown = [i for i, layer in enumerate(calibration.layers) if layer.errors is None]
+    if unknown:
+        raise ValueError(
+            f"mean_bits={config.mean_bits} shares bits by what layers do with errors, and the calibration has not "
+            "measured that; make it anew with calibrate(...), or give k_bits and v_bits"
+        )
+    sides = [side for side in ("k", "v") if getattr(config, f"{side}_bits") is not None]
+    damage = {(i, s): layer.relative_errors("kv".index(s)) for i, layer in enumerate(calibration.layers) for s in sides}
+    levels = {"k": list(PIECES), "v": [b for b, w in PIECES.items() if not config.block_size % max(map(granule, w))]}
+    bits = share_bits(damage, {part: levels[part[1]] for part in damage}, config.mean_bits)
+    return [
+        dataclasses.replace(config, mean_bits=None, **{f"{s}_bits": bits[i, s] for s in sides}) for i in range(layers)
+    ]
+
+
+def share_bits(
+    damage: Mapping[Part, Sequence[float]], levels: Mapping[Part, Sequence[int]], mean: float
+) -> dict[Part, int]:
+    """Bits of every part, of mean at most ``mean``: each next bit goes where it takes away most damage.
+
+    Args:
+        damage: of each part at 1, 2, 3 and 4 bits; beyond, :data:`PER_BIT` of it remains per bit.
+        levels: bits that each part may have, in rising order.
+        mean: over parts.
+
+    Raises:
+        ValueError: when ``mean`` is below the least that the parts can have.
+
+    Example:
+        >>> from headq_ao.allocate import share_bits
+        >>> flat, steep = [0.1, 0.02, 0.005, 0.001], [0.9, 0.3, 0.1, 0.02]
+        >>> share_bits({"first": flat, "second": steep}, {"first": [1, 2, 3], "second": [1, 2, 3]}, 2.5)
+        {'first': 2, 'second': 3}
+    """
+    at = dict.fromkeys(damage, 0)
+    left = mean * len(damage) - sum(levels[part][0] for part in damage)
+    if left < 0:
+        least = sum(levels[part][0] for part in damage) / len(damage)
+        raise ValueError(f"mean_bits must be at least {least:g} with this block_size, got {mean}")
+    order = itertools.count()
+
+    def next_step(part: Part) -> None:
+        here, there = levels[part][at[part] : at[part] + 2]
+        gain = (_at(damage[part], here) - _at(damage[part], there)) / (there - here)
+        heapq.heappush(heap, (-gain, next(order), there - here, part))
+
+    heap: list[tuple[float, int, int, Part]] = []
+    for part in damage:
+        next_step(part)
+    while heap:
+        _, _, cost, part = heapq.heappop(heap)
+        if cost > left + 1e-9:
+            continue
+        left -= cost
+        at[part] += 1
+        if at[part] + 1 < len(levels[part]):
+            next_step(part)
+    return {part: levels[part][i] for part, i in at.items()}
+
+
+def _at(damage: Sequence[float], bits: int) -> float:
+    last = PROFILED_BITS[-1]
+    return damage[bits - 1] if bits <= last else damage[last - 1] * PER_BIT ** (bits - last)

@@ -1,0 +1,54 @@
+"""The compiled CPU kernel behind ``feedback_codes``: arguments for the C interface of cpu_kernel.cpp."""
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from headq_ao.ops import cpu_build
+
+_P, _I32 = ctypes.c_void_p, ctypes.c_int32
+_INTS = "matrices heads batch rows width bits spreads passes unbiased threads"
+_POINTERS = "y metric feedback step matrix spread codes scale"
+
+
+class _Args(ctypes.Structure):
+    _fields_ = (*((name, _I32) for name in _INTS.split()), *((name, _P) for name in _POINTERS.split()))
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernel, or None where there is no compiler."""
+    lib = cpu_build.load(Path(__file__).with_name("cpu_kernel.cpp"))
+    if lib is not None:
+        assert lib.headq_feedback_args_size() == ctypes.sizeof(_Args), "cpu_kernel.py and .cpp disagree about Args"
+    return lib
+
+
+def feedback_codes(
+    lib: ctypes.CDLL, y: Tensor, metric: Tensor, feedback: Tensor, step: Tensor, bits: int, spreads: Sequence[float],
+    passes: int, unbiased: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """:func:`headq_ao.ops.feedback_codes` in fp32."""
+    batch, heads, rows, width = y.shape
+    y = y.float().contiguous()
+    own = metric.shape[:2]
+    index = torch.arange(own.numel(), dtype=torch.int32).view(own).expand(batch, heads).contiguous()
+    metric = metric.float().contiguous()
+    feedback = feedback.float().transpose(-1, -2).contiguous()
+    step = step.float().expand(*own, width).contiguous()
+    spread = torch.tensor(spreads, dtype=torch.float32)
+    codes = torch.empty(y.shape, dtype=torch.uint8)
+    scale = torch.empty(y.shape[:-1], dtype=torch.float32)
+    pointers = zip(_POINTERS.split(), (y, metric, feedback, step, index, spread, codes, scale), strict=True)
+    args = _Args(
+        matrices=own.numel(), heads=heads, batch=batch, rows=rows, width=width, bits=bits, spreads=len(spreads),
+        passes=passes, unbiased=unbiased, threads=torch.get_num_threads(),
+        **{name: tensor.data_ptr() for name, tensor in pointers},
+    )  # fmt: skip
+    if lib.headq_feedback_codes(ctypes.byref(args)):
+        raise MemoryError(f"feedback_codes had no memory for its working set over {rows} rows of {width}")
+    return codes, scale.half()
