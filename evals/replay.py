@@ -48,7 +48,11 @@ class _Listener:
     """What the attention function calls on dense calls."""
 
     def __init__(self, receive: Callable[[int, Tensor, Tensor, Tensor], None]) -> None:
-        self.record = receive
+        self.receive = receive
+
+    def record(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None) -> None:
+        """One layer's states."""
+        self.receive(layer, q, k, v)
 
 
 def attention_scaling(module: nn.Module, head_dim: int) -> float:

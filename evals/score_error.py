@@ -288,7 +288,7 @@ def feed(
                 i, q[:, :, new], *exact, *rows, scaling=scaling, window=layer.sliding_window, project=project,
                 packed=packed,
             )  # fmt: skip
-        layer.commit(q[:, :, new], module.headq)
+        layer.commit(q[:, :, new], module.headq, scaling)
 
 
 def plain(values: list[float]) -> list[float | None]:

@@ -137,7 +137,7 @@ class Subject:
         return {str(t): round(own + width * ((t - exact) * per_row + exact * 4)) for t in MEMORY_CONTEXTS}
 
     def cache_config(self) -> dict[str, Any] | None:
-        """The cache's config as plain data: all of it for HeadQ, for others what every quantizer in the cache shares."""
+        """The cache's config as plain data: all of it for HeadQ, for others what every quantizer shares."""
         if self.config is None:
             return None
         config = describe(self.config)

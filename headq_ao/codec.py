@@ -1,4 +1,4 @@
-"""From statistics to the codecs of keys and values: bases, steps, and the map of a query into the codes' coordinates."""
+"""From statistics to the codecs of keys and values: bases, steps, and the map of a query into their coordinates."""
 
 import dataclasses
 import functools

@@ -49,8 +49,8 @@ class HeadQConfig(AOBaseConfig):
         block_size: tokens packed at a time: 16, 32, 64 or 128.
         calibration: a :class:`headq_ao.Calibration`, the path of a saved one, or None: statistics then come from
             each sequence's own first tokens. Only a path fits into JSON (torchao's ``config_to_dict``).
-        adapt: with a calibration, ``"off"`` takes it as it is, ``"prompt"`` as a prior for the key gauge that each prompt
-            refines: 0 to 5 % less KL, and a second segment to read.
+        adapt: with a calibration, ``"off"`` takes it as it is, ``"prompt"`` as a prior for the key gauge, which each
+            prompt refines: 0 to 5 % less KL for a second segment to read.
         prior_tokens: how many tokens the calibration counts as under ``adapt="prompt"``.
         epoch_tokens: tokens after which a sequence's own statistics are used; ``None`` is ``max(256, 4·head_dim)``.
         check_finite: raise on non-finite keys or values; ``None``: on the CPU only.

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from headq_ao.cache_layer import HeadQCacheLayer
 from headq_ao.allocate import layer_configs
+from headq_ao.cache_layer import HeadQCacheLayer
 from headq_ao.calibration import TENSORS, Calibration, LayerMoments
 from headq_ao.config import HeadQConfig
 from headq_ao.layer_codec import LayerCodec

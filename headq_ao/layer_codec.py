@@ -58,7 +58,7 @@ class LayerCodec(nn.Module):
         super().__init__()
         config.check_head_dim(shape.head_dim)
         self.config = config
-        self.head_dim = shape.head_dim
+        self.head_dim, self.has_moments = shape.head_dim, moments is not None
         self.frame: KeyCodec | None = None
         self.value_frame: ValueCodec | None = None
         if config.v_bits is not None:
@@ -146,11 +146,10 @@ class LayerCodec(nn.Module):
         They agree to 1e-5 between machines whose eigenvectors differ in rounding; without a calibration, none.
         """
         numbers = []
-        for name, tensor in self.named_buffers():
-            if self.frame is not None or tensor.shape[1] > 1:
-                x = tensor[0].detach().cpu().double().flatten(1)
-                direction = torch.randn(x.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-                numbers += (x @ direction / x.norm(dim=1).clamp(min=1e-30)).tolist()
+        for tensor in self.buffers() if self.has_moments else ():
+            x = tensor[0].detach().cpu().double().flatten(1)
+            direction = torch.randn(x.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+            numbers += (x @ direction / x.norm(dim=1).clamp(min=1e-30)).tolist()
         return numbers
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LayerCodec":
