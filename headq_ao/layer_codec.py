@@ -185,4 +185,5 @@ def value_codec(
     codec = visible_value_codec(config, *(x[None] for x in moments.seen("v")))
     if heads is None:
         return codec
-    return dataclasses.replace(codec, **{name: t[:, heads].contiguous() for name, t in codec.tensors().items()})
+    own: dict[str, Any] = {name: t[:, heads].contiguous() for name, t in codec.tensors().items()}
+    return dataclasses.replace(codec, **own)

@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 
 from headq_ao import Calibration, calibrate, headq_config, quantize_
-from headq_ao.calibrate import RECORDER
+from headq_ao.calibrate import RECORDER, SEEN_EVERY
 from headq_ao.calibration import TENSORS, LayerMoments, MomentAccumulator
 from headq_ao.files import checksum
 from headq_ao.models import fingerprint
@@ -35,7 +35,7 @@ def rotated(x, positions):
     return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
 
 
-def states_by_hooks(model, batches):
+def states_by_hooks(model, batches, n_sink=N_SINK):
     """Per layer ``q [N, Hq, D]``, ``k``, ``v`` ``[N, Hkv, D]`` of all tokens behind the sinks, in order."""
     states = [[[], [], []] for _ in model.model.layers]
     hooks = []
@@ -46,7 +46,7 @@ def states_by_hooks(model, batches):
                 x = out.double().unflatten(-1, (-1, 32)).transpose(1, 2)  # [B, H, T, D]
                 if j < 2:
                     x = rotated(x, torch.arange(x.shape[2], dtype=torch.float64))
-                states[i][j].append(x[:, :, N_SINK:].transpose(1, 2).flatten(0, 1))
+                states[i][j].append(x[:, :, n_sink:].transpose(1, 2).flatten(0, 1))
 
             hooks.append(getattr(layer.self_attn, name).register_forward_hook(keep))
     with torch.no_grad():
@@ -98,6 +98,112 @@ def test_moments_against_hooks(llama, batches):
     assert got.meta["tokens"] == 20 + 34 + 9
 
 
+SEEN = ("q_seen_outer", "k_seen", "k_seen_sum", "k_seen_outer", "v_seen", "v_seen_sum", "v_seen_outer")
+
+
+def expected_seen(q, k, v, scaling, window=None):
+    """The weighted moments of one sequence ``[H, T, D]``: loops over the queries and keys of exact attention."""
+    heads, tokens, d = k.shape
+    groups, recent = q.shape[0] // heads, min(64, tokens // 4)
+    sums = {name: torch.zeros(heads, *[d] * ("sum" in name) + [d, d] * ("outer" in name)).double() for name in SEEN}
+    for head in range(q.shape[0]):
+        kv = head // groups
+        for i in range(recent, tokens, SEEN_EVERY):
+            first = 0 if window is None else max(0, i - window + 1)
+            a = (scaling * k[kv, first : i + 1] @ q[head, i]).softmax(0)
+            of_q = 0.0
+            for j in range(max(first, N_SINK), i + 1 - recent):
+                share = float(a[j - first])
+                of_q += share * (1 - share)
+                for side, x, w in (("k", k[kv, j], share * (1 - share)), ("v", v[kv, j], share**2)):
+                    sums[f"{side}_seen"][kv] += SEEN_EVERY * w
+                    sums[f"{side}_seen_sum"][kv] += SEEN_EVERY * w * x
+                    sums[f"{side}_seen_outer"][kv] += SEEN_EVERY * w * torch.outer(x, x)
+            if i >= N_SINK:
+                sums["q_seen_outer"][kv] += SEEN_EVERY * of_q * torch.outer(q[head, i], q[head, i])
+    return sums
+
+
+def test_weighted_moments_against_a_loop(llama, token_ids):
+    """What attention sees, from the states that hooks take; two sequences of a batch add up."""
+    ids = token_ids(2, 45)
+    got = run(llama, [ids]).layers
+    for moments, *parts in zip(got, *(states_by_hooks(llama, [row], n_sink=0) for row in ids), strict=True):
+        want = [expected_seen(*(x.transpose(0, 1) for x in part), 32**-0.5) for part in parts]
+        for name in SEEN:
+            total = want[0][name] + want[1][name]
+            value = getattr(moments, name).double()
+            torch.testing.assert_close(value, total, rtol=1e-3, atol=1e-4 * float(total.abs().max()), msg=name)
+
+
+def test_weighted_moments_know_scaling_and_window(tiny, token_ids):
+    """Mistral's window of 100 becomes 20: keys further away get no weight; the scaling is the model's own."""
+    model = tiny("mistral", sliding_window=20)
+    for layer in model.model.layers:
+        layer.self_attn.scaling = 0.7
+    ids = token_ids(1, 45)
+    for moments, part in zip(run(model, [ids]).layers, states_by_hooks(model, [ids], n_sink=0), strict=True):
+        want = expected_seen(*(x.transpose(0, 1) for x in part), 0.7, window=20)
+        for name in SEEN:
+            total = want[name]
+            value = getattr(moments, name).double()
+            torch.testing.assert_close(value, total, rtol=1e-3, atol=1e-4 * float(total.abs().max()), msg=name)
+
+
+def test_the_accumulator_weights_each_row():
+    """Sums by hand, over two calls: ``Σ w x``, ``Σ w x xᵀ``, each query head with its own weight."""
+    g = torch.Generator().manual_seed(0)
+    accumulator, sums = MomentAccumulator(4), {}
+    for n in (5, 3):
+        q, k, v = (torch.randn(n, heads, 4, generator=g) for heads in (4, 2, 2))
+        weights = [torch.rand(n, heads, generator=g) for heads in (4, 2, 2)]
+        accumulator.add(q, k, v, weights, torch.rand(n, generator=g))
+        for i in range(n):
+            for h in range(2):
+                rows = [("q", q[i, 2 * h], weights[0][i, 2 * h]), ("q", q[i, 2 * h + 1], weights[0][i, 2 * h + 1])]
+                rows += [("k", k[i, h], weights[1][i, h]), ("v", v[i, h], weights[2][i, h])]
+                for side, x, w in rows:
+                    terms = {"seen": w, "seen_sum": w * x, "seen_outer": w * torch.outer(x, x)}
+                    for name, term in terms.items():
+                        sums[f"{side}_{name}", h] = sums.get((f"{side}_{name}", h), 0) + term
+    moments = accumulator.moments()
+    assert (moments.tokens, moments.groups) == (8, 2)
+    for name in SEEN:
+        torch.testing.assert_close(getattr(moments, name), torch.stack([sums[name, h] for h in range(2)]), msg=name)
+
+
+def test_seen_mixes_a_quarter_of_plain_statistics(made):
+    moments = made.layers[0]
+    for side in ("k", "v"):
+        weight, plain, seen = (
+            torch.tensor([2.0, 5.0]),
+            *(getattr(moments, f"{side}_{n}") for n in ("sum", "seen_sum")),
+        )
+        setattr(moments, f"{side}_seen", weight)
+        mean, outer = moments.seen(side)
+        torch.testing.assert_close(mean, 0.25 * plain / 7 + 0.75 * seen / weight[:, None])
+        plain, seen = (getattr(moments, f"{side}_{n}") for n in ("outer", "seen_outer"))
+        torch.testing.assert_close(outer, 0.25 * plain / 7 + 0.75 * seen / weight[:, None, None])
+    q = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(1))
+    moments.q_seen_outer = q.mT @ q
+    torch.testing.assert_close(moments.seen_c_q, q.mT @ q / 21)  # 7 tokens of 3 query heads
+
+
+def test_what_was_never_seen_counts_as_plain(made):
+    """A head without weight, say of a calibration of sequences shorter than the window that stays exact."""
+    moments = made.layers[0]
+    for side in ("k", "v"):
+        weight = getattr(moments, f"{side}_seen")
+        weight[0], weight[1] = 0.0, 3.0
+        getattr(moments, f"{side}_seen_sum")[0] = getattr(moments, f"{side}_seen_outer")[0] = 0.0
+        mean, outer = moments.seen(side)
+        torch.testing.assert_close(mean[0], getattr(moments, f"{side}_sum")[0] / 7)
+        torch.testing.assert_close(outer[0], getattr(moments, f"{side}_outer")[0] / 7)
+        assert not torch.allclose(mean[1], getattr(moments, f"{side}_sum")[1] / 7)
+    moments.q_seen_outer = torch.stack([torch.zeros(4, 4), torch.eye(4)])
+    torch.testing.assert_close(moments.seen_c_q, torch.stack([moments.c_q[0], torch.eye(4) / 21]))
+
+
 def test_all_keys_are_kept_where_they_are_few(llama, token_ids):
     (moments, _) = run(llama, [token_ids(1, 20)], n_rows=512).layers
     assert moments.k_rows.shape[0] == 20 - N_SINK
@@ -130,7 +236,7 @@ def test_the_sample_is_uniform():
         for start in (0, 5, 25):
             n = {0: 5, 5: 20, 25: 15}[start]
             x = torch.arange(start, start + n).float()[:, None, None]
-            accumulator.add(x, x, x, torch.rand(n, generator=g))
+            accumulator.add(x, x, x, [torch.ones(n, 1)] * 3, torch.rand(n, generator=g))
         counts[accumulator.moments().k_rows.flatten().long()] += 1
     assert counts.sum() == 4000
     assert float((counts - 100).abs().max()) < 4.5 * (400 * 0.25 * 0.75) ** 0.5
@@ -196,11 +302,12 @@ def test_non_finite_states(llama, batches, name):
 def made():
     """A small calibration with exact numbers in every field."""
     g = torch.Generator().manual_seed(0)
-    shapes = {"q_outer": (2, 4, 4), "k_sum": (2, 4), "k_outer": (2, 4, 4), "v_sum": (2, 4), "v_outer": (2, 4, 4)}
+    shapes = {"outer": (2, 4, 4), "sum": (2, 4), "seen": (2,), "rows": (5, 2, 4)}
 
     def moments(tokens):
-        tensors = {name: torch.randn(shape, generator=g) for name, shape in shapes.items()}
-        return LayerMoments(tokens, 3, **tensors, k_rows=torch.randn(5, 2, 4, generator=g).transpose(1, 2).mT)
+        tensors = {name: torch.randn(shapes[name.rpartition("_")[2]], generator=g) for name in TENSORS}
+        tensors["k_rows"] = tensors["k_rows"].transpose(1, 2).mT
+        return LayerMoments(tokens, 3, **tensors)
 
     print_ = {"model_type": "llama", "layers": 2, "rope": "None", "weights": [0.1, 0.25]}
     return Calibration([moments(7), moments(9)], print_, {"source": "text, “quoted”", "tokens": 16})
@@ -301,6 +408,17 @@ DAMAGE = {
     "older": (
         lambda p: rewrite(p, lambda h: h | {"version": 1}),
         "version 1 is older than .*; make one with calibrate",
+    ),
+    "uniform moments alone": (  # what headq_ao wrote before it weighted them by attention
+        lambda p: rewrite(
+            p, lambda h: h | {"version": 2}, drop=[f"{i}.{n}" for i in (0, 1) for n in TENSORS if "seen" in n]
+        ),
+        "version 2 is older than .*; make one with calibrate",
+    ),
+    "no seen moments": (lambda p: rewrite(p, drop=("0.q_seen_outer",)), "it has no '0.q_seen_outer'"),
+    "a scalar for each layer": (
+        lambda p: rewrite(p, edit=lambda t: t.update({"1.v_seen": torch.ones(1)})),
+        r"layer 1: v_seen must be \(2,\), got \(1,\)",
     ),
     "older, no checksum yet": (lambda p: rewrite(p, lambda h: h | {"version": 1}, signed=False), "version 1 is older"),
     "no version": (lambda p: rewrite(p, lambda h: without(h, "version")), "version"),

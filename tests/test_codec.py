@@ -10,14 +10,23 @@ from headq_ao import headq_config
 from headq_ao.codec import (
     GAUSSIAN_STEP,
     STEP_GRID,
+    KeyCodec,
     affine_codec,
     fit_steps,
+    prompt_visible_codec,
+    ridged,
+    rotated_value_codec,
     rotation_matrix,
     side_basis,
     square_roots,
     top_eigenvectors,
+    visible_codec,
+    visible_value_codec,
+    whitening,
+    with_side_code,
 )
 from headq_ao.ops import Rows, decode_attention
+from headq_ao.ops.decode_attention.reference import dequantize_values
 from headq_ao.ops.layout import unpack_keys
 
 
@@ -111,7 +120,7 @@ def test_query_pca_of_a_hand_made_c_q():
     values = torch.tensor([[9.0, 7, 5, 3] + [1] * 12, [4.0, 8, 2, 6] + [1] * 12], dtype=torch.float64)
     c_q = (basis * values[:, None]) @ basis.mT
     rows, k_err = randn(1, 2, 32, 16), randn(1, 2, 32, 16, seed=1)
-    encode, read = side_basis(headq_config(basis="query_pca"), 3, c_q[None], rows, k_err)
+    encode, read = side_basis(headq_config(key_codec="affine", basis="query_pca"), 3, c_q[None], rows, k_err)
     assert encode is read and encode.shape == (1, 2, 16, 3)
     for head, order in enumerate([[0, 1, 2], [1, 3, 0]]):
         for r, column in enumerate(order):
@@ -124,7 +133,7 @@ def test_key_pca_is_of_the_centred_keys():
     axes = orthogonal(16)
     rows = randn(1, 1, 4096, 16) * torch.tensor([3.0, 2.0] + [0.1] * 14, dtype=torch.float64) @ axes.T
     rows = rows + 50 * axes[:, 9]  # a large mean along another axis
-    encode, read = side_basis(headq_config(basis="key_pca"), 2, randn(1, 1, 16, 16), rows, rows)
+    encode, read = side_basis(headq_config(key_codec="affine", basis="key_pca"), 2, randn(1, 1, 16, 16), rows, rows)
     assert encode is read
     overlap = (axes[:, :2].T @ encode[0, 0]).abs()
     torch.testing.assert_close(overlap, torch.eye(2, dtype=torch.float64), rtol=0, atol=0.05)
@@ -134,7 +143,7 @@ def test_random_basis_is_seeded_and_per_head():
     c_q, rows = torch.eye(32, dtype=torch.float64).expand(1, 3, 32, 32), randn(1, 3, 16, 32)
 
     def basis(seed):
-        return side_basis(headq_config(basis="random", seed=seed), 8, c_q, rows, rows)[0]
+        return side_basis(headq_config(key_codec="affine", basis="random", seed=seed), 8, c_q, rows, rows)[0]
 
     u = basis(0)
     torch.testing.assert_close(u.mT @ u, torch.eye(8, dtype=torch.float64).expand(1, 3, 8, 8))
@@ -154,7 +163,7 @@ def test_score_optimal_basis_is_better_than_the_others(statistics):
     q, k, c_q = statistics()
     k_err = anisotropic(1, 2, 512, 64, decay=1.0, seed=11)
     error = {
-        name: score_error(q, k_err, *side_basis(headq_config(basis=name), 8, c_q, k, k_err))
+        name: score_error(q, k_err, *side_basis(headq_config(key_codec="affine", basis=name), 8, c_q, k, k_err))
         for name in ("score_optimal", "query_pca", "key_pca", "random")
     }
     assert error["score_optimal"] < 0.9 * error["query_pca"]
@@ -166,7 +175,7 @@ def test_score_optimal_is_a_minimum(statistics):
     """No nearby pair of rank R does better."""
     q, k, c_q = statistics(head_dim=16)
     k_err = anisotropic(1, 2, 512, 16, seed=11)
-    encode, read = side_basis(headq_config(basis="score_optimal"), 4, c_q, k, k_err)
+    encode, read = side_basis(headq_config(key_codec="affine", basis="score_optimal"), 4, c_q, k, k_err)
     least = score_error(q, k_err, encode, read)
     for seed in range(20):
         nudge = 0.05 * randn(2, *encode.shape, seed=seed)
@@ -178,7 +187,7 @@ def test_a_constant_error_does_not_move_the_basis(statistics):
     """Softmax does not see an error that all keys share, so no side code is spent on it."""
     _, k, c_q = statistics(head_dim=32)
     k_err = anisotropic(1, 2, 512, 32, seed=11)
-    config = headq_config(basis="score_optimal")
+    config = headq_config(key_codec="affine", basis="score_optimal")
     basis, moved = (side_basis(config, 4, c_q, k, x) for x in (k_err, k_err + 10 * randn(1, 2, 1, 32)))
     for a, b in zip(basis, moved, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
@@ -187,7 +196,7 @@ def test_a_constant_error_does_not_move_the_basis(statistics):
 def test_score_optimal_pair_is_a_projection(statistics):
     """EᵀP = 1, so that coding an error inside the span of P gives that error back."""
     _, k, c_q = statistics(head_dim=32)
-    encode, read = side_basis(headq_config(basis="score_optimal"), 6, c_q, k, randn(1, 2, 512, 32))
+    encode, read = side_basis(headq_config(key_codec="affine", basis="score_optimal"), 6, c_q, k, randn(1, 2, 512, 32))
     torch.testing.assert_close(
         encode.mT @ read, torch.eye(6, dtype=torch.float64).expand(1, 2, 6, 6), rtol=0, atol=1e-9
     )
@@ -198,8 +207,8 @@ def test_isotropic_errors_give_both_bases_one_span(statistics):
     k_err = orthogonal(32, seed=4)[:, :16][None, None].expand(1, 2, 32, 16)
     k_err = torch.cat([k_err, -k_err], -2)  # centred, and C_e a multiple of one
     torch.testing.assert_close(second_moment(k_err), torch.eye(16, dtype=torch.float64).expand(1, 2, 16, 16) / 32)
-    u, _ = side_basis(headq_config(basis="query_pca"), 4, c_q, k, k_err)
-    encode, read = side_basis(headq_config(basis="score_optimal"), 4, c_q, k, k_err)
+    u, _ = side_basis(headq_config(key_codec="affine", basis="query_pca"), 4, c_q, k, k_err)
+    encode, read = side_basis(headq_config(key_codec="affine", basis="score_optimal"), 4, c_q, k, k_err)
     for x in (encode, read):
         p = torch.linalg.qr(x)[0]
         torch.testing.assert_close(p @ p.mT, u @ u.mT, rtol=0, atol=1e-4)
@@ -223,26 +232,48 @@ def test_top_eigenvectors_do_not_flip():
     assert bool((order.diff() <= 1e-12).all()), "largest first"
 
 
+AFFINE = {"key_codec": "affine"}
 CODECS = {
-    "affine": {"k_zero_point": True, "rank": 0},
-    "affine + side": {"k_zero_point": True, "rank": 5, "side_bits": 4},
-    "symmetric": {"rank": 0},
-    "symmetric + side": {},
-    "symmetric + optimal side": {"basis": "score_optimal", "rank": 8, "side_bits": 4},
-    "no gauge": {"key_gauge": False, "k_bits": 4},
-    "no rotation": {"rotation": False, "k_bits": 3, "basis": "random"},
-    "biased": {"unbiased_scale": False, "basis": "key_pca", "side_bits": 1},
+    "affine": AFFINE | {"k_zero_point": True, "rank": 0},
+    "affine + side": AFFINE | {"k_zero_point": True, "rank": 5, "side_bits": 4},
+    "symmetric": AFFINE | {"rank": 0},
+    "symmetric + side": AFFINE,
+    "symmetric + optimal side": AFFINE | {"basis": "score_optimal", "rank": 8, "side_bits": 4},
+    "no gauge": AFFINE | {"key_gauge": False, "k_bits": 4},
+    "no rotation": AFFINE | {"rotation": False, "k_bits": 3, "basis": "random"},
+    "biased": AFFINE | {"unbiased_scale": False, "basis": "key_pca", "side_bits": 1},
+    "visible": {},
+    "visible + side": {"rank": 8, "side_bits": 4, "basis": "score_optimal"},
+    "visible, nearest": {"error_feedback": False, "k_bits": 3},
+    "visible, no gauge": {"key_gauge": False, "k_bits": 4, "whitening": 1.0},
+    "visible, no rotation": {"rotation": False, "whitening": 0.0, "unbiased_scale": False},
+    "prompt": {"prompt": True},
+    "prompt + side": {"prompt": True, "rank": 5},
+    "prompt, nearest": {"prompt": True, "error_feedback": False, "k_bits": 3},
 }
+
+
+def build(config, c_q, rows, prompt=False):
+    """The key codec of those statistics; ``prompt``: the form that a sequence can afford."""
+    mean = rows.mean(-2)
+    centred = rows - mean.unsqueeze(-2)
+    if config.key_codec == "affine":
+        return affine_codec(config, c_q, mean, rows[:, :, :256])
+    if prompt:
+        codec = prompt_visible_codec(config, c_q, mean, centred.square().mean(-2))
+    else:
+        codec = visible_codec(config, c_q, mean, second_moment(centred))
+    return with_side_code(config, codec, c_q, rows[:, :, :256])
 
 
 @pytest.fixture
 def packed(statistics):
     """A codec, queries, exact keys and their packed rows."""
 
-    def make(head_dim, dtype=torch.float64, **options):
+    def make(head_dim, dtype=torch.float64, prompt=False, **options):
         config = headq_config(**options)
         q, k, c_q = statistics(head_dim)
-        codec = affine_codec(config, c_q.to(dtype), k.mean(-2).to(dtype), k[:, :, :256].to(dtype))
+        codec = build(config, c_q.to(dtype), k.to(dtype), prompt)
         k = k[:, :, 256:320]
         return codec, q[:, :, :5].repeat_interleave(3, 1), k, codec.encode_rows(k.to(dtype), config.unbiased_scale)
 
@@ -269,9 +300,9 @@ def test_integer_scores_are_scores_of_dequantized_keys(packed, options, head_dim
     torch.testing.assert_close(scores, 0.125 * q @ k_hat.mT, rtol=0, atol=1e-4)  # dequantize is fp32
 
 
-@pytest.mark.parametrize("options", [CODECS["affine + side"], CODECS["symmetric + optimal side"]], ids=str)
-def test_wrong_sign_takes_the_side_code_off(packed, options):
-    codec, q, k, (planes, scale, zero) = packed(64, **options)
+@pytest.mark.parametrize("name", ["affine + side", "symmetric + optimal side", "visible + side", "prompt + side"])
+def test_wrong_sign_takes_the_side_code_off(packed, name):
+    codec, q, k, (planes, scale, zero) = packed(64, **CODECS[name])
     codes = unpack_keys(planes, codec.bits)
     with_side, without = (codec.dequantize(planes, scale, zero, side=s).double() for s in (True, False))
     mirrored = (2 * without - with_side).repeat_interleave(3, 1)
@@ -285,7 +316,11 @@ def test_wrong_sign_takes_the_side_code_off(packed, options):
     assert error["right"] < error["none"] < error["wrong"]
 
 
-@pytest.mark.parametrize("options", [{}, {"k_zero_point": True}], ids=["symmetric", "affine"])
+@pytest.mark.parametrize(
+    "options",
+    [AFFINE, AFFINE | {"k_zero_point": True}, {}, {"prompt": True}, {"rank": 8}],
+    ids=["symmetric", "affine", "visible", "prompt", "visible + side"],
+)
 def test_dequantized_keys_are_near_the_exact_ones(packed, options):
     previous = float("inf")
     for bits in (1, 2, 3, 4, 6, 8):
@@ -297,9 +332,10 @@ def test_dequantized_keys_are_near_the_exact_ones(packed, options):
     assert previous < 1e-4
 
 
-def test_the_gauge_is_free(packed):
+@pytest.mark.parametrize("name", ["symmetric + side", "visible", "prompt"])
+def test_the_gauge_is_free(packed, name):
     """The same codec over keys moved by a vector: the same codes, and softmax sees no difference."""
-    codec, q, k, (planes, scale, _) = packed(64)
+    codec, q, k, (planes, scale, _) = packed(64, **CODECS[name])
     shift = randn(1, 2, 64, seed=9)
     moved = codec.replace({"mean": codec.mean + shift})
     planes_moved, scale_moved, _ = moved.encode_rows(k + shift.unsqueeze(-2), True)
@@ -318,11 +354,11 @@ def test_queries_keep_their_dtype(packed):
         assert {x.dtype for x in vars(codec.map_query(q.to(dtype), 1.0)).values()} == {mapped}
 
 
-@pytest.mark.parametrize("options", [CODECS["affine + side"], CODECS["symmetric + side"], CODECS["no gauge"]], ids=str)
+@pytest.mark.parametrize("name", ["affine + side", "symmetric + side", "no gauge", "visible", "prompt"])
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_fp32_scores_are_as_exact_as_plain_attention(packed, head_dim, options):
+def test_fp32_scores_are_as_exact_as_plain_attention(packed, head_dim, name):
     """The integers' coordinates cost no precision: at most twice the error of fp32 attention over k̂."""
-    codec, q, _, (planes, scale, zero) = packed(head_dim, torch.float32, **options)
+    codec, q, _, (planes, scale, zero) = packed(head_dim, torch.float32, **CODECS[name])
     wide = codec.replace({n: t.double() for n, t in codec.tensors().items()})
     v = randn(1, 2, 64, head_dim, seed=8)
     span = torch.zeros(1, 5, dtype=torch.int64), torch.full((1, 5), 64)
@@ -337,7 +373,7 @@ def test_fp32_scores_are_as_exact_as_plain_attention(packed, head_dim, options):
 
 
 def test_index_keeps_what_is_shared(packed):
-    codec, *_ = packed(16)
+    codec, *_ = packed(16, **AFFINE)
     own = dataclasses.replace(codec, mean=torch.cat([codec.mean, codec.mean + 1]), own=frozenset({"mean"}))
     picked = own.index(torch.tensor([1, 1, 0]))
     assert torch.equal(picked.mean, own.mean[[1, 1, 0]])
@@ -345,14 +381,297 @@ def test_index_keeps_what_is_shared(packed):
 
 
 def test_tensors_names_what_there_is(packed):
-    codec, *_ = packed(16, **CODECS["affine"])
-    assert set(codec.tensors()) == {"mean", "encode", "read", "step"}
-    codec, *_ = packed(16)
-    assert set(codec.tensors()) == {f.name for f in dataclasses.fields(codec)} - {"bits", "own"}
+    plain = {"mean", "encode", "read", "step"}
+    side = {"side_encode", "side_read", "side_step"}
+    wanted = {
+        "affine": plain,
+        "symmetric": plain | {"weight"},
+        "symmetric + side": plain | side | {"weight"},
+        "visible": plain | {"weight", "metric"},
+        "visible + side": plain | side | {"weight", "metric"},
+        "visible, nearest": plain | {"weight"},
+        "prompt": plain | {"weight", "spread", "seen"},
+        "prompt, nearest": plain | {"weight", "spread"},
+    }
+    for name, want in wanted.items():
+        assert set(packed(16, **CODECS[name])[0].tensors()) == want, name
+    names = {f.name for f in dataclasses.fields(KeyCodec)}
+    assert set().union(*wanted.values()) == names - {"bits", "own"}
 
 
-def test_rank_zero_and_full_rank(packed):
-    codec, *_ = packed(16, rank=0)
+@pytest.mark.parametrize("options", [AFFINE, {}, {"prompt": True}], ids=["affine", "visible", "prompt"])
+def test_rank_zero_and_full_rank(packed, options):
+    codec, *_ = packed(16, **options | {"rank": 0})
     assert codec.side_encode is None and codec.bits == (2,) * 16
-    codec, *_ = packed(16, rank=16)
+    codec, *_ = packed(16, **options | {"rank": 16})
     assert codec.side_encode.shape[-1] == 16 and codec.bits == (2,) * 32
+
+
+# Visible codes
+
+
+@pytest.fixture
+def seen_states():
+    """``seen_states(correlated, bias)``: queries and keys ``[1, 2, 2048, 64]``, both anisotropic, ``correlated`` in one
+    basis; ``bias``: of three pairs of key coordinates, turned as RoPE turns it."""
+
+    def make(correlated=True, bias=0.0, head_dim=64, n=2048):
+        basis, other = orthogonal(1, 2, head_dim, seed=1), orthogonal(1, 2, head_dim, seed=2)
+        scale = spectrum(head_dim, 1.5).sqrt()
+        k = (randn(1, 2, n, head_dim, seed=3) * scale) @ basis
+        q = (randn(1, 2, n, head_dim, seed=4) * scale) @ (basis if correlated else other)
+        at = torch.arange(n, dtype=torch.float64)
+        for i, speed in ((3, 0.01), (9, 0.1), (20, 0.5)):
+            k[..., i] += bias * torch.cos(speed * at)
+            k[..., i + head_dim // 2] += bias * torch.sin(speed * at)
+        return q, k
+
+    return make
+
+
+def held_out_error(q, k, prompt=False, **options):
+    """E[(q·e)²] on the second half of a codec from the first; a mean error is left out, as softmax does."""
+    n = q.shape[2] // 2
+    codec = build(headq_config(**options), second_moment(q[:, :, :n]), k[:, :, :n], prompt)
+    q, k = q[:, :, n:], k[:, :, n:]
+    e = codec.dequantize(*codec.encode_rows(k, True)).double() - k
+    return float((q @ (e - e.mean(-2, keepdim=True)).mT).square().mean())
+
+
+@pytest.mark.parametrize("correlated", [True, False], ids=["one basis", "two bases"])
+@pytest.mark.parametrize("bias", [0.0, 10.0])
+@pytest.mark.parametrize("bits", [2, 3])
+def test_visible_codes_show_less_error(seen_states, correlated, bias, bits):
+    """At equal bits a tenth of the affine base's error, and less than with half a bit more for its side code."""
+    q, k = seen_states(correlated, bias)
+    plain = held_out_error(q, k, key_codec="affine", rank=0, k_bits=bits)
+    side = held_out_error(q, k, key_codec="affine", k_bits=bits)
+    visible = held_out_error(q, k, k_bits=bits)
+    assert visible < (0.02 if bias else 0.15) * plain
+    assert visible < 0.6 * side
+    prompt = held_out_error(q, k, prompt=True, k_bits=bits)
+    assert visible < prompt < (0.02 if bias else 0.35) * plain
+
+
+@pytest.mark.parametrize("bias", [0.0, 10.0])
+def test_each_part_of_the_visible_code_helps(seen_states, bias):
+    q, k = seen_states(bias=bias)
+    whole = held_out_error(q, k)
+    assert whole < 0.2 * held_out_error(q, k, error_feedback=False), "whitening alone puts errors where they show"
+    assert whole < 0.5 * held_out_error(q, k, whitening=0.0)
+    assert held_out_error(q, k, rank=16) < 0.7 * whole
+    isotropic = torch.eye(64, dtype=torch.float64).expand(1, 2, 64, 64)
+    unaware = visible_codec(headq_config(), isotropic, k.mean(-2), second_moment(k - k.mean(-2, keepdim=True)))
+    e = unaware.dequantize(*unaware.encode_rows(k, True)).double() - k
+    assert whole < 0.6 * float((q @ e.mT).square().mean()), "queries matter"
+
+
+def test_without_whitening_and_feedback_visible_is_affine(seen_states):
+    """The same rotated nearest codes, up to the rounding of an identity that was computed."""
+    q, k = seen_states()
+    q, k = q[:, :, :512], k[:, :, :512]
+    plain, visible = (
+        build(headq_config(rank=0, **options), second_moment(q), k)
+        for options in ({"key_codec": "affine"}, {"whitening": 0.0, "error_feedback": False})
+    )
+    torch.testing.assert_close(visible.encode, plain.encode.expand_as(visible.encode), rtol=0, atol=1e-12)
+    for a, b in zip(plain.encode_rows(k, True)[0], visible.encode_rows(k, True)[0], strict=True):
+        assert float((a != b).double().mean()) < 1e-4
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 0.75, 1.0])
+def test_whitening(power):
+    covariance = second_moment(anisotropic(1, 2, 500, 32, decay=1.5))
+    rotation = rotation_matrix(32).double()
+    encode, read = whitening(covariance, power, rotation)
+    one = torch.eye(32, dtype=torch.float64).expand(1, 2, 32, 32)
+    torch.testing.assert_close(encode.mT @ read, one, rtol=0, atol=1e-6)
+    torch.testing.assert_close(encode @ read.mT, one, rtol=0, atol=1e-6)
+    values, vectors = torch.linalg.eigh(ridged(covariance, 1e-4))
+    want = vectors @ torch.diag_embed(values.pow(power / 2)) @ vectors.mT @ rotation
+    torch.testing.assert_close(read, want, rtol=0, atol=1e-6)
+    if power == 1:  # white, so that each coordinate deserves the same bits
+        torch.testing.assert_close(encode.mT @ ridged(covariance, 1e-4) @ encode, one, rtol=0, atol=1e-6)
+    assert all(x.dtype == torch.float32 for x in whitening(covariance.float(), power, rotation.float()))
+
+
+def test_whitening_survives_a_singular_covariance():
+    """Keys that are all alike, or that are not finite, make a codec that is finite."""
+    for covariance in (torch.zeros(1, 2, 16, 16), torch.full((1, 2, 16, 16), torch.nan)):
+        for x in whitening(covariance.nan_to_num(0.0), 1.0, rotation_matrix(16)):
+            assert bool(torch.isfinite(x).all())
+    k = torch.ones(1, 2, 32, 16)
+    for prompt in (False, True):
+        codec = build(headq_config(), torch.zeros(1, 2, 16, 16), k, prompt)
+        torch.testing.assert_close(codec.dequantize(*codec.encode_rows(k, True)), k, rtol=0, atol=1e-3)
+
+
+def test_the_metric_is_what_scores_show(statistics):
+    """``eᵀMe`` of the coordinates is ``E[(q·k_err)²]``, with a tenth of the mean eigenvalue for all directions."""
+    q, k, c_q = statistics()
+    codec = build(headq_config(), c_q, k)
+    ridge = 0.1 * c_q.diagonal(dim1=-2, dim2=-1).mean(-1)
+    e = randn(1, 2, 8, 64, seed=12)
+    k_err = e @ codec.reader.mT
+    shown = (q @ k_err.mT).square().mean(-2) + ridge[..., None] * k_err.square().sum(-1)
+    torch.testing.assert_close(((e @ codec.error_metric()) * e).sum(-1), shown)
+    assert codec.error_metric() is codec.metric and codec.reader is codec.read
+
+
+@pytest.mark.parametrize("power", [0.0, 0.75, 1.0])
+def test_the_prompt_codec_is_a_visible_codec_of_little(statistics, power):
+    """Diagonal covariance and a C_q of 16 directions over a flat rest: where that is all, both are one codec."""
+    _, k, _ = statistics()
+    config, d = headq_config(whitening=power), 64
+    basis = orthogonal(1, 2, d, seed=8)
+    values = torch.cat([torch.ones(48), torch.linspace(2, 90, 16)]).double()
+    c_q = (basis * values[:, None]) @ basis.mT
+    variance, mean = (k - k.mean(-2, keepdim=True)).square().mean(-2), k.mean(-2)
+    whole = visible_codec(config, c_q, mean, torch.diag_embed(variance))
+    little = prompt_visible_codec(config, c_q, mean, variance)
+    assert (little.spread.shape, little.seen.shape) == ((1, 2, d), (1, 2, d, 16))
+    ratio = (whole.read / little.reader).nanmean((-2, -1))  # the spread is around 1: another unit
+    torch.testing.assert_close(whole.read, little.reader * ratio[..., None, None], rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(little.spread.log().mean(-1), torch.zeros(1, 2).double(), rtol=0, atol=1e-9)
+    a, b = (codec.error_metric() for codec in (whole, little))
+    size = (a.diagonal(dim1=-2, dim2=-1).mean(-1) / b.diagonal(dim1=-2, dim2=-1).mean(-1))[..., None, None]
+    torch.testing.assert_close(a, size.to(a) * b.to(a), rtol=1e-4, atol=1e-5 * float(a.abs().max()))
+    k = k[:, :, :64]
+    wide, narrow = (codec.dequantize(*codec.encode_rows(k, True)).double() for codec in (whole, little))
+    assert float((wide - narrow).square().mean() / (wide - k).square().mean()) < 0.05, "but for rounding flips"
+
+
+def test_spread_and_seen_are_shorthand(packed):
+    """The same rows as of a codec that holds the stretched basis and the metric themselves."""
+    codec, q, k, (planes, scale, zero) = packed(64, prompt=True)
+    encode = codec.encode / codec.spread[..., None]
+    seen = codec.reader.mT @ codec.seen
+    metric = codec.reader.mT @ codec.reader + seen @ seen.mT
+    full = dataclasses.replace(codec, encode=encode, read=codec.reader, metric=metric, spread=None, seen=None)
+    torch.testing.assert_close(codec.error_metric().double(), metric, rtol=1e-4, atol=1e-4)
+    again, scale_again, _ = full.encode_rows(k, True)
+    assert sum(int((a != b).sum()) for a, b in zip(planes, again, strict=True)) <= 2
+    assert float((scale_again != scale).double().mean()) < 0.02
+    torch.testing.assert_close(full.dequantize(planes, scale, zero), codec.dequantize(planes, scale, zero))
+    for name, x in vars(codec.map_query(q, 0.3)).items():
+        torch.testing.assert_close(x, vars(full.map_query(q, 0.3))[name])
+
+
+@pytest.mark.parametrize("name", ["visible", "visible + side", "prompt", "prompt + side", "symmetric + side"])
+def test_heads_of_a_codec(packed, name):
+    """A codec cut to some heads writes and reads them as the whole one does."""
+    codec, q, k, (planes, scale, _) = packed(32, **CODECS[name])
+    part = slice(1, 2)
+    mine = codec.of_heads(part)
+    assert (mine.side_read is mine.side_encode) == (codec.side_read is codec.side_encode)
+    mine_planes, mine_scale, _ = mine.encode_rows(k[:, part], True)
+    assert torch.equal(mine_scale, scale[:, part])
+    assert all(torch.equal(a, b[:, part]) for a, b in zip(mine_planes, planes, strict=True))
+    torch.testing.assert_close(
+        mine.dequantize(mine_planes, mine_scale, None), codec.dequantize(planes, scale, None)[:, part]
+    )
+    half = q.unflatten(1, (2, -1))[:, part].flatten(1, 2)
+    whole = codec.map_query(q, 0.3).codes.unflatten(1, (2, -1))[:, part].flatten(1, 2)
+    torch.testing.assert_close(mine.map_query(half, 0.3).codes, whole)
+
+
+@pytest.mark.parametrize("name", ["prompt", "prompt + side"])
+def test_sequences_of_a_codec(packed, name):
+    """Statistics of two sequences: each row is coded with its own, in any order."""
+    codec, _, k, _ = packed(32, **CODECS[name])
+    own = {"mean", "spread", "seen", "side_encode", "side_read", "side_step"} & codec.tensors().keys()
+    other = {n: codec.tensors()[n].flip(1) for n in own}
+    both = {n: torch.cat([codec.tensors()[n], other[n]]) for n in own}
+    if codec.side_read is codec.side_encode and codec.side_read is not None:
+        both["side_read"], other["side_read"] = both["side_encode"], other["side_encode"]
+    batch = dataclasses.replace(codec, **both, own=frozenset(own))
+    planes, scale, _ = batch.index(torch.tensor([1, 0, 1])).encode_rows(k.expand(3, -1, -1, -1), True)
+    for b, one in enumerate((dataclasses.replace(codec, **other), codec, dataclasses.replace(codec, **other))):
+        alone, alone_scale, _ = one.encode_rows(k, True)
+        assert torch.equal(scale[b], alone_scale[0])
+        assert all(torch.equal(x[b], y[0]) for x, y in zip(planes, alone, strict=True))
+
+
+# Values
+
+
+VALUES = {
+    "visible": {},
+    "visible, no whitening": {"whitening": 0.0},
+    "visible, nearest": {"error_feedback": False},
+    "visible, no rotation": {"rotation": False},
+    "affine": {"value_codec": "affine"},
+    "affine, zero": {"value_codec": "affine", "v_zero_point": True, "v_group_size": 16},
+}
+
+
+@pytest.fixture
+def values():
+    """``values(v_bits=…)``: a value codec, 256 values ``[1, 2, 256, 64]`` with a mean, and how they are read back."""
+
+    def make(**options):
+        config = headq_config(**options)
+        v = anisotropic(1, 2, 1024, 64, decay=1.5, seed=21) + randn(1, 2, 1, 64, seed=22)
+        if config.value_codec == "affine":
+            codec = rotated_value_codec(config, 64)
+        else:
+            codec = visible_value_codec(config, v.mean(-2), second_moment(v))
+
+        def coordinates(rows):
+            """``ŷ`` of stored rows, float64."""
+            planes, scale, zero = codec.encode_rows(rows)
+            return dequantize_values(planes, codec.bits, scale, zero, torch.float64)
+
+        return codec, v[:, :, 768:], coordinates
+
+    return make
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_readout_is_the_sum_of_dequantized_values(values, name):
+    """Σ_j a_j v̂_j = (Σ_j a_j ŷ_j) readᵀ + mean, the mean once, as attention weights sum to one."""
+    codec, v, coordinates = values(**VALUES[name])
+    y_hat = coordinates(v)
+    v_hat = y_hat @ codec.read.double().mT
+    if codec.mean is not None:
+        v_hat = v_hat + codec.mean.double().unsqueeze(-2)
+    a = randn(1, 6, 5, 256, seed=23).softmax(-1)
+    out = codec.readout(a @ y_hat.repeat_interleave(3, 1))
+    torch.testing.assert_close(
+        out, a @ v_hat.repeat_interleave(3, 1), rtol=0, atol=1e-12 if codec.mean is not None else 1e-6
+    )
+    assert set(codec.tensors()) == {"encode", "read"} | (
+        set() if "affine" in name else {"mean"} if "nearest" in name else {"mean", "metric"}
+    )
+
+
+@pytest.mark.parametrize("name", ["visible", "visible, nearest"])
+def test_the_value_gauge_is_free(values, name):
+    """Values and mean moved by one vector: the same codes, and an output moved by it."""
+    codec, v, _ = values(**VALUES[name])
+    shift = 20 * randn(1, 2, 64, seed=24)
+    moved = dataclasses.replace(codec, mean=codec.mean + shift)
+    planes, scale, _ = codec.encode_rows(v)
+    planes_moved, scale_moved, _ = moved.encode_rows(v + shift.unsqueeze(-2))
+    assert sum(int((a != b).sum()) for a, b in zip(planes, planes_moved, strict=True)) <= 2, "rounding may flip a code"
+    assert float((scale != scale_moved).double().mean()) < 0.02
+    out = randn(1, 4, 3, 64, seed=25)
+    want = codec.readout(out) + shift.repeat_interleave(2, 1).unsqueeze(-2)
+    torch.testing.assert_close(moved.readout(out), want)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_visible_values_err_less(values, bits):
+    """``‖v − v̂‖²`` at equal bits, on anisotropic values with a mean; in each coordinate that a row has."""
+
+    def error(**options):
+        codec, v, coordinates = values(v_bits=bits, **options)
+        v_hat = coordinates(v) @ codec.read.double().mT
+        if codec.mean is not None:
+            v_hat = v_hat + codec.mean.double().unsqueeze(-2)
+        return float((v_hat - v).square().sum(-1).mean())
+
+    visible = error()
+    assert visible < 0.5 * error(value_codec="affine")
+    assert visible < 0.8 * error(error_feedback=False)
+    assert visible < error(whitening=0.0)

@@ -9,7 +9,7 @@ import torch
 from torchao.core.config import config_from_dict, config_to_dict
 
 from headq_ao import Calibration, HeadQConfig, headq_config
-from headq_ao.calibration import LayerMoments
+from headq_ao.calibration import TENSORS, LayerMoments
 from headq_ao.config import PRESETS
 
 WHOLE = "must be a whole number of at least"
@@ -28,7 +28,8 @@ WHOLE = "must be a whole number of at least"
         ({"block_size": 48}, "block_size must be 16, 32, 64 or 128, got 48"),
         ({"block_size": "32"}, "block_size must be 16, 32, 64 or 128, got '32'"),
         ({"v_bits": 3, "block_size": 16}, "block_size must be a multiple of 32 with v_bits=3, got 16"),
-        ({"key_codec": "kivi"}, "key_codec must be one of 'affine', 'visible', got 'kivi'"),
+        ({"key_codec": "kivi"}, "key_codec must be one of 'visible', 'affine', got 'kivi'"),
+        ({"value_codec": None}, "value_codec must be one of 'visible', 'affine', got None"),
         (
             {"basis": "pca"},
             "basis must be one of 'query_pca', 'score_optimal', 'key_pca', 'random', got 'pca'",
@@ -42,7 +43,18 @@ WHOLE = "must be a whole number of at least"
         ({"side_bits": 2.0}, "got 2.0; rank=0 for none"),
         ({"block_size": 32.0}, "16, 32, 64 or 128, got 32.0"),
         ({"sign": True}, "sign must be 1 or -1, got True"),
-        ({"key_codec": "visible"}, "key_codec='visible' is not in this version; use key_codec='affine'"),
+        ({"whitening": 1.5}, "whitening must be a number from 0 to 1, got 1.5"),
+        ({"whitening": -0.1}, "whitening must be a number from 0 to 1, got -0.1"),
+        ({"whitening": float("nan")}, "whitening must be a number from 0 to 1, got nan"),
+        ({"whitening": None}, "whitening must be a number from 0 to 1, got None"),
+        ({"whitening": True}, "whitening must be a number from 0 to 1, got True"),
+        ({"error_feedback": 1}, "error_feedback must be True or False, got 1"),
+        ({"k_zero_point": True}, "k_zero_point=True needs key_codec='affine': visible keys stand around the key gauge"),
+        ({"v_zero_point": True}, "v_zero_point and v_group_size need value_codec='affine'"),
+        ({"v_group_size": 32, "key_codec": "affine"}, "v_zero_point and v_group_size need value_codec='affine'"),
+        ({"sign": -1}, "sign=-1 and basis='query_pca' shape the side code, and there is none: give rank (16, say)"),
+        ({"basis": "random"}, "sign=1 and basis='random' shape the side code, and there is none"),
+        ({"basis": "key_pca", "rank": 0, "key_codec": "affine"}, "basis='key_pca' shape the side code"),
         ({"seed": None}, f"seed {WHOLE} 0, got None"),
         ({"rotation": "no"}, "rotation must be True or False, got 'no'"),
         ({"k_zero_point": 1}, "k_zero_point must be True or False, got 1"),
@@ -76,7 +88,8 @@ def test_lengths_are_not_optional(name):
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 8])
 def test_widths(bits):
     config = headq_config(k_bits=bits, v_bits=bits, side_bits=bits)
-    assert config.key_bits(64) == (bits,) * 80
+    assert config.key_bits(64) == (bits,) * 64
+    assert headq_config(k_bits=bits, side_bits=bits, rank=16).key_bits(64) == (bits,) * 80
     assert headq_config(k_bits=bits, v_bits=None).v_bits is None
     assert headq_config(k_bits=None, v_bits=bits).k_bits is None
 
@@ -89,19 +102,48 @@ def test_unknown_options_list_the_valid_ones():
 
 
 def test_presets():
-    with pytest.raises(ValueError, match=re.escape("preset must be one of ['headq_paper'] or None, got 'paper'")):
+    with pytest.raises(
+        ValueError,
+        match=re.escape(
+            "preset must be one of ['balanced', 'headq_paper', 'near_lossless', 'quality'] or None, got 'paper'"
+        ),
+    ):
         headq_config("paper")
     paper = headq_config("headq_paper")
     assert (paper.basis, paper.rank, paper.side_bits, paper.k_zero_point) == ("query_pca", 8, 4, True)
+    assert (paper.key_codec, paper.value_codec) == ("affine", "affine")
     assert headq_config("headq_paper", rank=4).rank == 4
-    assert headq_config() == HeadQConfig()
+    assert headq_config() == headq_config("balanced") == HeadQConfig(mean_bits=2.25)
+    assert headq_config(k_bits=3).mean_bits is None and headq_config("quality", value_codec="affine").mean_bits is None
+    assert headq_config(v_bits=None, mean_bits=3.0).mean_bits == 3.0
     for name, options in PRESETS.items():
         assert dataclasses.asdict(headq_config(name)) == dataclasses.asdict(HeadQConfig()) | options
 
 
-@pytest.mark.parametrize(("rank", "expected"), [(None, 16), (0, 0), (5, 5), (64, 64)])
-def test_rank(rank, expected):
-    config = headq_config(rank=rank, k_bits=3, side_bits=4)
+@pytest.mark.parametrize("options", [
+    {"sign": -1, "rank": 1}, {"basis": "random", "rank": 16}, {"sign": -1, "key_codec": "affine"},
+    {"basis": "score_optimal", "key_codec": "affine", "rank": None}, {"k_zero_point": True, "key_codec": "affine"},
+    {"k_zero_point": True, "k_bits": None}, {"v_zero_point": True, "v_group_size": 16, "value_codec": "affine"},
+    {"v_zero_point": True, "v_bits": None}, {"whitening": 0}, {"whitening": 1}, {"error_feedback": False},
+], ids=str)  # fmt: skip
+def test_options_that_fit_each_other(options):
+    config = headq_config(**options)
+    assert {name: getattr(config, name) for name in options} == options
+
+
+def test_defaults_are_the_visible_code():
+    config = headq_config()
+    assert (config.key_codec, config.value_codec, config.rank) == ("visible", "visible", None)
+    assert (config.whitening, config.error_feedback, config.side_rank(64)) == (0.75, True, 0)
+    assert not config.k_zero_point and not config.v_zero_point
+
+
+@pytest.mark.parametrize(
+    ("codec", "rank", "expected"),
+    [("affine", None, 16), ("visible", None, 0), *((c, r, r) for c in ("affine", "visible") for r in (0, 5, 64))],
+)
+def test_rank(codec, rank, expected):
+    config = headq_config(key_codec=codec, rank=rank, k_bits=3, side_bits=4)
     assert config.side_rank(64) == expected
     assert config.key_bits(64) == (3,) * 64 + (4,) * expected
 
@@ -126,7 +168,7 @@ def test_first_epoch(options, head_dim, expected):
     [
         ({}, 72, "head_dim must be a multiple of 16 up to 256, got 72"),
         ({}, 272, "head_dim must be a multiple of 16 up to 256, got 272"),
-        ({"v_group_size": 32}, 80, "v_group_size must divide head_dim 80, got 32"),
+        ({"v_group_size": 32, "value_codec": "affine"}, 80, "v_group_size must divide head_dim 80, got 32"),
         ({"rank": 96}, 80, "rank must be at most head_dim 80, got 96"),
     ],
 )
@@ -137,20 +179,21 @@ def test_head_dims_that_cannot_be_stored(options, head_dim, message):
 
 @pytest.mark.parametrize("head_dim", [16, 64, 80, 96, 128, 256])
 def test_head_dims_that_can_be_stored(head_dim):
-    headq_config(v_group_size=16, rank=16).check_head_dim(head_dim)
+    headq_config(value_codec="affine", v_group_size=16, rank=16).check_head_dim(head_dim)
 
 
 def every_option_changed():
     """A config that differs from the default in every field, so that a lost one shows."""
     changed = headq_config(
-        k_bits=3, v_bits=None, k_zero_point=True, v_zero_point=True, rank=8, side_bits=4,
+        k_bits=3, v_bits=None, key_codec="affine", value_codec="affine", whitening=0.5, error_feedback=False,
+        k_zero_point=True, v_zero_point=True, rank=8, side_bits=4,
         basis="score_optimal", sign=-1, rotation=False, key_gauge=False, unbiased_scale=False, v_group_size=16,
-        n_sink=0, residual_length=32, block_size=64, calibration="a/b.safetensors", adapt="off", prior_tokens=1,
+        n_sink=0, residual_length=32, block_size=64, calibration="a/b.safetensors", adapt="prompt", prior_tokens=1,
         epoch_tokens=512, check_finite=True, seed=3,
     )  # fmt: skip
     default = HeadQConfig()
     same = [f.name for f in dataclasses.fields(default) if getattr(changed, f.name) == getattr(default, f.name)]
-    assert same == ["key_codec", "version"]
+    assert same == ["mean_bits", "version"]  # mean_bits is for visible codecs; the default config has it
     return changed
 
 
@@ -179,7 +222,7 @@ def test_json_with_a_value_out_of_range_is_refused():
 
 def test_a_calibration_object_has_no_json():
     """Its tensors do not fit; HeadQConfig's docstring says to give a path."""
-    moments = LayerMoments(1, 1, *(torch.zeros(1) for _ in range(6)))
+    moments = LayerMoments(1, 1, *(torch.zeros(1) for _ in TENSORS))
     config = headq_config(calibration=Calibration([moments], {}))
     with pytest.raises(TypeError, match="not JSON serializable"):
         config_to_dict(config)

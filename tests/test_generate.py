@@ -12,6 +12,7 @@ from headq_ao import HeadQCache, calibrate, headq_config, quantize_, restore_
 from headq_ao.ops.layout import unpack_keys, unpack_values
 
 OPTIONS = {"epoch_tokens": 32, "residual_length": 32, "block_size": 16}
+AFFINE = {"key_codec": "affine", "value_codec": "affine"}
 FINE = OPTIONS | {"k_bits": 8, "v_bits": 8, "rank": 0}
 
 
@@ -117,12 +118,15 @@ def test_beam_search_scores_what_it_returns(model, token_ids):
 def test_beam_search_with_every_kind_of_codec(quantized, tiny, token_ids):
     calibration = calibrate(tiny(), [token_ids(1, 100)], progress=False)
     for options in (
-        {"basis": "random"},
-        {"k_zero_point": True, "v_zero_point": True},
+        {"rank": 16},
+        AFFINE,
+        AFFINE | {"basis": "random"},
+        AFFINE | {"k_zero_point": True, "v_zero_point": True},
         {"k_bits": None},
         {"v_bits": None},
         {"calibration": calibration},
         {"calibration": calibration, "adapt": "off"},
+        AFFINE | {"calibration": calibration},
     ):
         model = quantized(options=options)
         assert greedy(model, token_ids(2, 60), 30, num_beams=2).shape == (2, 90)
@@ -210,7 +214,8 @@ def test_two_threads_on_one_model(model, token_ids):
     [
         ("llama", FINE),
         ("llama", {"k_bits": 2, "v_bits": 2}),
-        ("llama", {"k_bits": 3, "v_bits": 3, "k_zero_point": True, "v_zero_point": True, "block_size": 32}),
+        ("llama", AFFINE | {"k_bits": 2, "v_bits": 2}),
+        ("llama", AFFINE | {"k_bits": 3, "v_bits": 3, "k_zero_point": True, "v_zero_point": True, "block_size": 32}),
         ("mistral", FINE),
         ("qwen3", FINE),
         ("gpt2", FINE),
@@ -525,7 +530,7 @@ def select(model, ids, operation):
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
-@pytest.mark.parametrize("options", [{}, {"k_bits": None}, {"basis": "random"}, FINE])
+@pytest.mark.parametrize("options", [{}, {"k_bits": None}, AFFINE | {"basis": "random"}, FINE])
 def test_batch_operations(quantized, token_ids, family, options):
     model, ids, more = quantized(family, options), token_ids(3, 100), token_ids(6, 20, seed=4)
     for operation, order in (

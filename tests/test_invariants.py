@@ -9,39 +9,52 @@ import torch
 
 from headq_ao import headq_config
 from headq_ao.cache_layer import HeadQCacheLayer
-from headq_ao.calibration import LayerMoments
+from headq_ao.calibration import MomentAccumulator
 from headq_ao.layer_codec import LayerCodec
 from headq_ao.layer_state import Incoming
 from headq_ao.models import LayerShape
+from headq_ao.seen import seen_weights
 from headq_ao.state import Span
 
 HQ, HKV, D, T = 4, 2, 32, 300
 SMALL = {"epoch_tokens": 64, "residual_length": 32, "block_size": 16}
+AFFINE = {"key_codec": "affine", "value_codec": "affine"}
+ZEROS = AFFINE | {"k_zero_point": True, "v_zero_point": True}
 CASES = {
     "calibrated": ({"adapt": "off"}, True, None),
     "prompt": ({"adapt": "prompt"}, True, None),
     "uncalibrated": ({}, False, None),
-    "uncalibrated score_optimal": ({"basis": "score_optimal"}, False, None),
-    "uncalibrated random": ({"basis": "random"}, False, None),
+    "side code": ({"rank": 8, "basis": "score_optimal"}, False, None),
+    "side code prompt": ({"rank": 8}, True, None),
+    "nearest codes": ({"error_feedback": False}, False, None),
+    "affine calibrated": (AFFINE | {"adapt": "off"}, True, None),
+    "affine prompt": (AFFINE, True, None),
+    "affine": (AFFINE, False, None),
+    "affine score_optimal": (AFFINE | {"basis": "score_optimal"}, False, None),
+    "affine random": (AFFINE | {"basis": "random"}, False, None),
     "three bits": ({"k_bits": 3, "v_bits": 3, "block_size": 32}, False, None),
     "keys only": ({"v_bits": None}, False, None),
     "values only": ({"k_bits": None}, False, None),
     "values only calibrated": ({"k_bits": None}, True, None),
-    "zero points": ({"k_zero_point": True, "v_zero_point": True, "v_group_size": 16}, False, None),
-    "zero points prompt": ({"k_zero_point": True, "v_zero_point": True}, True, None),
+    "zero points": (ZEROS | {"v_group_size": 16}, False, None),
+    "zero points prompt": (ZEROS, True, None),
     "biased scale": ({"unbiased_scale": False}, False, None),
-    "no side code": ({"rank": 0}, True, None),
+    "affine, no side code": (AFFINE | {"rank": 0}, True, None),
     "window": ({}, False, 80),
     "window prompt": ({}, True, 80),
+    "affine window": (AFFINE, False, 80),
+    "affine window prompt": (AFFINE, True, 80),
     "short window": ({}, False, 20),
     "no sink": ({"n_sink": 0}, False, None),
 }
 
 
-def stream(batch=1, tokens=T, seed=0, dtype=torch.float64, head_dim=D):
-    g = torch.Generator().manual_seed(seed)
+def stream(batch=1, tokens=T, seed=0, dtype=torch.float64, head_dim=D, like=None):
+    """Queries, keys and values; ``like``: with the means and covariances of the stream of that seed."""
+    g = torch.Generator().manual_seed(seed if like is None else like)
     mix = torch.randn(head_dim, head_dim, generator=g, dtype=torch.float64)
     mean = torch.randn(HKV, 1, head_dim, generator=g, dtype=torch.float64) * 3
+    g.manual_seed(seed + 100)
 
     def draw(heads):
         return torch.randn(batch, heads, tokens, head_dim, generator=g, dtype=torch.float64) @ mix / 4
@@ -49,16 +62,19 @@ def stream(batch=1, tokens=T, seed=0, dtype=torch.float64, head_dim=D):
     return [x.to(dtype) for x in (draw(HQ), draw(HKV) + mean, draw(HKV))]
 
 
-def moments(seed=1):
-    q, k, v = (x[0].float() for x in stream(tokens=512, seed=seed))
-    grouped = q.unflatten(0, (HKV, -1)).flatten(1, 2)
-    outer = [x.transpose(-1, -2) @ x for x in (grouped, k, v)]
-    return LayerMoments(512, HQ // HKV, outer[0], k.sum(1), outer[1], v.sum(1), outer[2], k.transpose(0, 1))
+def moments(like=1):
+    q, k, v = (x.float() for x in stream(tokens=512, seed=1, like=like))
+    accumulator = MomentAccumulator(512)
+    weights = (x[0].T for x in seen_weights(q, k, D**-0.5, n_sink=0))
+    accumulator.add(*(x[0].transpose(0, 1) for x in (q, k, v)), list(weights), torch.rand(512))
+    return accumulator.moments()
 
 
 def make(options=None, calibrated=False, window=None, head_dim=D):
+    """``calibrated``: False, True (on a stream of other means and covariances) or "alike" (on one of the same)."""
     config, shape = headq_config(**SMALL | (options or {})), LayerShape(HQ, HKV, head_dim, window)
-    codec = LayerCodec(config, shape, moments() if calibrated else None, torch.device("cpu"))
+    like = {"alike": 0, True: 1}.get(calibrated)
+    codec = LayerCodec(config, shape, None if like is None else moments(like), torch.device("cpu"))
     return HeadQCacheLayer(config, shape), codec
 
 
@@ -215,23 +231,25 @@ def test_selected_rows_equal_their_own_streams(case, at):
         assert torch.equal(batch.exact.v[b, :, :held], alone.exact.v[0, :, :held])
 
 
-def test_statistics_ignore_sinks_and_what_follows_the_epoch():
+@pytest.mark.parametrize("codec_name", ["visible", "affine"])
+def test_statistics_ignore_sinks_and_what_follows_the_epoch(codec_name):
+    """Visible statistics see a sink in one way only: it draws attention from the keys that count."""
     changed, (q, k, v) = [], stream()
     for at in (2, 50, 4 + 64 + 10):  # a sink, a token of the epoch, one behind it
         other = k.clone()
         other[:, :, at] += 100
         means = []
         for keys in (k, other):
-            layer, codec = make()
+            layer, codec = make({"key_codec": codec_name})
             feed(layer, codec, q, keys, v, [T])
             means.append(layer.epochs[0].codec.mean)
         changed.append(not torch.equal(*means))
-    assert changed == [False, True, False]
+    assert changed == [codec_name == "visible", True, False]
 
 
 def test_statistics_are_those_of_the_stream():
     q, k, v = stream()
-    layer, codec = make({"basis": "query_pca", "rank": 8})
+    layer, codec = make(AFFINE | {"basis": "query_pca", "rank": 8})
     feed(layer, codec, q, k, v, chunks(1))
     own = layer.epochs[0].codec
     torch.testing.assert_close(own.mean[0].double(), k[0, :, 4:68].mean(1), rtol=1e-3, atol=1e-3)
@@ -242,16 +260,53 @@ def test_statistics_are_those_of_the_stream():
         basis = own.side_encode[0, h].double()
         torch.testing.assert_close(top @ (top.T @ basis), basis, rtol=0, atol=2e-3)
         assert values[-1] > 0
-    prompt, codec = make({"prior_tokens": 100}, True)
+
+
+@pytest.mark.parametrize(("scaling", "window"), [(None, None), (1.0, None), (None, 60)])
+def test_visible_statistics_are_those_of_the_stream(scaling, window):
+    """Mean, spread and seen directions of the epoch's rows, each row weighted as attention sees it."""
+    q, k, v = stream()
+    layer, codec = make({"whitening": 0.5}, window=window)
+    at = 0
+    for n in chunks(1):
+        layer.update(k[:, :, at : at + n], v[:, :, at : at + n])
+        layer.commit(q[:, :, at : at + n], codec, scaling)
+        at += n
+    own, (q, k) = layer.epochs[0].codec, (x[:, :, :68] for x in (q, k))
+    of_q, of_k, _ = seen_weights(q, k, D**-0.5 if scaling is None else scaling, n_sink=4, window=window)
+    for h in range(HKV):
+        w = of_k[0, h, 4:]
+        w = 0.25 + 0.75 * w / w.mean()
+        mean = sum(w[j] * k[0, h, 4 + j] for j in range(64)) / 64
+        torch.testing.assert_close(own.mean[0, h].double(), mean, rtol=1e-3, atol=1e-3)
+        variance = sum(w[j] * (k[0, h, 4 + j] - mean) ** 2 for j in range(64)) / 64
+        spread = (variance + 1e-4 * variance.mean()) ** 0.25
+        torch.testing.assert_close(own.spread[0, h].double(), spread / spread.log().mean().exp(), rtol=1e-3, atol=1e-3)
+        w = of_q[0, 2 * h : 2 * h + 2, 4:].flatten()
+        w = 0.25 + 0.75 * w / w.mean()
+        rows = q[0, 2 * h : 2 * h + 2, 4:68].flatten(0, 1)
+        c_q = (rows * w[:, None]).T @ rows / len(rows)
+        values, vectors = torch.linalg.eigh(c_q + 0.1 * c_q.trace() / D * torch.eye(D))
+        floor = values[:16].mean()  # a codec of head_dim 32 keeps 16 directions
+        kept = (vectors[:, 16:] * (values[16:] / floor - 1)) @ vectors[:, 16:].T
+        seen = own.seen[0, h].double()
+        torch.testing.assert_close(seen @ seen.T, kept, rtol=0, atol=2e-3 * float(kept.abs().max()))
+
+
+@pytest.mark.parametrize("codec_name", ["visible", "affine"])
+def test_the_gauge_of_a_calibration_is_refined(codec_name):
+    q, k, v = stream()
+    prompt, codec = make({"adapt": "prompt", "prior_tokens": 100, "key_codec": codec_name}, True)
     feed(prompt, codec, q, k, v, chunks(1))
-    expected = (moments().k_mean.double() * 100 + k[0, :, 4:68].sum(1)) / 164
+    prior = moments().k_mean if codec_name == "affine" else moments().seen("k")[0]
+    expected = (prior.double() * 100 + k[0, :, 4:68].sum(1)) / 164
     torch.testing.assert_close(prompt.epochs[1].codec.mean[0].double(), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_deep_crop_does_not_count_tokens_twice():
     """Tokens that are folded again after a deep crop weigh as many tokens as were folded."""
     q, k, v = stream()
-    layer, codec = make({"prior_tokens": 0}, True)
+    layer, codec = make({"adapt": "prompt", "prior_tokens": 0}, True)
     feed(layer, codec, q[:, :, :90], k[:, :, :90], v[:, :, :90], [90])
     layer.crop(-80)
     assert (layer.rows[0].tokens, layer.rows[0].packed, layer.rows[0].slots) == (10, 6, 16)
@@ -374,12 +429,14 @@ def test_attention_in_half_precision(dtype):
     assert relative(out, expected) <= 2 * torch.finfo(dtype).eps
 
 
-@pytest.mark.parametrize("case", ["window", "window prompt", "short window"])
+@pytest.mark.parametrize("case", ["window", "window prompt", "affine window", "affine window prompt", "short window"])
 @pytest.mark.parametrize("new", [1, 9, 60])
 @pytest.mark.parametrize(("k_bits", "bound"), [(None, 0.015), (8, 0.08)])
 def test_attention_over_a_window(case, new, k_bits, bound):
     """Every query sees exactly its last ``window`` tokens, packed or not; sinks and older tokens are gone."""
     options, calibrated, window = CASES[case]
+    if calibrated and "affine" not in case:
+        calibrated = "alike"  # a whitening of other covariances costs bits
     layer, codec = make(options | {"k_bits": k_bits, "v_bits": 8}, calibrated, window)
     q, k, v = stream(1, 600)
     sizes = [40, *[1] * 70, 90, *[new] * ((400 - new) // new)]
@@ -391,9 +448,10 @@ def test_attention_over_a_window(case, new, k_bits, bound):
     assert layer.rows[0].dropped > 100
 
 
-def test_attention_over_holes():
+@pytest.mark.parametrize(("options", "calibrated"), [({}, "alike"), (AFFINE, True)], ids=["visible", "affine"])
+def test_attention_over_holes(options, calibrated):
     """After a crop into packed rows, attention reads the rows that are left and those that came after."""
-    layer, codec = make({"k_bits": 8, "v_bits": 8}, calibrated=True)
+    layer, codec = make(options | {"k_bits": 8, "v_bits": 8}, calibrated)
     q, k, v = stream(2, 400)
     feed(layer, codec, q[:, :, :T], k[:, :, :T], v[:, :, :T], [T])
     layer.crop(-145)

@@ -11,8 +11,7 @@ from lm_eval._cli.utils import key_val_to_dict
 from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 
-from headq_ao import Calibration
-from headq_ao.config import HeadQConfig
+from headq_ao import Calibration, headq_config
 from headq_ao.lm_eval import HeadQLM, ModelArgumentError, arguments
 
 split = arguments.split_arguments
@@ -35,7 +34,7 @@ def test_registered():
 
 def test_defaults():
     settings, hf = split({"pretrained": "some/model"})
-    assert settings.config == HeadQConfig()
+    assert settings.config == headq_config()
     assert (settings.chunk_size, settings.prefill, settings.min_context) == (64, None, 0)
     assert hf == {"pretrained": "some/model"}
 
@@ -43,12 +42,13 @@ def test_defaults():
 def test_as_the_command_line_gives_them(tmp_path):
     Calibration([], {"model_type": "other"}, {"source": "x"}).save(tmp_path / "c.safetensors")
     line = (
-        f"pretrained=some/model,dtype=float32,k_bits=3,v_bits=none,sign=-1,adapt=off,key_gauge=false,chunk_size=1,"
+        f"pretrained=some/model,dtype=float32,k_bits=3,v_bits=none,key_codec=affine,whitening=0.5,error_feedback=false,sign=-1,adapt=off,key_gauge=false,chunk_size=1,"
         f"prefill=256,min_context=512,calibration={tmp_path / 'c.safetensors'}"
     )
     settings, hf = split({**key_val_to_dict(line), "batch_size": 2, "max_batch_size": None, "device": "cpu"})
     config = settings.config
     assert (config.k_bits, config.v_bits, config.sign, config.adapt, config.key_gauge) == (3, None, -1, "off", False)
+    assert (config.key_codec, config.whitening, config.error_feedback) == ("affine", 0.5, False)
     assert config.calibration.meta == {"source": "x"}
     assert (settings.chunk_size, settings.prefill, settings.min_context) == (1, 256, 512)
     assert hf == {

@@ -11,6 +11,7 @@ from transformers import DynamicCache
 from headq_ao import HeadQCache, calibrate, headq_config, quantize_
 from headq_ao.cache_layer import HeadQCacheLayer
 
+AFFINE = {"key_codec": "affine", "value_codec": "affine"}
 FAST = {"epoch_tokens": 32, "residual_length": 32, "block_size": 16}
 
 
@@ -65,16 +66,20 @@ def forward(model, ids, sizes, mask=None):
 
 VARIANTS = {
     "default": {},
-    "random basis": {"basis": "random"},
-    "score_optimal": {"basis": "score_optimal"},
+    "side code": {"rank": 16},
+    "affine": AFFINE,
+    "random basis": AFFINE | {"basis": "random"},
+    "score_optimal": AFFINE | {"basis": "score_optimal"},
     "keys only": {"v_bits": None},
     "values only": {"k_bits": None},
-    "zero points": {"k_zero_point": True, "v_zero_point": True},
-    "no side code": {"rank": 0},
+    "zero points": AFFINE | {"k_zero_point": True, "v_zero_point": True},
+    "no side code": AFFINE | {"rank": 0},
+    "nearest codes": {"error_feedback": False},
     "statistics awaited": {"epoch_tokens": 256},
     "calibrated": {"calibration": True},
     "calibrated, epoch awaited": {"calibration": True, "epoch_tokens": 256},
     "calibrated off": {"calibration": True, "adapt": "off"},
+    "affine, calibrated": AFFINE | {"calibration": True},
 }
 
 
@@ -116,17 +121,23 @@ def test_footprint_is_what_a_walk_finds(tiny, token_ids, variant, family, ragged
 @pytest.mark.parametrize(
     ("options", "head_dim", "key_bits", "value_bits"),
     [
-        # k: 2 bits + R·2/D side bits + 16/D of the scale; v: 2 bits + 16/D
-        ({}, 64, 2 + 16 * 2 / 64 + 16 / 64, 2 + 16 / 64),
-        ({"k_zero_point": True, "v_zero_point": True}, 64, 2.75 + 0.25, 2.25 + 0.25),
-        ({"rank": 0, "v_group_size": 32}, 64, 2 + 0.25, 2 + 2 * 0.25),
+        # 2 bits + 16/D of the scale
+        ({}, 64, 2 + 16 / 64, 2 + 16 / 64),
+        # and R·2/D side bits of keys
+        (AFFINE, 64, 2 + 16 * 2 / 64 + 16 / 64, 2 + 16 / 64),
+        ({"rank": 16}, 64, 2 + 16 * 2 / 64 + 16 / 64, 2 + 16 / 64),
+        (AFFINE | {"k_zero_point": True, "v_zero_point": True}, 64, 2.75 + 0.25, 2.25 + 0.25),
+        (AFFINE | {"rank": 0, "v_group_size": 32}, 64, 2 + 0.25, 2 + 2 * 0.25),
         ({"rank": 8, "side_bits": 4, "k_bits": 3, "v_bits": 3, "block_size": 32}, 64, 3 + 0.5 + 0.25, 3.25),
-        ({"k_bits": 4, "v_bits": 4}, 128, 4 + 0.5 + 0.125, 4 + 0.125),
+        ({"k_bits": 4, "v_bits": 4}, 128, 4 + 0.125, 4 + 0.125),
+        (AFFINE | {"k_bits": 4, "v_bits": 4}, 128, 4 + 0.5 + 0.125, 4 + 0.125),
         ({"k_bits": 1, "v_bits": 1, "rank": 0, "block_size": 32}, 64, 1.25, 1.25),
         ({"k_bits": 8, "v_bits": 6, "rank": 0}, 64, 8.25, 6.25),
         # the default rank is a whole granule: 16 coordinates, where a quarter of 80 would be 20 and stored as 32
-        ({}, 80, 96 * 2 / 80 + 16 / 80, 2 + 16 / 80),
-        ({"v_bits": None}, 64, 2.75, None),
+        (AFFINE, 80, 96 * 2 / 80 + 16 / 80, 2 + 16 / 80),
+        ({}, 80, 2 + 16 / 80, 2 + 16 / 80),
+        ({"v_bits": None}, 64, 2.25, None),
+        ({"v_bits": None, "key_codec": "affine"}, 64, 2.75, None),
         ({"k_bits": None}, 64, None, 2.25),
     ],
 )
@@ -164,12 +175,23 @@ def test_nothing_is_packed_yet(tiny, token_ids):
     assert report.exact_rows == 20
 
 
-def test_basis_is_stored_once(tiny, token_ids):
-    """The paper's basis reads as it encodes: one fp16 [Hkv, D, R] per sequence, also for ragged and reordered rows."""
+@pytest.mark.parametrize(
+    ("options", "numbers"),
+    [
+        (AFFINE, 64 * 16 + 64 + 16),  # basis, mean, steps
+        ({}, 64 * 16 + 64 + 64),  # seen directions, mean, spread
+        ({"rank": 16}, 2 * 64 * 16 + 64 + 64 + 16),
+        ({"error_feedback": False}, 64 + 64),
+        ({"rank": 16, "basis": "score_optimal"}, 3 * 64 * 16 + 64 + 64 + 16),
+    ],
+    ids=str,
+)
+def test_basis_is_stored_once(tiny, token_ids, options, numbers):
+    """A basis that reads as it encodes is one fp16 [Hkv, D, R] per sequence, also for ragged and reordered rows."""
     model = tiny(head_dim=64)
-    quantize_(model, headq_config(**FAST))
+    quantize_(model, headq_config(**FAST | options))
     mask = torch.ones(3, 150, dtype=torch.long)
-    expected = 2 * 3 * 2 * (64 * 16 + 64 + 16) * 2  # layers · B · Hkv · (basis, mean, steps) · 2 bytes
+    expected = 2 * 3 * 2 * numbers * 2  # layers · B · Hkv · numbers · 2 bytes
     for start in (0, 50):
         mask[0, :start] = 0
         cache = forward(model, token_ids(3, 150), [150], mask)

@@ -71,10 +71,13 @@ def test_bit_equal_after_loading(tiny, token_ids, tmp_path, family, calibrated):
 OPTIONS = [
     {"v_bits": None},
     {"k_bits": None},
-    {"rank": 0},
+    {"rank": 8, "basis": "score_optimal"},
     {"preset": "headq_paper"},
-    {"basis": "score_optimal"},
-    {"k_bits": 3, "v_bits": 5, "v_group_size": 16, "v_zero_point": True, "block_size": 32},
+    {"key_codec": "affine"},
+    {"key_codec": "affine", "rank": 0, "value_codec": "affine"},
+    {"key_codec": "affine", "basis": "score_optimal"},
+    {"k_bits": 3, "v_bits": 5, "value_codec": "affine", "v_group_size": 16, "v_zero_point": True, "block_size": 32},
+    {"error_feedback": False, "whitening": 0.5},
     {"key_gauge": False, "rotation": False},
     {"adapt": "off"},
 ]

@@ -7,38 +7,65 @@ import pytest
 import torch
 
 from headq_ao import headq_config
-from headq_ao.codec import GAUSSIAN_STEP, affine_codec, rotation_matrix
-from headq_ao.ops import MappedQuery, Rows, decode_attention, encode_values
+from headq_ao.codec import (
+    affine_codec,
+    prompt_visible_codec,
+    rotated_value_codec,
+    visible_codec,
+    visible_value_codec,
+    with_side_code,
+)
+from headq_ao.ops import MappedQuery, Rows, decode_attention
 from headq_ao.tensors import HeadQHistory, HeadQKeyTensor, HeadQValueTensor
 
 B, H, T, D = 3, 2, 64, 32
+AFFINE, ROTATED = {"key_codec": "affine"}, {"value_codec": "affine"}
 
 
 def randn(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def key_codec(k, prompt=False, **options):
+    """The codec of each sequence's own keys, which serve as queries too."""
+    config, c_q, mean = headq_config(**options), k.mT @ k / T, k.mean(2)
+    if config.key_codec == "affine":
+        return affine_codec(config, c_q, mean, k)
+    if prompt:
+        codec = prompt_visible_codec(config, c_q, mean, k.var(2))
+    else:
+        codec = visible_codec(config, c_q, mean, c_q - mean[..., None] * mean[..., None, :])
+    return with_side_code(config, codec, c_q, k)
+
+
 def make_keys(dtype=torch.float32, **options):
     k = randn(B, H, T, D)
-    codec = affine_codec(headq_config(**options), (k.mT @ k / T), k.mean(2), k)
-    return HeadQKeyTensor.from_hp(k.to(dtype), codec), k
+    return HeadQKeyTensor.from_hp(k.to(dtype), key_codec(k, **options)), k
 
 
-def make_values(dtype=torch.float32, bits=4, group_size=D, step=0.0):
-    v, rotation = randn(B, H, T, D, seed=1), rotation_matrix(D)
-    planes, scale, zero = encode_values(v.to(dtype), rotation, bits, group_size=group_size, step=step)
-    return HeadQValueTensor.from_planes(planes, scale, zero, rotation, bits, dtype), v
+def make_values(dtype=torch.float32, v_bits=4, **options):
+    v, config = randn(B, H, T, D, seed=1) + randn(1, H, 1, D, seed=2), headq_config(v_bits=v_bits, **options)
+    if config.value_codec == "affine":
+        codec = rotated_value_codec(config, D)
+    else:
+        flat = v.transpose(0, 1).flatten(1, 2)[None]  # one codec for all sequences
+        codec = visible_value_codec(config, flat.mean(2), flat.mT @ flat / flat.shape[2])
+    return HeadQValueTensor.from_planes(*codec.encode_rows(v.to(dtype)), codec, dtype), v
 
 
 KINDS = {
-    "keys": lambda: make_keys(k_bits=4)[0],
-    "keys, 3 bits, 4-bit side": lambda: make_keys(k_bits=3, side_bits=4)[0],
-    "keys, affine, no side": lambda: make_keys(k_zero_point=True, rank=0)[0],
-    "keys, optimal side": lambda: make_keys(basis="score_optimal")[0],
-    "values": lambda: make_values()[0],
-    "values, 3 bits, groups": lambda: make_values(bits=3, group_size=16)[0],
-    "values, no zero": lambda: make_values(bits=2, step=GAUSSIAN_STEP[2])[0],
+    "keys": lambda: make_keys(k_bits=4),
+    "keys, prompt": lambda: make_keys(prompt=True, k_bits=3),
+    "keys, visible, 4-bit side": lambda: make_keys(rank=8, side_bits=4),
+    "keys, 3 bits, 4-bit side": lambda: make_keys(k_bits=3, side_bits=4, **AFFINE),
+    "keys, affine, no side": lambda: make_keys(k_zero_point=True, rank=0, **AFFINE),
+    "keys, optimal side": lambda: make_keys(basis="score_optimal", **AFFINE),
+    "values": lambda: make_values(),
+    "values, zero": lambda: make_values(v_zero_point=True, **ROTATED),
+    "values, 3 bits, groups": lambda: make_values(v_bits=3, v_zero_point=True, v_group_size=16, **ROTATED),
+    "values, no zero": lambda: make_values(v_bits=2, **ROTATED),
 }
+KINDS = {name: lambda make=make: make()[0] for name, make in KINDS.items()}
 each_kind = pytest.mark.parametrize("packed", [pytest.param(make, id=name) for name, make in KINDS.items()])
 key_kinds = pytest.mark.parametrize("name", [name for name in KINDS if name.startswith("keys")])
 
@@ -60,7 +87,17 @@ def test_shape_dtype_device(packed):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("make", [lambda d: make_keys(d, k_bits=6), lambda d: make_values(d, bits=6)], ids=["k", "v"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda d: make_keys(d, k_bits=6),
+        lambda d: make_keys(d, prompt=True, k_bits=6),
+        lambda d: make_keys(d, k_bits=6, **AFFINE),
+        lambda d: make_values(d, v_bits=6),
+        lambda d: make_values(d, v_bits=6, **ROTATED),
+    ],
+    ids=["k", "k, prompt", "k, affine", "v", "v, affine"],
+)
 def test_dequantize_is_near(make, dtype):
     packed, exact = make(dtype)
     assert packed.dtype == packed.dequantize().dtype == dtype
@@ -148,10 +185,17 @@ def test_packed_nbytes(packed):
 
 
 def test_packed_nbytes_of_known_shapes():
-    values, _ = make_values(bits=2, group_size=16)
+    values, _ = make_values(v_bits=2, v_zero_point=True, v_group_size=16, **ROTATED)
     assert values.packed_nbytes == B * H * T * (D * 2 // 8 + 2 * 2 * 2) + 4 * D * D
-    keys, _ = make_keys(k_zero_point=True, rank=0)
+    keys, _ = make_keys(k_zero_point=True, rank=0, **AFFINE)
     assert keys.packed_nbytes == B * H * T * (D * 2 // 8 + 2 * 2) + 4 * (B * H * D + 2 * D * D + D)
+    rows = B * H * T * (D * 2 // 8 + 2)  # the default: 2 bits and one scale
+    values, _ = make_values(v_bits=2)
+    assert values.packed_nbytes == rows + 4 * H * (D * D + D)  # read, mean
+    keys, _ = make_keys()
+    assert keys.packed_nbytes == rows + 4 * (B * H * (3 * D * D + D) + 2 * D)  # encode, read, metric; step, weight
+    keys, _ = make_keys(prompt=True)
+    assert keys.packed_nbytes == rows + 4 * (B * H * (2 * D + 16 * D) + 2 * D * D + 2 * D)  # mean, spread, seen
 
 
 @each_kind
@@ -236,21 +280,23 @@ def test_index_select(packed, index):
         x.index_select(1, index)
 
 
-def test_a_codec_shared_by_a_batch_stays_shared():
+@pytest.mark.parametrize("options", [{}, {"prompt": True}, AFFINE], ids=["visible", "prompt", "affine"])
+def test_a_codec_shared_by_a_batch_stays_shared(options):
     """A calibrated codec has one entry for all sequences: it is neither cut nor copied."""
     k = randn(B, H, T, D)
-    codec = affine_codec(headq_config(), (k.mT @ k / T)[:1], k.mean(2)[:1], k[:1])
+    codec = key_codec(k[:1], rank=16, **options)
     x = HeadQKeyTensor.from_hp(k, codec)
     for y, want in ((x[1:], x.dequantize()[1:]), (x.index_select(0, torch.tensor([2, 2])), x.dequantize()[[2, 2]])):
         assert torch.equal(y.dequantize(), want)
-        assert y.mean.shape[0] == y.side_encode.shape[0] == 1
+        assert {t.shape[0] for name, t in y.codec.tensors().items()} == {1}
+        assert y.side_encode is not None
 
 
 @key_kinds
 def test_rows_of_keys_read_as_their_dequantized_form(name):
     x = KINDS[name]()
     q, v = randn(B, 2 * H, 1, D, seed=4), randn(B, H, T, D, seed=5)
-    assert (x.rows().zero is None) == ("affine" not in name)
+    assert (x.rows().zero is None) == ("affine, no side" not in name)
     span = torch.zeros(B, 1, dtype=torch.int64), torch.full((B, 1), T)
     packed, _ = decode_attention(x.codec.map_query(q, 0.2), x.rows(), Rows(exact=v), *span)
     plain, _ = decode_attention(MappedQuery.exact(q, 0.2), Rows(exact=x.dequantize()), Rows(exact=v), *span)

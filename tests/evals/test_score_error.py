@@ -219,12 +219,13 @@ def attention_outputs(model, run):
     ("family", "options"),
     [
         ("llama", {}),
-        ("llama", {"sign": -1}),
+        ("llama", {"key_codec": "affine", "sign": -1, "value_codec": "affine"}),
+        ("llama", {"rank": 8}),
         ("llama", {"v_bits": None}),
         ("llama", {"k_bits": None}),
         ("mistral", {"residual_length": 32}),  # a window of 100
         ("gpt2", {}),
-        ("gpt_neox", {"k_zero_point": True}),
+        ("gpt_neox", {"key_codec": "affine", "k_zero_point": True}),
     ],
 )
 def test_first_layer_is_what_a_real_run_does(tiny, token_ids, reference_ops, family, options):

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from headq_ao.codec import rotation_matrix
-from headq_ao.ops import encode_keys
+from headq_ao.ops import encode_keys, feedback_codes
 from headq_ao.ops.layout import unpack_keys
 
 TINY, HUGE = 2.0**-24, 65504.0
+OPERANDS = ("k", "mean", "encode", "read", "step", "weight", "metric", "side_encode", "side_step")
 
 
 def fp16(x):
@@ -76,7 +77,9 @@ def encode_loop(k, mean, encode, read, step, bits, *, weight=None, side_encode=N
 def case(randn, orthogonal):
     """Arguments of encode_keys; ``own`` gives each sequence its own mean and side basis."""
 
-    def make(symmetric, head_dim=16, batch=1, heads=2, tokens=16, base_bits=2, rank=0, side_bits=2, own=False):
+    def make(
+        symmetric, head_dim=16, batch=1, heads=2, tokens=16, base_bits=2, rank=0, side_bits=2, own=False, feedback=False
+    ):
         mine = batch if own else 1
         rotation = orthogonal(1, 1, head_dim)
         args = {
@@ -90,6 +93,9 @@ def case(randn, orthogonal):
         if symmetric:
             args["step"] = 0.5 + randn(1, 1, head_dim).abs() / 2
             args["weight"] = 0.5 + randn(mine, heads, head_dim).abs()
+        if feedback:
+            seen = randn(mine, heads, head_dim, head_dim // 2)
+            args["metric"] = seen @ seen.mT + 0.1 * torch.eye(head_dim, dtype=torch.float64)
         if rank:
             args["side_encode"] = orthogonal(mine, heads, head_dim)[..., :rank]
             args["side_step"] = 0.1 + randn(mine, heads, rank).abs() / 2
@@ -152,10 +158,11 @@ def test_narrower_base_than_head_dim(case, randn):
     assert torch.equal(scale.float(), want_scale)
 
 
-@pytest.mark.parametrize("symmetric", [False, True], ids=["affine", "symmetric"])
-def test_side_code_is_of_the_stored_row(case, symmetric):
+@pytest.mark.parametrize("base", ["affine", "symmetric", "feedback"])
+def test_side_code_is_of_the_stored_row(case, base):
     """z is the error of what a reader decodes, fp16 scale and zero included, not of the unrounded row."""
-    args = case(symmetric, head_dim=32, rank=32, side_bits=8)
+    symmetric = base != "affine"
+    args = case(symmetric, head_dim=32, rank=32, side_bits=8, feedback=base == "feedback")
     args["side_step"] = torch.full((1, 2, 32), 1e-4, dtype=torch.float64)  # finer than the fp16 rounding of the scale
     if symmetric:
         args["k"] = args["mean"].unsqueeze(-2) + args["k"] * 1e-3
@@ -169,6 +176,22 @@ def test_side_code_is_of_the_stored_row(case, symmetric):
     assert torch.equal(codes[..., 32:], z.round().clamp(0, 255).to(torch.uint8))
     coarse = k_err @ args["side_encode"] / (sigma * (1 + 2.0**-12) * 1e-4) + 255 / 2
     assert not torch.equal(coarse.round(), z.round()), "the case does not tell roundings of the scale apart"
+
+
+@pytest.mark.parametrize("unbiased", [False, True])
+@pytest.mark.parametrize("options", [{}, {"batch": 2, "own": True, "rank": 4, "head_dim": 48}], ids=str)
+def test_feedback_codes_the_encoded_row(case, options, unbiased):
+    """With a metric, base codes and σ are those of feedback_codes on ``(k − mean) @ encode``; ``weight`` has no say."""
+    args = case(True, feedback=True, **options)
+    codes, scale, zero = run(args, unbiased=unbiased)
+    y = (args["k"] - args["mean"].unsqueeze(-2)) @ args["encode"]
+    want, sigma = feedback_codes(y, args["metric"], args["step"], 2, unbiased=unbiased)
+    assert torch.equal(codes[..., : y.shape[-1]], want)
+    assert torch.equal(scale, sigma) and zero is None
+    again = run(args | {"weight": 3 * args["weight"]}, unbiased=unbiased)
+    assert torch.equal(codes, again[0]) and torch.equal(scale, again[1])
+    nearest = run({name: x for name, x in args.items() if name != "metric"}, unbiased=unbiased)
+    assert not torch.equal(codes, nearest[0])
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
@@ -187,17 +210,19 @@ def test_unbiased_scale(case, bits):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("symmetric", [False, True], ids=["affine", "symmetric"])
-def test_low_precision_keys_are_coded_in_fp32(case, symmetric, dtype):
-    args = case(symmetric, head_dim=64, rank=16, tokens=32)
+@pytest.mark.parametrize("base", ["affine", "symmetric", "feedback"])
+def test_low_precision_keys_are_coded_in_fp32(case, base, dtype):
+    args = case(base != "affine", head_dim=64, rank=16, tokens=32, feedback=base == "feedback")
     args = {n: x.to(dtype if n == "k" else torch.float32) if torch.is_tensor(x) else x for n, x in args.items()}
     codes, scale, zero = run(args)
     widened = run(args | {"k": args["k"].float()})
     assert torch.equal(codes, widened[0])
     assert torch.equal(scale, widened[1])
     assert zero is None or torch.equal(zero, widened[2])
-    exact, _, _ = encode_loop(**{n: x.double() if torch.is_tensor(x) else x for n, x in args.items()})
-    assert (codes != exact).double().mean() < 1e-3  # ties of fp32 against float64
+    wide = {n: x.double() if torch.is_tensor(x) else x for n, x in args.items()}
+    exact, _, _ = run(wide) if base == "feedback" else encode_loop(**wide)
+    # ties of fp32 against float64; with feedback one flipped code moves those after it
+    assert (codes != exact).double().mean() < (0.02 if base == "feedback" else 1e-3)
 
 
 def decoded(args, codes, scale, zero):
@@ -223,9 +248,12 @@ EDGES = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("gauge", [False, True], ids=["no gauge", "gauge"])
 @pytest.mark.parametrize("name", EDGES)
-@pytest.mark.parametrize("symmetric", [False, True], ids=["affine", "symmetric"])
-def test_extreme_rows(case, randn, symmetric, name, gauge, dtype):
+@pytest.mark.parametrize("base", ["affine", "symmetric", "feedback"])
+def test_extreme_rows(case, randn, base, name, gauge, dtype):
+    symmetric = base != "affine"
     args = case(symmetric, head_dim=64, rank=8, base_bits=4, side_bits=4)
+    if base == "feedback":
+        args["metric"] = (0.1 + 0.9 * torch.eye(64, dtype=torch.float64)).expand(1, 2, 64, 64)
     args["encode"] = args["read"] = torch.eye(64, dtype=torch.float64)[None, None]
     if symmetric:
         args["step"], args["weight"] = torch.full_like(args["step"], 0.3352), torch.ones_like(args["weight"])
@@ -268,22 +296,20 @@ def test_side_code_lessens_the_error(case):
 
 
 @pytest.mark.parametrize("options", [{}, {"batch": 2, "heads": 3, "tokens": 48, "own": True, "rank": 4}], ids=str)
-@pytest.mark.parametrize("symmetric", [False, True], ids=["affine", "symmetric"])
+@pytest.mark.parametrize("base", ["affine", "symmetric", "feedback"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_opcheck(case, symmetric, options, dtype):
-    args = case(symmetric, **options)
+def test_opcheck(case, base, options, dtype):
+    args = case(base != "affine", **options, feedback=base == "feedback")
     floats = {n: x.to(dtype if n == "k" else torch.float32) for n, x in args.items() if torch.is_tensor(x)}
-    names = ("k", "mean", "encode", "read", "step", "weight", "side_encode", "side_step")
     torch.library.opcheck(
-        torch.ops.headq.encode_keys.default, (*(floats.get(n) for n in names), args["bits"], symmetric)
+        torch.ops.headq.encode_keys.default, (*(floats.get(n) for n in OPERANDS), args["bits"], base != "affine")
     )
 
 
 def test_opcheck_on_a_view(case):
     args = case(True, heads=3, tokens=32, rank=2)
     args["k"] = args["k"].transpose(1, 2).contiguous().transpose(1, 2)  # what a projection hands over
-    names = ("k", "mean", "encode", "read", "step", "weight", "side_encode", "side_step")
-    torch.library.opcheck(torch.ops.headq.encode_keys.default, (*(args[n] for n in names), args["bits"], True))
+    torch.library.opcheck(torch.ops.headq.encode_keys.default, (*(args.get(n) for n in OPERANDS), args["bits"], True))
     dense = run(args | {"k": args["k"].contiguous()})
     view = run(args)
     assert torch.equal(view[0], dense[0]) and torch.equal(view[1], dense[1])
@@ -304,6 +330,15 @@ def test_opcheck_on_a_view(case):
         ({"mean": (1, 2, 8)}, r"mean must end in \(16,\) for keys of 16, got \(1, 2, 8\)"),
         ({"encode": (1, 1, 8, 16)}, r"encode must end in \(16, 16\) for keys of 16, got \(1, 1, 8, 16\)"),
         ({"step": (1, 1, 4)}, r"step must end in \(16,\) for keys of 16, got \(1, 1, 4\)"),
+        (
+            {"metric": (1, 2, 16, 16)},
+            r"error feedback \(metric\) needs the symmetric base \(weight\) and one bit width",
+        ),
+        (
+            {"metric": (1, 2, 16, 16), "weight": (1, 2, 16), "bits": [2] * 8 + [4] * 8},
+            r"error feedback \(metric\) needs the symmetric base \(weight\) and one bit width for its coordinates",
+        ),
+        ({"metric": (1, 2, 16, 8), "weight": (1, 2, 16)}, r"metric must end in \(16, 16\) for keys of 16, got"),
         ({"weight": (1, 2, 4)}, r"weight must end in \(16,\) for keys of 16, got \(1, 2, 4\)"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",

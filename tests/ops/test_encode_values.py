@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from headq_ao.codec import GAUSSIAN_STEP, rotation_matrix
-from headq_ao.ops import encode_values
+from headq_ao.ops import encode_values, feedback_codes
 from headq_ao.ops.decode_attention.reference import dequantize_values
 from headq_ao.ops.layout import unpack_values
 
@@ -64,6 +64,38 @@ def test_against_a_loop(randn, orthogonal, base, bits, head_dim, group_size, tok
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("shape", [(1, 2), (2, 1), (1, 1)], ids=["per head", "per sequence", "shared"])
+def test_a_basis_and_a_mean_of_each_head(randn, orthogonal, bits, shape):
+    """``y = (v − mean) @ encode``, whoever shares them."""
+    v, encode, mean = randn(2, 2, 32, 16), randn(*shape, 16, 16), randn(*shape, 16)
+    options = {"group_size": 16, "step": GAUSSIAN_STEP[bits]}
+    got = run(v, encode, bits, mean=mean, **options)
+    want = run((v - mean.unsqueeze(-2)) @ encode, torch.eye(16), bits, **options)
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 6])
+def test_feedback_codes_the_encoded_row(randn, bits):
+    """With a metric: the codes of feedback_codes, and their step as a part of the scale; no gain."""
+    v, encode, mean = randn(2, 2, 32, 32), randn(1, 2, 32, 32), randn(1, 2, 32)
+    metric, step = encode.mT @ encode, GAUSSIAN_STEP[bits]
+    y = (v - mean.unsqueeze(-2)) @ encode
+    want, sigma = feedback_codes(y, metric, torch.full((1, 1, 32), step), bits, unbiased=False)
+    for unbiased in (False, True):
+        options = {"group_size": 32, "mean": mean, "metric": metric, "step": step, "unbiased": unbiased}
+        codes, scale, zero = run(v, encode, bits, **options)
+        assert torch.equal(codes, want) and zero is None
+        assert torch.equal(scale[..., 0], (sigma.double() * step).half())
+
+    def error(codes, scale):
+        e = y - scale.double() * (codes - (2**bits - 1) / 2)
+        return float(((e @ metric) * e).sum())
+
+    nearest, plain, _ = run(v, encode, bits, group_size=32, mean=mean, step=step, unbiased=False)
+    assert error(codes, scale) < 0.8 * error(nearest, plain)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_unbiased_scale(randn, orthogonal, bits):
     v, rotation = randn(1, 2, 64, 64), orthogonal(64)
     y = (v @ rotation).unflatten(-1, (-1, 32))
@@ -110,7 +142,9 @@ def test_a_rotation_may_carry_a_row_past_fp16():
 @pytest.mark.parametrize(("bits", "group_size", "step"), [(2, 64, 0.0), (3, 16, 0.586), (8, 32, 0.0), (1, 64, 1.6)])
 def test_opcheck(randn, bits, group_size, step, dtype):
     v = randn(2, 3, 32, 64, dtype=dtype)
-    args = (torch.eye(64), bits, group_size, step, True)
+    args = (torch.eye(64), None, None, bits, group_size, step, True)
+    if group_size == 64 and step:
+        args = (torch.eye(64).expand(1, 3, 64, 64), torch.ones(2, 3, 64), torch.eye(64)[None, None], *args[3:])
     torch.library.opcheck(torch.ops.headq.encode_values.default, (v, *args))
     view = v.transpose(1, 2).contiguous().transpose(1, 2)
     torch.library.opcheck(torch.ops.headq.encode_values.default, (view, *args), test_utils="test_faketensor")
@@ -125,10 +159,22 @@ def test_opcheck(randn, bits, group_size, step, dtype):
         ((1, 2, 32, 72), {}, r"D of 16, got \(1, 2, 32, 72\)"),
         ((2, 32, 64), {}, r"v must be \[B, Hkv, T, D\] .*got \(2, 32, 64\)"),
         ((1, 2, 32, 64), {"group_size": 48}, r"group_size must divide head_dim 64, got 48"),
-        ((1, 2, 32, 64), {"rotation": torch.eye(32)}, r"rotation must be \[D, D\] for values of 64, got \(32, 32\)"),
+        ((1, 2, 32, 64), {"encode": torch.eye(32)}, r"encode must end in \(64, 64\) for values of 64, got \(32, 32\)"),
+        (
+            (1, 2, 32, 64),
+            {"mean": torch.zeros(1, 2, 32)},
+            r"mean must end in \(64,\) for values of 64, got \(1, 2, 32\)",
+        ),
+        ((1, 2, 32, 64), {"metric": torch.zeros(1, 1, 64, 1)}, r"metric must end in \(64, 64\) for values of 64, got"),
+        (
+            (1, 2, 32, 64),
+            {"metric": torch.eye(64)[None, None], "group_size": 64},
+            r"error feedback \(metric\) needs a symmetric code \(step > 0\) and one scale per row",
+        ),
+        ((1, 2, 32, 64), {"metric": torch.eye(64)[None, None], "step": 1.0}, r"\(step > 0\) and one scale per row"),
     ],
 )
 def test_errors(shape, options, message):
-    arguments = {"rotation": torch.eye(shape[-1]), "bits": 2, "group_size": 16} | options
+    arguments = {"encode": torch.eye(shape[-1]), "bits": 2, "group_size": 16} | options
     with pytest.raises(ValueError, match=message):
         encode_values(torch.zeros(shape), **arguments)

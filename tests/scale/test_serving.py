@@ -24,33 +24,39 @@ def turns_of(n):
 
 
 @torch.no_grad()
-def alone(model, prefix, turns, length):
-    """Each conversation by itself on a cache of its own, token by token like the server's rows."""
+def alone(model, prefix, turns, length, sizes):
+    """Each conversation by itself on a cache of its own, in calls of as many tokens as the server's."""
     answers = []
     for turn in turns:
-        cache = HeadQCache(model)
+        cache, steps = HeadQCache(model), iter(sizes)
         model(torch.tensor([prefix]), cache=cache)
         feed, mine = [], []
         for user in turn:
             feed += user
             answer = []
             while len(answer) < length:
-                for token in feed:
-                    logits = model(torch.tensor([[token]]), cache=cache).logits
-                answer.append(int(logits[0, -1].argmax()))
-                feed = [answer[-1]]
+                n = next(steps)
+                logits = model(torch.tensor([feed[:n]]), cache=cache).logits
+                feed = feed[n:]
+                if not feed:
+                    answer.append(int(logits[0, -1].argmax()))
+                    feed = [answer[-1]]
             mine.append(answer)
         answers.append(mine)
     return answers
 
 
-def test_each_row_answers_as_if_alone(recipe, tiny):
+@pytest.mark.parametrize("options", [{}, {"key_codec": "affine", "value_codec": "affine"}], ids=["visible", "affine"])
+def test_each_row_answers_as_if_alone(recipe, tiny, monkeypatch, options):
     model, prefix, turns = tiny().double(), prompt(150, 99), turns_of(8)
-    quantize_(model, headq_config(**FAST))
-    server = recipe.Server(model, prefix, [], 7)
+    quantize_(model, headq_config(**FAST | options))
+    server, sizes = recipe.Server(model, prefix, [], 7), []
+    forward = server.forward
+    monkeypatch.setattr(server, "forward", lambda rows: sizes.append(len(rows[0])) or forward(rows))
     conversations = [recipe.Conversation(i, list(t)) for i, t in enumerate(turns)]
     events = list(server.serve(conversations, 8))
-    assert [c.answers for c in conversations] == alone(model, prefix, turns, 7)
+    assert max(sizes) > 1
+    assert [c.answers for c in conversations] == alone(model, prefix, turns, 7, sizes)
     assert len(events) == 7 * sum(map(len, turns))
     for c in conversations:
         mine = [(e.turn, e.token, e.last) for e in events if e.conversation == c.number]

@@ -67,7 +67,7 @@ def tiny_jobs(folder):
     for kv_heads in (1, 3):
         build_tiny("llama", heads=6, kv_heads=kv_heads).save_pretrained(folder / f"kv{kv_heads}")
         jobs[f"kv{kv_heads}"] = jobs["llama"] | {"folder": str(folder / f"kv{kv_heads}"), "error": True}
-    jobs["uncalibrated random"] = jobs["llama"] | {"options": FAST | {"basis": "random"}, "error": True}
+    jobs["uncalibrated random"] = jobs["llama"] | {"options": FAST | {"rank": 16, "basis": "random"}, "error": True}
     return jobs
 
 
@@ -91,18 +91,24 @@ def test_tiny(two, name):
     assert all(rank[name]["cache_reloads"] for rank in ranks)
 
 
-@pytest.mark.parametrize("basis", ["query_pca", "score_optimal", "key_pca", "random"])
-def test_a_codec_made_for_all_heads_is_cut(tiny, basis):
-    """Bit for bit, also where the basis of a head depends on how many there are."""
+@pytest.mark.parametrize("basis", [None, "query_pca", "score_optimal", "key_pca", "random"])
+@pytest.mark.parametrize("codec_name", ["visible", "affine"])
+def test_a_codec_made_for_all_heads_is_cut(tiny, codec_name, basis):
+    """Bit for bit, also where the basis of a head depends on how many there are; values like keys."""
     model = tiny(heads=8, kv_heads=4)
     calibration = calibrate(model, [token_ids(2, 150)], progress=False)
-    config, shape = headq_config(basis=basis, calibration=calibration), layer_shapes(model.config)[0]
-    whole = LayerCodec(config, shape, calibration.layers[0], torch.device("cpu")).calibrated
+    options = {"rank": 0} if basis is None else {"rank": 16, "basis": basis}
+    config = headq_config(key_codec=codec_name, value_codec=codec_name, calibration=calibration, **options)
+    shape = layer_shapes(model.config)[0]
+    whole = LayerCodec(config, shape, calibration.layers[0], torch.device("cpu"))
+    assert ("metric" in whole.calibrated.tensors()) == ("mean" in whole.values.tensors()) == (codec_name == "visible")
     for part in (slice(0, 2), slice(2, 4)):
         mine = dataclasses.replace(shape, n_heads=4, n_kv_heads=2)
-        codec = LayerCodec(config, mine, calibration.layers[0], torch.device("cpu"), part).calibrated
-        for name, tensor in whole.tensors().items():
-            assert torch.equal(codec.tensors()[name], tensor[:, part] if tensor.shape[1] == 4 else tensor), name
+        codec = LayerCodec(config, mine, calibration.layers[0], torch.device("cpu"), part)
+        for a, b in ((whole.calibrated, codec.calibrated), (whole.values, codec.values)):
+            assert a.tensors().keys() == b.tensors().keys()
+            for name, tensor in a.tensors().items():
+                assert torch.equal(b.tensors()[name], tensor[:, part] if tensor.shape[1] == 4 else tensor), name
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import math
 import pytest
 
 # name, family, method, options, key bits, value bits, mean KL: plain numbers to choose among, no measurements
-H, N = "HeadQ", "HeadQ, no side code"
+H, N = "HeadQ, side code", "HeadQ"
 SETTINGS = [
     ("exact", "exact", "exact", {}, None, None, 0.0),
     ("kv_default", H, "headq", {}, 2.75, 2.25, 0.030),
