@@ -4,9 +4,11 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from headq_ao.files import atomic_path
 
 MARKERS = re.compile(
     r"(?P<begin><!-- table:(?P<name>[\w-]+)(?::(?P<kind>all|panel))? -->\n).*?(?P<end><!-- /table -->)", re.DOTALL
@@ -168,6 +170,22 @@ def updated(readme: str, results: Path) -> str:
         return f"{match['begin']}{model_tables(shown)}\n{match['end']}"
 
     return MARKERS.sub(table, readme)
+
+
+def fill_marks(path: Path, name: str, make: Callable[[], str]) -> None:
+    """Put what ``make`` gives between the lines ``<!-- name -->`` and ``<!-- /name -->`` of a file.
+
+    Raises:
+        ValueError: when the marks are not there; ``make`` is then not called.
+    """
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    before, mark, rest = path.read_text(encoding="utf-8").partition(begin)
+    _, close, after = rest.partition(end)
+    if not mark or not close:
+        raise ValueError(f"{path} has no lines {begin} and {end}")
+    text = make()
+    with atomic_path(path) as temporary:
+        Path(temporary).write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from headq_ao.calibration import PROFILED_BITS, Calibration, LayerMoments
-from headq_ao.codec import visible_codec, visible_value_codec
+from headq_ao.codec import centred_moment, visible_codec, visible_value_codec
 from headq_ao.config import HeadQConfig
 from headq_ao.ops.layout import PIECES, granule
-from headq_ao.seen import QUERY_TILE, RECENT
+from headq_ao.seen import score_tiles
 
 Part = TypeVar("Part", bound=Hashable)
 WHOLE = max(granule(width) for pieces in PIECES.values() for width in pieces)  # tokens that values of any bits pack in
@@ -45,19 +45,12 @@ def output_errors(
     keys, values = [], []
     for bits in PROFILED_BITS:
         config = HeadQConfig(k_bits=bits, v_bits=bits)
-        codec = visible_codec(config, c_q, k_mean, k_outer - k_mean[..., :, None] * k_mean[..., None, :])
+        codec = visible_codec(config, c_q, k_mean, centred_moment(k_mean, k_outer))
         keys.append(codec.dequantize(*codec.encode_rows(k, config.unbiased_scale)) - k)
-        values.append(visible_value_codec(config, v_mean, v_outer).round_trip(v) - v)
-    position = torch.arange(tokens, device=k.device)
-    recent = min(RECENT, tokens // 4)
-    grouped = q.unflatten(1, (k.shape[1], -1)) * scaling
+        of_values = visible_value_codec(config, v_mean, v_outer)
+        values.append(of_values.dequantize(*of_values.encode_rows(v)) - v)
     errors, energy = k.new_zeros(k.shape[1], 2, len(PROFILED_BITS)), k.new_zeros(k.shape[1])
-    for at in position[recent::every].split(QUERY_TILE):
-        query = grouped[:, :, :, at]
-        age = at[:, None] - position
-        hidden = age < 0 if window is None else (age < 0) | (age >= window)
-        packed = (age >= recent) & (position >= n_sink)
-        s = torch.einsum("bhgsd,bhtd->bhgst", query, k).masked_fill(hidden, float("-inf"))
+    for _, query, s, packed in score_tiles(q, k, scaling, n_sink=n_sink, window=window, every=every):
         a = s.softmax(-1)
         energy += torch.einsum("bhgst,bhtd->bhgsd", a, v).square().sum((0, 2, 3, 4))
         for i, (dk, dv) in enumerate(zip(keys, values, strict=True)):

@@ -44,10 +44,10 @@ def headq_attention(
     Raises:
         ValueError: on an argument that changes the scores in a way HeadQ does not know.
     """
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if not isinstance(key, HeadQHistory):
         recorder = None if torch.compiler.is_compiling() else RECORDER.get()
         if recorder is not None:
-            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
             recorder.record(module.layer_idx, query, key, value, scale, sliding_window)  # type: ignore[arg-type]
         elif hasattr(module, "headq"):
             bypassed = "use_cache is False, or the call did not go through the model that quantize_ was given"
@@ -57,7 +57,6 @@ def headq_attention(
     assert isinstance(value, HeadQHistory)
     codec, layer = module.headq, key.layer
     assert isinstance(codec, LayerCodec)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if layer.first_call:
         out, _ = _dense(
             module,

@@ -21,6 +21,14 @@ PROFILE = ("errors", "energy")
 PROFILED_BITS = (1, 2, 3, 4)
 
 
+def tensor_shapes(heads: int, head_dim: int, rows: int) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor of :class:`LayerMoments`."""
+    square, vector = (heads, head_dim, head_dim), (heads, head_dim)
+    kinds = {"outer": square, "sum": vector, "seen": (heads,), "rows": (rows, heads, head_dim)}
+    profile = {"errors": (heads, 2, len(PROFILED_BITS)), "energy": (heads,)}
+    return {name: kinds[name.rpartition("_")[2]] for name in TENSORS} | profile
+
+
 @dataclass(eq=False)
 class LayerMoments:
     """Sums over ``tokens`` calibration tokens of one layer, after QK-norm and RoPE, fp32.
@@ -93,19 +101,16 @@ class LayerMoments:
 
     def check(self, layer: int) -> None:
         """Raise ValueError, naming ``layer``, where counts or shapes do not fit together or a number is not finite."""
-        h, d = self.k_sum.shape
-        kinds = {"outer": (h, d, d), "sum": (h, d), "seen": (h,), "rows": (self.k_rows.shape[0], h, d)}
-        kinds |= {"errors": (h, 2, len(PROFILED_BITS)), "energy": (h,)}
-        shapes = {name: kinds[name.rpartition("_")[2]] for name in self.tensors()}
+        heads, head_dim = self.k_sum.shape
+        shapes = tensor_shapes(heads, head_dim, self.k_rows.shape[0])
         if (self.errors is None) != (self.energy is None):
             raise ValueError(f"layer {layer}: errors and energy must come together")
         for name in ("tokens", "groups"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"layer {layer}: {name} must be a whole number of at least 1")
-        for name, shape in shapes.items():
-            if tuple(getattr(self, name).shape) != shape:
-                raise ValueError(f"layer {layer}: {name} must be {shape}, got {tuple(getattr(self, name).shape)}")
         for name, x in self.tensors().items():
+            if x.shape != shapes[name]:
+                raise ValueError(f"layer {layer}: {name} must be {shapes[name]}, got {tuple(x.shape)}")
             if x.dtype != torch.float32 or not bool(torch.isfinite(x).all()):
                 raise ValueError(f"layer {layer}: {name} must hold finite float32 numbers")
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -21,8 +22,25 @@ SEEN_RANK = 16  # directions of a prompt's own C_q that are kept
 STEP_GRID = tuple(0.6 + 0.1 * i for i in range(20))
 
 
+class Codec:
+    """What codecs share: tensors as fields, their leading dimensions ``[B or 1, Hkv or 1]``."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors by field name."""
+        pairs = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))  # type: ignore[arg-type]
+        return {name: value for name, value in pairs if isinstance(value, Tensor)}
+
+    def replace(self, tensors: dict[str, Tensor]) -> Self:
+        """A copy with some tensors exchanged."""
+        return dataclasses.replace(self, **tensors)  # type: ignore[type-var]
+
+    def of_heads(self, part: slice) -> Self:
+        """The codec of some of its KV heads."""
+        return self.replace({n: t[:, part].contiguous() for n, t in self.tensors().items() if t.shape[1] > 1})
+
+
 @dataclass(frozen=True)
-class KeyCodec:
+class KeyCodec(Codec):
     """How the keys of one epoch are written and read. Leading dimensions are ``[B or 1, Hkv or 1]``.
 
     ``mean [.., D]``, ``encode``/``read`` ``[.., D, M0]``, ``step [.., M0]``, ``weight [.., M0]`` or None (affine),
@@ -47,26 +65,17 @@ class KeyCodec:
     spread: Tensor | None = None
     seen: Tensor | None = None
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Its tensors by field name."""
-        pairs = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
-        return {name: value for name, value in pairs if isinstance(value, Tensor)}
-
     def index(self, rows: Tensor) -> "KeyCodec":
         """The codec of those batch rows."""
         return self.replace(
             {n: t.index_select(0, rows.to(t.device)) for n, t in self.tensors().items() if n in self.own}
         )
 
-    def of_heads(self, part: slice) -> "KeyCodec":
-        """The codec of some of its KV heads."""
-        return self.replace({n: t[:, part].contiguous() for n, t in self.tensors().items() if t.shape[1] > 1})
-
-    def replace(self, tensors: dict[str, Tensor]) -> "KeyCodec":
+    def replace(self, tensors: dict[str, Tensor]) -> Self:
         """A copy with some tensors exchanged; a side basis that reads as it encodes stays one tensor."""
         if self.side_read is self.side_encode and "side_encode" in tensors:
             tensors = tensors | {"side_read": tensors["side_encode"]}
-        return dataclasses.replace(self, **tensors)  # type: ignore[arg-type]
+        return super().replace(tensors)
 
     def encode_rows(self, k: Tensor, unbiased: bool) -> tuple[list[Tensor], Tensor, Tensor | None]:
         """:func:`headq_ao.ops.encode_keys` with this codec."""
@@ -230,14 +239,19 @@ def prompt_visible_codec(config: HeadQConfig, c_q: Tensor, mean: Tensor, varianc
     return dataclasses.replace(base, spread=spread.to(mean.dtype), seen=seen)
 
 
-def whitening(covariance: Tensor, power: float, rotation: Tensor) -> tuple[Tensor, Tensor]:
+def whitening(matrix: Tensor, power: float, rotation: Tensor) -> tuple[Tensor, Tensor]:
     """``C^{−τ/2} R`` and ``C^{τ/2} R`` for symmetric matrices ``[.., D, D]`` and an orthogonal ``R``."""
-    values, vectors = _eigh(ridged(covariance, SPREAD_RIDGE))
+    values, vectors = _eigh(ridged(matrix, SPREAD_RIDGE))
     values, r = values.clamp(min=1e-30), rotation.double()
     encode, read = (
         (vectors * values.pow(p / 2)[..., None, :]) @ vectors.transpose(-1, -2) @ r for p in (-power, power)
     )
-    return encode.to(covariance.dtype), read.to(covariance.dtype)
+    return encode.to(matrix.dtype), read.to(matrix.dtype)
+
+
+def centred_moment(mean: Tensor, outer: Tensor) -> Tensor:
+    """``E[x xᵀ] − μ μᵀ`` ``[.., D, D]``."""
+    return outer - mean[..., :, None] * mean[..., None, :]
 
 
 def ridged(matrix: Tensor, share: float) -> Tensor:
@@ -247,7 +261,7 @@ def ridged(matrix: Tensor, share: float) -> Tensor:
 
 
 @dataclass(frozen=True)
-class ValueCodec:
+class ValueCodec(Codec):
     """How values are written and read: ``encode``/``read`` ``[1, Hkv or 1, D, D]``; ``mean [1, Hkv, D]`` or None.
 
     ``metric [1, Hkv, D, D]``, how an error of the coordinates reaches the output, turns error feedback on.
@@ -269,12 +283,9 @@ class ValueCodec:
             unbiased=self.unbiased,
         )  # fmt: skip
 
-    def round_trip(self, v: Tensor) -> Tensor:
-        """``v`` as it is read back, fp32."""
-        planes, scale, zero = self.encode_rows(v)
-        y_hat = dequantize_values(planes, self.bits, scale, zero, torch.float32)
-        v_hat = y_hat @ self.read.float().transpose(-1, -2)
-        return v_hat if self.mean is None else v_hat + self.mean.float().unsqueeze(-2)
+    def dequantize(self, planes: list[Tensor], scale: Tensor, zero: Tensor | None) -> Tensor:
+        """``v_hat`` of packed rows in the model's basis, ``[B, Hkv, T, D]`` fp32."""
+        return dequantize_value_rows(planes, self.bits, scale, zero, self.read, self.mean)
 
     def readout(self, out: Tensor) -> Tensor:
         """``Σ_j a_j v̂_j`` from ``Σ_j a_j ŷ_j`` ``[B, Hq, S, D]``, the weights of these rows summing to one."""
@@ -284,10 +295,14 @@ class ValueCodec:
             grouped = grouped + self.mean.to(out.dtype)[:, :, None, None]
         return grouped.flatten(1, 2)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Its tensors by field name."""
-        pairs = ((name, getattr(self, name)) for name in ("encode", "read", "mean", "metric"))
-        return {name: value for name, value in pairs if value is not None}
+
+def dequantize_value_rows(
+    planes: list[Tensor], bits: int, scale: Tensor, zero: Tensor | None, read: Tensor, mean: Tensor | None
+) -> Tensor:
+    """``v_hat = ŷ readᵀ + mean`` of packed rows, ``[B, Hkv, T, D]`` fp32."""
+    y_hat = dequantize_values(planes, bits, scale, zero, torch.float32)
+    v_hat = y_hat @ read.float().transpose(-1, -2)
+    return v_hat if mean is None else v_hat + mean.float().unsqueeze(-2)
 
 
 def rotated_value_codec(config: HeadQConfig, head_dim: int) -> ValueCodec:
@@ -308,7 +323,7 @@ def visible_value_codec(config: HeadQConfig, mean: Tensor, outer: Tensor) -> Val
         mean, outer: of the values, ``[1, Hkv, D]`` and their second moment ``[1, Hkv, D, D]``.
     """
     base = rotated_value_codec(config, mean.shape[-1])
-    encode, read = whitening(outer - mean[..., :, None] * mean[..., None, :], config.whitening, base.read)
+    encode, read = whitening(centred_moment(mean, outer), config.whitening, base.read)
     metric = read.transpose(-1, -2) @ read if config.error_feedback else None
     return dataclasses.replace(base, encode=encode, read=read, mean=mean, metric=metric)
 

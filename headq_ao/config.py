@@ -139,8 +139,7 @@ class HeadQConfig(AOBaseConfig):
             raise ValueError(
                 "v_zero_point and v_group_size need value_codec='affine': visible values have one scale a row"
             )
-        no_side = self.rank == 0 or (self.rank is None and self.key_codec == "visible")
-        if no_side and (self.sign != 1 or self.basis != "query_pca"):
+        if not self.has_side_code and (self.sign != 1 or self.basis != "query_pca"):
             raise ValueError(
                 f"sign={self.sign} and basis={self.basis!r} shape the side code, and there is none: give rank (16, say)"
             )
@@ -151,11 +150,16 @@ class HeadQConfig(AOBaseConfig):
                 f"calibration must be a Calibration, the path of a saved one, or None, got {type(self.calibration)}"
             )
 
+    @property
+    def has_side_code(self) -> bool:
+        """Whether keys carry a side code: by default affine ones do."""
+        return self.key_codec == "affine" if self.rank is None else self.rank > 0
+
     def side_rank(self, head_dim: int) -> int:
         """R, with the default resolved: whole 16-coordinate granules, so that no stored bit is padding."""
-        if self.rank is None:
-            return 0 if self.key_codec == "visible" else max(16, head_dim // 4 // 16 * 16)
-        return self.rank
+        if not self.has_side_code:
+            return 0
+        return max(16, head_dim // 4 // 16 * 16) if self.rank is None else self.rank
 
     def key_bits(self, head_dim: int) -> tuple[int, ...]:
         """Bits of each stored key coordinate: base first, then the side code."""

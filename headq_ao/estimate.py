@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from headq_ao.allocate import layer_configs
 from headq_ao.cache_layer import HeadQCacheLayer
-from headq_ao.calibration import TENSORS, Calibration, LayerMoments
+from headq_ao.calibration import TENSORS, Calibration, LayerMoments, tensor_shapes
 from headq_ao.config import HeadQConfig
 from headq_ao.layer_codec import LayerCodec
 from headq_ao.models import LayerShape, layer_shapes
@@ -70,6 +70,5 @@ def estimate_memory(
 
 def _no_moments(shape: LayerShape) -> LayerMoments:
     """Moments without data."""
-    h, d = shape.n_kv_heads, shape.head_dim
-    sizes = {"outer": (h, d, d), "sum": (h, d), "seen": (h,), "rows": (TOKEN_TILE, h, d)}
-    return LayerMoments(1, 1, *(torch.empty(sizes[name.rpartition("_")[2]], device=META) for name in TENSORS))
+    shapes = tensor_shapes(shape.n_kv_heads, shape.head_dim, TOKEN_TILE)
+    return LayerMoments(1, 1, **{name: torch.empty(shapes[name], device=META) for name in TENSORS})

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from headq_ao.codec import (
     ValueCodec,
     affine_codec,
     base_codec,
+    centred_moment,
     prompt_visible_codec,
     rotated_value_codec,
     visible_codec,
@@ -24,6 +25,8 @@ from headq_ao.config import HeadQConfig
 from headq_ao.models import LayerShape
 from headq_ao.ops.layout import TOKEN_TILE
 from headq_ao.seen import mixed, seen_weights
+
+AnyCodec = TypeVar("AnyCodec", KeyCodec, ValueCodec)
 
 
 @dataclass
@@ -61,20 +64,20 @@ class LayerCodec(nn.Module):
         self.head_dim, self.has_moments = shape.head_dim, moments is not None
         self.frame: KeyCodec | None = None
         self.value_frame: ValueCodec | None = None
+        part = slice(None) if heads is None else heads
         if config.v_bits is not None:
-            self.value_frame = self._keep("value", value_codec(config, shape, moments, heads), device)
+            self.value_frame = self._keep("value", value_codec(config, shape, moments).of_heads(part), device)
         if moments is not None and config.k_bits is not None:
-            codec = key_codec(config, moments)
-            self.frame = self._keep("key", codec if heads is None else codec.of_heads(heads), device)
+            self.frame = self._keep("key", key_codec(config, moments).of_heads(part), device)
 
-    def _keep(self, side: str, codec: Any, device: torch.device) -> Any:
+    def _keep(self, side: str, codec: AnyCodec, device: torch.device) -> AnyCodec:
         """Register the tensors of a codec as buffers; what is left of it without them."""
         for name, tensor in codec.tensors().items():
             self.register_buffer(f"{side}_{name}", tensor.to(device), persistent=False)
-        return dataclasses.replace(codec, **{name: torch.empty(0) for name in codec.tensors()})
+        return codec.replace({name: torch.empty(0) for name in codec.tensors()})
 
-    def _kept(self, side: str, frame: Any) -> Any:
-        return dataclasses.replace(frame, **{name: getattr(self, f"{side}_{name}") for name in frame.tensors()})
+    def _kept(self, side: str, frame: AnyCodec) -> AnyCodec:
+        return frame.replace({name: getattr(self, f"{side}_{name}") for name in frame.tensors()})
 
     @property
     def values(self) -> ValueCodec | None:
@@ -103,12 +106,12 @@ class LayerCodec(nn.Module):
         config, n_sink = self.config, self.config.n_sink
         dtype = torch.float64 if k.dtype == torch.float64 else torch.float32
         q, k = q.to(dtype), k.to(dtype)
-        of_q, of_k, _ = seen_weights(q, k, scaling, n_sink=n_sink, window=window)
         grouped, rows = q[:, :, n_sink:].unflatten(1, (k.shape[1], -1)).flatten(2, 3), k[:, :, n_sink:]
         if config.key_codec == "affine":
             c_q = grouped.transpose(-1, -2) @ grouped / grouped.shape[-2]
             codec = affine_codec(config, c_q, rows.mean(-2), rows)
         else:
+            of_q, of_k, _ = seen_weights(q, k, scaling, n_sink=n_sink, window=window)
             of_q = mixed(of_q[..., n_sink:].unflatten(1, (k.shape[1], -1)).flatten(2, 3))
             c_q = grouped.transpose(-1, -2) @ (of_q[..., None] * grouped) / grouped.shape[-2]
             of_k = mixed(of_k[..., n_sink:])[..., None]
@@ -171,19 +174,13 @@ def key_codec(config: HeadQConfig, moments: LayerMoments) -> KeyCodec:
     if config.key_codec == "affine":
         return affine_codec(config, moments.c_q[None], moments.k_mean[None], rows)
     mean, outer = moments.seen("k")
-    covariance = outer - mean[:, :, None] * mean[:, None]
+    covariance = centred_moment(mean, outer)
     base = visible_codec(config, moments.seen_c_q[None], mean[None], covariance[None])
     return with_side_code(config, base, moments.seen_c_q[None], rows)
 
 
-def value_codec(
-    config: HeadQConfig, shape: LayerShape, moments: LayerMoments | None, heads: slice | None
-) -> ValueCodec:
-    """The value codec of a layer, of those KV heads."""
+def value_codec(config: HeadQConfig, shape: LayerShape, moments: LayerMoments | None) -> ValueCodec:
+    """The value codec of a layer."""
     if moments is None or config.value_codec == "affine":
         return rotated_value_codec(config, shape.head_dim)
-    codec = visible_value_codec(config, *(x[None] for x in moments.seen("v")))
-    if heads is None:
-        return codec
-    own: dict[str, Any] = {name: t[:, heads].contiguous() for name, t in codec.tensors().items()}
-    return dataclasses.replace(codec, **own)
+    return visible_value_codec(config, *(x[None] for x in moments.seen("v")))

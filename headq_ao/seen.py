@@ -1,5 +1,7 @@
 """What attention sees: weights of queries, keys and values, for statistics that count what reaches the output."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -38,22 +40,31 @@ def seen_weights(
         (torch.Size([1, 4, 80]), True)
     """
     b, hkv, tokens, _ = k.shape
-    position = torch.arange(tokens, device=k.device)
-    recent = min(RECENT, tokens // 4)
-    grouped = q.unflatten(1, (hkv, -1))
-    of_q = k.new_zeros(b, hkv, grouped.shape[2], tokens)
+    of_q = k.new_zeros(b, hkv, q.shape[1] // hkv, tokens)
     of_k, of_v = k.new_zeros(b, hkv, tokens), k.new_zeros(b, hkv, tokens)
-    for at in position[recent::every].split(QUERY_TILE):
-        s = torch.einsum("bhgsd,bhtd->bhgst", grouped[:, :, :, at] * scaling, k)
-        age = at[:, None] - position
-        hidden = age < 0 if window is None else (age < 0) | (age >= window)
-        a = s.masked_fill(hidden, float("-inf")).softmax(-1)
-        a = a.masked_fill((age < recent) | (position < n_sink), 0.0)
+    for at, _, s, packed in score_tiles(q, k, scaling, n_sink=n_sink, window=window, every=every):
+        a = s.softmax(-1) * packed
         damage = a * (1 - a)
         of_q[..., at] = damage.sum(-1)
         of_k += damage.sum((2, 3))
         of_v += a.square().sum((2, 3))
     return of_q.flatten(1, 2), of_k, of_v
+
+
+def score_tiles(
+    q: Tensor, k: Tensor, scaling: float, *, n_sink: int, window: int | None, every: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Causal scores, some queries at a time: of those positions ``at [S]`` the scaled queries ``[B, Hkv, G, S, D]``,
+    scores ``[B, Hkv, G, S, T]`` with hidden keys at -inf, and which keys a cache would have packed, ``[S, T]``."""
+    tokens = k.shape[2]
+    position = torch.arange(tokens, device=k.device)
+    recent = min(RECENT, tokens // 4)
+    grouped = q.unflatten(1, (k.shape[1], -1)) * scaling
+    for at in position[recent::every].split(QUERY_TILE):
+        query, age = grouped[:, :, :, at], at[:, None] - position
+        hidden = age < 0 if window is None else (age < 0) | (age >= window)
+        s = torch.einsum("bhgsd,bhtd->bhgst", query, k).masked_fill(hidden, float("-inf"))
+        yield at, query, s, (age >= recent) & (position >= n_sink)
 
 
 def mixed(weights: Tensor) -> Tensor:

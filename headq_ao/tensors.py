@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 from torchao.utils import TorchAOBaseTensor
 
-from headq_ao.codec import KeyCodec, ValueCodec
+from headq_ao.codec import KeyCodec, ValueCodec, dequantize_value_rows
 from headq_ao.ops import Rows
-from headq_ao.ops.decode_attention.reference import dequantize_values
 from headq_ao.ops.layout import PIECES, TOKEN_TILE, granule, plane_pieces
 
 if TYPE_CHECKING:
@@ -237,9 +236,8 @@ class HeadQValueTensor(_PackedTensor):
 
     def dequantize(self) -> Tensor:
         """``v_hat`` in the outer dtype and the model's basis."""
-        y_hat = dequantize_values(self.planes, self.bits, self.scale, self.zero_point, torch.float32)
-        v_hat = y_hat @ self.read.float().transpose(-1, -2)
-        return (v_hat if self.mean is None else v_hat + self.mean.float().unsqueeze(-2)).to(self.dtype)
+        v_hat = dequantize_value_rows(self.planes, self.bits, self.scale, self.zero_point, self.read, self.mean)
+        return v_hat.to(self.dtype)
 
     def _tokens_per_entry(self, name: str) -> int | None:
         widths = PIECES[self.bits]

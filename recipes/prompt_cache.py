@@ -17,11 +17,10 @@ from transformers import DynamicCache
 from headq_ao import HeadQCache, headq_config, quantize_, restore_
 from headq_ao.evals.environment import environment, write_json
 from headq_ao.evals.inputs import DTYPES, SMOLLM2, calibrate_on, describe, find_text, load, token_rows
-from headq_ao.files import atomic_path
+from headq_ao.evals.table import fill_marks
 
 HERE = Path(__file__).resolve().parent
 RESULT = HERE / "results" / "prompt_cache"
-BEGIN, END = "<!-- prompt_cache -->", "<!-- /prompt_cache -->"
 
 
 def timed(call: Callable[[], Any], times: int) -> tuple[float, Any]:
@@ -97,20 +96,6 @@ def readme_table(result: dict[str, Any]) -> str:
 `python recipes/prompt_cache.py --readme README.md`."""
 
 
-def update_readme(path: Path, result: dict[str, Any]) -> None:
-    """Replace the table between the README's marks.
-
-    Raises:
-        ValueError: when the marks are not there.
-    """
-    before, mark, rest = path.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not mark or not end:
-        raise ValueError(f"{path} has no lines {BEGIN} and {END}")
-    with atomic_path(path) as temporary:
-        Path(temporary).write_text(f"{before}{BEGIN}\n{readme_table(result)}\n{END}{after}", encoding="utf-8")
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(
@@ -132,7 +117,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         if args.readme is not None:
-            update_readme(args.readme, json.loads(args.json.read_text(encoding="utf-8")))
+            result = json.loads(args.json.read_text(encoding="utf-8"))
+            fill_marks(args.readme, "prompt_cache", lambda: readme_table(result))
             return 0
         if args.tokens < 1:
             raise ValueError(f"tokens must be at least 1, got {args.tokens}")

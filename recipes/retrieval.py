@@ -21,12 +21,11 @@ from headq_ao import HeadQCache
 from headq_ao.evals.environment import environment, write_json
 from headq_ao.evals.inputs import DTYPES, SMOLLM2, calibrate_on, describe, find_text, load
 from headq_ao.evals.subjects import Subject
-from headq_ao.files import atomic_path
+from headq_ao.evals.table import fill_marks
 from headq_ao.report import NothingPackedError
 
 HERE = Path(__file__).resolve().parent
 RESULT = HERE / "results" / "retrieval" / "retrieval.json"
-BEGIN, END = "<!-- retrieval -->", "<!-- /retrieval -->"
 EPILOG = """\
 examples:
   HEADQ_WIKITEXT=path/to/wikitext-2-raw python recipes/retrieval.py
@@ -307,20 +306,6 @@ def readme_table(result: dict[str, Any]) -> str:
     )
 
 
-def update_readme(path: Path, result: dict[str, Any]) -> None:
-    """Replace the table between the README's marks.
-
-    Raises:
-        ValueError: when the marks are not there.
-    """
-    before, mark, rest = path.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not mark or not end:
-        raise ValueError(f"{path} has no lines {BEGIN} and {END}")
-    with atomic_path(path) as temporary:
-        Path(temporary).write_text(f"{before}{BEGIN}\n{readme_table(result)}\n{END}{after}", encoding="utf-8")
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(
@@ -404,7 +389,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         if args.readme is not None:
-            update_readme(args.readme, json.loads(args.json.read_text(encoding="utf-8")))
+            result = json.loads(args.json.read_text(encoding="utf-8"))
+            fill_marks(args.readme, "retrieval", lambda: readme_table(result))
             return 0
         model, tokenizer, contexts, text = prepare(args)
         if args.threads is not None:

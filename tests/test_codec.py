@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from headq_ao import headq_config
+from headq_ao.calibration import MomentAccumulator
 from headq_ao.codec import (
     GAUSSIAN_STEP,
     STEP_GRID,
@@ -25,6 +26,8 @@ from headq_ao.codec import (
     whitening,
     with_side_code,
 )
+from headq_ao.layer_codec import LayerCodec
+from headq_ao.models import LayerShape
 from headq_ao.ops import Rows, decode_attention
 from headq_ao.ops.decode_attention.reference import dequantize_values
 from headq_ao.ops.layout import unpack_keys
@@ -573,6 +576,19 @@ def test_heads_of_a_codec(packed, name):
     half = q.unflatten(1, (2, -1))[:, part].flatten(1, 2)
     whole = codec.map_query(q, 0.3).codes.unflatten(1, (2, -1))[:, part].flatten(1, 2)
     torch.testing.assert_close(mine.map_query(half, 0.3).codes, whole)
+
+
+@pytest.mark.parametrize(("basis", "one"), [("query_pca", True), ("score_optimal", False)])
+def test_a_moved_layer_keeps_one_side_basis(basis, one):
+    """A basis that reads as it encodes is one tensor, also after the module went to another device."""
+    g = torch.Generator().manual_seed(0)
+    accumulator = MomentAccumulator(64)
+    q, k, v = (torch.randn(64, 2, 32, generator=g) for _ in range(3))
+    accumulator.add(q, k, v, [torch.ones(64, 2)] * 3, torch.rand(64, generator=g))
+    config = headq_config(key_codec="affine", value_codec="affine", rank=16, basis=basis)
+    layer = LayerCodec(config, LayerShape(2, 2, 32, None), accumulator.moments(), torch.device("cpu"))
+    layer._apply(torch.clone)
+    assert (layer.calibrated.side_read is layer.calibrated.side_encode) == one
 
 
 @pytest.mark.parametrize("name", ["prompt", "prompt + side"])

@@ -200,12 +200,12 @@ def test_table(contexts, tmp_path):
     result = {"settings": settings, "subjects": entries(contexts), "environment": {"cpu": "Some CPU"}}
     stored, readme = tmp_path / "r.json", tmp_path / "README.md"
     stored.write_text(json.dumps(result), encoding="utf-8")
-    readme.write_text(f"above\n{retrieval.BEGIN}\nold\n{retrieval.END}\nbelow\n", encoding="utf-8")
+    readme.write_text("above\n<!-- retrieval -->\nold\n<!-- /retrieval -->\nbelow\n", encoding="utf-8")
     command = ["--readme", str(readme), "--json", str(stored)]
     assert retrieval.main(command) == 0
     text = readme.read_text(encoding="utf-8")
-    assert text.startswith(f"above\n{retrieval.BEGIN}\n| 8 questions, 500 tokens of context |")
-    assert text.endswith(f"{retrieval.END}\nbelow\n") and "old" not in text
+    assert text.startswith("above\n<!-- retrieval -->\n| 8 questions, 500 tokens of context |")
+    assert text.endswith("<!-- /retrieval -->\nbelow\n") and "old" not in text
     assert "| exact |  | 75.0 % |  |\n" in text
     assert "| HeadQ, default | 2.50 | 62.5 % | -12.5 points (-25.0 to +0.0) |\n" in text
     assert "guessing: 25.0 %" in text and "at least 88 % of the rows" in text

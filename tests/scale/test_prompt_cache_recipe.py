@@ -34,4 +34,4 @@ def test_the_stored_result_meets_its_bounds_and_is_in_the_readme(recipe):
 def test_readme_without_marks(recipe, tmp_path):
     (tmp_path / "R.md").write_text("nothing")
     with pytest.raises(ValueError, match="has no lines <!-- prompt_cache -->"):
-        recipe.update_readme(tmp_path / "R.md", {})
+        recipe.fill_marks(tmp_path / "R.md", "prompt_cache", lambda: pytest.fail("made a table"))
