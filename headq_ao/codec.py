@@ -64,6 +64,11 @@ class KeyCodec(Codec):
     metric: Tensor | None = None
     spread: Tensor | None = None
     seen: Tensor | None = None
+    mapped: Tensor | None = None  # query_map, where it is kept
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors by field name, without the kept map."""
+        return {name: x for name, x in super().tensors().items() if name != "mapped"}
 
     def index(self, rows: Tensor) -> "KeyCodec":
         """The codec of those batch rows."""
@@ -72,10 +77,10 @@ class KeyCodec(Codec):
         )
 
     def replace(self, tensors: dict[str, Tensor]) -> Self:
-        """A copy with some tensors exchanged; a side basis that reads as it encodes stays one tensor."""
+        """A copy with other tensors and no kept map; a side basis that reads as it encodes stays one tensor."""
         if self.side_read is self.side_encode and "side_encode" in tensors:
             tensors = tensors | {"side_read": tensors["side_encode"]}
-        return super().replace(tensors)
+        return dataclasses.replace(self, mapped=None, **tensors)  # type: ignore[arg-type]
 
     def encode_rows(self, k: Tensor, unbiased: bool) -> tuple[list[Tensor], Tensor, Tensor | None]:
         """:func:`headq_ao.ops.encode_keys` with this codec."""
@@ -105,20 +110,23 @@ class KeyCodec(Codec):
         ``s = σ (q̃·c + b) + m h + q·μ`` with ``q̃ = [(q @ read)·step, sign·(q @ side_read)·side_step]``.
         """
         dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-        hkv = self.mean.shape[1]
-        g = q.to(dtype).unflatten(1, (hkv, -1)) * scaling  # [B, Hkv, G, S, D]
+        grouped = q.to(dtype).unflatten(1, (self.mean.shape[1], -1)) * scaling  # [B, Hkv, G, S, D]
+        mapped = (grouped @ self.query_map(sign, dtype).unsqueeze(2)).flatten(1, 2)
+        return MappedQuery(mapped[..., :-3], *mapped[..., -3:].unbind(-1))
 
-        def project(basis: Tensor) -> Tensor:
-            return g @ basis.to(dtype).unsqueeze(2)
-
-        base = project(self.reader)
-        coordinates = [base * self.step.to(dtype)[:, :, None, None]]
+    def query_map(self, sign: int, dtype: torch.dtype) -> Tensor:
+        """``[.., D, M + 3]``: what takes a scaled query to ``q̃``, ``b``, ``h`` and ``q·μ`` in one product."""
+        if self.mapped is not None and self.mapped.dtype == dtype:
+            return self.mapped
+        read, step = self.reader.to(dtype), self.step.to(dtype)
+        columns = [read * step.unsqueeze(-2)]
         if self.side_read is not None and self.side_step is not None:
-            coordinates.append(project(self.side_read) * (sign * self.side_step.to(dtype))[:, :, None, None])
-        codes = torch.cat(coordinates, -1)
-        bias = -(codes * self.centre(codes)).sum(-1)
-        gauge = project(self.mean.unsqueeze(-1)).squeeze(-1)
-        return MappedQuery(*(x.flatten(1, 2) for x in (codes, bias, base.sum(-1), gauge)))
+            columns.append(self.side_read.to(dtype) * (sign * self.side_step.to(dtype)).unsqueeze(-2))
+        mean = self.mean.to(dtype).unsqueeze(-1)
+        lead = torch.broadcast_shapes(mean.shape[:2], *(c.shape[:2] for c in columns))
+        codes = torch.cat([c.expand(*lead, -1, -1) for c in columns], -1)
+        rest = [-codes @ self.centre(codes).unsqueeze(-1), read.sum(-1, keepdim=True), mean]
+        return torch.cat([codes, *(x.expand(*lead, -1, -1) for x in rest)], -1)
 
     def centre(self, like: Tensor) -> Tensor:
         """The code that stands for zero, per coordinate: 0 where the row stores a zero, else the middle level."""

@@ -10,6 +10,7 @@ from headq_ao.codec import KeyCodec
 from headq_ao.config import HeadQConfig
 from headq_ao.layer_codec import Epoch, LayerCodec
 from headq_ao.models import LayerShape
+from headq_ao.ops import Rows
 from headq_ao.state import ExactRows, RowCounts, RowStore, Span
 from headq_ao.tensors import HeadQKeyTensor, HeadQValueTensor
 
@@ -91,18 +92,31 @@ class LayerState:
         ranges = (self._epoch_range(e) for e in range(len(self.epochs)))
         return [e for e, (begin, end) in enumerate(ranges) if begin < end]
 
-    def segment(self, e: int, codec: LayerCodec) -> tuple[Tensor, Tensor]:
-        """The packed rows of epoch ``e`` as tensors ``[B, Hkv, T, D]``: subclasses, or plain rows on an exact side."""
+    def packed_rows(self, e: int, codec: LayerCodec) -> tuple[Rows, Rows, KeyCodec | None]:
+        """The rows of epoch ``e`` as :func:`headq_ao.ops.decode_attention` reads them, and the codec of its keys."""
         begin, end = self._epoch_range(e)
         k, v = self.store_k.view(begin, end), self.store_v.view(begin, end)
         key_codec = self._codec(e, codec)
-        keys, values = k[0], v[0]
+        keys, values = Rows(exact=k[0]), Rows(exact=v[0])
         if key_codec is not None:
-            zero = [k.pop()] if key_codec.weight is None else [None]
-            keys = HeadQKeyTensor.from_planes(k[:-1], k[-1], zero[0], key_codec, self.dtype)
-        if (value_codec := codec.values) is not None:
-            zero = [v.pop()] if self.config.v_zero_point else [None]
-            values = HeadQValueTensor.from_planes(v[:-1], v[-1], zero[0], value_codec, self.dtype)
+            zero = k.pop() if key_codec.weight is None else None
+            keys = Rows(planes=k[:-1], bits=key_codec.bits, scale=k[-1], zero=zero)
+        if self.config.v_bits is not None:
+            zero = v.pop() if self.config.v_zero_point else None
+            values = Rows(planes=v[:-1], bits=(self.config.v_bits,), scale=v[-1], zero=zero)
+        return keys, values, key_codec
+
+    def segment(self, e: int, codec: LayerCodec) -> tuple[Tensor, Tensor]:
+        """The packed rows of epoch ``e`` as tensors ``[B, Hkv, T, D]``: subclasses, or plain rows on an exact side."""
+        k, v, key_codec = self.packed_rows(e, codec)
+        keys, values, value_codec = k.exact, v.exact, codec.values
+        if key_codec is not None:
+            assert k.scale is not None
+            keys = HeadQKeyTensor.from_planes(k.planes, k.scale, k.zero, key_codec, self.dtype)
+        if value_codec is not None:
+            assert v.scale is not None
+            values = HeadQValueTensor.from_planes(v.planes, v.scale, v.zero, value_codec, self.dtype)
+        assert keys is not None and values is not None
         return keys, values
 
     def dequantize(self, codec: LayerCodec) -> tuple[Tensor, Tensor]:

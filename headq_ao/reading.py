@@ -5,9 +5,8 @@ from torch import Tensor
 
 from headq_ao.layer_codec import LayerCodec
 from headq_ao.layer_state import LayerState
-from headq_ao.ops import MappedQuery, Rows, decode_attention, merge_segments
+from headq_ao.ops import ExactRows, MappedQuery, Rows, attend, decode_attention, merge_segments
 from headq_ao.state import int_tensor
-from headq_ao.tensors import HeadQKeyTensor, HeadQValueTensor
 
 
 class ReadingLayer(LayerState):
@@ -20,17 +19,36 @@ class ReadingLayer(LayerState):
             [r.tokens - sp.length + i - sp.start if sp.start <= i < sp.stop else -1 for i in range(s)]
             for r, sp in zip(self.rows, self.last_spans, strict=True)
         ]
-        parts = []
-        if any(r.slots for r in self.rows):
-            parts.append(self._attend_packed(q, scaling, codec, position))
-        parts.append(self._attend_exact(q, scaling, position))
+        epochs = self._used_epochs()
+        if len(epochs) == 1 and len(self.packed_sides) == 2:
+            out = self._attend_one_epoch(q, scaling, codec, epochs[0], position)
+        else:
+            parts = [self._attend_exact(q, scaling, position)]
+            if epochs:
+                parts.append(self._attend_packed(q, scaling, codec, epochs, position))
+            out = merge_segments(parts)[0]
         self._count_reads(position)
-        return merge_segments(parts)[0].to(q.dtype)
+        return out.to(q.dtype)
+
+    def _attend_one_epoch(
+        self, q: Tensor, scaling: float, codec: LayerCodec, e: int, position: list[list[int]]
+    ) -> Tensor:
+        keys, values, key_codec = self.packed_rows(e, codec)
+        value_codec = codec.values
+        assert key_codec is not None and value_codec is not None
+        begin, end = self._epoch_range(e)
+        start, stop = (int_tensor(x, q.device) for x in self._visible_slots(begin, end, position))
+        valid = None if self.valid is None else self.valid[:, begin:end]
+        query = key_codec.map_query(q, scaling, self.config.sign)
+        exact = MappedQuery.exact(q, scaling).codes
+        k, v, exact_start, exact_stop = self._exact_rows(q, position)
+        rows = ExactRows(exact, k, v, exact_start, exact_stop, value_codec.read, value_codec.mean)
+        return attend(query, keys, values, start, stop, valid, rows)
 
     def _attend_packed(
-        self, q: Tensor, scaling: float, codec: LayerCodec, position: list[list[int]]
+        self, q: Tensor, scaling: float, codec: LayerCodec, epochs: list[int], position: list[list[int]]
     ) -> tuple[Tensor, Tensor]:
-        out, lse = merge_segments([self._attend_epoch(q, scaling, codec, e, position) for e in self._used_epochs()])
+        out, lse = merge_segments([self._attend_epoch(q, scaling, codec, e, position) for e in epochs])
         values = codec.values
         return (out if values is None else values.readout(out)), lse
 
@@ -39,16 +57,12 @@ class ReadingLayer(LayerState):
     ) -> tuple[Tensor, Tensor]:
         begin, end = self._epoch_range(e)
         start, stop = self._visible_slots(begin, end, position)
-        keys, values = self.segment(e, codec)
-        if isinstance(keys, HeadQKeyTensor):
-            query, key_rows = keys.codec.map_query(q, scaling, self.config.sign), keys.rows()
-        else:
-            query, key_rows = MappedQuery.exact(q, scaling), Rows(exact=keys)
-        value_rows = values.rows() if isinstance(values, HeadQValueTensor) else Rows(exact=values)
-        valid = None if self.valid is None else self.valid[:, begin:end]
-        return decode_attention(
-            query, key_rows, value_rows, int_tensor(start, q.device), int_tensor(stop, q.device), valid
+        keys, values, key_codec = self.packed_rows(e, codec)
+        query = (
+            MappedQuery.exact(q, scaling) if key_codec is None else key_codec.map_query(q, scaling, self.config.sign)
         )
+        valid = None if self.valid is None else self.valid[:, begin:end]
+        return decode_attention(query, keys, values, int_tensor(start, q.device), int_tensor(stop, q.device), valid)
 
     def _visible_slots(
         self, begin: int, end: int, position: list[list[int]]
@@ -62,7 +76,8 @@ class ReadingLayer(LayerState):
             stop.append([max(min(r.slots, end) - begin, 0) if p >= 0 else 0 for p in row_position])
         return start, stop
 
-    def _attend_exact(self, q: Tensor, scaling: float, position: list[list[int]]) -> tuple[Tensor, Tensor]:
+    def _exact_rows(self, q: Tensor, position: list[list[int]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Exact keys and values, and which of them each query sees."""
         n_sink, window = self.config.n_sink, self.sliding_window
         held = max(r.exact for r in self.rows)
         assert self.exact.k is not None and self.exact.v is not None
@@ -72,9 +87,12 @@ class ReadingLayer(LayerState):
             first = [0 if window is None else max(p - window + 1, 0) for p in row_position]
             start.append([f if f <= n_sink else max(n_sink, f - gone) for f in first])
             stop.append([max(p - gone + 1, 0) for p in row_position])
-        query = MappedQuery.exact(q, scaling)
-        rows = Rows(exact=self.exact.k[:, :, :held]), Rows(exact=self.exact.v[:, :, :held])
-        return decode_attention(query, *rows, int_tensor(start, q.device), int_tensor(stop, q.device))
+        k, v = self.exact.k[:, :, :held], self.exact.v[:, :, :held]
+        return k, v, int_tensor(start, q.device), int_tensor(stop, q.device)
+
+    def _attend_exact(self, q: Tensor, scaling: float, position: list[list[int]]) -> tuple[Tensor, Tensor]:
+        k, v, start, stop = self._exact_rows(q, position)
+        return decode_attention(MappedQuery.exact(q, scaling), Rows(exact=k), Rows(exact=v), start, stop)
 
     @property
     def first_call(self) -> bool:

@@ -579,23 +579,31 @@ def test_reads_of_a_window_by_hand():
 
 @pytest.mark.parametrize("case", ["uncalibrated", "prompt", "window"])
 def test_counted_reads_are_visible_slots(case, monkeypatch):
-    """What is counted is what ``decode_attention`` was asked to read."""
+    """What is counted is what ``decode_attention`` and ``attend`` were asked to read."""
     options, calibrated, window = CASES[case]
     layer, codec = make(options, calibrated, window)
     asked = [0, 0]
     from headq_ao import reading
 
-    original = reading.decode_attention
+    decode, attend = reading.decode_attention, reading.attend
+
+    def count(slots, start, stop, packed):
+        n = int(((torch.arange(slots) >= start[..., None]) & (torch.arange(slots) < stop[..., None])).sum())
+        asked[0] += n if packed else 0
+        asked[1] += n
 
     def spy(query, keys, values, start, stop, valid=None):
         slots = keys.scale.shape[2] if keys.exact is None else keys.exact.shape[2]
-        slot = torch.arange(slots)
-        n = int(((slot >= start[..., None]) & (slot < stop[..., None])).sum())
-        asked[0] += 0 if keys.exact is not None else n
-        asked[1] += n
-        return original(query, keys, values, start, stop, valid)
+        count(slots, start, stop, keys.exact is None)
+        return decode(query, keys, values, start, stop, valid)
+
+    def spy_attend(query, keys, values, start, stop, valid, exact):
+        count(keys.scale.shape[2], start, stop, True)
+        count(exact.k.shape[2], exact.start, exact.stop, False)
+        return attend(query, keys, values, start, stop, valid, exact)
 
     monkeypatch.setattr(reading, "decode_attention", spy)
+    monkeypatch.setattr(reading, "attend", spy_attend)
     feed(layer, codec, *stream(2), chunks(7), attend=True, spans=[(0, T), (77, T)])
     assert layer.rows_read == asked
     assert asked[0] > 0

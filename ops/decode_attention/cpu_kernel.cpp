@@ -1,4 +1,5 @@
-// decode_attention on the CPU: one segment of packed keys and values, read once per KV head for all its queries.
+// decode_attention on the CPU: one segment of packed keys and values, read once per KV head for all its queries; for
+// attend, also the exact rows that the same queries see, and the way back from the basis of the values.
 // Codes stay integers: a query is two int8 planes (15 bits), softmax weights are two 7-bit planes, and sums are
 // u8 x s8 dot products. Layout of the planes: see layout.py. Compiled on first use with -march=native; the code
 // path is chosen at run time (isa: 0 portable, 1 AVX2, 2 AVX-512-VNNI), among those this compiler could build.
@@ -18,11 +19,20 @@ namespace {
 constexpr int TILE = 16;       // tokens of a key granule, channels of a value granule
 constexpr int CHUNK = 512;     // tokens of one unit of work
 constexpr int WEIGHTS = 128;   // tokens whose softmax weights share one integer scale
-constexpr int QUERIES = 4;     // queries whose accumulators stay in registers
+constexpr int COLUMNS = 1088;  // room for a key plane: two pieces of 256 base and 256 side coordinates; no power of two
 constexpr float NEG = -std::numeric_limits<float>::infinity();
 
 struct Plane { const uint8_t* data; int64_t batch_stride, head_stride, tile_stride; int32_t width, columns; };
 struct Scale { const uint16_t* data; int64_t batch_stride, head_stride, token_stride; };
+
+// Exact rows [rows, head_dim] of each KV head; dtype 0: none, 1: fp32, 2: bf16, 3: fp16.
+struct Exact {
+  const void *k, *v;
+  int64_t k_batch, k_head, k_token, v_batch, v_head, v_token, q_row;
+  const float* q;                                             // [batch, kv_heads, queries, head_dim], scaling in it
+  const int64_t *start, *stop;                                // [batch, new_tokens]
+  int32_t dtype, rows;
+};
 
 struct Args {
   int32_t batch, kv_heads, queries, slots, head_dim;  // queries: rows per KV head (group x new tokens)
@@ -30,10 +40,15 @@ struct Args {
   Plane k[3], v[2];
   Scale k_scale, k_zero, v_scale, v_zero;                     // k_zero.data, v_zero.data may be null
   const float *q[3], *bias, *zero_query, *gauge;              // q[p]: [batch, kv_heads, queries, columns of plane p]
+  int64_t q_row[3], scalar_row;                               // elements from one query to the next
+  float q_weight[3];                                          // what a plane's codes count
   const int64_t *start, *stop;                                // [batch, new_tokens]
   const uint8_t* valid;                                       // [batch, valid_stride] or null
   int64_t valid_stride;
   float *out, *lse;                                           // [batch, kv_heads, queries, head_dim], [.., queries]
+  Exact exact;
+  const float *read, *mean;                                   // o = read · ŷ + mean, [head_dim, head_dim]; may be null
+  int64_t read_batch, read_head, mean_batch, mean_head;
 };
 
 inline float half_to_float(uint16_t h) {
@@ -64,136 +79,129 @@ void halves(const uint16_t* from, int64_t stride, int n, float* to) {
   for (; i < n; i++) to[i] = half_to_float(from[i * stride]);
 }
 
-// exp for x <= 0, relative error below 3e-7; written so that compilers vectorize loops over it.
-inline float exp_negative(float x) {
-  x = std::max(x, -87.0f) * 1.44269504f;
-  float n = std::nearbyint(x), f = x - n;
-  float p = 1.5353362e-4f;
+// Sixteen lanes at a time: tokens of a key tile, channels of a value tile.
+typedef float vf __attribute__((vector_size(64)));
+typedef int32_t vi __attribute__((vector_size(64)));
+typedef int8_t vb __attribute__((vector_size(16)));
+
+template <class V>
+inline V load(const void* from) {
+  V v;
+  std::memcpy(&v, from, sizeof(V));
+  return v;
+}
+inline void store(void* to, vf v) { std::memcpy(to, &v, sizeof v); }
+inline vf to_float(vi x) { return __builtin_convertvector(x, vf); }
+inline vf max(vf x, vf y) { return x > y ? x : y; }
+inline float most_of(vf v) {
+  float most = v[0];
+  for (int i = 1; i < TILE; i++) most = std::max(most, v[i]);
+  return most;
+}
+template <class V>
+inline auto sum_of(V v) {
+  auto sum = v[0];
+  for (int i = 1; i < TILE; i++) sum += v[i];
+  return sum;
+}
+
+constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest whole number in the low bits
+inline vi nearest(vf x) { return (vi)(x + ROUND) - (vi)(vf{} + ROUND); }
+
+// exp for x <= 0, relative error below 3e-7; 0 at -inf.
+inline vf exp_negative(vf x) {
+  vf y = max(x, vf{} - 87.0f) * 1.44269504f;
+  vi n = nearest(y);
+  vf f = y - to_float(n), p = vf{} + 1.5353362e-4f;
   p = p * f + 1.3398874e-3f;
   p = p * f + 9.6184370e-3f;
   p = p * f + 5.5503324e-2f;
   p = p * f + 2.4022648e-1f;
   p = p * f + 6.9314720e-1f;
   p = p * f + 1.0f;
-  int32_t bits = (int32_t(n) + 127) << 23;
-  float scale;
-  std::memcpy(&scale, &bits, 4);
-  return p * scale;
+  vf e = p * (vf)((n + 127) << 23);
+  return x > NEG ? e : vf{};
 }
 
-// One 16-token tile of one key plane against nq queries: sum[q][t] += hi·128 + lo over the plane's columns.
-template <int W>
-void key_tile_portable(const uint8_t* tile, int granules, const int8_t* hi, const int8_t* lo, int stride, int nq, int32_t* sum) {
-  constexpr int P = 8 / W, MASK = (1 << W) - 1;
-  for (int q = 0; q < nq; q++)
-    for (int g = 0; g < granules; g++)
-      for (int t = 0; t < TILE; t++)
-        for (int p = 0; p < P; p++)
-          for (int i = 0; i < 4; i++) {
-            int code = (tile[(g * TILE + t) * 4 + i] >> (p * W)) & MASK, at = q * stride + (g * P + p) * 4 + i;
-            sum[q * TILE + t] += code * (hi[at] * 128 + lo[at]);
-          }
-}
-
-// n tokens of one 16-channel column of one value plane: sum[q][c] += code · (hi·128 + lo).
-template <int W>
-void value_tile_portable(const uint8_t* column, int64_t tile_stride, int tiles, const int8_t* hi, const int8_t* lo, int stride, int nq, int32_t* sum) {
-  constexpr int P = 8 / W, MASK = (1 << W) - 1;
-  for (int q = 0; q < nq; q++)
-    for (int t = 0; t < tiles; t++)
-      for (int c = 0; c < TILE; c++)
-        for (int p = 0; p < P; p++)
-          for (int i = 0; i < 4; i++) {
-            int code = (column[t * tile_stride + c * 4 + i] >> (p * W)) & MASK, at = q * stride + (t * P + p) * 4 + i;
-            sum[q * TILE + c] += code * (hi[at] * 128 + lo[at]);
-          }
-}
+// How a code path takes a granule of 64 bytes: BYTES at a time, four of them a lane, codes of W bits in each.
+struct Portable {
+  static constexpr int BYTES = 4;
+  using Bytes = uint32_t;
+  using Sum = int32_t;
+  static Bytes bytes(const uint8_t* p) { return load<uint32_t>(p); }
+  template <int W>
+  static Bytes codes(Bytes b, int piece) { return (b >> (piece * W)) & (0x01010101u * ((1 << W) - 1)); }
+  static Sum add(Sum sum, Bytes codes, const int8_t* w) {
+    for (int i = 0; i < 4; i++) sum += int32_t(codes >> (8 * i) & 255) * w[i];
+    return sum;
+  }
+  static Sum join(Sum hi, Sum lo) { return hi * 128 + lo; }
+};
 
 #if defined(__AVX2__)
-inline __m256i dot_avx2(__m256i sum, __m256i u8, __m256i s8) {
-  return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(u8, s8), _mm256_set1_epi16(1)));
-}
-inline int32_t word(const int8_t* x) { int32_t w; std::memcpy(&w, x, 4); return w; }
+struct Avx2 {
+  static constexpr int BYTES = 32;
+  using Bytes = __m256i;
+  using Sum = __m256i;
+  static Bytes bytes(const uint8_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
+  template <int W>
+  static Bytes codes(Bytes b, int piece) { return _mm256_and_si256(_mm256_srli_epi16(b, piece * W), _mm256_set1_epi8((1 << W) - 1)); }
+  static Sum add(Sum sum, Bytes codes, const int8_t* w) {
+    __m256i products = _mm256_maddubs_epi16(codes, _mm256_set1_epi32(load<int32_t>(w)));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(products, _mm256_set1_epi16(1)));
+  }
+  static Sum join(Sum hi, Sum lo) { return _mm256_add_epi32(_mm256_slli_epi32(hi, 7), lo); }
+};
+#endif
 
-// Keys and values share this loop: n granules of 64 bytes, `step` bytes apart, 16 lanes, P words of weights each.
-template <int W, int NQ>
-void tile_avx2(const uint8_t* data, int64_t step, int n, const int8_t* hi, const int8_t* lo, int stride, int32_t* sum) {
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+struct Vnni {
+  static constexpr int BYTES = 64;
+  using Bytes = __m512i;
+  using Sum = __m512i;
+  static Bytes bytes(const uint8_t* p) {
+    _mm_prefetch((const char*)p + 4096, _MM_HINT_T0);
+    return _mm512_loadu_si512(p);
+  }
+  template <int W>
+  static Bytes codes(Bytes b, int piece) { return _mm512_and_si512(_mm512_srli_epi16(b, piece * W), _mm512_set1_epi8((1 << W) - 1)); }
+  static Sum add(Sum sum, Bytes codes, const int8_t* w) { return _mm512_dpbusd_epi32(sum, codes, _mm512_set1_epi32(load<int32_t>(w))); }
+  static Sum join(Sum hi, Sum lo) { return _mm512_add_epi32(_mm512_slli_epi32(hi, 7), lo); }
+};
+#endif
+
+// n granules of 64 bytes, `step` bytes apart, against NQ rows of two-plane integers, STRIDE apart: out[q][lane].
+template <class I, int W, int NQ, int STRIDE>
+inline __attribute__((always_inline)) void tile(const uint8_t* data, int64_t step, int n, const int8_t* hi, const int8_t* lo, int32_t (*out)[TILE]) {
   constexpr int P = 8 / W;
-  const __m256i mask = _mm256_set1_epi8((1 << W) - 1);
-  for (int half = 0; half < 2; half++) {
-    __m256i a[NQ], b[NQ];
-    for (int q = 0; q < NQ; q++) a[q] = b[q] = _mm256_setzero_si256();
-    for (int g = 0; g < n; g++) {
-      __m256i bytes = _mm256_loadu_si256((const __m256i*)(data + g * step + half * 32));
+  for (int part = 0; part < 64; part += I::BYTES) {
+    typename I::Sum a[NQ] = {}, b[NQ] = {};
+    const uint8_t* at = data + part;
+    for (int g = 0; g < n; g++, at += step) {
+      auto bytes = I::bytes(at);
+      const int8_t *h = hi + g * P * 4, *l = lo + g * P * 4;
+#pragma GCC unroll 8
       for (int p = 0; p < P; p++) {
-        __m256i codes = _mm256_and_si256(_mm256_srli_epi16(bytes, p * W), mask);
+        auto codes = I::template codes<W>(bytes, p);
+#pragma GCC unroll 8
         for (int q = 0; q < NQ; q++) {
-          a[q] = dot_avx2(a[q], codes, _mm256_set1_epi32(word(hi + q * stride + (g * P + p) * 4)));
-          b[q] = dot_avx2(b[q], codes, _mm256_set1_epi32(word(lo + q * stride + (g * P + p) * 4)));
+          a[q] = I::add(a[q], codes, h + q * STRIDE + p * 4);
+          b[q] = I::add(b[q], codes, l + q * STRIDE + p * 4);
         }
       }
     }
     for (int q = 0; q < NQ; q++) {
-      __m256i* at = (__m256i*)(sum + q * TILE + half * 8);
-      __m256i s = _mm256_add_epi32(_mm256_slli_epi32(a[q], 7), b[q]);
-      _mm256_storeu_si256(at, _mm256_add_epi32(_mm256_loadu_si256(at), s));
+      auto sum = I::join(a[q], b[q]);
+      std::memcpy((char*)out[q] + part, &sum, sizeof sum);
     }
   }
 }
-#endif
 
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-template <int W, int NQ>
-void tile_vnni(const uint8_t* data, int64_t step, int n, const int8_t* hi, const int8_t* lo, int stride, int32_t* sum) {
-  constexpr int P = 8 / W;
-  const __m512i mask = _mm512_set1_epi8((1 << W) - 1);
-  __m512i a[NQ], b[NQ];
-  for (int q = 0; q < NQ; q++) a[q] = b[q] = _mm512_setzero_si512();
-  for (int g = 0; g < n; g++) {
-    __m512i bytes = _mm512_loadu_si512(data + g * step);
-    _mm_prefetch((const char*)data + g * step + 4096, _MM_HINT_T0);
-    for (int p = 0; p < P; p++) {
-      __m512i codes = _mm512_and_si512(_mm512_srli_epi16(bytes, p * W), mask);
-      for (int q = 0; q < NQ; q++) {
-        a[q] = _mm512_dpbusd_epi32(a[q], codes, _mm512_set1_epi32(word(hi + q * stride + (g * P + p) * 4)));
-        b[q] = _mm512_dpbusd_epi32(b[q], codes, _mm512_set1_epi32(word(lo + q * stride + (g * P + p) * 4)));
-      }
-    }
-  }
-  for (int q = 0; q < NQ; q++) {
-    __m512i s = _mm512_add_epi32(_mm512_slli_epi32(a[q], 7), b[q]);
-    _mm512_storeu_si512(sum + q * TILE, _mm512_add_epi32(_mm512_loadu_si512(sum + q * TILE), s));
-  }
-}
-#endif
-
-// Dispatch on path, width and number of queries (1 to QUERIES).
-template <int W, int NQ>
-void tile_path(int isa, bool key, const uint8_t* data, int64_t step, int n, const int8_t* hi, const int8_t* lo, int stride, int32_t* sum) {
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-  if (isa == 2) return tile_vnni<W, NQ>(data, step, n, hi, lo, stride, sum);
-#endif
-#if defined(__AVX2__)
-  if (isa >= 1) return tile_avx2<W, NQ>(data, step, n, hi, lo, stride, sum);
-#endif
-  if (key) return key_tile_portable<W>(data, n, hi, lo, stride, NQ, sum);
-  value_tile_portable<W>(data, step, n, hi, lo, stride, NQ, sum);
-}
-
-template <int W>
-void tile_queries(int isa, bool key, const uint8_t* data, int64_t step, int n, const int8_t* hi, const int8_t* lo, int stride, int nq, int32_t* sum) {
-  switch (nq) {
-    case 1: return tile_path<W, 1>(isa, key, data, step, n, hi, lo, stride, sum);
-    case 2: return tile_path<W, 2>(isa, key, data, step, n, hi, lo, stride, sum);
-    case 3: return tile_path<W, 3>(isa, key, data, step, n, hi, lo, stride, sum);
-    default: return tile_path<W, 4>(isa, key, data, step, n, hi, lo, stride, sum);
-  }
-}
-
-void tile(int isa, bool key, int width, const uint8_t* data, int64_t step, int n, const int8_t* hi, const int8_t* lo, int stride, int nq, int32_t* sum) {
-  if (width == 4) return tile_queries<4>(isa, key, data, step, n, hi, lo, stride, nq, sum);
-  if (width == 2) return tile_queries<2>(isa, key, data, step, n, hi, lo, stride, nq, sum);
-  tile_queries<1>(isa, key, data, step, n, hi, lo, stride, nq, sum);
+template <class I, int NQ, int STRIDE>
+inline __attribute__((always_inline)) void tile(int width, const uint8_t* data, int64_t step, int n, const int8_t* hi, const int8_t* lo, int32_t (*out)[TILE]) {
+  if (width == 2) return tile<I, 2, NQ, STRIDE>(data, step, n, hi, lo, out);
+  if (width == 4) return tile<I, 4, NQ, STRIDE>(data, step, n, hi, lo, out);
+  tile<I, 1, NQ, STRIDE>(data, step, n, hi, lo, out);
 }
 
 // Two int8 planes of a query: x ≈ scale · (hi·128 + lo), |hi·128 + lo| <= 16128.
@@ -220,120 +228,256 @@ float split_query(const float* x, int n, int8_t* hi, int8_t* lo) {
 
 // The queries of one KV head as integers, per plane, and what to multiply their sums with.
 struct Query {
-  std::vector<int8_t> hi[3], lo[3];
-  std::vector<float> scale;  // [plane][query]
+  std::vector<int8_t> hi[3], lo[3];  // [query][COLUMNS]
+  std::vector<float> scale;          // [plane][query]
 };
 
 void prepare(const Args& a, int64_t head, Query& query) {
   query.scale.resize(3 * a.queries);
   for (int p = 0; p < a.key_planes; p++) {
-    int n = a.k[p].columns;
-    query.hi[p].resize(int64_t(n) * a.queries);
-    query.lo[p].resize(int64_t(n) * a.queries);
+    query.hi[p].resize(int64_t(COLUMNS) * a.queries);
+    query.lo[p].resize(int64_t(COLUMNS) * a.queries);
     for (int q = 0; q < a.queries; q++) {
-      int64_t at = int64_t(q) * n;
-      query.scale[p * a.queries + q] = split_query(a.q[p] + (head * a.queries + q) * n, n, &query.hi[p][at], &query.lo[p][at]);
+      int64_t at = int64_t(q) * COLUMNS;
+      const float* row = a.q[p] + (head * a.queries + q) * a.q_row[p];
+      query.scale[p * a.queries + q] = a.q_weight[p] * split_query(row, a.k[p].columns, &query.hi[p][at], &query.lo[p][at]);
     }
   }
 }
 
-void scores(const Args& a, const Query& query, int b, int h, int q0, int nq, int t0, int t1, float* s /* [nq][CHUNK] */) {
+// Hide the slots of t0:t1 that a query may not see.
+void hide(const Args& a, int b, int q, int t0, int t1, float* row) {
+  int64_t at = int64_t(b) * a.new_tokens + q % a.new_tokens;
+  int low = int(std::clamp<int64_t>(a.start[at], t0, t1)), high = int(std::clamp<int64_t>(a.stop[at], t0, t1));
+  std::fill(row, row + (low - t0), NEG);
+  std::fill(row + (std::max(low, high) - t0), row + (t1 - t0), NEG);
+  if (a.valid)
+    for (int t = t0; t < t1; t++)
+      if (!a.valid[b * a.valid_stride + t]) row[t - t0] = NEG;
+}
+
+template <class I, int NQ>
+void scores(const Args& a, const Query& query, int b, int h, int q0, int t0, int t1, float (*s)[CHUNK]) {
   int64_t head = int64_t(b) * a.kv_heads + h;
   const uint16_t* scale = a.k_scale.data + b * a.k_scale.batch_stride + h * a.k_scale.head_stride;
   const uint16_t* zero = a.k_zero.data ? a.k_zero.data + b * a.k_zero.batch_stride + h * a.k_zero.head_stride : nullptr;
   alignas(64) float sigma[CHUNK], offset[CHUNK];
   halves(scale + t0 * a.k_scale.token_stride, a.k_scale.token_stride, t1 - t0, sigma);
   if (zero) halves(zero + t0 * a.k_zero.token_stride, a.k_zero.token_stride, t1 - t0, offset);
+  float bias[NQ], zero_query[NQ], gauge[NQ];
+  for (int q = 0; q < NQ; q++) {
+    int64_t at = (head * a.queries + q0 + q) * a.scalar_row;
+    bias[q] = a.bias[at], zero_query[q] = a.zero_query[at], gauge[q] = a.gauge[at];
+  }
   for (int t = t0; t < t1; t += TILE) {
-    alignas(64) float dot[QUERIES][TILE];
+    vf dot[NQ];
+    for (int q = 0; q < NQ; q++) dot[q] = vf{} + bias[q];
     for (int p = 0; p < a.key_planes; p++) {
       const Plane& k = a.k[p];
-      int granules = k.columns * k.width / 32;
-      alignas(64) int32_t sum[QUERIES * TILE] = {};
+      alignas(64) int32_t sum[NQ][TILE];
       const uint8_t* data = k.data + b * k.batch_stride + h * k.head_stride + t / TILE * k.tile_stride;
-      int64_t at = int64_t(q0) * k.columns;
-      tile(a.isa, true, k.width, data, 64, granules, &query.hi[p][at], &query.lo[p][at], k.columns, nq, sum);
-      for (int q = 0; q < nq; q++) {
-        float unit = query.scale[p * a.queries + q0 + q];
-        for (int i = 0; i < TILE; i++) dot[q][i] = (p ? dot[q][i] : 0.0f) + unit * sum[q * TILE + i];
-      }
+      const int64_t at = int64_t(q0) * COLUMNS;
+      tile<I, NQ, COLUMNS>(k.width, data, 64, k.columns * k.width / 32, &query.hi[p][at], &query.lo[p][at], sum);
+      for (int q = 0; q < NQ; q++) dot[q] += query.scale[p * a.queries + q0 + q] * to_float(load<vi>(sum[q]));
     }
-    for (int q = 0; q < nq; q++) {
-      int64_t at = head * a.queries + q0 + q;
-      float bias = a.bias[at], zero_query = a.zero_query[at], gauge = a.gauge[at];
-      const float *sig = sigma + (t - t0), *off = offset + (t - t0);
-      float* row = s + q * CHUNK + (t - t0);
-      for (int i = 0; i < TILE; i++) row[i] = sig[i] * (dot[q][i] + bias) + gauge;
-      if (zero)
-        for (int i = 0; i < TILE; i++) row[i] += off[i] * zero_query;
+    vf sig = load<vf>(sigma + (t - t0));
+    for (int q = 0; q < NQ; q++) {
+      vf row = sig * dot[q] + gauge[q];
+      if (zero) row += load<vf>(offset + (t - t0)) * zero_query[q];
+      store(s[q] + (t - t0), row);
     }
   }
-  for (int q = 0; q < nq; q++) {  // hide what this query may not see
-    int64_t at = int64_t(b) * a.new_tokens + (q0 + q) % a.new_tokens;
-    int low = int(std::clamp<int64_t>(a.start[at], t0, t1)), high = int(std::clamp<int64_t>(a.stop[at], t0, t1));
-    float* row = s + q * CHUNK;
-    for (int t = t0; t < low; t++) row[t - t0] = NEG;
-    for (int t = std::max(low, high); t < t1; t++) row[t - t0] = NEG;
-    if (a.valid)
-      for (int t = t0; t < t1; t++)
-        if (!a.valid[b * a.valid_stride + t]) row[t - t0] = NEG;
+  for (int q = 0; q < NQ; q++) hide(a, b, q0 + q, t0, t1, s[q]);
+}
+
+// Scores to weights exp(s - most), in place.
+void softmax(float* row, int n, float& most, float& total) {
+  vf top = vf{} + NEG, sum{};
+  for (int t = 0; t < n; t += TILE) top = max(load<vf>(row + t), top);
+  most = most_of(top);
+  const float from = most == NEG ? 0.0f : most;
+  for (int t = 0; t < n; t += TILE) {
+    vf e = exp_negative(load<vf>(row + t) - from);
+    store(row + t, e);
+    sum += e;
+  }
+  total = sum_of(sum);
+}
+
+// Softmax weights times the scales of the values, as two 7-bit planes: w = unit * (hi * 128 + lo). Returns what all
+// channels get: the weighted zeros, or where levels are centred, the weights as rounded times the middle level.
+float split_weights(const float* row, const float* sigma, const float* offset, int n, int top, float& unit, int8_t* hi, int8_t* lo) {
+  alignas(64) float w[WEIGHTS];
+  vf most{}, constant{};
+  for (int i = 0; i < n; i += TILE) {  // a hidden row has weight 0 whatever its bytes hold
+    vf e = load<vf>(row + i), x = e > 0 ? e * load<vf>(sigma + i) : vf{};
+    if (offset) constant += e > 0 ? e * load<vf>(offset + i) : vf{};
+    most = max(x, most);
+    store(w + i, x);
+  }
+  const float largest = most_of(most), inverse = largest > 0 ? 16256 / largest : 0.0f;
+  unit = largest / 16256;
+  vi whole{};
+  for (int i = 0; i < n; i += TILE) {
+    vi x = nearest(load<vf>(w + i) * inverse);
+    whole += x;
+    vb high = __builtin_convertvector(x >> 7, vb), low = __builtin_convertvector(x & 127, vb);
+    std::memcpy(hi + i, &high, TILE);
+    std::memcpy(lo + i, &low, TILE);
+  }
+  return offset ? sum_of(constant) : -0.5f * top * unit * sum_of(whole);
+}
+
+template <class I, int NQ>
+void readout(const Args& a, int b, int h, int t0, int t1, const float (*s)[CHUNK], float* acc /* [NQ][head_dim] */) {
+  const int group = a.head_dim / a.groups, top = (1 << a.value_bits) - 1;
+  const uint16_t* scale = a.v_scale.data + b * a.v_scale.batch_stride + h * a.v_scale.head_stride;
+  const uint16_t* zero = a.v_zero.data ? a.v_zero.data + b * a.v_zero.batch_stride + h * a.v_zero.head_stride : nullptr;
+  alignas(64) int8_t hi[NQ][WEIGHTS], lo[NQ][WEIGHTS];
+  alignas(64) float sigma[WEIGHTS], offset[WEIGHTS];
+  for (int first = t0; first < t1; first += WEIGHTS) {
+    const int n = std::min(WEIGHTS, t1 - first);
+    for (int g = 0; g < a.groups; g++) {
+      float unit[NQ], constant[NQ];
+      halves(scale + first * a.v_scale.token_stride + g, a.v_scale.token_stride, n, sigma);
+      if (zero) halves(zero + first * a.v_zero.token_stride + g, a.v_zero.token_stride, n, offset);
+      for (int q = 0; q < NQ; q++)
+        constant[q] = split_weights(s[q] + (first - t0), sigma, zero ? offset : nullptr, n, top, unit[q], hi[q], lo[q]);
+      const int from = g * group, to = from + group;
+      for (int d = from / TILE * TILE; d < to; d += TILE) {
+        vf sum[NQ];
+        for (int q = 0; q < NQ; q++) sum[q] = vf{} + constant[q];
+        for (int p = 0, shift = 0; p < a.value_planes; shift += a.v[p++].width) {
+          const Plane& v = a.v[p];
+          const int per_tile = 32 / v.width;
+          const uint8_t* data = v.data + b * v.batch_stride + h * v.head_stride + first / per_tile * v.tile_stride + d * 4;
+          alignas(64) int32_t part[NQ][TILE];
+          tile<I, NQ, WEIGHTS>(v.width, data, v.tile_stride, n / per_tile, hi[0], lo[0], part);
+          for (int q = 0; q < NQ; q++) sum[q] += unit[q] * float(1 << shift) * to_float(load<vi>(part[q]));
+        }
+        for (int q = 0; q < NQ; q++) {
+          float* at = acc + q * a.head_dim + d;
+          if (from <= d && d + TILE <= to) {
+            store(at, load<vf>(at) + sum[q]);
+          } else {  // groups that cut a tile
+            for (int i = std::max(from - d, 0); i < std::min(to - d, TILE); i++) at[i] += sum[q][i];
+          }
+        }
+      }
+    }
   }
 }
 
-void readout(const Args& a, int b, int h, int nq, int t0, int t1, const float* s, float* acc /* [nq][head_dim] */) {
-  int group = a.head_dim / a.groups, top = (1 << a.value_bits) - 1;
-  const uint16_t* scale = a.v_scale.data + b * a.v_scale.batch_stride + h * a.v_scale.head_stride;
-  const uint16_t* zero = a.v_zero.data ? a.v_zero.data + b * a.v_zero.batch_stride + h * a.v_zero.head_stride : nullptr;
-  alignas(64) int8_t hi[QUERIES][WEIGHTS], lo[QUERIES][WEIGHTS];
-  for (int first = t0; first < t1; first += WEIGHTS) {
-    int n = std::min(WEIGHTS, t1 - first);
-    for (int g = 0; g < a.groups; g++) {
-      float unit[QUERIES];
-      alignas(64) float sigma[WEIGHTS], offset[WEIGHTS];
-      halves(scale + first * a.v_scale.token_stride + g, a.v_scale.token_stride, n, sigma);
-      if (zero)
-        halves(zero + first * a.v_zero.token_stride + g, a.v_zero.token_stride, n, offset);
-      else
-        std::fill(offset, offset + n, 0.0f);
-      for (int q = 0; q < nq; q++) {
-        const float* row = s + q * CHUNK + (first - t0);
-        alignas(64) float w[WEIGHTS];
-        float most = 0, constant = 0;
-#pragma omp simd reduction(+ : constant) reduction(max : most)
-        for (int i = 0; i < n; i++) {  // a hidden row has weight 0 whatever its bytes hold
-          w[i] = row[i] > 0 ? row[i] * sigma[i] : 0.0f;
-          constant += row[i] > 0 ? row[i] * offset[i] : 0.0f;
-          most = std::max(most, w[i]);
-        }
-        float inverse = most > 0 ? 16256 / most : 0.0f;
-        unit[q] = most / 16256;
-        int whole = 0;
-        for (int i = 0; i < n; i++) {
-          int x = int(std::nearbyint(w[i] * inverse));
-          whole += x;
-          hi[q][i] = int8_t(x >> 7);
-          lo[q][i] = int8_t(x & 127);
-        }
-        if (!zero) constant = -0.5f * top * unit[q] * whole;  // of the weights as rounded, so that levels stay centred
-        for (int d = g * group; d < (g + 1) * group; d++) acc[q * a.head_dim + d] += constant;
-      }
-      int shift = 0;
-      for (int p = 0; p < a.value_planes; p++) {
-        const Plane& v = a.v[p];
-        int per_tile = 32 / v.width;
-        const uint8_t* data = v.data + b * v.batch_stride + h * v.head_stride + first / per_tile * v.tile_stride;
-        for (int d = g * group / TILE * TILE; d < (g + 1) * group; d += TILE) {
-          alignas(64) int32_t sum[QUERIES * TILE] = {};
-          tile(a.isa, false, v.width, data + d * 4, v.tile_stride, n / per_tile, hi[0], lo[0], WEIGHTS, nq, sum);
-          for (int q = 0; q < nq; q++)
-            for (int i = 0; i < TILE; i++)
-              if (d + i >= g * group && d + i < (g + 1) * group)
-                acc[q * a.head_dim + d + i] += unit[q] * float(1 << shift) * sum[q * TILE + i];
-        }
-        shift += v.width;
-      }
+// One unit of work: NQ queries of one head over one chunk. part: [queries] maxima, [queries] sums, then accumulators.
+template <class I, int NQ>
+void attend_chunk(const Args& a, const Query& query, int b, int h, int q0, int t0, int t1, float* part) {
+  alignas(64) float s[NQ][CHUNK];
+  scores<I, NQ>(a, query, b, h, q0, t0, t1, s);
+  for (int q = 0; q < NQ; q++) softmax(s[q], t1 - t0, part[q0 + q], part[a.queries + q0 + q]);
+  readout<I, NQ>(a, b, h, t0, t1, s, part + 2 * a.queries + int64_t(q0) * a.head_dim);
+}
+
+template <class I>
+void attend_chunk(const Args& a, const Query& query, int b, int h, int t0, int t1, float* part) {
+  for (int q0 = 0, left; (left = a.queries - q0) > 0;) {
+    switch (left) {
+      case 1: attend_chunk<I, 1>(a, query, b, h, q0, t0, t1, part), q0 += 1; break;
+      case 2: attend_chunk<I, 2>(a, query, b, h, q0, t0, t1, part), q0 += 2; break;
+      case 3: attend_chunk<I, 3>(a, query, b, h, q0, t0, t1, part), q0 += 3; break;
+      case 4: case 5: case 6: case 7: attend_chunk<I, 4>(a, query, b, h, q0, t0, t1, part), q0 += 4; break;
+      default: attend_chunk<I, 8>(a, query, b, h, q0, t0, t1, part), q0 += 8;
     }
   }
+}
+
+void attend_chunk(const Args& a, const Query& query, int b, int h, int t0, int t1, float* part) {
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+  if (a.isa == 2) return attend_chunk<Vnni>(a, query, b, h, t0, t1, part);
+#endif
+#if defined(__AVX2__)
+  if (a.isa >= 1) return attend_chunk<Avx2>(a, query, b, h, t0, t1, part);
+#endif
+  attend_chunk<Portable>(a, query, b, h, t0, t1, part);
+}
+
+inline float wide(uint32_t bits) {
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+
+void widen(const void* row, int dtype, int n, float* to) {
+  const uint16_t* half = (const uint16_t*)row;
+  if (dtype == 1) std::memcpy(to, row, n * sizeof(float));
+  if (dtype == 2)
+    for (int i = 0; i < n; i++) to[i] = wide(uint32_t(half[i]) << 16);
+  if (dtype == 3) halves(half, 1, n, to);
+}
+
+inline float dot(const float* x, const float* y, int n) {
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int i = 0; i < n; i++) sum += x[i] * y[i];
+  return sum;
+}
+
+// Attention of one KV head's queries over its exact rows: out [queries][head_dim] normalized, and lse.
+void attend_exact(const Args& a, int b, int h, std::vector<float>& s, float* out, float* lse) {
+  const Exact& e = a.exact;
+  const int n = e.rows, d = a.head_dim;
+  const int width = e.dtype == 1 ? 4 : 2;
+  const char *k = (const char*)e.k + width * (b * e.k_batch + h * e.k_head), *v = (const char*)e.v + width * (b * e.v_batch + h * e.v_head);
+  const float* q = e.q + (int64_t(b) * a.kv_heads + h) * a.queries * e.q_row;
+  alignas(64) float row[256];
+  for (int j = 0; j < n; j++) {
+    widen(k + width * j * e.k_token, e.dtype, d, row);
+    for (int i = 0; i < a.queries; i++) s[int64_t(i) * n + j] = dot(q + i * e.q_row, row, d);
+  }
+  std::fill(out, out + int64_t(a.queries) * d, 0.0f);
+  for (int i = 0; i < a.queries; i++) {
+    int64_t at = int64_t(b) * a.new_tokens + i % a.new_tokens;
+    int low = int(std::clamp<int64_t>(e.start[at], 0, n)), high = int(std::clamp<int64_t>(e.stop[at], 0, n));
+    float *w = &s[int64_t(i) * n], most = NEG, total = 0;
+    bool bad = false;
+    for (int j = low; j < high; j++) {
+      most = std::max(most, w[j]);
+      bad = bad || std::isnan(w[j]);
+    }
+    for (int j = 0; j < n; j++) w[j] = j < low || j >= high || most == NEG ? 0.0f : std::exp(w[j] - most);
+    for (int j = low; j < high; j++) total += w[j];
+    lse[i] = bad ? std::numeric_limits<float>::quiet_NaN() : most == NEG ? NEG : most + std::log(total);
+    for (int j = low; j < high && total > 0; j++) w[j] /= total;
+  }
+  for (int j = 0; j < n; j++) {
+    widen(v + width * j * e.v_token, e.dtype, d, row);
+    for (int i = 0; i < a.queries; i++) {
+      float w = s[int64_t(i) * n + j];
+      if (w != 0)  // a hidden row may hold anything
+        for (int c = 0; c < d; c++) out[int64_t(i) * d + c] += w * row[c];
+    }
+  }
+}
+
+// From the basis of the values to the model's.
+void read_back(const Args& a, int b, int h, float* out, float* work) {
+  const float* read = a.read + b * a.read_batch + h * a.read_head;
+  const float* mean = a.mean ? a.mean + b * a.mean_batch + h * a.mean_head : nullptr;
+  for (int c = 0; c < a.head_dim; c++) work[c] = dot(read + c * a.head_dim, out, a.head_dim) + (mean ? mean[c] : 0.0f);
+  std::copy(work, work + a.head_dim, out);
+}
+
+// Join attention over exact rows to that over packed ones, by log-sum-exp.
+void join(float* out, float& lse, const float* other, float other_lse, int n) {
+  float most = std::max(lse, other_lse), nan = std::numeric_limits<float>::quiet_NaN();
+  if (std::isnan(lse) || std::isnan(other_lse)) {
+    std::fill(out, out + n, nan);
+    lse = nan;
+    return;
+  }
+  if (most == NEG) return;
+  float mine = lse == NEG ? 0.0f : std::exp(lse - most), theirs = other_lse == NEG ? 0.0f : std::exp(other_lse - most);
+  for (int c = 0; c < n; c++) out[c] = (mine * out[c] + theirs * other[c]) / (mine + theirs);
+  lse = most + std::log(mine + theirs);
 }
 
 }  // namespace
@@ -356,10 +500,11 @@ extern "C" int headq_decode_attention(const Args* args) {
   int heads = a.batch * a.kv_heads, chunks = (a.slots + CHUNK - 1) / CHUNK;
   int64_t width = int64_t(a.queries) * (a.head_dim + 2);
   std::vector<Query> queries;
-  std::vector<float> parts;
+  std::vector<float> parts, exacts;
   try {
     queries.resize(heads);
     parts.resize(width * heads * chunks);
+    if (a.exact.dtype) exacts.resize(int64_t(heads) * a.queries * (a.head_dim + 1));
   } catch (const std::bad_alloc&) {
     return 1;
   }
@@ -370,37 +515,22 @@ extern "C" int headq_decode_attention(const Args* args) {
 #pragma omp for schedule(dynamic) collapse(2)
     for (int i = 0; i < heads; i++)
       for (int c = 0; c < chunks; c++) {
-        alignas(64) float s[QUERIES * CHUNK];
-        int b = i / a.kv_heads, h = i % a.kv_heads, t0 = c * CHUNK, t1 = std::min(t0 + CHUNK, a.slots);
-        float* part = &parts[width * (int64_t(i) * chunks + c)];  // [queries] maxima, [queries] sums, then accumulators
-        for (int q0 = 0; q0 < a.queries; q0 += QUERIES) {
-          int nq = std::min(QUERIES, a.queries - q0);
-          scores(a, queries[i], b, h, q0, nq, t0, t1, s);
-          for (int q = 0; q < nq; q++) {
-            float *row = s + q * CHUNK, most = NEG, total = 0;
-#pragma omp simd reduction(max : most)
-            for (int t = 0; t < t1 - t0; t++) most = std::max(most, row[t]);
-            if (most == NEG) {
-              std::fill(row, row + (t1 - t0), 0.0f);
-            } else {
-#pragma omp simd reduction(+ : total)
-              for (int t = 0; t < t1 - t0; t++) {
-                float e = row[t] == NEG ? 0.0f : exp_negative(row[t] - most);
-                row[t] = e;
-                total += e;
-              }
-            }
-            part[q0 + q] = most;
-            part[a.queries + q0 + q] = total;
-          }
-          readout(a, b, h, nq, t0, t1, s, part + 2 * a.queries + int64_t(q0) * a.head_dim);
-        }
+        int t0 = c * CHUNK;
+        attend_chunk(a, queries[i], i / a.kv_heads, i % a.kv_heads, t0, std::min(t0 + CHUNK, a.slots), &parts[width * (int64_t(i) * chunks + c)]);
       }
 #pragma omp for schedule(static)
-    for (int i = 0; i < heads; i++)
+    for (int i = 0; i < heads; i++) {
+      const int b = i / a.kv_heads, h = i % a.kv_heads;
+      float* exact = a.exact.dtype ? &exacts[int64_t(i) * a.queries * (a.head_dim + 1)] : nullptr;
+      float* exact_lse = exact + int64_t(a.queries) * a.head_dim;
+      if (exact) {
+        std::vector<float> weights(int64_t(a.queries) * a.exact.rows);
+        attend_exact(a, b, h, weights, exact, exact_lse);
+      }
       for (int q = 0; q < a.queries; q++) {
-        const float* first = &parts[width * int64_t(i) * chunks];
+        const float* first = parts.data() + width * int64_t(i) * chunks;
         float most = NEG, total = 0, *out = a.out + (int64_t(i) * a.queries + q) * a.head_dim;
+        float& lse = a.lse[int64_t(i) * a.queries + q];
         std::fill(out, out + a.head_dim, 0.0f);
         for (int c = 0; c < chunks; c++) most = std::max(most, first[c * width + q]);
         for (int c = 0; c < chunks && most != NEG; c++) {
@@ -410,15 +540,19 @@ extern "C" int headq_decode_attention(const Args* args) {
           total += factor * part[a.queries + q];
           for (int d = 0; d < a.head_dim; d++) out[d] += factor * part[2 * a.queries + int64_t(q) * a.head_dim + d];
         }
-        a.lse[int64_t(i) * a.queries + q] = most == NEG ? NEG : most + std::log(total);
+        lse = most == NEG ? NEG : most + std::log(total);
         for (int d = 0; d < a.head_dim && total > 0; d++) out[d] /= total;
-        int64_t at = int64_t(i / a.kv_heads) * a.new_tokens + q % a.new_tokens;
+        int64_t at = int64_t(b) * a.new_tokens + q % a.new_tokens;
         for (int p = 0; p < a.key_planes; p++)
           if (std::isnan(queries[i].scale[p * a.queries + q]) && a.start[at] < a.stop[at]) {
             std::fill(out, out + a.head_dim, std::numeric_limits<float>::quiet_NaN());
-            a.lse[int64_t(i) * a.queries + q] = std::numeric_limits<float>::quiet_NaN();
+            lse = std::numeric_limits<float>::quiet_NaN();
           }
+        alignas(64) float work[256];
+        if (a.read && lse != NEG) read_back(a, b, h, out, work);
+        if (exact) join(out, lse, exact + int64_t(q) * a.head_dim, exact_lse[q], a.head_dim);
       }
+    }
   }
   return 0;
 }

@@ -5,12 +5,13 @@ import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from headq_ao.ops import cpu_build
-from headq_ao.ops.layout import PIECES, plane_pieces, query_planes
+from headq_ao.ops.layout import PIECES, granule, plane_pieces, query_planes
 
 PATHS = {"portable": 0, "avx2": 1, "avx512": 2}
 _P, _I64, _I32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
@@ -24,6 +25,18 @@ class _Scale(ctypes.Structure):
     _fields_ = (("data", _P), ("batch", _I64), ("head", _I64), ("token", _I64))
 
 
+class _Exact(ctypes.Structure):
+    _fields_ = (
+        ("k", _P),
+        ("v", _P),
+        *((name, _I64) for name in ["k_batch", "k_head", "k_token", "v_batch", "v_head", "v_token", "q_row"]),
+        *((name, _P) for name in ("q", "start", "stop")),
+        ("dtype", _I32),
+        ("rows", _I32),
+    )
+
+
+EXACT_DTYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 _INTS = "batch kv_heads queries slots head_dim key_planes value_planes value_bits groups threads isa new_tokens"
 
 
@@ -34,11 +47,33 @@ class _Args(ctypes.Structure):
         ("v", _Plane * 2),
         *((name, _Scale) for name in ("k_scale", "k_zero", "v_scale", "v_zero")),
         ("q", _P * 3),
-        *((name, _P) for name in ("bias", "zero_query", "gauge", "start", "stop", "valid")),
+        *((name, _P) for name in ("bias", "zero_query", "gauge")),
+        ("q_row", _I64 * 3),
+        ("scalar_row", _I64),
+        ("q_weight", ctypes.c_float * 3),
+        *((name, _P) for name in ("start", "stop", "valid")),
         ("valid_stride", _I64),
         ("out", _P),
         ("lse", _P),
+        ("exact", _Exact),
+        ("read", _P),
+        ("mean", _P),
+        *((name, _I64) for name in ["read_batch", "read_head", "mean_batch", "mean_head"]),
     )
+
+
+class ExactRows(NamedTuple):
+    """Exact rows that the same queries see: ``q [B, Hq, S, D]`` with the scaling in it, ``k``, ``v [B, Hkv, n, D]``,
+    the visible range ``start``, ``stop [B, S]``, and ``read [B or 1, Hkv or 1, D, D]``, ``mean [B or 1, Hkv or 1, D]``
+    or None, with which the packed rows' readout returns to the basis of ``v``."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    start: Tensor
+    stop: Tensor
+    read: Tensor
+    mean: Tensor | None
 
 
 @functools.cache
@@ -79,13 +114,16 @@ def decode_attention(
     start: Tensor,
     stop: Tensor,
     valid: Tensor | None,
+    exact: ExactRows | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`headq_ao.ops.decode_attention` for fp32 queries over packed keys and packed values."""
+    """:func:`headq_ao.ops.decode_attention` for fp32 queries over packed keys and packed values; with ``exact``,
+    :func:`headq_ao.ops.attend`."""
     batch, heads, new, _ = q.shape
     kv_heads, slots = key_scale.shape[1:]
     head_dim = value_planes[0].shape[3] * value_planes[0].shape[4]
-    planes = [p.contiguous() for p in query_planes(q, key_bits)]
-    rows = [x.contiguous() for x in (bias, zero_query, gauge, start, stop)]
+    planes, weights = _query_planes(q, tuple(key_bits))
+    scalars, scalar_row = _rows(bias, zero_query, gauge)
+    rows = [start.contiguous(), stop.contiguous()]
     out, lse = q.new_empty(batch, heads, new, head_dim), q.new_empty(batch, heads, new)
     mask = None if valid is None else valid if valid.stride(1) == 1 else valid.contiguous()
     # lists, so that what is made contiguous here lives until the call returns
@@ -93,6 +131,7 @@ def decode_attention(
     scales = [None if x is None else _dense(x) for x in (key_scale, key_zero, value_scale, value_zero)]
     widths = plane_pieces(tuple(key_bits))
     key = [_plane(p, w, x.shape[-1]) for p, w, x in zip(key_planes, widths, planes, strict=True)]
+    fields, kept = ({}, None) if exact is None else _exact(exact)
     args = _Args(
         batch=batch, kv_heads=kv_heads, queries=heads // kv_heads * new, slots=slots, head_dim=head_dim,
         key_planes=len(key_planes), value_planes=len(value_planes), value_bits=value_bits,
@@ -100,15 +139,67 @@ def decode_attention(
         k=(_Plane * 3)(*key),
         v=(_Plane * 2)(*(_plane(p, w, head_dim) for p, w in zip(value_planes, PIECES[value_bits], strict=True))),
         **{name: _scale(x) for name, x in zip(("k_scale", "k_zero", "v_scale", "v_zero"), scales, strict=True)},
-        q=(_P * 3)(*(x.data_ptr() for x in planes)),
-        bias=rows[0].data_ptr(), zero_query=rows[1].data_ptr(), gauge=rows[2].data_ptr(),
-        start=rows[3].data_ptr(), stop=rows[4].data_ptr(),
+        q=(_P * 3)(*(x.data_ptr() for x in planes)), q_row=(_I64 * 3)(*(x.stride(2) for x in planes)),
+        q_weight=(ctypes.c_float * 3)(*weights), scalar_row=scalar_row,
+        bias=scalars[0].data_ptr(), zero_query=scalars[1].data_ptr(), gauge=scalars[2].data_ptr(),
+        start=rows[0].data_ptr(), stop=rows[1].data_ptr(),
         valid=None if mask is None else mask.data_ptr(), valid_stride=0 if mask is None else mask.stride(0),
-        out=out.data_ptr(), lse=lse.data_ptr(),
+        out=out.data_ptr(), lse=lse.data_ptr(), **fields,
     )  # fmt: skip
     if lib.headq_decode_attention(ctypes.byref(args)):
         raise MemoryError(f"decode_attention had no memory for its partial sums over {slots} slots")
+    del kept
     return out, lse
+
+
+def _query_planes(q: Tensor, bits: tuple[int, ...]) -> tuple[list[Tensor], list[float]]:
+    """The query of each plane, rows any distance apart, and what the plane's codes count.
+
+    Where all coordinates have the same bits and fill whole granules, that is the query itself, times a power of two.
+    """
+    pieces, m = PIECES[bits[0]], len(bits)
+    whole = len(set(bits)) == 1 and len(set(pieces)) == len(pieces) and all(m % granule(w) == 0 for w in pieces)
+    if whole and _row_stride(q) is not None:
+        return [q] * len(pieces), [float(1 << sum(pieces[:i])) for i in range(len(pieces))]
+    planes = [p.contiguous() for p in query_planes(q, bits)]
+    return planes, [1.0] * len(planes)
+
+
+def _row_stride(x: Tensor) -> int | None:
+    """The distance of rows ``[.., n]`` of ``[B, H, S, n]`` that lie evenly, None where they do not."""
+    b, h, s, n = x.shape
+    row = x.stride(2) if s > 1 else x.stride(1) if h > 1 else x.stride(0) if b > 1 else n
+    even = (
+        (b == 1 or x.stride(0) == h * s * row) and (h == 1 or x.stride(1) == s * row) and (s == 1 or x.stride(2) == row)
+    )
+    return row if even and (n == 1 or x.stride(3) == 1) else None
+
+
+def _rows(*tensors: Tensor) -> tuple[list[Tensor], int]:
+    """``[B, H, S]`` tensors whose entries all lie one distance apart."""
+    strides = {_row_stride(x[..., None]) for x in tensors}
+    if len(strides) == 1 and (row := strides.pop()) is not None:
+        return list(tensors), row
+    return [x.contiguous() for x in tensors], 1
+
+
+def _exact(x: ExactRows) -> tuple[dict[str, Any], list[Tensor]]:
+    """The fields of ``_Args`` for exact rows, and the tensors that must live until the call returns."""
+    q = x.q if _row_stride(x.q) is not None else x.q.contiguous()
+    k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (x.k, x.v))
+    start, stop, read = x.start.contiguous(), x.stop.contiguous(), x.read.contiguous()
+    mean = None if x.mean is None else x.mean.contiguous()
+    row = _row_stride(q)
+    exact = _Exact(
+        k=k.data_ptr(), v=v.data_ptr(), k_batch=k.stride(0), k_head=k.stride(1), k_token=k.stride(2),
+        v_batch=v.stride(0), v_head=v.stride(1), v_token=v.stride(2), q_row=row, q=q.data_ptr(),
+        start=start.data_ptr(), stop=stop.data_ptr(), dtype=EXACT_DTYPES[k.dtype], rows=k.shape[2],
+    )  # fmt: skip
+    fields = {"exact": exact, "read": read.data_ptr(), "mean": None if mean is None else mean.data_ptr()}
+    for name, t in (("read", read), ("mean", mean)):
+        for dim, axis in enumerate(("batch", "head")):
+            fields[f"{name}_{axis}"] = 0 if t is None or t.shape[dim] == 1 else t.stride(dim)
+    return fields, [t for t in (q, k, v, start, stop, read, mean) if t is not None]
 
 
 def _dense(x: Tensor) -> Tensor:

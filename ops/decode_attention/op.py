@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from headq_ao.ops.decode_attention import cpu_kernel, reference
+from headq_ao.ops.decode_attention.cpu_kernel import ExactRows
 from headq_ao.ops.layout import CHANNEL_TILE, PIECES, TOKEN_TILE, granule
 
 SLOT_TILE = 1024  # slots unpacked at a time by the reference: extra memory is bounded by a tile, not by the context
@@ -78,23 +79,7 @@ def decode_attention(
         ...     out, torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=0.25, enable_gqa=True)
         ... )
     """
-    hkv = (keys.exact if keys.exact is not None else keys.planes[0]).shape[1]
-    if q.codes.shape[1] % hkv:
-        raise ValueError(f"query heads must be a multiple of the {hkv} KV heads, got {q.codes.shape[1]}")
-    if q.codes.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"mapped queries must be float32 or float64, got {q.codes.dtype}")
-    width = keys.exact.shape[-1] if keys.exact is not None else len(keys.bits)
-    if q.codes.shape[-1] != width:
-        raise ValueError(f"the query must have one coordinate per key coordinate, {width}, got {q.codes.shape[-1]}")
-    slots = _slots(keys, TOKEN_TILE), _slots(values, granule(PIECES[values.bits[0]][0]) if values.bits else 1)
-    if slots[0] != slots[1]:
-        raise ValueError(f"keys and values must hold the same slots, got {slots[0]} and {slots[1]}")
-    _check_operands(q, keys, values, start, stop, valid, (q.codes.shape[0], hkv, slots[0]))
-    if start.shape != q.bias.shape[::2] or stop.shape != start.shape:
-        raise ValueError(
-            f"start and stop must be [B, S] = {tuple(q.bias.shape[::2])}, "
-            f"got {tuple(start.shape)} and {tuple(stop.shape)}"
-        )
+    _check_packed(q, keys, values, start, stop, valid)
     out, lse = _decode_attention(
         q.codes, q.bias, q.zero, q.gauge,
         keys.exact, keys.planes, list(keys.bits), keys.scale, keys.zero,
@@ -102,6 +87,53 @@ def decode_attention(
         start, stop, valid,
     )  # fmt: skip
     return out, lse
+
+
+def attend(
+    q: MappedQuery, keys: Rows, values: Rows, start: Tensor, stop: Tensor, valid: Tensor | None, exact: ExactRows
+) -> Tensor:
+    """Attention over one segment of packed rows and over exact rows, in the basis of the exact values.
+
+    The same as :func:`decode_attention` over each, ``o = Σ_j a_j ŷ_j`` of the packed one taken back by
+    ``o @ readᵀ + mean``, and :func:`merge_segments`; one call, for a decoding step has little to do in each.
+
+    Args:
+        q, keys, values, start, stop, valid: of the packed segment, as in :func:`decode_attention`.
+        exact: the exact rows, their queries and ranges, and the way back from the values' basis.
+
+    Returns:
+        ``[B, Hq, S, D]`` in the mapped queries' dtype; 0 where no row is visible.
+
+    Raises:
+        ValueError: when shapes do not fit each other.
+
+    Example:
+        >>> import torch
+        >>> from headq_ao.ops import ExactRows, MappedQuery, Rows, attend, encode_keys, encode_values
+        >>> q, k, v = (torch.randn(1, h, n, 16) for h, n in ((2, 1), (1, 48), (1, 48)))
+        >>> eye, ones = torch.eye(16)[None, None], torch.ones(1, 1, 16)
+        >>> planes, scale, _ = encode_keys(k[:, :, :32], torch.zeros(1, 1, 16), eye, eye, ones, [4] * 16, weight=ones)
+        >>> v_planes, v_scale, _ = encode_values(v[:, :, :32], eye, 4, group_size=16, step=0.34)
+        >>> codes, nothing = q * 0.25, torch.zeros(1, 2, 1)
+        >>> query = MappedQuery(codes, -7.5 * codes.sum(-1), nothing, nothing)
+        >>> seen = torch.tensor([[0]]), torch.tensor([[32]])
+        >>> rows = ExactRows(q * 0.25, k[:, :, 32:], v[:, :, 32:], torch.tensor([[0]]), torch.tensor([[16]]), eye, None)
+        >>> keys, values = Rows(None, planes, [4] * 16, scale), Rows(None, v_planes, (4,), v_scale)
+        >>> attend(query, keys, values, *seen, None, rows).shape
+        torch.Size([1, 2, 1, 16])
+    """
+    _check_packed(q, keys, values, start, stop, valid)
+    if exact.k.shape != exact.v.shape or exact.q.shape[-1] != exact.k.shape[-1]:
+        raise ValueError(
+            f"exact rows must share their shape and the head_dim of q, got {tuple(exact.k.shape)}, "
+            f"{tuple(exact.v.shape)} and {tuple(exact.q.shape)}"
+        )
+    out: Tensor = _attend(
+        q.codes, q.bias, q.zero, q.gauge, keys.planes, list(keys.bits), keys.scale, keys.zero,
+        values.planes, values.bits[0], values.scale, values.zero, start, stop, valid,
+        exact.q, exact.k, exact.v, exact.start, exact.stop, exact.read, exact.mean,
+    )  # fmt: skip
+    return out
 
 
 def merge_segments(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -174,6 +206,45 @@ def _tiled(
 _decode_attention = torch.library.custom_op("headq::decode_attention", _tiled, mutates_args=())
 
 
+def _attend_parts(
+    q: Tensor, bias: Tensor, zero_query: Tensor, gauge: Tensor, key_planes: list[Tensor], key_bits: list[int],
+    key_scale: Tensor, key_zero: Tensor | None, value_planes: list[Tensor], value_bits: int, value_scale: Tensor,
+    value_zero: Tensor | None, start: Tensor, stop: Tensor, valid: Tensor | None, exact_q: Tensor, k: Tensor, v: Tensor,
+    exact_start: Tensor, exact_stop: Tensor, read: Tensor, mean: Tensor | None,
+) -> Tensor:  # fmt: skip
+    out, lse = _decode_attention(
+        q, bias, zero_query, gauge, None, key_planes, key_bits, key_scale, key_zero,
+        None, value_planes, value_bits, value_scale, value_zero, start, stop, valid,
+    )  # fmt: skip
+    grouped = out.unflatten(1, (k.shape[1], -1)) @ read.to(out.dtype).transpose(-1, -2).unsqueeze(2)
+    if mean is not None:
+        grouped = grouped + mean.to(out.dtype)[:, :, None, None]
+    nothing = exact_q.new_zeros(exact_q.shape[:-1])
+    exact = _decode_attention(
+        exact_q, nothing, nothing, nothing, k, [], [], None, None, v, [], 0, None, None, exact_start, exact_stop, None
+    )
+    merged: Tensor = merge_segments([(grouped.flatten(1, 2), lse), exact])[0]
+    return merged
+
+
+_attend = torch.library.custom_op("headq::attend", _attend_parts, mutates_args=())
+
+
+@_attend.register_kernel("cpu")
+def _attend_cpu(q, bias, zero_query, gauge, key_planes, *rest):
+    packed, exact = rest[:-7], cpu_kernel.ExactRows(*rest[-7:])
+    known = exact.k.dtype == exact.v.dtype and exact.k.dtype in cpu_kernel.EXACT_DTYPES
+    lib = cpu_kernel.library() if known and q.dtype == torch.float32 else None
+    if lib is None or q.shape[2] > QUERY_TILE:
+        return _attend_parts(q, bias, zero_query, gauge, key_planes, *rest)
+    return cpu_kernel.decode_attention(lib, q, bias, zero_query, gauge, key_planes, *packed, exact=exact)[0]
+
+
+@_attend.register_fake
+def _(q, bias, zero_query, gauge, key_planes, key_bits, key_scale, key_zero, value_planes, *rest):
+    return q.new_empty((*q.shape[:3], value_planes[0].shape[3] * CHANNEL_TILE))
+
+
 @_decode_attention.register_kernel("cpu")
 def _cpu(q, bias, zero_query, gauge, k, key_planes, key_bits, key_scale, key_zero, v, value_planes, *rest):
     lib = cpu_kernel.library() if k is None and v is None and q.dtype == torch.float32 else None
@@ -191,6 +262,27 @@ def _cpu(q, bias, zero_query, gauge, k, key_planes, key_bits, key_scale, key_zer
     if len(parts) == 1:
         return parts[0]
     return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
+
+
+def _check_packed(q: MappedQuery, keys: Rows, values: Rows, start: Tensor, stop: Tensor, valid: Tensor | None) -> None:
+    """Raise ValueError where queries, rows and ranges do not fit each other."""
+    hkv = (keys.exact if keys.exact is not None else keys.planes[0]).shape[1]
+    if q.codes.shape[1] % hkv:
+        raise ValueError(f"query heads must be a multiple of the {hkv} KV heads, got {q.codes.shape[1]}")
+    if q.codes.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"mapped queries must be float32 or float64, got {q.codes.dtype}")
+    width = keys.exact.shape[-1] if keys.exact is not None else len(keys.bits)
+    if q.codes.shape[-1] != width:
+        raise ValueError(f"the query must have one coordinate per key coordinate, {width}, got {q.codes.shape[-1]}")
+    slots = _slots(keys, TOKEN_TILE), _slots(values, granule(PIECES[values.bits[0]][0]) if values.bits else 1)
+    if slots[0] != slots[1]:
+        raise ValueError(f"keys and values must hold the same slots, got {slots[0]} and {slots[1]}")
+    _check_operands(q, keys, values, start, stop, valid, (q.codes.shape[0], hkv, slots[0]))
+    if start.shape != q.bias.shape[::2] or stop.shape != start.shape:
+        raise ValueError(
+            f"start and stop must be [B, S] = {tuple(q.bias.shape[::2])}, "
+            f"got {tuple(start.shape)} and {tuple(stop.shape)}"
+        )
 
 
 def _check_operands(

@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from headq_ao.ops import MappedQuery, Rows, cpu_build, decode_attention, encode_keys, encode_values
+from headq_ao.ops import (
+    ExactRows,
+    MappedQuery,
+    Rows,
+    attend,
+    cpu_build,
+    decode_attention,
+    encode_keys,
+    encode_values,
+    merge_segments,
+)
 from headq_ao.ops.decode_attention import cpu_kernel
 from headq_ao.ops.decode_attention.op import _tiled
 
@@ -26,6 +36,8 @@ SHAPES = [
     (1, 2, 6, 2, 544, 16, 8, 16, 1, False, 8, 16, True, False),
     (1, 2, 2, 1, 64, 48, 5, 4, 3, False, 6, 8, False, True),
     (1, 1, 8, 1, 512, 256, 2, 64, 2, False, 2, 256, False, False),
+    (1, 1, 3, 1, 512, 64, 8, 0, 2, False, 3, 64, False, False),
+    (1, 2, 7, 1, 544, 64, 5, 0, 2, False, 1, 64, False, False),
 ]
 
 
@@ -194,3 +206,82 @@ def test_many_queries_are_cut_into_tiles(monkeypatch):
     whole = decode_attention(*case)
     monkeypatch.setattr(sys.modules[_tiled.__module__], "QUERY_TILE", 32)
     torch.testing.assert_close(decode_attention(*case)[0], whole[0], rtol=0, atol=0)
+
+
+# Packed and exact rows in one call
+
+
+def exact_rows(case, rows=37, dtype=torch.float32, mean=True):
+    """Exact rows beside a packed case, in a store of more rows, with ranges that differ between queries."""
+    q, keys, values = case[:3]
+    (batch, heads, new), hkv, d = q.codes.shape[:3], keys.scale.shape[1], values.planes[0].shape[3] * 16
+    g = torch.Generator().manual_seed(1)
+    k, v = (torch.randn(batch, hkv, rows + 9, d, generator=g).to(dtype)[:, :, :rows] for _ in range(2))
+    start, stop = torch.randint(0, 9, (batch, new), generator=g), torch.randint(9, rows + 1, (batch, new), generator=g)
+    read = torch.randn(1, hkv, d, d, generator=g) / d**0.5
+    return ExactRows(
+        torch.randn(batch, heads, new, d, generator=g) / d**0.5, k, v, start, stop, read,
+        torch.randn(1, hkv, d, generator=g) if mean else None,
+    )  # fmt: skip
+
+
+def by_parts(case, rows):
+    """Float64 attention over each kind of rows, joined."""
+    out, lse = reference(*case)
+    read = rows.read.expand(out.shape[0], rows.k.shape[1], -1, -1).double()
+    out = out.double().unflatten(1, (rows.k.shape[1], -1)) @ read.mT.unsqueeze(2)
+    if rows.mean is not None:
+        out = out + rows.mean.double()[:, :, None, None]
+    exact = MappedQuery.exact(rows.q.double(), 1.0), Rows(exact=rows.k.double()), Rows(exact=rows.v.double())
+    return merge_segments([(out.flatten(1, 2), lse.double()), decode_attention(*exact, rows.start, rows.stop)])[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_attend_is_its_parts(shape, dtype):
+    case = make(*shape)
+    rows = exact_rows(case, dtype=dtype, mean=shape[2] != 5)
+    expected = by_parts(case, rows)
+    assert (attend(*case, rows) - expected).norm() <= 1e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("mine", ["packed", "exact", "neither"])
+def test_attend_where_a_kind_of_rows_is_out_of_sight(mine):
+    case = make(*SHAPES[0])
+    rows = exact_rows(case)
+    case[3][:], case[4][:] = (0, 640) if mine == "packed" else (7, 7)
+    rows.start[:], rows.stop[:] = (0, 37) if mine == "exact" else (5, 5)
+    rows.k[:, :, -1], rows.v[:, :, -1] = (torch.nan, torch.nan) if mine != "exact" else (1.0, 1.0)
+    out, expected = attend(*case, rows), torch.zeros(1)
+    if mine == "packed":
+        expected = by_parts(case, rows._replace(k=rows.k.nan_to_num(), v=rows.v.nan_to_num()))
+    elif mine == "exact":
+        expected = decode_attention(MappedQuery.exact(rows.q, 1.0), *(Rows(exact=x) for x in rows[1:3]), *rows[3:5])[0]
+    assert (out - expected).norm() <= 1e-3 * expected.norm() + 1e-9
+
+
+@pytest.mark.parametrize("where", ["mapped", "exact"])
+def test_attend_shows_a_non_finite_query(where):
+    case = make(*SHAPES[0])
+    rows = exact_rows(case)
+    (case[0].codes if where == "mapped" else rows.q)[0, 0, 0, 5] = float("nan")
+    out = attend(*case, rows)
+    assert out[0, 0].isnan().all() and out[0, 1:].isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[1]])
+def test_attend_opcheck(shape):
+    case = make(*shape)
+    q, k, v = case[:3]
+    packed = (
+        q.codes, q.bias, q.zero, q.gauge, k.planes, list(k.bits), k.scale, k.zero,
+        v.planes, v.bits[0], v.scale, v.zero, *case[3:],
+    )  # fmt: skip
+    torch.library.opcheck(torch.ops.headq.attend.default, (*packed, *exact_rows(case)))
+
+
+def test_attend_refuses_rows_that_do_not_fit():
+    case = make(*SHAPES[0])
+    rows = exact_rows(case)
+    with pytest.raises(ValueError, match="exact rows must share their shape"):
+        attend(*case, rows._replace(v=rows.v[:, :, :5]))
