@@ -101,11 +101,13 @@ def token_rows(tokenizer: Any, path: Path, rows: int, row_length: int) -> Tensor
     return ids[: rows * row_length].view(rows, row_length)
 
 
-def calibrate_on(model: Any, tokenizer: Any, path: Path, tokens: int, progress: bool) -> Calibration:
+def calibrate_on(
+    model: Any, tokenizer: Any, path: Path, tokens: int, progress: bool, context_length: int | None = None
+) -> Calibration:
     """Calibrate on the first ``tokens`` tokens of a text, in rows of at most 1024."""
     length = min(tokens, CALIBRATION_ROW)
     rows = token_rows(tokenizer, path, tokens // length, length)
-    return calibrate(model, list(rows), progress=progress, source=path.name)
+    return calibrate(model, list(rows), context_length=context_length, progress=progress, source=path.name)
 
 
 def describe(config: HeadQConfig) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from headq_ao.calibration import Calibration, LayerMoments, MomentAccumulator
 from headq_ao.models import attention_modules, execution_device, fingerprint, layer_shapes, tensor_parallel
 from headq_ao.seen import seen_weights
 
+CONTEXT_LENGTH = 4096
 PROFILED_TOKENS = 1024
 SEEN_EVERY = 4  # every fourth query serves for the weights that attention gives
 RECORDER: contextvars.ContextVar["Recorder | Profiler | None"] = contextvars.ContextVar("headq_recorder", default=None)
@@ -67,6 +68,7 @@ def calibrate(
     model: PreTrainedModel,
     token_batches: Iterable[Any],
     *,
+    context_length: int | None = None,
     n_rows: int = 512,
     n_sink: int = 4,
     seed: int = 0,
@@ -80,10 +82,16 @@ def calibrate(
     a uniform sample of ``n_rows`` keys. Then one sequence shows what coded keys and values change in each layer's
     output, for ``mean_bits``. The model is left as it was.
 
+    Rotary embeddings turn keys and queries with their position, though attention sees differences of positions only:
+    a basis made at positions below 1024 fits badly at 4096. So the sequences are put at starts that are spread evenly
+    over a context.
+
     Args:
         model: a supported causal LM, quantized with HeadQ or not.
         token_batches: token ids, each ``[T]`` or ``[B, T]`` (tensor or nested list), without padding; about 4·1024
             tokens are enough for the moments of a head_dim of 64.
+        context_length: tokens of the contexts to serve; ``None``: 4096, or the model's positions where they are fewer.
+            Sequences as long, and all without rotary embeddings, start at 0.
         n_rows: keys kept per layer.
         n_sink: first tokens of each sequence to leave out.
         seed: of the sample.
@@ -94,7 +102,8 @@ def calibrate(
         A :class:`Calibration` on the CPU.
 
     Raises:
-        ValueError: on an unsupported model, no tokens, or sequences no longer than ``n_sink``.
+        ValueError: on an unsupported model, no tokens, sequences no longer than ``n_sink``, or a context that is longer
+            than the model's positions.
 
     Example:
         >>> import torch
@@ -116,6 +125,7 @@ def calibrate(
             f"token_batches must hold integer token ids [T] or [B, T] with T > n_sink = {n_sink}, "
             f"got {[tuple(b.shape) for b in batches][:4]}"
         )
+    context, starts = spread_starts(model, [b.shape[1] for b in batches for _ in b], context_length)
     recorder = Recorder(len(shapes), n_rows, n_sink, seed)
     previous, training = model.config._attn_implementation, [m for m in model.modules() if m.training]
     token = RECORDER.set(recorder)
@@ -125,7 +135,9 @@ def calibrate(
         model.set_attn_implementation("headq")
         for batch in tqdm(batches, desc="calibrate", unit="batch", disable=not progress):
             recorder.begin(batch)
-            model(input_ids=batch.to(device), use_cache=False)
+            own, starts = starts[: len(batch)], starts[len(batch) :]
+            kwargs = {"position_ids": own[:, None] + torch.arange(batch.shape[1])} if bool(own.any()) else {}
+            model(input_ids=batch.to(device), use_cache=False, **{name: x.to(device) for name, x in kwargs.items()})
         moments = [layer.moments() for layer in recorder.layers]
         longest = max(batches, key=lambda batch: batch.shape[1])[:1, :PROFILED_TOKENS]
         if longest.shape[1] >= n_sink + WHOLE:
@@ -138,12 +150,31 @@ def calibrate(
             module.training = True
     meta = {
         "tokens": sum(b.numel() for b in batches),
+        "context_length": context,
         "source": source,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
     layers = [gathered(model, layer) for layer in moments]
     return Calibration(layers, fingerprint(model), meta)
+
+
+def spread_starts(model: PreTrainedModel, lengths: list[int], context_length: int | None) -> tuple[int, Tensor]:
+    """The context to cover, and the first position of each sequence: evenly from 0 to where it ends with the context.
+
+    Raises:
+        ValueError: when the context is not a whole number of at least 1, or more than the model's positions.
+    """
+    most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if context_length is None:
+        context_length = CONTEXT_LENGTH if most is None else min(CONTEXT_LENGTH, most)
+    if not isinstance(context_length, int) or context_length < 1 or (most is not None and context_length > most):
+        limit = "" if most is None else f" and at most {most}, the model's positions"
+        raise ValueError(f"context_length must be a whole number of at least 1{limit}, got {context_length!r}")
+    rotary = any(name.endswith("rotary_emb") for name, _ in model.named_modules())
+    room = (context_length - torch.tensor(lengths)).clamp(min=0) if rotary else torch.zeros(len(lengths))
+    share = torch.arange(len(lengths)) / max(len(lengths) - 1, 1)
+    return context_length, (room * share).long()
 
 
 def gathered(model: PreTrainedModel, moments: LayerMoments) -> LayerMoments:

@@ -397,7 +397,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             torch.set_num_threads(args.threads)
         calibration = None
         if set(args.subjects) - {"exact"}:
-            calibration = calibrate_on(model, tokenizer, text, args.calibration_tokens, True)
+            calibration = calibrate_on(
+                model, tokenizer, text, args.calibration_tokens, True, context_length=args.tokens
+            )
     except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

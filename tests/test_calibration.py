@@ -58,11 +58,16 @@ def states_by_hooks(model, batches, n_sink=N_SINK):
 
 
 def run(model, batches, **options):
-    return calibrate(model, batches, n_sink=N_SINK, progress=False, **options)
+    return calibrate(model, batches, **{"n_sink": N_SINK, "progress": False, "context_length": 1} | options)
 
 
 def assert_same(a, b):
-    assert (a.fingerprint, a.meta, len(a.layers)) == (b.fingerprint, b.meta, len(b.layers))
+    assert (a.fingerprint, a.meta) == (b.fingerprint, b.meta)
+    assert_same_moments(a, b)
+
+
+def assert_same_moments(a, b):
+    assert len(a.layers) == len(b.layers)
     for x, y in zip(a.layers, b.layers, strict=True):
         assert (x.tokens, x.groups) == (y.tokens, y.groups)
         for name in TENSORS:
@@ -122,6 +127,36 @@ def expected_seen(q, k, v, scaling, window=None):
             if i >= N_SINK:
                 sums["q_seen_outer"][kv] += SEEN_EVERY * of_q * torch.outer(q[head, i], q[head, i])
     return sums
+
+
+def test_sequences_are_spread_over_the_context(llama, token_ids):
+    """Three of 100 tokens in 1000 start at 0, 450 and 900: the moments of a model that is told these positions."""
+    rows = [token_ids(1, 100)[0], token_ids(2, 100, seed=1)]
+    got = run(llama, rows, context_length=1000)
+    states, at = [], [0, 450, 900]
+    for row, start in zip(torch.cat([rows[0][None], rows[1]]), at, strict=True):
+        attention = llama.model.layers[1].self_attn
+        seen = []
+        hook = attention.k_proj.register_forward_hook(lambda _, __, out, seen=seen: seen.append(out))
+        with torch.no_grad():
+            llama(row[None], position_ids=torch.arange(start, start + 100)[None], use_cache=False)
+        hook.remove()
+        k = seen[0][0].unflatten(-1, (2, 32)).transpose(0, 1).double()
+        states.append(rotated(k, torch.arange(start, start + 100).double())[:, N_SINK:])
+    torch.testing.assert_close(got.layers[1].k_sum.double(), torch.cat(states, 1).sum(1), rtol=1e-4, atol=1e-4)
+    assert got.meta["context_length"] == 1000
+    assert not torch.allclose(got.layers[1].k_sum, run(llama, rows).layers[1].k_sum, rtol=1e-2)
+
+
+def test_models_without_rotary_embeddings_stay_at_their_positions(tiny, token_ids):
+    model, rows = tiny("gpt2", layers=1), [token_ids(2, 60)]
+    assert_same_moments(run(model, rows, context_length=500), run(model, rows))
+
+
+@pytest.mark.parametrize("length", [0, 5000, 64.0])
+def test_a_context_that_the_model_cannot_have(llama, token_ids, length):
+    with pytest.raises(ValueError, match="context_length must be a whole number of at least 1 and at most 4096"):
+        run(llama, [token_ids(1, 60)], context_length=length)
 
 
 def test_weighted_moments_against_a_loop(llama, token_ids):

@@ -93,33 +93,36 @@ inline V load(const void* from) {
 inline void store(void* to, vf v) { std::memcpy(to, &v, sizeof v); }
 inline vf to_float(vi x) { return __builtin_convertvector(x, vf); }
 inline vf max(vf x, vf y) { return x > y ? x : y; }
+#if defined(__AVX512F__)
+inline float most_of(vf v) { return _mm512_reduce_max_ps((__m512)v); }
+inline float sum_of(vf v) { return _mm512_reduce_add_ps((__m512)v); }
+#else
 inline float most_of(vf v) {
   float most = v[0];
   for (int i = 1; i < TILE; i++) most = std::max(most, v[i]);
   return most;
 }
-template <class V>
-inline auto sum_of(V v) {
-  auto sum = v[0];
+inline float sum_of(vf v) {
+  float sum = v[0];
   for (int i = 1; i < TILE; i++) sum += v[i];
   return sum;
 }
+#endif
 
 constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest whole number in the low bits
-inline vi nearest(vf x) { return (vi)(x + ROUND) - (vi)(vf{} + ROUND); }
+inline vi low_bits(vf rounded) { return (vi)rounded - (vi)(vf{} + ROUND); }
 
 // exp for x <= 0, relative error below 3e-7; 0 at -inf.
 inline vf exp_negative(vf x) {
-  vf y = max(x, vf{} - 87.0f) * 1.44269504f;
-  vi n = nearest(y);
-  vf f = y - to_float(n), p = vf{} + 1.5353362e-4f;
+  vf y = max(x, vf{} - 87.0f) * 1.44269504f, n = y + ROUND;
+  vf f = y - (n - ROUND), p = vf{} + 1.5353362e-4f;
   p = p * f + 1.3398874e-3f;
   p = p * f + 9.6184370e-3f;
   p = p * f + 5.5503324e-2f;
   p = p * f + 2.4022648e-1f;
   p = p * f + 6.9314720e-1f;
   p = p * f + 1.0f;
-  vf e = p * (vf)((n + 127) << 23);
+  vf e = p * (vf)((low_bits(n) + 127) << 23);
   return x > NEG ? e : vf{};
 }
 
@@ -317,10 +320,11 @@ float split_weights(const float* row, const float* sigma, const float* offset, i
   }
   const float largest = most_of(most), inverse = largest > 0 ? 16256 / largest : 0.0f;
   unit = largest / 16256;
-  vi whole{};
+  vf whole{};
   for (int i = 0; i < n; i += TILE) {
-    vi x = nearest(load<vf>(w + i) * inverse);
-    whole += x;
+    vf rounded = load<vf>(w + i) * inverse + ROUND;
+    whole += rounded - ROUND;
+    vi x = low_bits(rounded);
     vb high = __builtin_convertvector(x >> 7, vb), low = __builtin_convertvector(x & 127, vb);
     std::memcpy(hi + i, &high, TILE);
     std::memcpy(lo + i, &low, TILE);
