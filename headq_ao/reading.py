@@ -19,20 +19,16 @@ class ReadingLayer(LayerState):
             [r.tokens - sp.length + i - sp.start if sp.start <= i < sp.stop else -1 for i in range(s)]
             for r, sp in zip(self.rows, self.last_spans, strict=True)
         ]
-        epochs = self._used_epochs()
-        if len(epochs) == 1 and len(self.packed_sides) == 2:
-            out = self._attend_one_epoch(q, scaling, codec, epochs[0], position)
-        else:
-            parts = [self._attend_exact(q, scaling, position)]
-            if epochs:
-                parts.append(self._attend_packed(q, scaling, codec, epochs, position))
-            out = merge_segments(parts)[0]
+        out = self._attend_rows(q, scaling, codec, position)
         self._count_reads(position)
         return out.to(q.dtype)
 
-    def _attend_one_epoch(
-        self, q: Tensor, scaling: float, codec: LayerCodec, e: int, position: list[list[int]]
-    ) -> Tensor:
+    def _attend_rows(self, q: Tensor, scaling: float, codec: LayerCodec, position: list[list[int]]) -> Tensor:
+        """In one call where one codec reads all packed rows."""
+        epochs = self._used_epochs()
+        if len(epochs) != 1 or len(self.packed_sides) != 2:
+            return self._attend_parts(q, scaling, codec, position)
+        (e,) = epochs
         keys, values, key_codec = self.packed_rows(e, codec)
         value_codec = codec.values
         assert key_codec is not None and value_codec is not None
@@ -45,10 +41,16 @@ class ReadingLayer(LayerState):
         rows = ExactRows(exact, k, v, exact_start, exact_stop, value_codec.read, value_codec.mean)
         return attend(query, keys, values, start, stop, valid, rows)
 
+    def _attend_parts(self, q: Tensor, scaling: float, codec: LayerCodec, position: list[list[int]]) -> Tensor:
+        parts = [self._attend_exact(q, scaling, position)]
+        if any(r.slots for r in self.rows):
+            parts.append(self._attend_packed(q, scaling, codec, position))
+        return merge_segments(parts)[0]
+
     def _attend_packed(
-        self, q: Tensor, scaling: float, codec: LayerCodec, epochs: list[int], position: list[list[int]]
+        self, q: Tensor, scaling: float, codec: LayerCodec, position: list[list[int]]
     ) -> tuple[Tensor, Tensor]:
-        out, lse = merge_segments([self._attend_epoch(q, scaling, codec, e, position) for e in epochs])
+        out, lse = merge_segments([self._attend_epoch(q, scaling, codec, e, position) for e in self._used_epochs()])
         values = codec.values
         return (out if values is None else values.readout(out)), lse
 

@@ -126,8 +126,10 @@ inline vf exp_negative(vf x) {
   return x > NEG ? e : vf{};
 }
 
-// How a code path takes a granule of 64 bytes: BYTES at a time, four of them a lane, codes of W bits in each.
+// How a code path takes a granule of 64 bytes: BYTES at a time, four of them a lane, codes of W bits in each, for at
+// most QUERIES queries, whose sums stay in registers.
 struct Portable {
+  static constexpr int QUERIES = 1;
   static constexpr int BYTES = 4;
   using Bytes = uint32_t;
   using Sum = int32_t;
@@ -143,6 +145,7 @@ struct Portable {
 
 #if defined(__AVX2__)
 struct Avx2 {
+  static constexpr int QUERIES = 4;
   static constexpr int BYTES = 32;
   using Bytes = __m256i;
   using Sum = __m256i;
@@ -159,6 +162,7 @@ struct Avx2 {
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 struct Vnni {
+  static constexpr int QUERIES = 8;
   static constexpr int BYTES = 64;
   using Bytes = __m512i;
   using Sum = __m512i;
@@ -381,27 +385,24 @@ void attend_chunk(const Args& a, const Query& query, int b, int h, int q0, int t
   readout<I, NQ>(a, b, h, t0, t1, s, part + 2 * a.queries + int64_t(q0) * a.head_dim);
 }
 
-template <class I>
-void attend_chunk(const Args& a, const Query& query, int b, int h, int t0, int t1, float* part) {
-  for (int q0 = 0, left; (left = a.queries - q0) > 0;) {
-    switch (left) {
-      case 1: attend_chunk<I, 1>(a, query, b, h, q0, t0, t1, part), q0 += 1; break;
-      case 2: attend_chunk<I, 2>(a, query, b, h, q0, t0, t1, part), q0 += 2; break;
-      case 3: attend_chunk<I, 3>(a, query, b, h, q0, t0, t1, part), q0 += 3; break;
-      case 4: case 5: case 6: case 7: attend_chunk<I, 4>(a, query, b, h, q0, t0, t1, part), q0 += 4; break;
-      default: attend_chunk<I, 8>(a, query, b, h, q0, t0, t1, part), q0 += 8;
-    }
-  }
+// As many queries at a time as the path has registers for.
+template <class I, int NQ = I::QUERIES>
+void attend_queries(const Args& a, const Query& query, int b, int h, int q0, int t0, int t1, float* part) {
+  for (; a.queries - q0 >= NQ; q0 += NQ) attend_chunk<I, NQ>(a, query, b, h, q0, t0, t1, part);
+  if constexpr (NQ > 4)
+    attend_queries<I, 4>(a, query, b, h, q0, t0, t1, part);
+  else if constexpr (NQ > 1)
+    attend_queries<I, NQ - 1>(a, query, b, h, q0, t0, t1, part);
 }
 
 void attend_chunk(const Args& a, const Query& query, int b, int h, int t0, int t1, float* part) {
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-  if (a.isa == 2) return attend_chunk<Vnni>(a, query, b, h, t0, t1, part);
+  if (a.isa == 2) return attend_queries<Vnni>(a, query, b, h, 0, t0, t1, part);
 #endif
 #if defined(__AVX2__)
-  if (a.isa >= 1) return attend_chunk<Avx2>(a, query, b, h, t0, t1, part);
+  if (a.isa >= 1) return attend_queries<Avx2>(a, query, b, h, 0, t0, t1, part);
 #endif
-  attend_chunk<Portable>(a, query, b, h, t0, t1, part);
+  attend_queries<Portable>(a, query, b, h, 0, t0, t1, part);
 }
 
 inline float wide(uint32_t bits) {

@@ -235,7 +235,7 @@ def test_errors_before_work(arguments, message, tiny, monkeypatch, capsys):
 
     tokenizer.chat_template = None
     monkeypatch.setattr(retrieval, "load", lambda *_: (tiny(), tokenizer))
-    monkeypatch.setattr(retrieval, "calibrate_on", lambda *_: pytest.fail("work has started"))
+    monkeypatch.setattr(retrieval, "calibrate_on", lambda *_, **__: pytest.fail("work has started"))
     assert retrieval.main(["--calibration", "bundled", *arguments]) == 2
     assert message in capsys.readouterr().err
 
@@ -251,7 +251,7 @@ def test_whole_run(tiny, monkeypatch, tmp_path, capsys):
             return {"input_ids": [3 + sum(w.encode()) % (VOCAB - 3) for w in words]}
 
     monkeypatch.setattr(retrieval, "load", lambda *_: (tiny(head_dim=64), Hashed()))
-    monkeypatch.setattr(retrieval, "calibrate_on", lambda *_: None)
+    monkeypatch.setattr(retrieval, "calibrate_on", lambda *_, **__: None)
     path = tmp_path / "r.json"
     command = "--calibration bundled --contexts 2 --tokens 700 --questions 3 --subjects headq_2bit turboquant_2bit"
     assert retrieval.main([*command.split(), "--json", str(path)]) == 0
