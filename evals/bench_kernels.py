@@ -1,0 +1,143 @@
+"""The C++ side of the decode benchmark: bf16 attention, read bandwidth and int8 peak of this machine; another source."""
+
+import ctypes
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from headq_ao.evals.bench_timing import median_ms
+from headq_ao.ops import cpu_build
+
+SOURCE = Path(__file__).with_name("bench_kernels.cpp")
+READ_BYTES = 512 * 2**20
+STREAMS = (1, 2, 4, 8)
+INT8_ROUNDS = 4_000_000
+_P, _I64, _I32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+
+
+class _Job(ctypes.Structure):
+    _fields_ = (
+        *((name, _P) for name in ("k", "v", "q", "out")),
+        *((name, _I32) for name in ("heads", "group", "dim", "threads", "portable")),
+        ("tokens", _I64),
+        ("scale", ctypes.c_float),
+    )
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The compiled kernels.
+
+    Raises:
+        RuntimeError: where there is no compiler.
+    """
+    lib = cpu_build.load(SOURCE)
+    if lib is None:
+        raise RuntimeError("the benchmark compiles its baselines: it needs a C++ compiler (set CXX)")
+    lib.bench_read.restype, lib.bench_read.argtypes = ctypes.c_uint64, (_P, _I64, _I32, _I32)
+    lib.bench_int8.restype, lib.bench_int8.argtypes = _I64, (_I64, _I32, _P)
+    lib.bench_code_path.restype = ctypes.c_char_p
+    return lib
+
+
+def code_path() -> str:
+    """The instruction set that the bf16 kernel was compiled for."""
+    return library().bench_code_path().decode()
+
+
+def bf16_decode(q: Tensor, k: Tensor, v: Tensor, scaling: float, portable: bool = False) -> Tensor:
+    """Attention of one token over bf16 rows: each KV head is read once for all its query heads, fp32 sums.
+
+    ``o = Σ_j softmax_j(scaling · q·k_j) v_j``, by ``torch.get_num_threads()`` threads over heads and token ranges that
+    log-sum-exp joins.
+
+    Args:
+        q: ``[Hkv, G, D]`` fp32.
+        k, v: ``[Hkv, T, D]`` bf16, contiguous; ``D`` a multiple of 16 up to 256, ``T`` at least 1.
+        scaling: of the scores.
+        portable: leave out the code that is written by hand for AVX-512-BF16.
+
+    Returns:
+        ``[Hkv, G, D]`` fp32.
+
+    Raises:
+        ValueError: when shapes, dtypes or layout do not fit.
+
+    Example:
+        >>> import torch
+        >>> from headq_ao.evals.bench_kernels import bf16_decode
+        >>> q, k, v = torch.randn(2, 3, 32), *torch.randn(2, 2, 7, 32).bfloat16()
+        >>> exact = torch.nn.functional.scaled_dot_product_attention(q, k.float(), v.float(), scale=0.25)
+        >>> torch.testing.assert_close(bf16_decode(q, k, v, 0.25), exact, rtol=1e-3, atol=1e-3)
+    """
+    heads, group, dim = q.shape
+    if k.shape != (heads, k.shape[1], dim) or v.shape != k.shape or not k.shape[1] or dim % 16 or dim > 256:
+        raise ValueError(f"q, k, v must be [Hkv, G, D], [Hkv, T, D] twice, got {[tuple(x.shape) for x in (q, k, v)]}")
+    if q.dtype != torch.float32 or k.dtype != torch.bfloat16 or v.dtype != torch.bfloat16:
+        raise ValueError(f"q must be float32, k and v bfloat16, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if not (k.is_contiguous() and v.is_contiguous()):
+        raise ValueError("k and v must be contiguous")
+    q, out = q.contiguous(), torch.empty_like(q)
+    job = _Job(
+        *(x.data_ptr() for x in (k, v, q, out)), heads, group, dim, torch.get_num_threads(), portable, k.shape[1],
+        scaling,
+    )  # fmt: skip
+    library().bench_bf16_decode(ctypes.byref(job))
+    return out
+
+
+def read_bandwidth(n_bytes: int = READ_BYTES, repeats: int = 7) -> float:
+    """GB/s that this many torch threads read from memory: the best of several numbers of streams, each a median."""
+    data = torch.ones(n_bytes // 4, dtype=torch.int32)  # written, so that its pages are there
+    lib, threads, lines = library(), torch.get_num_threads(), n_bytes // 64
+    start = -(-data.data_ptr() // 64) * 64
+    lines -= start != data.data_ptr()
+    milliseconds = [
+        median_ms([lambda s=s: lib.bench_read(start, lines, s, threads)], threads, repeats)  # type: ignore[misc]
+        for s in STREAMS
+    ]
+    return lines * 64 / min(milliseconds) / 1e6
+
+
+def int8_peak(rounds: int = INT8_ROUNDS, repeats: int = 7) -> float:
+    """10⁹ operations (a multiplication or an addition) a second of u8 × s8 dot products on registers."""
+    lib, threads = library(), torch.get_num_threads()
+    sink = torch.tensor([1, 1, 0], dtype=torch.int32)
+    products = lib.bench_int8(1, threads, sink.data_ptr()) * rounds
+    return 2 * products / median_ms([lambda: lib.bench_int8(rounds, threads, sink.data_ptr())], threads, repeats) / 1e6
+
+
+def external(source: Path, dim: int, group: int) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+    """Somebody else's bf16 decode: ``dbf_{D}_{G}(k, v, q, out, heads, tokens, threads)`` with scores over √D.
+
+    Args:
+        source: C++ file; tensors as in :func:`bf16_decode`.
+        dim, group: head_dim and query heads per KV head.
+
+    Returns:
+        ``(q, k, v) → out``, or None where the file has no function for that shape.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        RuntimeError: when it cannot be compiled.
+    """
+    if not source.is_file():
+        raise FileNotFoundError(f"no file {source.name!r} to take the external baseline from")
+    lib = cpu_build.load(source.resolve())
+    if lib is None:
+        raise RuntimeError(f"{source.name} could not be compiled")
+    function = getattr(lib, f"dbf_{dim}_{group}", None)
+    if function is None:
+        return None
+    function.restype, function.argtypes = None, (_P, _P, _P, _P, _I32, _I32, _I32)
+
+    def decode(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = torch.empty_like(q)
+        pointers = (x.data_ptr() for x in (k, v, q, out))
+        function(*pointers, k.shape[0], k.shape[1], torch.get_num_threads())
+        return out
+
+    return decode
