@@ -5,7 +5,7 @@ import json
 import statistics
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,15 @@ from headq_ao.evals.bench_timing import BUDGET, Call, bursts, cache_bytes, cold_
 from headq_ao.evals.environment import environment, write_json
 from headq_ao.evals.inputs import SMOLLM2
 from headq_ao.evals.table import fill_marks
+from headq_ao.ops.layout import PIECES
 
 SHAPES = ("32/8/128", "9/3/64", "8/1/256")
 CONTEXTS = (1024, 4096, 16384, 65536)
 THREADS = (1, 2)
-# the shipped default gives most sides 2 bits and some 3
-K_BITS, V_BITS = (2, 3), (2, 2)
+Bits = Mapping[tuple[int, int], int]  # of layers with these code bits of keys and values, how many
+MIX = "default"
+# what the default config gives the 30 layers of SmolLM2: 2.25 code bits on average ("real" of a result has it anew)
+DEFAULT_MIX = ("2/2:8", "1/1:6", "3/3:5", "3/2:4", "2/3:3", "4/4:2", "4/3:1", "2/1:1")
 BASELINES = {
     "bf16": "bf16 C++",
     "folded": "SDPA bf16, query group folded into q_len",
@@ -56,7 +59,7 @@ thread, wall time with more. Read bandwidth and int8 peak are measured in the sa
 examples:
   python -m headq_ao.evals.bench_decode --json bench_decode.json --plot bench_decode.png
   python -m headq_ao.evals.bench_decode --shapes 9/3/64 --contexts 4096 --threads 1 --baselines bf16 folded --real none
-  python -m headq_ao.evals.bench_decode --k-bits 2 3 4 --v-bits 2 2 4        settings K2V2, K3V2 and K4V4
+  python -m headq_ao.evals.bench_decode --k-bits 2 3 4 --v-bits 2 2 4        three settings and the default's mix
   python -m headq_ao.evals.bench_decode --json bench_decode.json --readme README.md      only fill the README's table
 """
 
@@ -64,7 +67,7 @@ examples:
 def measure(
     shape: Shape,
     context: int,
-    settings: Sequence[tuple[int, int]],
+    settings: Mapping[str, Bits],
     threads: Sequence[int],
     baselines: Sequence[str],
     source: Path | None = None,
@@ -77,7 +80,8 @@ def measure(
     Args:
         shape: of the layer.
         context: packed rows per KV head, a multiple of 32.
-        settings: code bits of keys and values; baselines run on the rows of the first one.
+        settings: by name, how many layers have which code bits of keys and values; a time is the mean over them.
+            Baselines run on the rows of the first setting's first layer.
         threads: numbers of threads, one cell each.
         baselines: of :data:`BASELINES`.
         source: C++ file of the ``"external"`` baseline.
@@ -85,10 +89,9 @@ def measure(
         report: gets each cell as soon as it is there.
 
     Returns:
-        Cells: ``shape``, ``context``, ``threads``, ``probes`` (``read_gbs``, ``int8_gops``), ``methods`` by name
-        (packed ones ``"k2v2"``) with ``ms``, ``bursts_ms``, ``bytes``, ``gbs``, ``read_share``, for packed ones ``gops`` and
-        ``int8_share``, and the ``error``; and ``speedup`` of each packed method over each baseline, the median over
-        bursts that followed each other.
+        Cells: ``shape``, ``context``, ``threads``, ``probes`` (``read_gbs``, ``int8_gops``), ``methods`` by name with
+        ``ms``, ``bursts_ms``, ``bytes``, ``gbs``, ``read_share``, for packed ones ``gops`` and ``int8_share``, and the
+        ``error``; and ``speedup`` of each packed method over each baseline, the median over neighbouring bursts.
 
     Raises:
         CheckFailedError: when an output differs from exact attention.
@@ -96,25 +99,27 @@ def measure(
     Example:
         >>> from headq_ao.evals.bench_decode import measure
         >>> from headq_ao.evals.bench_rows import Shape
-        >>> (cell,) = measure(Shape(2, 1, 64), 64, [(2, 2)], [1], ["bf16"], repeats=1, budget=0.0)
+        >>> settings = {"k2v2": {(2, 2): 1}}
+        >>> (cell,) = measure(Shape(2, 1, 64), 64, settings, [1], ["bf16"], repeats=1, budget=0.0)
         >>> sorted(cell["methods"]), cell["methods"]["k2v2"]["error"] < 1e-3, list(cell["speedup"]["k2v2"])
         (['bf16', 'k2v2'], True, ['bf16'])
     """
     before = torch.get_num_threads()
-    packed = {f"k{k}v{v}": random_packed(shape, context, k, v) for k, v in settings}
+    pairs = {pair: None for bits in settings.values() for pair in bits}
+    rows = {pair: random_packed(shape, context, *pair) for pair in pairs}
+    exact = {pair: exact_attention(x.q, *x.dequantize(), shape.scaling) for pair, x in rows.items()}
     cells = []
     try:
         for n in threads:
             torch.set_num_threads(n)
             methods, about = {}, {}
-            for name, rows in packed.items():
-                methods[name], about[name] = packed_method(name, rows)
+            for name, bits in settings.items():
+                methods[name], about[name] = packed_method(bits, rows, exact)
             methods |= probes(n)
-            first = next(iter(packed.values()))
+            first, target = next(iter(rows.values())), next(iter(exact.values()))
             bf16 = [x.bfloat16() for x in first.dequantize()]
-            exact = exact_attention(first.q, *first.dequantize(), shape.scaling)
             for name in baselines:
-                made = baseline(name, first, bf16, exact, source)
+                made = baseline(name, first, bf16, target, source)
                 if made is not None:
                     methods[name], about[name] = made
             cells.append(cell(shape, context, n, bursts(methods, n, repeats, budget), about))
@@ -124,20 +129,35 @@ def measure(
     return cells
 
 
-def packed_method(name: str, rows: Packed) -> tuple[list[Call], dict[str, Any]]:
-    """Checked calls of the op on cold rows."""
-    attend = rows.attend()
-    exact = exact_attention(rows.q, *rows.dequantize(), rows.shape.scaling)
-    error = check(name, rows.readout(attend(rows.keys, rows.values)), exact, LIMIT, f"{rows.shape}, {rows.tokens} rows")
-    products = QUERY_PARTS * rows.shape.heads * rows.tokens * 2 * rows.shape.head_dim
-    calls = [lambda k=k, v=v: attend(k, v) for k, v in rows.copies(cold_copies(rows.n_bytes))]
-    return calls, {"bytes": rows.n_bytes, "operations": 2 * products, "error": error}
+def packed_method(
+    bits: Bits, rows: Mapping[tuple[int, int], Packed], exact: Mapping[tuple[int, int], Tensor]
+) -> tuple[list[Call], dict[str, Any]]:
+    """Checked calls of the op on the cold rows of that many layers each."""
+    errors, layers = [], []
+    for pair, n in bits.items():
+        x = rows[pair]
+        attend = x.attend()
+        where = f"{pair[0]} and {pair[1]} bits, {x.shape}, {x.tokens} rows"
+        errors.append(check("packed attention", x.readout(attend(x.keys, x.values)), exact[pair], LIMIT, where))
+        layers += [(x, attend)] * n
+    n_bytes = sum(x.n_bytes for x, _ in layers)
+    number = cold_copies(n_bytes)
+    stores = [x.copies(number) for x, _ in layers]
+
+    def call(i: int) -> Call:
+        work = [(attend, *store[i]) for (_, attend), store in zip(layers, stores, strict=True)]
+        return lambda: [attend(k, v) for attend, k, v in work]
+
+    x, _ = layers[0]
+    products = QUERY_PARTS * x.shape.heads * x.tokens * 2 * x.shape.head_dim
+    facts = {"bytes": n_bytes / len(layers), "operations": 2 * products, "error": max(errors), "layers": len(layers)}
+    return [call(i) for i in range(number)], facts
 
 
 def probes(threads: int) -> dict[str, list[Call]]:
     """What the machine can do at this moment: reading memory, and int8 dot products."""
     lib = bench_kernels.library()
-    read, rounds = bench_kernels.reader(threads), bench_kernels.INT8_ROUNDS // 4
+    read, rounds = bench_kernels.reader(threads), bench_kernels.INT8_ROUNDS
     sink = torch.tensor([1, 1, 0], dtype=torch.int32)
     return {"read": [read], "int8": [lambda: lib.bench_int8(rounds, threads, sink.data_ptr())]}
 
@@ -181,21 +201,22 @@ def bf16_method(name: str, rows: Packed, source: Path | None) -> Callable[[Tenso
 
 
 def cell(
-    shape: Shape, context: int, threads: int, times: dict[str, list[float]], about: dict[str, dict[str, Any]]
+    shape: Shape, context: int, threads: int, found: dict[str, list[float]], about: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
     """Medians, rates and ratios of a cell, as plain data."""
-    middle = {name: statistics.median(x) for name, x in times.items()}
-    read = bench_kernels.READ_BYTES / middle["read"] / 1e6
-    int8 = 2 * bench_kernels.int8_products(threads) / 4 / middle["int8"] / 1e6
+    times = {name: [t / facts.get("layers", 1) for t in found[name]] for name, facts in about.items()}
+    read = bench_kernels.READ_BYTES / statistics.median(found["read"]) / 1e6
+    int8 = 2 * bench_kernels.int8_products(threads) / statistics.median(found["int8"]) / 1e6
     methods = {}
     for name, facts in about.items():
-        gbs = facts["bytes"] / middle[name] / 1e6
+        ms = statistics.median(times[name])
+        gbs = facts["bytes"] / ms / 1e6
         methods[name] = {
-            "ms": middle[name], "bytes": facts["bytes"], "gbs": gbs, "read_share": gbs / read, "error": facts["error"],
+            "ms": ms, "bytes": facts["bytes"], "gbs": gbs, "read_share": gbs / read, "error": facts["error"],
             "bursts_ms": times[name],
         }  # fmt: skip
         if "operations" in facts:
-            gops = facts["operations"] / middle[name] / 1e6
+            gops = facts["operations"] / ms / 1e6
             methods[name] |= {"gops": gops, "int8_share": gops / int8}
     others = [name for name in about if name in BASELINES]
     speedup = {
@@ -228,13 +249,18 @@ def readme_table(result: dict[str, Any]) -> str:
             of = [c["methods"][name] for c in cells]
             own = [c["methods"].get("bf16") for c in cells]
             row = [
-                shape, f"{context:,}", f"{name[1]} / {name[3]}", each(of, lambda m: f"{m['ms']:.3g}"),
+                shape, f"{context:,}", label(name), each(of, lambda m: f"{m['ms']:.3g}"),
                 each(of, lambda m: f"{m['gbs']:.3g} ({m['read_share']:.0%})"),
                 each(of, lambda m: f"{m['int8_share']:.0%}"), each(own, lambda m: f"{m['read_share']:.0%}"),
                 *(each([c["speedup"][name].get(b) for c in cells], lambda x: f"{x:.3g}") for b in shown),
             ]  # fmt: skip
             lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines) + "\n\n" + readme_notes(result)
+
+
+def label(setting: str) -> str:
+    """A setting's bits of keys and values."""
+    return "mix of the default" if setting == MIX else setting[1:].replace("v", " / ")
 
 
 def each(found: Sequence[Any], show: Callable[[Any], str]) -> str:
@@ -252,8 +278,8 @@ def readme_notes(result: dict[str, Any]) -> str:
     error = max(m["error"] for c in result["cells"] for name, m in c["methods"].items() if name not in BASELINES)
     text = (
         f"One layer, one new token, batch 1; query heads/KV heads/head_dim; {threads} threads of {env['cpu']}, which "
-        f"reads {read} GB/s and does {int8} int8 GOPS; medians, cold rows. × : times as fast as. Left out: mapping the query and "
-        f"reading out of the basis, once per step and layer. Relative error against exact attention over the same "
+        f"reads {read} GB/s and does {int8} int8 GOPS; medians, cold rows. × : times as fast as. Left out: mapping the "
+        f"query and reading out of the basis, once per step and layer. Relative error against exact attention over the same "
         f"rows: at most {error:.1e}"
     )
     if real:
@@ -276,8 +302,9 @@ def parser() -> argparse.ArgumentParser:
     add("--shapes", nargs="+", default=list(SHAPES), help=f"query heads/KV heads/head_dim {default}")
     add("--contexts", nargs="+", type=int, default=list(CONTEXTS), help=f"packed rows per head {default}")
     add("--threads", nargs="+", type=int, default=list(THREADS), help=f"numbers of threads {default}")
-    add("--k-bits", nargs="+", type=int, default=list(K_BITS), help=f"code bits of keys, one per setting {default}")
-    add("--v-bits", nargs="+", type=int, default=list(V_BITS), help=f"code bits of values, one per setting {default}")
+    add("--k-bits", nargs="+", type=int, default=[2], help=f"code bits of keys, one per setting {default}")
+    add("--v-bits", nargs="+", type=int, default=[2], help=f"code bits of values, one per setting {default}")
+    add("--mix", nargs="+", default=list(DEFAULT_MIX), help=f"K/V:LAYERS of one more setting, or none {default}")
     usual = [b for b in BASELINES if b != "external"]
     add("--baselines", nargs="+", choices=usual, default=usual, help=f"what to compare with {default}")
     add("--external", type=Path, help="C++ file with dbf_D_G(k, v, q, out, heads, tokens, threads), one more baseline")
@@ -295,18 +322,32 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def checked(args: argparse.Namespace) -> tuple[list[Shape], list[tuple[int, int]]]:
+def checked(args: argparse.Namespace) -> tuple[list[Shape], dict[str, Bits]]:
     """Shapes and settings of a command line; ValueError on what cannot be measured."""
     if len(args.k_bits) != len(args.v_bits):
         raise ValueError(f"--k-bits and --v-bits must be equally many, got {args.k_bits} and {args.v_bits}")
-    if not {*args.k_bits, *args.v_bits} <= {1, 2, 3, 4, 5, 6, 8}:
-        raise ValueError(f"bits must be 1 to 6 or 8, got {args.k_bits} and {args.v_bits}")
+    settings: dict[str, Bits] = {f"k{k}v{v}": {(k, v): 1} for k, v in zip(args.k_bits, args.v_bits, strict=True)}
+    if args.mix != ["none"]:
+        settings[MIX] = dict(parse_mix(x) for x in args.mix)
+    for k, v in (pair for bits in settings.values() for pair in bits):
+        if k not in PIECES or v not in PIECES:
+            raise ValueError(f"bits must be 1 to 6 or 8, got {k} and {v}")
     if min(args.threads) < 1 or args.repeats < 1:
         raise ValueError(f"threads and repeats must be at least 1, got {args.threads} and {args.repeats}")
     for context in args.contexts:
         if context < 32 or context % 32:
             raise ValueError(f"contexts must be multiples of 32, got {context}")
-    return [Shape.parse(x) for x in args.shapes], list(zip(args.k_bits, args.v_bits, strict=True))
+    return [Shape.parse(x) for x in args.shapes], settings
+
+
+def parse_mix(text: str) -> tuple[tuple[int, int], int]:
+    """``"3/2:4"`` as ``((3, 2), 4)``."""
+    try:
+        bits, layers = text.split(":")
+        k, v = bits.split("/")
+        return (int(k), int(v)), int(layers)
+    except ValueError as error:
+        raise ValueError(f"a part of the mix is K_BITS/V_BITS:LAYERS, like 3/2:4, got {text!r}") from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -332,7 +373,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     result: dict[str, Any] = {
-        "complete": False, "threads": args.threads, "settings": [f"k{k}v{v}" for k, v in settings],
+        "complete": False, "threads": args.threads, "settings": settings_as_text(settings),
         "repeats": args.repeats, "bf16_code_path": code_path, "cache_bytes": cache_bytes(), "real": real, "cells": [],
         "environment": environment(),
     }  # fmt: skip
@@ -374,6 +415,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         plot_decode(result, args.plot)
     return 0
+
+
+def settings_as_text(settings: Mapping[str, Bits]) -> dict[str, list[str]]:
+    """Settings as plain data for JSON."""
+    return {name: [f"{k}/{v}:{n}" for (k, v), n in bits.items()] for name, bits in settings.items()}
 
 
 def summary(found: dict[str, Any]) -> str:

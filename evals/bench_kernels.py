@@ -14,7 +14,7 @@ from headq_ao.ops import cpu_build
 SOURCE = Path(__file__).with_name("bench_kernels.cpp")
 READ_BYTES = 512 * 2**20
 STREAMS = (1, 2, 4, 8)
-INT8_ROUNDS = 4_000_000
+INT8_ROUNDS = 1_000_000
 _P, _I64, _I32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 
 
