@@ -6,6 +6,7 @@ import statistics
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from headq_ao.evals.bench_rows import (
     exact_attention,
     random_packed,
 )
-from headq_ao.evals.bench_timing import BUDGET, Call, bursts, cache_bytes, cold_copies
+from headq_ao.evals.bench_timing import BUDGET, Call, bursts, cache_bytes, cold_copies, load_average
 from headq_ao.evals.environment import environment, write_json
 from headq_ao.evals.inputs import SMOLLM2
 from headq_ao.evals.table import fill_marks
@@ -174,30 +175,32 @@ def baseline(
             out = rows.readout(attend(rows.keys, rows.values))
         calls = [lambda k=k, v=v: attend(k, v) for k, v in rows.copies(cold_copies(rows.n_bytes))]
         return calls, {"bytes": rows.n_bytes, "error": check(name, out, exact, LIMIT, where)}
-    run = bf16_method(name, rows, source)
-    if run is None:
+    make = bf16_method(name, rows, source)
+    if make is None:
         return None
     k, v = bf16
-    error = check(name, run(k, v).reshape(exact.shape), exact, BF16_LIMIT, where)
+    error = check(name, make(k, v)().reshape(exact.shape), exact, BF16_LIMIT, where)
     pairs = [(k, v), *((k.clone(), v.clone()) for _ in range(cold_copies(k.nbytes + v.nbytes) - 1))]
-    return [lambda k=k, v=v: run(k, v) for k, v in pairs], {"bytes": k.nbytes + v.nbytes, "error": error}
+    return [make(*pair) for pair in pairs], {"bytes": k.nbytes + v.nbytes, "error": error}
 
 
-def bf16_method(name: str, rows: Packed, source: Path | None) -> Callable[[Tensor, Tensor], Tensor] | None:
-    """``(k, v) → out`` over ``[Hkv, T, D]`` bf16 rows."""
+def bf16_method(name: str, rows: Packed, source: Path | None) -> Callable[[Tensor, Tensor], Call] | None:
+    """``(k, v) → call`` for ``[Hkv, T, D]`` bf16 rows."""
     q, scaling = rows.q, rows.shape.scaling
     if name == "bf16":
-        return lambda k, v: bench_kernels.bf16_decode(q, k, v, scaling)
+        return lambda k, v: bench_kernels.bf16_call(q, k, v, scaling)
     if name == "folded":
         folded = q.bfloat16()[None]
-        return lambda k, v: scaled_dot_product_attention(folded, k[None], v[None], scale=scaling)
+        return lambda k, v: partial(scaled_dot_product_attention, folded, k[None], v[None], scale=scaling)
     if name == "gqa":
         flat = q.bfloat16().reshape(1, rows.shape.heads, 1, -1)
-        return lambda k, v: scaled_dot_product_attention(flat, k[None], v[None], scale=scaling, enable_gqa=True)
+        return lambda k, v: partial(
+            scaled_dot_product_attention, flat, k[None], v[None], scale=scaling, enable_gqa=True
+        )
     if source is None:
         raise ValueError("the external baseline needs its source: --external PATH")
-    run = bench_kernels.external(source, rows.shape.head_dim, rows.shape.group)
-    return None if run is None else lambda k, v: run(q, k, v)
+    make = bench_kernels.external(source, rows.shape.head_dim, rows.shape.group)
+    return None if make is None else partial(make, q)
 
 
 def cell(
@@ -279,8 +282,8 @@ def readme_notes(result: dict[str, Any]) -> str:
     text = (
         f"One layer, one new token, batch 1; query heads/KV heads/head_dim; {threads} threads of {env['cpu']}, which "
         f"reads {read} GB/s and does {int8} int8 GOPS; medians, cold rows. × : times as fast as. Left out: mapping the "
-        f"query and reading out of the basis, once per step and layer. Relative error against exact attention over the same "
-        f"rows: at most {error:.1e}"
+        f"query and reading out of the basis, once per step and layer. Relative error against exact attention over the "
+        f"same rows: at most {error:.1e}"
     )
     if real:
         text += (
@@ -374,7 +377,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     result: dict[str, Any] = {
         "complete": False, "threads": args.threads, "settings": settings_as_text(settings),
-        "repeats": args.repeats, "bf16_code_path": code_path, "cache_bytes": cache_bytes(), "real": real, "cells": [],
+        "repeats": args.repeats, "bf16_code_path": code_path, "cache_bytes": cache_bytes(),
+        "load_average": load_average(), "real": real, "cells": [],
         "environment": environment(),
     }  # fmt: skip
 

@@ -17,7 +17,7 @@
 
 namespace {
 
-constexpr int TILE = 64;         // tokens whose rows stay in the nearest caches while all query heads read them
+constexpr int TILE = 128;        // tokens whose rows stay in the nearest caches while all query heads read them
 constexpr int SPLIT = 2048;      // tokens of one unit of work
 constexpr int QUERIES = 4;       // query heads whose sums stay in registers
 constexpr int AHEAD = 4096;      // bytes that are fetched ahead
@@ -241,7 +241,7 @@ void unit(const Job& a, int head, int64_t first, int64_t last, float* part) {
       arrange<false>(q + j * dim, dim, &arranged[j * width]);
   }
 #endif
-  for (int64_t t0 = first; t0 < last; t0 += TILE) {  // fetched into the second cache: the nearest one is full
+  for (int64_t t0 = first; t0 < last; t0 += TILE) {
     int n = int(std::min<int64_t>(TILE, last - t0));
     const uint16_t *k = a.k + (int64_t(head) * a.tokens + t0) * dim, *v = a.v + (int64_t(head) * a.tokens + t0) * dim;
     for (int q0 = 0; q0 < group; q0 += QUERIES) {

@@ -40,6 +40,7 @@ def library() -> ctypes.CDLL:
     lib.bench_read.restype, lib.bench_read.argtypes = ctypes.c_uint64, (_P, _I64, _I32, _I32)
     lib.bench_int8.restype, lib.bench_int8.argtypes = _I64, (_I64, _I32, _P)
     lib.bench_code_path.restype = ctypes.c_char_p
+    lib.bench_bf16_decode.restype = None
     return lib
 
 
@@ -73,6 +74,14 @@ def bf16_decode(q: Tensor, k: Tensor, v: Tensor, scaling: float, portable: bool 
         >>> exact = torch.nn.functional.scaled_dot_product_attention(q, k.float(), v.float(), scale=0.25)
         >>> torch.testing.assert_close(bf16_decode(q, k, v, 0.25), exact, rtol=1e-3, atol=1e-3)
     """
+    return bf16_call(q, k, v, scaling, portable)()
+
+
+def bf16_call(q: Tensor, k: Tensor, v: Tensor, scaling: float, portable: bool = False) -> Callable[[], Tensor]:
+    """:func:`bf16_decode` with its arguments checked and packed once: a call costs what the kernel does.
+
+    It uses as many threads as torch does now, and writes into the same output each time.
+    """
     heads, group, dim = q.shape
     if k.shape != (heads, k.shape[1], dim) or v.shape != k.shape or not k.shape[1] or dim % 16 or dim > 256:
         raise ValueError(f"q, k, v must be [Hkv, G, D], [Hkv, T, D] twice, got {[tuple(x.shape) for x in (q, k, v)]}")
@@ -80,13 +89,16 @@ def bf16_decode(q: Tensor, k: Tensor, v: Tensor, scaling: float, portable: bool 
         raise ValueError(f"q must be float32, k and v bfloat16, got {q.dtype}, {k.dtype}, {v.dtype}")
     if not (k.is_contiguous() and v.is_contiguous()):
         raise ValueError("k and v must be contiguous")
-    q, out = q.contiguous(), torch.empty_like(q)
-    job = _Job(
-        *(x.data_ptr() for x in (k, v, q, out)), heads, group, dim, torch.get_num_threads(), portable, k.shape[1],
-        scaling,
-    )  # fmt: skip
-    library().bench_bf16_decode(ctypes.byref(job))
-    return out
+    q, out, function = q.contiguous(), torch.empty_like(q), library().bench_bf16_decode
+    rows = (k, v, q, out)
+    job = _Job(*(x.data_ptr() for x in rows), heads, group, dim, torch.get_num_threads(), portable, k.shape[1], scaling)
+    address = ctypes.byref(job)
+
+    def call() -> Tensor:
+        function(address)
+        return rows[-1]  # rows: kept as long as the call is
+
+    return call
 
 
 def reader(threads: int) -> Callable[[], int]:
@@ -108,15 +120,15 @@ def int8_products(threads: int) -> int:
     return int(library().bench_int8(1, threads, sink.data_ptr())) * INT8_ROUNDS
 
 
-def external(source: Path, dim: int, group: int) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+def external(source: Path, dim: int, group: int) -> Callable[[Tensor, Tensor, Tensor], Callable[[], Tensor]] | None:
     """Somebody else's bf16 decode: ``dbf_{D}_{G}(k, v, q, out, heads, tokens, threads)`` with scores over √D.
 
     Args:
-        source: C++ file; tensors as in :func:`bf16_decode`.
+        source: C++ file.
         dim, group: head_dim and query heads per KV head.
 
     Returns:
-        ``(q, k, v) → out``, or None where the file has no function for that shape.
+        ``(q, k, v) → call`` as :func:`bf16_call`, or None where the file has no function for that shape.
 
     Raises:
         FileNotFoundError: when there is no such file.
@@ -132,10 +144,14 @@ def external(source: Path, dim: int, group: int) -> Callable[[Tensor, Tensor, Te
         return None
     function.restype, function.argtypes = None, (_P, _P, _P, _P, _I32, _I32, _I32)
 
-    def decode(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = torch.empty_like(q)
-        pointers = (x.data_ptr() for x in (k, v, q, out))
-        function(*pointers, k.shape[0], k.shape[1], torch.get_num_threads())
-        return out
+    def make(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
+        rows = (k, v, q, torch.empty_like(q))
+        arguments = (*(x.data_ptr() for x in rows), k.shape[0], k.shape[1], torch.get_num_threads())
 
-    return decode
+        def call() -> Tensor:
+            function(*arguments)
+            return rows[-1]
+
+        return call
+
+    return make

@@ -1,7 +1,9 @@
 """Timing: a clock that other work disturbs least, buffers that are not in the caches, methods in turn."""
 
 import itertools
+import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 
 COLD_CACHES = 3  # buffers of this many last-level caches are rotated over
 FALLBACK_CACHE = 32 * 2**20
+BUSY = 0.7
 BUDGET = 0.1  # seconds of one burst of calls, at least one call
 
 Call = Callable[[], Any]
@@ -28,6 +31,14 @@ def cache_bytes() -> int:
         if text[:-1].isdigit() and text[-1] in units:
             found.append(int(text[:-1]) * units[text[-1]])
     return max(found) or FALLBACK_CACHE
+
+
+def load_average() -> float:
+    """Processes that want a core, over the last minute; says so when others than this one do."""
+    load = os.getloadavg()[0]
+    if load > BUSY:
+        print(f"warning: the machine is busy (load {load:.1f}): wall times will be those of waiting", file=sys.stderr)
+    return load
 
 
 def cold_copies(n_bytes: int) -> int:
