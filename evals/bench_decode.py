@@ -173,7 +173,7 @@ def baseline(
             warnings.simplefilter("ignore")
             attend = rows.attend_compiled(torch.compile(compiled_reference))
             out = rows.readout(attend(rows.keys, rows.values))
-        calls = [lambda k=k, v=v: attend(k, v) for k, v in rows.copies(cold_copies(rows.n_bytes))]
+        calls: list[Call] = [partial(attend, *copy) for copy in rows.copies(cold_copies(rows.n_bytes))]
         return calls, {"bytes": rows.n_bytes, "error": check(name, out, exact, LIMIT, where)}
     make = bf16_method(name, rows, source)
     if make is None:
@@ -244,8 +244,8 @@ def readme_table(result: dict[str, Any]) -> str:
         groups.setdefault((c["shape"], c["context"]), []).append(c)
     shown = [b for b in BASELINES if any(b in c["methods"] for c in result["cells"])]
     titles = {"bf16": "bf16 C++", "folded": "SDPA folded", "gqa": "SDPA gqa", "compiled": "compiled"}
-    head = ("heads", "context", "bits", "ms", "GB/s (of read)", "int8 peak", "bf16 C++ (of read)")
-    head += tuple(f"× {titles.get(b, b)}" for b in shown)
+    head = ["heads", "context", "bits", "ms", "GB/s (of read)", "int8 peak", "bf16 C++ (of read)"]
+    head += [f"× {titles.get(b, b)}" for b in shown]
     lines = ["| " + " | ".join(head) + " |", "| --- | ---: | ---: |" + " ---: |" * (len(head) - 3)]
     for (shape, context), cells in groups.items():
         for name in cells[0]["speedup"]:

@@ -194,7 +194,7 @@ def readme_table(result: dict[str, Any]) -> str:
     for (batch, context), cells in groups.items():
         sizes = [f"{cells[0][kind]['cache_bytes'] / 1e6:.1f}" for kind in CACHES]
         row = [
-            str(batch), f"{context:,}", *(each(cells, lambda c, kind=kind: f"{c[kind]['ms']:.1f}") for kind in CACHES),
+            str(batch), f"{context:,}", *(" / ".join(f"{c[kind]['ms']:.1f}" for c in cells) for kind in CACHES),
             each(cells, lambda c: f"{c['speedup']:.2f}"), each(cells, lambda c: f"{c['closing_share']:.1%}"),
             " → ".join(sizes),
         ]  # fmt: skip

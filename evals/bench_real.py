@@ -30,7 +30,7 @@ def layer_errors(model: Any, ids: Tensor) -> list[float]:
         ids: tokens of one sequence ``[1, T]``.
     """
     cache, errors = HeadQCache(model), {}
-    modules = attention_modules(model, len(cache.layers))
+    modules: list[Any] = attention_modules(model, len(cache.layers))
 
     def receive(i: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         layer, module, tokens = cache.layers[i], modules[i], k.shape[2]
