@@ -171,7 +171,7 @@ def baseline(
     if name == "compiled":
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            attend = rows.attend_compiled(torch.compile(compiled_reference))
+            attend = rows.attend_compiled(torch.compile(compiled_reference, fullgraph=True, dynamic=False))
             out = rows.readout(attend(rows.keys, rows.values))
         calls: list[Call] = [partial(attend, *copy) for copy in rows.copies(cold_copies(rows.n_bytes))]
         return calls, {"bytes": rows.n_bytes, "error": check(name, out, exact, LIMIT, where)}
@@ -395,6 +395,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with tqdm(total=len(shapes) * len(args.contexts) * len(args.threads), unit="cell") as bar:
             for shape in shapes:
+                torch.compiler.reset()  # beyond a number of recompilations, functions run uncompiled
                 for context in args.contexts:
                     measure(
                         shape,

@@ -12,6 +12,7 @@ COLORS = {
     "external": ("external bf16 C++", "#e69f00"),
 }
 CACHE_COLORS = {"dense": ("DynamicCache", "#8c8c8c"), "packed": ("HeadQ", "#d55e00")}
+RATIOS = [m * 10**e for e in range(-3, 4) for m in (1, 2, 5)]
 STYLES = ("-", "--", ":", "-.")
 
 
@@ -28,7 +29,7 @@ def plot_decode(result: dict[str, Any], path: str | os.PathLike[str]) -> None:
     shapes = list(dict.fromkeys(c["shape"] for c in result["cells"]))
     setting = list(result["cells"][0]["speedup"])[-1]
     figure, panels = plt.subplots(
-        1, len(shapes), figsize=(4.2 * len(shapes), 4.6), layout="constrained", sharey=True, squeeze=False
+        1, len(shapes), figsize=(max(4.2 * len(shapes), 6.5), 4.8), layout="constrained", sharey=True, squeeze=False
     )
     for axes, shape in zip(panels[0], shapes, strict=True):
         for style, threads in zip(STYLES, result["threads"], strict=False):
@@ -41,9 +42,12 @@ def plot_decode(result: dict[str, Any], path: str | os.PathLike[str]) -> None:
         axes.axhline(1, color="black", linewidth=0.8)
         axes.set(xscale="log", yscale="log", xlabel="context (tokens)", title=f"heads {shape}")
         tidy(axes, sorted({c["context"] for c in result["cells"]}))
+    low, high = panels[0][0].get_ylim()
+    ticks = [x for x in RATIOS if low <= x <= high]
+    panels[0][0].set_yticks(ticks, [f"{x:g}" for x in ticks])
     panels[0][0].set_ylabel(f"packed rows ({setting}): times as fast as …")
     handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(shapes) + 1, frameon=False, fontsize=9)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
