@@ -24,29 +24,29 @@ from torch import Tensor
 
 from headq_ao.ops.layout import PIECES, plane_columns, plane_pieces
 
-TILE = 128  # slots of one step
+PART = 32  # slots of one part
 MOST_ROWS = 64  # query rows of one program
 MOST_SPLITS = 128
-LAUNCH = {"num_warps": 4, "num_stages": 2}
+LAUNCH = {"num_warps": 2, "num_stages": 2}
 LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 HEADROOM = tl.constexpr(14.0)  # the largest weight is 2**14 in fp16
 SMALLEST = tl.constexpr(2.0**-24)  # positive fp16
 
 
 @functools.lru_cache(maxsize=256)
-def key_chunks(bits: tuple[int, ...]) -> tuple[tuple[int, int, int, int, int], ...]:
-    """Byte columns of the key planes, cut to dot widths: ``(plane, width, first byte, bytes, padded bytes)``.
+def key_chunks(bits: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """Byte columns of the key planes, cut to dot widths: ``(plane, width, first byte, bytes, padded bytes, row bytes)``.
 
     Example:
         >>> key_chunks((2,) * 144)  # 36 bytes a row: 32, then 4 of 16
-        ((0, 2, 0, 32, 32), (0, 2, 32, 4, 16))
+        ((0, 2, 0, 32, 32, 36), (0, 2, 32, 4, 16, 36))
     """
     chunks = []
     for plane, (width, pieces) in enumerate(plane_pieces(bits).items()):
         first, total = 0, plane_columns(width, len(pieces)) * width // 8
         while first < total:
             padded = next(w for w in (64, 32, 16) if w <= max(total - first, 16))
-            chunks.append((plane, width, first, min(total - first, padded), padded))
+            chunks.append((plane, width, first, min(total - first, padded), padded, total))
             first += padded
     return tuple(chunks)
 
@@ -56,7 +56,7 @@ def query_columns(bits: tuple[int, ...], device: torch.device) -> Tensor:
     """For each (chunk, piece, byte): ``coordinate | shift << 16`` of the query's column, −1 for padding; int32."""
     columns: list[int] = []
     planes = list(plane_pieces(bits).items())
-    for plane, width, first, _, padded in key_chunks(bits):
+    for plane, width, first, _, padded, _ in key_chunks(bits):
         pieces = planes[plane][1]
         for p in range(8 // width):
             for byte in range(first, first + padded):
@@ -95,23 +95,35 @@ def _unpack(byte, AT: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr, PTX
 
 @triton.jit
 def _query_slices(q, columns, row, rows, largest, WIDTH: tl.constexpr, PADDED: tl.constexpr, M: tl.constexpr):
-    """One chunk's query slices, fp16 ``[ROWS, PADDED]`` for each piece, and its part of ``q·c0``, ``[ROWS]``."""
+    """One chunk's query slices, fp16 ``[PADDED, ROWS]`` for each piece, and its part of ``q·c0``, ``[ROWS]``."""
     slices = ()
     center = tl.zeros_like(largest)
     for p in tl.static_range(8 // WIDTH):
         column = tl.load(columns + p * PADDED + tl.arange(0, PADDED))
-        mask = (row < rows)[:, None] & (column >= 0)[None, :]
-        x = tl.load(q + row[:, None] * M + (column & 0xFFFF)[None, :], mask=mask, other=0.0) / largest[:, None]
-        x = (x * (1 << ((column >> 16) & 7)).to(tl.float32)[None, :]).to(tl.float16)
-        center += tl.sum(x.to(tl.float32), 1) * ((2**WIDTH - 1) / 2)
+        mask = (column >= 0)[:, None] & (row < rows)[None, :]
+        x = tl.load(q + (column & 0xFFFF)[:, None] + row[None, :] * M, mask=mask, other=0.0) / largest[None, :]
+        x = (x * (1 << ((column >> 16) & 7)).to(tl.float32)[:, None]).to(tl.float16)
+        center += tl.sum(x.to(tl.float32), 0) * ((2**WIDTH - 1) / 2)
         slices = slices + (x,)
     return slices, center
 
 
 @triton.jit
-def _row(x, strides, b, h, t0):
-    """Where slot (or entry) ``t0`` of a head begins."""
-    return x + b * strides[0] + h * strides[1] + t0 * strides[2]
+def _add_chunk(s, slices, base, local, inside, CHUNK: tl.constexpr, PTX: tl.constexpr):
+    """``s [R, ROWS]`` and one chunk's part of ``Σ q·(c − c0)`` for the slots ``base + local``."""
+    WIDTH: tl.constexpr = CHUNK[1]
+    c = tl.arange(0, CHUNK[4])
+    address = (local // 16 * (CHUNK[5] * 16) + local % 16 * 4)[:, None] + (c // 4 * 64 + c % 4)[None, :]
+    byte = tl.load(base + CHUNK[2] * 16 + address, mask=inside[:, None] & (c < CHUNK[3])[None, :], other=0)
+    for p in tl.static_range(8 // WIDTH):
+        s = tl.dot(_unpack(byte, p * WIDTH, WIDTH, 1, PTX), slices[p], s)
+    return s
+
+
+@triton.jit
+def _head(x, strides, b, h, offset):
+    """Where a head's rows begin, and ``offset`` from there."""
+    return x + b * strides[0] + h * strides[1] + offset
 
 
 @triton.jit(do_not_specialize=["kv_heads", "new", "rows", "slots", "splits", "valid_stride"])
@@ -128,9 +140,11 @@ def partial_kernel(
     """Attention over one split: ``out [splits, B·Hkv·rows, D]`` fp32, and ``log2 Σ 2^s`` without the gauge.
 
     ``q [B·Hkv, rows, M]`` fp32; ``bias``, ``zero_query`` ``[B·Hkv, rows]``, row ``g·S + i``; ``start``, ``stop``
-    ``[B, S]``. Strides are those of batch, head and entry (planes) or token (scales). Grid: heads, splits, blocks.
+    ``[B, S]``. Strides are those of batch and head. Grid: heads, splits, blocks.
     """
     SLOTS: tl.constexpr = R * PARTS
+    LOW: tl.constexpr = VALUE_WIDTHS[0]
+    HIGH: tl.constexpr = VALUE_WIDTHS[-1]
     head = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     b = head // kv_heads
@@ -144,16 +158,16 @@ def partial_kernel(
     # what the rows see, and this split's share of it in whole tiles
     first = tl.maximum(tl.load(start + b * new + row % new, mask=live, other=0), 0).to(tl.int32)
     last = tl.minimum(tl.load(stop + b * new + row % new, mask=live, other=0), slots).to(tl.int32)
-    low = tl.min(tl.where(first < last, first, slots), 0) // SLOTS * SLOTS
-    high = tl.max(tl.where(first < last, last, 0), 0)
-    share = tl.cdiv(tl.cdiv(tl.maximum(high - low, 0), SLOTS), splits) * SLOTS
-    begin = low + split * share
-    end = tl.minimum(begin + share, high)
+    lowest = tl.min(tl.where(first < last, first, slots), 0) // SLOTS * SLOTS
+    highest = tl.max(tl.where(first < last, last, 0), 0)
+    share = tl.cdiv(tl.cdiv(tl.maximum(highest - lowest, 0), SLOTS), splits) * SLOTS
+    begin = lowest + split * share
+    end = tl.minimum(begin + share, highest)
 
     q += head * rows * M
     m = tl.arange(0, triton.next_power_of_2(M))
-    whole = tl.load(q + row[:, None] * M + m[None, :], mask=live[:, None] & (m < M)[None, :], other=0.0)
-    largest = tl.maximum(tl.max(tl.abs(whole), 1), 1e-30)
+    whole = tl.load(q + m[:, None] + row[None, :] * M, mask=(m < M)[:, None] & live[None, :], other=0.0)
+    largest = tl.maximum(tl.max(tl.abs(whole), 0), 1e-30)
     queries = ()
     offset = tl.zeros([ROWS], tl.float32)
     for i in tl.static_range(len(CHUNKS)):
@@ -168,100 +182,94 @@ def partial_kernel(
         valid += b * valid_stride
 
     top = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS, R], tl.float32)  # summed over r after the last tile
-    zeros = tl.zeros([ROWS, R], tl.float32)  # Σ w · (value at c0), where one zero serves a row
-    acc = tl.zeros([ROWS, D_PADDED], tl.float32)
+    total = tl.zeros([R, ROWS], tl.float32)  # summed over r after the last tile
+    zeros = tl.zeros([R, ROWS], tl.float32)  # Σ w · (value at c0), where one zero serves a row
+    acc = tl.zeros([D_PADDED, ROWS], tl.float32)
     for tile in range(0, tl.cdiv(end - begin, SLOTS)):
         t0 = begin + tile * SLOTS
         t64 = t0.to(tl.int64)
-        sigma_at = _row(key_scale, key_scale_strides, b, h, t64)
-        a_at = _row(value_scale, value_scale_strides, b, h, t64)
+        sigma_at = _head(key_scale, key_scale_strides, b, h, t64)
+        a_at = _head(value_scale, value_scale_strides, b, h, t64 * GROUPS)
         scores = ()
         scales = ()
-        tile_top = tl.full([ROWS, R], float("-inf"), tl.float32)
+        tile_top = tl.full([R, ROWS], float("-inf"), tl.float32)
         for j in tl.static_range(PARTS):
             local = r // 4 * (4 * PARTS) + 4 * j + r % 4
             t = t0 + local
             here = t < end
             if valid is not None:
                 here = here & (tl.load(valid + t, mask=here, other=0) != 0)
-            s = tl.zeros([ROWS, R], tl.float32)
+            s = tl.zeros([R, ROWS], tl.float32)
             for i in tl.static_range(len(CHUNKS)):
-                WIDTH: tl.constexpr = CHUNKS[i][1]
                 strides = key_plane_strides[CHUNKS[i][0]]
-                c = tl.arange(0, CHUNKS[i][4])
-                base = _row(key_planes[CHUNKS[i][0]], strides, b, h, t64 // 16) + CHUNKS[i][2] // 4 * 64
-                address = (local // 16 * strides[2] + local % 16 * 4)[None, :] + (c // 4 * 64 + c % 4)[:, None]
-                byte = tl.load(base + address, mask=(t < end)[None, :] & (c < CHUNKS[i][3])[:, None], other=0)
-                for p in tl.static_range(8 // WIDTH):
-                    s = tl.dot(queries[i][p], _unpack(byte, p * WIDTH, WIDTH, 1, PTX), s)
-            sigma = tl.load(sigma_at + local * key_scale_strides[2], mask=here, other=0.0).to(tl.float32)
-            s = (s * slope[:, None] + offset[:, None]) * sigma[None, :]
+                base = _head(key_planes[CHUNKS[i][0]], strides, b, h, t64 * CHUNKS[i][5])
+                s = _add_chunk(s, queries[i], base, local, t < end, CHUNKS[i], PTX)
+            sigma = tl.load(sigma_at + local, mask=here, other=0.0).to(tl.float32)
+            s = (s * slope[None, :] + offset[None, :]) * sigma[:, None]
             if key_zero is not None:
-                zero_at = _row(key_zero, key_zero_strides, b, h, t64)
-                z = tl.load(zero_at + local * key_zero_strides[2], mask=here, other=0.0).to(tl.float32)
-                s += lift[:, None] * z[None, :]
-            seen = (t[None, :] >= first[:, None]) & (t[None, :] < last[:, None]) & here[None, :]
+                zero_at = _head(key_zero, key_zero_strides, b, h, t64)
+                z = tl.load(zero_at + local, mask=here, other=0.0).to(tl.float32)
+                s += lift[None, :] * z[:, None]
+            seen = (t[:, None] >= first[None, :]) & (t[:, None] < last[None, :]) & here[:, None]
             s = tl.where(seen, s, float("-inf"))
             scores = scores + (s,)
             if GROUPS == 1:
-                a = tl.load(a_at + local * value_scale_strides[2], mask=here, other=0.0).to(tl.float32)
+                a = tl.load(a_at + local, mask=here, other=0.0).to(tl.float32)
                 scales = scales + (a,)
-                s += tl.log2(tl.maximum(tl.abs(a), SMALLEST))[None, :]
+                s += tl.log2(tl.maximum(tl.abs(a), SMALLEST))[:, None]
             tile_top = tl.maximum(tile_top, s)
 
-        highest = tl.maximum(top, tl.max(tile_top, 1) - HEADROOM)
-        frame = tl.where(highest == float("-inf"), 0.0, highest)
-        decay = tl.exp2(top - frame)[:, None]
-        top = highest
+        new_top = tl.maximum(top, tl.max(tile_top, 0) - HEADROOM)
+        frame = tl.where(new_top == float("-inf"), 0.0, new_top)
+        decay = tl.exp2(top - frame)[None, :]
+        top = new_top
         total *= decay
         zeros *= decay
         acc *= decay
 
         entries = ()
         for i in tl.static_range(len(VALUE_WIDTHS)):
-            EACH: tl.constexpr = 32 // VALUE_WIDTHS[i]  # slots of one entry of this plane
-            strides = value_plane_strides[i]
-            base = _row(value_planes[i], strides, b, h, t64 // EACH)
-            for e in tl.static_range(4 * PARTS // EACH):
-                entry = r // 4 * (4 * PARTS // EACH) + e
-                inside = (t0 + entry * EACH < end)[:, None] & (d < D)[None, :]
-                address = (entry * strides[2] + r % 4)[:, None] + (d * 4)[None, :]
+            base = _head(value_planes[i], value_plane_strides[i], b, h, t64 * (D * VALUE_WIDTHS[i] // 8))
+            for e in tl.static_range(PARTS * VALUE_WIDTHS[i] // 8):
+                entry = r // 4 * (PARTS * VALUE_WIDTHS[i] // 8) + e
+                inside = (d < D)[:, None] & (t0 + entry * (32 // VALUE_WIDTHS[i]) < end)[None, :]
+                address = (d * 4)[:, None] + (entry * (D * 4) + r % 4)[None, :]
                 entries = entries + (tl.load(base + address, mask=inside, other=0),)
         for j in tl.static_range(PARTS):
-            LOW: tl.constexpr = VALUE_WIDTHS[0]
-            v = _unpack(entries[j * LOW // 8], j * LOW % 8, LOW, 1, PTX)
-            if len(VALUE_WIDTHS) == 2:
-                HIGH: tl.constexpr = VALUE_WIDTHS[1]
-                v += _unpack(entries[(PARTS * LOW + j * HIGH) // 8], j * HIGH % 8, HIGH, 2**LOW, PTX)
-            w = tl.exp2(scores[j] - frame[:, None])
+            w = tl.exp2(scores[j] - frame[None, :])
             total += w
             local = r // 4 * (4 * PARTS) + 4 * j + r % 4
+            low = _unpack(entries[j * LOW // 8], j * LOW % 8, LOW, 1, PTX)
             if GROUPS == 1:
                 if value_zero is not None:
-                    zero_at = _row(value_zero, value_zero_strides, b, h, t64)
-                    z = tl.load(zero_at + local * value_zero_strides[2], mask=t0 + local < end, other=0.0)
+                    zero_at = _head(value_zero, value_zero_strides, b, h, t64)
+                    z = tl.load(zero_at + local, mask=t0 + local < end, other=0.0)
                     z = z.to(tl.float32) + scales[j] * ((2**VALUE_BITS - 1) / 2)
-                    zeros += tl.where(w == 0, 0.0, w * z[None, :])
-                w = tl.where(w == 0, 0.0, w * scales[j][None, :])  # an unseen slot may hold any scale
+                    zeros += tl.where(w == 0, 0.0, w * z[:, None])
+                w = tl.where(w == 0, 0.0, w * scales[j][:, None])  # an unseen slot may hold any scale
             else:
-                used = (t0 + local < end) & (tl.max(w, 0) != 0)
-                inside = used[:, None] & (d < D)[None, :]
-                group = d // (D // GROUPS)
-                a = tl.load(a_at + (local * value_scale_strides[2])[:, None] + group[None, :], mask=inside, other=0.0)
-                v *= a
+                used = (t0 + local < end) & (tl.max(w, 1) != 0)
+                inside = (d < D)[:, None] & used[None, :]
+                group = (d // (D // GROUPS))[:, None] + (local * GROUPS)[None, :]
+                a = tl.load(a_at + group, mask=inside, other=0.0)
+                low *= a
                 if value_zero is not None:
-                    zero_at = _row(value_zero, value_zero_strides, b, h, t64)
-                    address = (local * value_zero_strides[2])[:, None] + group[None, :]
-                    z = tl.load(zero_at + address, mask=inside, other=0.0).to(tl.float32)
-                    v += (z + a.to(tl.float32) * ((2**VALUE_BITS - 1) / 2)).to(tl.float16)
-            acc = tl.dot(w.to(tl.float16), v, acc)
+                    zero_at = _head(value_zero, value_zero_strides, b, h, t64 * GROUPS)
+                    z = tl.load(zero_at + group, mask=inside, other=0.0).to(tl.float32)
+                    low += (z + a.to(tl.float32) * ((2**VALUE_BITS - 1) / 2)).to(tl.float16)
+            w = w.to(tl.float16)
+            acc = tl.dot(low, w, acc)
+            if len(VALUE_WIDTHS) == 2:
+                high = _unpack(entries[(PARTS * LOW + j * HIGH) // 8], j * HIGH % 8, HIGH, 2**LOW, PTX)
+                if GROUPS > 1:
+                    high *= a
+                acc = tl.dot(high, w, acc)
 
-    mass = tl.sum(total, 1)
+    mass = tl.sum(total, 0)
     some = tl.where(mass == 0, 1.0, mass)
-    acc += tl.sum(zeros, 1)[:, None]
+    acc = (acc + tl.sum(zeros, 0)[None, :]) / some[None, :]
     line += split.to(tl.int64) * tl.num_programs(0) * rows
-    tl.store(out + line[:, None] * D + d[None, :], acc / some[:, None], mask=live[:, None] & (d < D)[None, :])
+    tl.store(out + d[:, None] + line[None, :] * D, acc, mask=(d < D)[:, None] & live[None, :])
     tl.store(out_lse + line, tl.where(mass == 0, float("-inf"), top + tl.log2(some)), mask=live)
 
 
@@ -305,8 +313,8 @@ def specialization(bits: tuple[int, ...], value_bits: int, head_dim: int, groups
         "D": head_dim,
         "D_PADDED": triton.next_power_of_2(head_dim),
         "GROUPS": groups,
-        "ROWS": min(max(16, triton.next_power_of_2(rows)), most),
-        "R": TILE // parts,
+        "ROWS": min(max(8, triton.next_power_of_2(rows)), most),
+        "R": PART,
     }
 
 
@@ -336,10 +344,10 @@ def decode_attention(
     with torch.cuda.device_of(q):
         partial_kernel[(batch * kv_heads, splits, blocks)](
             q, bias, zero_query, query_columns(tuple(key_bits), q.device),
-            keys, tuple(p.stride()[:3] for p in keys), *_strided(key_scale), *_strided(key_zero),
-            values, tuple(p.stride()[:3] for p in values), *_strided(value_scale), *_strided(value_zero),
+            keys, tuple(p.stride()[:2] for p in keys), *_strided(key_scale), *_strided(key_zero),
+            values, tuple(p.stride()[:2] for p in values), *_strided(value_scale), *_strided(value_zero),
             start, stop, mask, 0 if mask is None else mask.stride(0), parts, part_lse,
-            kv_heads, new, rows, slots, splits, **constants, PTX=q.is_cuda and torch.version.hip is None, **LAUNCH,
+            kv_heads, new, rows, slots, splits, **constants, PTX=_ptx(), **LAUNCH,
         )  # fmt: skip
         constants = {name: constants[name] for name in ("D", "D_PADDED")}
         join_kernel[(lines,)](parts, part_lse, gauge, out, lse, lines, splits, **constants, num_warps=2)
@@ -349,7 +357,7 @@ def decode_attention(
 def split_count(slots: int, programs: int, device: torch.device) -> int:
     """Splits that give every multiprocessor about four programs, each of at least two tiles."""
     wanted = -(-4 * _multiprocessors(device) // max(programs, 1))
-    return max(1, min(wanted, slots // (2 * TILE), MOST_SPLITS))
+    return max(1, min(wanted, slots // 512, MOST_SPLITS))
 
 
 @functools.cache
@@ -357,14 +365,19 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+def _ptx() -> bool:
+    """Whether unpacking is written in PTX: for NVIDIA's devices, not for AMD's nor in Triton's interpreter."""
+    return not triton.knobs.runtime.interpret and triton.runtime.driver.active.get_current_target().backend == "cuda"
+
+
 def _strided(x: Tensor | None) -> tuple[Tensor | None, tuple[int, ...] | None]:
-    """A scale, its groups of one token packed, and its strides."""
+    """A scale and its strides of batch and head."""
     if x is None:
         return None, None
-    x = x if x.ndim == 3 or x.stride(3) == 1 else x.contiguous()
-    return x, x.stride()[:3]
+    x = _dense(x)
+    return x, x.stride()[:2]
 
 
 def _dense(x: Tensor) -> Tensor:
-    """A plane with the bytes of each entry packed; batch, heads and entries may have any stride."""
-    return x if not x.numel() or x[0, 0, 0].is_contiguous() else x.contiguous()
+    """Rows of one head packed; batch and heads may have any stride."""
+    return x if not x.numel() or x[0, 0].is_contiguous() else x.contiguous()
