@@ -1,7 +1,7 @@
 """The Triton kernel behind ``decode_attention`` on CUDA and HIP: split-KV flash-decoding over packed rows.
 
 One program owns one KV head of one sequence, one block of its ``G·S`` query rows and one split of the visible slots; a
-second kernel joins the splits by log-sum-exp. A tile is 128 slots, cut into ``PARTS`` parts of ``R``: part ``j`` holds
+second kernel joins the splits by log-sum-exp. A tile is ``PARTS`` parts of 16 slots: part ``j`` holds
 the slots ``t0 + (r // 4)·4·PARTS + 4j + r % 4``, those whose value codes lie at one bit position of the value bytes
 ``[R, D]``. So every plane byte is loaded once, every piece is a constant shift and mask away, and each feeds one
 ``tl.dot`` with fp16 operands and fp32 sums:
@@ -24,10 +24,9 @@ from torch import Tensor
 
 from headq_ao.ops.layout import PIECES, plane_columns, plane_pieces
 
-PART = 32  # slots of one part
-MOST_ROWS = 64  # query rows of one program
-MOST_SPLITS = 128
-LAUNCH = {"num_warps": 2, "num_stages": 2}
+R = tl.constexpr(16)  # slots of one part
+MOST_SPLITS, LEAST_SLOTS = 128, 512  # of a split
+LAUNCH = {"cuda": {"num_warps": 2, "num_stages": 2}, "hip": {"num_warps": 2, "num_stages": 1}, "interpreter": {}}
 LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 HEADROOM = tl.constexpr(14.0)  # the largest weight is 2**14 in fp16
 SMALLEST = tl.constexpr(2.0**-24)  # positive fp16
@@ -121,6 +120,26 @@ def _add_chunk(s, slices, base, local, inside, CHUNK: tl.constexpr, PTX: tl.cons
 
 
 @triton.jit
+def _halves(parts):
+    """Every tensor ``[2n, ROWS]`` as two ``[n, ROWS]``."""
+    halves = ()
+    for i in tl.static_range(len(parts)):
+        x = tl.reshape(parts[i], [2, parts[i].shape[0] // 2, parts[i].shape[1]])
+        halves = halves + tl.split(tl.permute(x, [1, 2, 0]))
+    return halves
+
+
+@triton.jit
+def _value_codes(entries, j: tl.constexpr, WIDTHS: tl.constexpr, PARTS: tl.constexpr, PTX: tl.constexpr):
+    """``c − c0`` of part ``j`` by planes, fp16 ``[D, R]``: their sum is the code's."""
+    codes = ()
+    for i in tl.static_range(len(WIDTHS)):
+        byte = entries[(PARTS * WIDTHS[0] * i + j * WIDTHS[i]) // 8]
+        codes = codes + (_unpack(byte, j * WIDTHS[i] % 8, WIDTHS[i], 2 ** (WIDTHS[0] * i), PTX),)
+    return codes
+
+
+@triton.jit
 def _head(x, strides, b, h, offset):
     """Where a head's rows begin, and ``offset`` from there."""
     return x + b * strides[0] + h * strides[1] + offset
@@ -134,7 +153,7 @@ def partial_kernel(
     start, stop, valid, valid_stride, out, out_lse,
     kv_heads, new, rows, slots, splits,
     CHUNKS: tl.constexpr, M: tl.constexpr, VALUE_BITS: tl.constexpr, VALUE_WIDTHS: tl.constexpr, PARTS: tl.constexpr,
-    D: tl.constexpr, D_PADDED: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, R: tl.constexpr,
+    D: tl.constexpr, D_PADDED: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr,
     PTX: tl.constexpr,
 ):  # fmt: skip
     """Attention over one split: ``out [splits, B·Hkv·rows, D]`` fp32, and ``log2 Σ 2^s`` without the gauge.
@@ -142,9 +161,8 @@ def partial_kernel(
     ``q [B·Hkv, rows, M]`` fp32; ``bias``, ``zero_query`` ``[B·Hkv, rows]``, row ``g·S + i``; ``start``, ``stop``
     ``[B, S]``. Strides are those of batch and head. Grid: heads, splits, blocks.
     """
-    SLOTS: tl.constexpr = R * PARTS
-    LOW: tl.constexpr = VALUE_WIDTHS[0]
-    HIGH: tl.constexpr = VALUE_WIDTHS[-1]
+    SLOTS: tl.constexpr = PARTS * R
+    LEVELS: tl.constexpr = 1 if PARTS == 2 else 2 if PARTS == 4 else 3
     head = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     b = head // kv_heads
@@ -182,50 +200,51 @@ def partial_kernel(
         valid += b * valid_stride
 
     top = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([R, ROWS], tl.float32)  # summed over r after the last tile
-    zeros = tl.zeros([R, ROWS], tl.float32)  # Σ w · (value at c0), where one zero serves a row
+    total = tl.zeros([SLOTS, ROWS], tl.float32)  # summed over slots after the last tile
+    zeros = tl.zeros([SLOTS, ROWS], tl.float32)  # Σ w · (value at c0), where one zero serves a row
     acc = tl.zeros([D_PADDED, ROWS], tl.float32)
+    x = tl.arange(0, SLOTS)
+    local = x % R // 4 * (4 * PARTS) + x // R * 4 + x % 4
     for tile in range(0, tl.cdiv(end - begin, SLOTS)):
         t0 = begin + tile * SLOTS
         t64 = t0.to(tl.int64)
-        sigma_at = _head(key_scale, key_scale_strides, b, h, t64)
+        t = t0 + local
+        here = t < end
+        s = tl.zeros([SLOTS, ROWS], tl.float32)
+        for i in tl.static_range(len(CHUNKS)):
+            strides = key_plane_strides[CHUNKS[i][0]]
+            base = _head(key_planes[CHUNKS[i][0]], strides, b, h, t64 * CHUNKS[i][5])
+            s = _add_chunk(s, queries[i], base, local, here, CHUNKS[i], PTX)
+        if valid is not None:
+            here = here & (tl.load(valid + t, mask=here, other=0) != 0)
+        sigma = tl.load(_head(key_scale, key_scale_strides, b, h, t64) + local, mask=here, other=0.0).to(tl.float32)
+        s = (s * slope[None, :] + offset[None, :]) * sigma[:, None]
+        if key_zero is not None:
+            z = tl.load(_head(key_zero, key_zero_strides, b, h, t64) + local, mask=here, other=0.0).to(tl.float32)
+            s += lift[None, :] * z[:, None]
+        s = tl.where((t[:, None] >= first[None, :]) & (t[:, None] < last[None, :]) & here[:, None], s, float("-inf"))
         a_at = _head(value_scale, value_scale_strides, b, h, t64 * GROUPS)
-        scores = ()
-        scales = ()
-        tile_top = tl.full([R, ROWS], float("-inf"), tl.float32)
-        for j in tl.static_range(PARTS):
-            local = r // 4 * (4 * PARTS) + 4 * j + r % 4
-            t = t0 + local
-            here = t < end
-            if valid is not None:
-                here = here & (tl.load(valid + t, mask=here, other=0) != 0)
-            s = tl.zeros([R, ROWS], tl.float32)
-            for i in tl.static_range(len(CHUNKS)):
-                strides = key_plane_strides[CHUNKS[i][0]]
-                base = _head(key_planes[CHUNKS[i][0]], strides, b, h, t64 * CHUNKS[i][5])
-                s = _add_chunk(s, queries[i], base, local, t < end, CHUNKS[i], PTX)
-            sigma = tl.load(sigma_at + local, mask=here, other=0.0).to(tl.float32)
-            s = (s * slope[None, :] + offset[None, :]) * sigma[:, None]
-            if key_zero is not None:
-                zero_at = _head(key_zero, key_zero_strides, b, h, t64)
-                z = tl.load(zero_at + local, mask=here, other=0.0).to(tl.float32)
-                s += lift[None, :] * z[:, None]
-            seen = (t[:, None] >= first[None, :]) & (t[:, None] < last[None, :]) & here[:, None]
-            s = tl.where(seen, s, float("-inf"))
-            scores = scores + (s,)
-            if GROUPS == 1:
-                a = tl.load(a_at + local, mask=here, other=0.0).to(tl.float32)
-                scales = scales + (a,)
-                s += tl.log2(tl.maximum(tl.abs(a), SMALLEST))[:, None]
-            tile_top = tl.maximum(tile_top, s)
+        weighted = s
+        if GROUPS == 1:
+            a = tl.load(a_at + local, mask=here, other=0.0).to(tl.float32)
+            weighted = s + tl.log2(tl.maximum(tl.abs(a), SMALLEST))[:, None]
 
-        new_top = tl.maximum(top, tl.max(tile_top, 0) - HEADROOM)
+        new_top = tl.maximum(top, tl.max(weighted, 0) - HEADROOM)
         frame = tl.where(new_top == float("-inf"), 0.0, new_top)
         decay = tl.exp2(top - frame)[None, :]
         top = new_top
-        total *= decay
-        zeros *= decay
+        w = tl.exp2(s - frame[None, :])
+        total = total * decay + w
         acc *= decay
+        if GROUPS == 1:
+            if value_zero is not None:
+                z = tl.load(_head(value_zero, value_zero_strides, b, h, t64) + local, mask=here, other=0.0)
+                z = z.to(tl.float32) + a * ((2**VALUE_BITS - 1) / 2)
+                zeros = zeros * decay + tl.where(w == 0, 0.0, w * z[:, None])
+            w = tl.where(w == 0, 0.0, w * a[:, None])  # an unseen slot may hold any scale
+        weights = (w.to(tl.float16),)
+        for _ in tl.static_range(LEVELS):
+            weights = _halves(weights)
 
         entries = ()
         for i in tl.static_range(len(VALUE_WIDTHS)):
@@ -236,34 +255,21 @@ def partial_kernel(
                 address = (d * 4)[:, None] + (entry * (D * 4) + r % 4)[None, :]
                 entries = entries + (tl.load(base + address, mask=inside, other=0),)
         for j in tl.static_range(PARTS):
-            w = tl.exp2(scores[j] - frame[None, :])
-            total += w
-            local = r // 4 * (4 * PARTS) + 4 * j + r % 4
-            low = _unpack(entries[j * LOW // 8], j * LOW % 8, LOW, 1, PTX)
-            if GROUPS == 1:
-                if value_zero is not None:
-                    zero_at = _head(value_zero, value_zero_strides, b, h, t64)
-                    z = tl.load(zero_at + local, mask=t0 + local < end, other=0.0)
-                    z = z.to(tl.float32) + scales[j] * ((2**VALUE_BITS - 1) / 2)
-                    zeros += tl.where(w == 0, 0.0, w * z[:, None])
-                w = tl.where(w == 0, 0.0, w * scales[j][:, None])  # an unseen slot may hold any scale
-            else:
-                used = (t0 + local < end) & (tl.max(w, 1) != 0)
+            codes = _value_codes(entries, j, VALUE_WIDTHS, PARTS, PTX)
+            if GROUPS > 1:
+                slot = r // 4 * (4 * PARTS) + 4 * j + r % 4
+                used = (t0 + slot < end) & (tl.max(weights[j], 1) != 0)
                 inside = (d < D)[:, None] & used[None, :]
-                group = (d // (D // GROUPS))[:, None] + (local * GROUPS)[None, :]
+                group = (d // (D // GROUPS))[:, None] + (slot * GROUPS)[None, :]
                 a = tl.load(a_at + group, mask=inside, other=0.0)
-                low *= a
+                v = codes[0] * a if len(codes) == 1 else (codes[0] + codes[1]) * a
                 if value_zero is not None:
-                    zero_at = _head(value_zero, value_zero_strides, b, h, t64 * GROUPS)
-                    z = tl.load(zero_at + group, mask=inside, other=0.0).to(tl.float32)
-                    low += (z + a.to(tl.float32) * ((2**VALUE_BITS - 1) / 2)).to(tl.float16)
-            w = w.to(tl.float16)
-            acc = tl.dot(low, w, acc)
-            if len(VALUE_WIDTHS) == 2:
-                high = _unpack(entries[(PARTS * LOW + j * HIGH) // 8], j * HIGH % 8, HIGH, 2**LOW, PTX)
-                if GROUPS > 1:
-                    high *= a
-                acc = tl.dot(high, w, acc)
+                    z_at = _head(value_zero, value_zero_strides, b, h, t64 * GROUPS)
+                    z = tl.load(z_at + group, mask=inside, other=0.0).to(tl.float32)
+                    v += (z + a.to(tl.float32) * ((2**VALUE_BITS - 1) / 2)).to(tl.float16)
+                codes = (v,)
+            for i in tl.static_range(len(codes)):
+                acc = tl.dot(codes[i], weights[j], acc)
 
     mass = tl.sum(total, 0)
     some = tl.where(mass == 0, 1.0, mass)
@@ -299,22 +305,32 @@ def join_kernel(parts, part_lse, gauge, out, lse, lines, splits, D: tl.constexpr
     tl.store(lse + line, tl.where(total == 0, float("-inf"), nats))
 
 
-def specialization(bits: tuple[int, ...], value_bits: int, head_dim: int, groups: int, rows: int) -> dict[str, Any]:
-    """What :func:`partial_kernel` is compiled for: layouts, head size and query rows, not lengths or strides."""
-    widths = PIECES[value_bits]
-    parts = 8 // min(widths)
-    most = MOST_ROWS if head_dim <= 128 else MOST_ROWS // 2
+def backend() -> str:
+    """What a launch compiles for: "cuda", "hip" or Triton's "interpreter"."""
+    return "interpreter" if triton.knobs.runtime.interpret else triton.runtime.driver.active.get_current_target().backend
+
+
+def specialization(
+    bits: tuple[int, ...], value_bits: int, head_dim: int, groups: int, rows: int, backend: str
+) -> dict[str, Any]:
+    """What :func:`partial_kernel` is compiled for: layouts, head size and query rows, not lengths or strides.
+
+    A program takes 8 query rows, or 16 where the queries' fp16 columns leave registers for them, and on AMD always:
+    its matrix instructions have no narrower form.
+    """
+    widths, chunks = PIECES[value_bits], key_chunks(bits)
+    columns = sum(padded * (8 // width) for _, width, _, _, padded, _ in chunks)
     return {
-        "CHUNKS": key_chunks(bits),
+        "CHUNKS": chunks,
         "M": len(bits),
         "VALUE_BITS": value_bits,
         "VALUE_WIDTHS": widths,
-        "PARTS": parts,
+        "PARTS": 8 // min(widths),
         "D": head_dim,
         "D_PADDED": triton.next_power_of_2(head_dim),
         "GROUPS": groups,
-        "ROWS": min(max(8, triton.next_power_of_2(rows)), most),
-        "R": PART,
+        "ROWS": 16 if backend == "hip" or (rows > 8 and columns <= 192) else 8,
+        "PTX": backend == "cuda",
     }
 
 
@@ -331,7 +347,8 @@ def decode_attention(
     batch, heads, new, _ = q.shape
     kv_heads, slots = key_scale.shape[1:]
     head_dim, rows, lines = value_planes[0].shape[3] * 16, heads // kv_heads * new, batch * heads * new
-    constants = specialization(tuple(key_bits), value_bits, head_dim, value_scale.shape[3], rows)
+    target = backend()
+    constants = specialization(tuple(key_bits), value_bits, head_dim, value_scale.shape[3], rows, target)
     blocks = triton.cdiv(rows, constants["ROWS"])
     splits = splits or split_count(slots, batch * kv_heads * blocks, q.device)
     q, bias, zero_query, gauge, start, stop = (x.contiguous() for x in (q, bias, zero_query, gauge, start, stop))
@@ -347,7 +364,7 @@ def decode_attention(
             keys, tuple(p.stride()[:2] for p in keys), *_strided(key_scale), *_strided(key_zero),
             values, tuple(p.stride()[:2] for p in values), *_strided(value_scale), *_strided(value_zero),
             start, stop, mask, 0 if mask is None else mask.stride(0), parts, part_lse,
-            kv_heads, new, rows, slots, splits, **constants, PTX=_ptx(), **LAUNCH,
+            kv_heads, new, rows, slots, splits, **constants, **LAUNCH[target],
         )  # fmt: skip
         constants = {name: constants[name] for name in ("D", "D_PADDED")}
         join_kernel[(lines,)](parts, part_lse, gauge, out, lse, lines, splits, **constants, num_warps=2)
@@ -355,19 +372,14 @@ def decode_attention(
 
 
 def split_count(slots: int, programs: int, device: torch.device) -> int:
-    """Splits that give every multiprocessor about four programs, each of at least two tiles."""
-    wanted = -(-4 * _multiprocessors(device) // max(programs, 1))
-    return max(1, min(wanted, slots // 512, MOST_SPLITS))
+    """Splits that give every multiprocessor about eight programs."""
+    wanted = -(-8 * _multiprocessors(device) // max(programs, 1))
+    return max(1, min(wanted, slots // LEAST_SLOTS, MOST_SPLITS))
 
 
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def _ptx() -> bool:
-    """Whether unpacking is written in PTX: for NVIDIA's devices, not for AMD's nor in Triton's interpreter."""
-    return not triton.knobs.runtime.interpret and triton.runtime.driver.active.get_current_target().backend == "cuda"
 
 
 def _strided(x: Tensor | None) -> tuple[Tensor | None, tuple[int, ...] | None]:
