@@ -9,8 +9,8 @@ the slots ``t0 + (r // 4)·4·PARTS + 4j + r % 4``, those whose value codes lie 
 - scores, ``s_j = σ_j (Σ_pieces q_piece · (c_piece − c0) + b + q·c0) + m_j h``, the query scaled to at most 1 by row;
 - readout, ``Σ_j w_j (c_j − c0)`` with ``w_j = 2^{s_j − M} a_j``, ``a_j`` the values' scale.
 
-``c0 = (2^width − 1)/2``, so ``c − c0`` is exact in fp16. ``M`` is the running maximum of ``s_j + log2 a_j − 14``: weights
-lie in [0, 2^14], and fp16's normal numbers reach down to 4e-9 of the largest.
+``c0 = (2^width − 1)/2``, so ``c − c0`` is exact in fp16. ``M`` is the running maximum of ``s_j + log2 a_j − 14``:
+weights lie in [0, 2^14], and fp16's normal numbers reach down to 4e-9 of the largest.
 """
 
 import functools
@@ -29,12 +29,12 @@ MOST_SPLITS, LEAST_SLOTS = 128, 512  # of a split
 LAUNCH = {"cuda": {"num_warps": 2, "num_stages": 2}, "hip": {"num_warps": 2, "num_stages": 1}, "interpreter": {}}
 LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 HEADROOM = tl.constexpr(14.0)  # the largest weight is 2**14 in fp16
-SMALLEST = tl.constexpr(2.0**-24)  # positive fp16
+SMALLEST, LARGEST = tl.constexpr(2.0**-24), tl.constexpr(65504.0)  # positive fp16
 
 
 @functools.lru_cache(maxsize=256)
 def key_chunks(bits: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-    """Byte columns of the key planes, cut to dot widths: ``(plane, width, first byte, bytes, padded bytes, row bytes)``.
+    """Key planes cut to dot widths: ``(plane, width, first byte, bytes, padded bytes, bytes of a whole row)``.
 
     Example:
         >>> key_chunks((2,) * 144)  # 36 bytes a row: 32, then 4 of 16
@@ -145,6 +145,12 @@ def _head(x, strides, b, h, offset):
     return x + b * strides[0] + h * strides[1] + offset
 
 
+@triton.jit
+def _number(x, strides, b, h, t, here):
+    """The number that each slot has, fp32; 0 where it is not ``here``."""
+    return tl.load(_head(x, strides, b, h, t.to(tl.int64)), mask=here, other=0.0).to(tl.float32)
+
+
 @triton.jit(do_not_specialize=["kv_heads", "new", "rows", "slots", "splits", "valid_stride"])
 def partial_kernel(
     q, bias, zero_query, columns,
@@ -153,8 +159,7 @@ def partial_kernel(
     start, stop, valid, valid_stride, out, out_lse,
     kv_heads, new, rows, slots, splits,
     CHUNKS: tl.constexpr, M: tl.constexpr, VALUE_BITS: tl.constexpr, VALUE_WIDTHS: tl.constexpr, PARTS: tl.constexpr,
-    D: tl.constexpr, D_PADDED: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr,
-    PTX: tl.constexpr,
+    D: tl.constexpr, D_PADDED: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Attention over one split: ``out [splits, B·Hkv·rows, D]`` fp32, and ``log2 Σ 2^s`` without the gauge.
 
@@ -217,17 +222,15 @@ def partial_kernel(
             s = _add_chunk(s, queries[i], base, local, here, CHUNKS[i], PTX)
         if valid is not None:
             here = here & (tl.load(valid + t, mask=here, other=0) != 0)
-        sigma = tl.load(_head(key_scale, key_scale_strides, b, h, t64) + local, mask=here, other=0.0).to(tl.float32)
+        sigma = _number(key_scale, key_scale_strides, b, h, t, here)
         s = (s * slope[None, :] + offset[None, :]) * sigma[:, None]
         if key_zero is not None:
-            z = tl.load(_head(key_zero, key_zero_strides, b, h, t64) + local, mask=here, other=0.0).to(tl.float32)
-            s += lift[None, :] * z[:, None]
+            s += lift[None, :] * _number(key_zero, key_zero_strides, b, h, t, here)[:, None]
         s = tl.where((t[:, None] >= first[None, :]) & (t[:, None] < last[None, :]) & here[:, None], s, float("-inf"))
-        a_at = _head(value_scale, value_scale_strides, b, h, t64 * GROUPS)
         weighted = s
         if GROUPS == 1:
-            a = tl.load(a_at + local, mask=here, other=0.0).to(tl.float32)
-            weighted = s + tl.log2(tl.maximum(tl.abs(a), SMALLEST))[:, None]
+            a = _number(value_scale, value_scale_strides, b, h, t, here)
+            weighted = s + tl.log2(tl.minimum(tl.maximum(tl.abs(a), SMALLEST), LARGEST))[:, None]
 
         new_top = tl.maximum(top, tl.max(weighted, 0) - HEADROOM)
         frame = tl.where(new_top == float("-inf"), 0.0, new_top)
@@ -238,8 +241,7 @@ def partial_kernel(
         acc *= decay
         if GROUPS == 1:
             if value_zero is not None:
-                z = tl.load(_head(value_zero, value_zero_strides, b, h, t64) + local, mask=here, other=0.0)
-                z = z.to(tl.float32) + a * ((2**VALUE_BITS - 1) / 2)
+                z = _number(value_zero, value_zero_strides, b, h, t, here) + a * ((2**VALUE_BITS - 1) / 2)
                 zeros = zeros * decay + tl.where(w == 0, 0.0, w * z[:, None])
             w = tl.where(w == 0, 0.0, w * a[:, None])  # an unseen slot may hold any scale
         weights = (w.to(tl.float16),)
@@ -257,16 +259,14 @@ def partial_kernel(
         for j in tl.static_range(PARTS):
             codes = _value_codes(entries, j, VALUE_WIDTHS, PARTS, PTX)
             if GROUPS > 1:
-                slot = r // 4 * (4 * PARTS) + 4 * j + r % 4
-                used = (t0 + slot < end) & (tl.max(weights[j], 1) != 0)
-                inside = (d < D)[:, None] & used[None, :]
-                group = (d // (D // GROUPS))[:, None] + (slot * GROUPS)[None, :]
-                a = tl.load(a_at + group, mask=inside, other=0.0)
-                v = codes[0] * a if len(codes) == 1 else (codes[0] + codes[1]) * a
+                slot = t0 + r // 4 * (4 * PARTS) + 4 * j + r % 4
+                inside = (d < D)[:, None] & ((slot < end) & (tl.max(weights[j], 1) != 0))[None, :]
+                group = (d // (D // GROUPS))[:, None] + slot[None, :] * GROUPS
+                a = _number(value_scale, value_scale_strides, b, h, group, inside)
+                v = (codes[0] if len(codes) == 1 else codes[0] + codes[1]) * a.to(tl.float16)
                 if value_zero is not None:
-                    z_at = _head(value_zero, value_zero_strides, b, h, t64 * GROUPS)
-                    z = tl.load(z_at + group, mask=inside, other=0.0).to(tl.float32)
-                    v += (z + a.to(tl.float32) * ((2**VALUE_BITS - 1) / 2)).to(tl.float16)
+                    z = _number(value_zero, value_zero_strides, b, h, group, inside) + a * ((2**VALUE_BITS - 1) / 2)
+                    v += z.to(tl.float16)
                 codes = (v,)
             for i in tl.static_range(len(codes)):
                 acc = tl.dot(codes[i], weights[j], acc)
@@ -307,7 +307,9 @@ def join_kernel(parts, part_lse, gauge, out, lse, lines, splits, D: tl.constexpr
 
 def backend() -> str:
     """What a launch compiles for: "cuda", "hip" or Triton's "interpreter"."""
-    return "interpreter" if triton.knobs.runtime.interpret else triton.runtime.driver.active.get_current_target().backend
+    if triton.knobs.runtime.interpret:
+        return "interpreter"
+    return str(triton.runtime.driver.active.get_current_target().backend)
 
 
 def specialization(
@@ -373,13 +375,9 @@ def decode_attention(
 
 def split_count(slots: int, programs: int, device: torch.device) -> int:
     """Splits that give every multiprocessor about eight programs."""
-    wanted = -(-8 * _multiprocessors(device) // max(programs, 1))
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    wanted = triton.cdiv(8 * processors, max(programs, 1))
     return max(1, min(wanted, slots // LEAST_SLOTS, MOST_SPLITS))
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def _strided(x: Tensor | None) -> tuple[Tensor | None, tuple[int, ...] | None]:

@@ -75,7 +75,9 @@ def _cpu(y: Tensor, metric: Tensor, feedback: Tensor, step: Tensor, bits: int, u
 
 
 @_feedback_codes.register_kernel("cuda")
-def _cuda(y: Tensor, metric: Tensor, feedback: Tensor, step: Tensor, bits: int, unbiased: bool) -> tuple[Tensor, Tensor]:
+def _cuda(
+    y: Tensor, metric: Tensor, feedback: Tensor, step: Tensor, bits: int, unbiased: bool
+) -> tuple[Tensor, Tensor]:
     """The Triton kernel, on CUDA and HIP; fp64 and a torch without Triton keep to the reference."""
     kernel = None if y.dtype == torch.float64 else _triton_kernel()
     if kernel is None:
