@@ -26,7 +26,8 @@ from headq_ao.ops.layout import PIECES, plane_columns, plane_pieces
 
 R = tl.constexpr(16)  # slots of one part
 MOST_SPLITS, LEAST_SLOTS = 128, 512  # of a split
-LAUNCH = {"cuda": {"num_warps": 2, "num_stages": 2}, "hip": {"num_warps": 2, "num_stages": 1}, "interpreter": {}}
+LAUNCH = {"num_warps": 2, "enable_fp_fusion": True}
+STAGES = {"cuda": 2, "hip": 1, "interpreter": 1}
 LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 HEADROOM = tl.constexpr(14.0)  # the largest weight is 2**14 in fp16
 SMALLEST, LARGEST = tl.constexpr(2.0**-24), tl.constexpr(65504.0)  # positive fp16
@@ -366,10 +367,10 @@ def decode_attention(
             keys, tuple(p.stride()[:2] for p in keys), *_strided(key_scale), *_strided(key_zero),
             values, tuple(p.stride()[:2] for p in values), *_strided(value_scale), *_strided(value_zero),
             start, stop, mask, 0 if mask is None else mask.stride(0), parts, part_lse,
-            kv_heads, new, rows, slots, splits, **constants, **LAUNCH[target],
+            kv_heads, new, rows, slots, splits, **constants, **LAUNCH, num_stages=STAGES[target],
         )  # fmt: skip
         constants = {name: constants[name] for name in ("D", "D_PADDED")}
-        join_kernel[(lines,)](parts, part_lse, gauge, out, lse, lines, splits, **constants, num_warps=2)
+        join_kernel[(lines,)](parts, part_lse, gauge, out, lse, lines, splits, **constants, **LAUNCH)
     return out, lse
 
 

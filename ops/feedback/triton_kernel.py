@@ -101,7 +101,7 @@ def feedback_codes(
                 y, seen, wanted, metric, pulls, metric.expand(batch, heads, -1, -1).stride()[:2],
                 step, step.expand(batch, heads, -1).stride()[:2], scales, codes, kept, errors,
                 heads, rows, pulls.stride(0), M=width, M_PADDED=padded, ROWS=ROWS, TOP=2**bits - 1, PASSES=passes,
-                UNBIASED=unbiased, num_warps=max(1, padded // 32),
+                UNBIASED=unbiased, num_warps=max(1, padded // 32), enable_fp_fusion=True,
             )  # fmt: skip
     best = errors.argmin(0, keepdim=True)
     return codes.take_along_dim(best[..., None], 0)[0], kept.take_along_dim(best, 0)[0].half()
