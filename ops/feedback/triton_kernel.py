@@ -89,7 +89,8 @@ def feedback_codes(
     diagonal = metric.diagonal(dim1=-2, dim2=-1)[..., None]
     pulls = torch.stack([feedback.float().transpose(-1, -2).expand_as(metric), metric / diagonal])
     pulls -= torch.eye(width, device=y.device)
-    scales = half(y.square().mean(-1).sqrt() * y.new_tensor(spreads)[:, None, None, None])  # [spreads, B, H, T]
+    rms = y.square().mean(-1).sqrt()
+    scales = half(torch.stack([rms * spread for spread in spreads]))  # [spreads, B, H, T]
     seen = y @ metric
     wanted = (seen * y).sum(-1)
     codes = y.new_empty((len(spreads), *y.shape), dtype=torch.uint8)

@@ -3,11 +3,13 @@
 The interpreter is chosen when Triton is imported, so these run in a process of their own, with TRITON_INTERPRET=1.
 """
 
+import doctest
 import importlib
 import importlib.util
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -147,3 +149,40 @@ def test_feedback_codes(batch, heads, rows, width, bits, own, unbiased):
     same = (codes == expected).all(-1) & (scale == expected_scale)
     assert same.float().mean() >= 0.98
     assert error(codes, scale).sum() <= 1.001 * error(expected, expected_scale).sum()
+
+
+@pytest.mark.parametrize("width", [1, 2, 4])
+def test_unpacking_in_ptx(width):
+    """The interpreter does not run PTX: its few instructions are followed here, for each byte and bit position."""
+
+    def half(bits):
+        return float(np.array(bits & 0xFFFF, dtype=np.uint16).view(np.float16))
+
+    for at in range(0, 8, width):
+        body = decode.spread_ptx(at, width)
+        body = getattr(body, "value", body).strip("{} ")
+        for byte in range(256):
+            word = byte | (255 - byte) << 8 | 170 << 16 | byte << 24
+            registers = {"$2": word}
+            for line in body.split(";")[1:]:
+                if not line.strip():
+                    continue
+                name, operands = line.split(maxsplit=1)
+                target, *sources = (x.strip() for x in operands.split(","))
+                a, *rest = (registers[x] if x in registers else int(x, 0) for x in sources)
+                if name == "prmt.b32":
+                    chosen = [(rest[1] >> 4 * i) & 7 for i in range(4)]
+                    both = a.to_bytes(4, "little") + rest[0].to_bytes(4, "little")
+                    registers[target] = int.from_bytes(bytes(both[i] for i in chosen), "little")
+                elif name == "shl.b32":
+                    registers[target] = a << rest[0] & 0xFFFFFFFF
+                else:
+                    assert name == "lop3.b32" and rest[2] == 0xEA  # a & b | c
+                    registers[target] = a & rest[0] | rest[1]
+            found = [half(registers[x] >> s) for x in ("$0", "$1") for s in (0, 16)]
+            codes = [(b >> at) & (2**width - 1) for b in word.to_bytes(4, "little")]
+            assert found == [1024 + c * 2 ** max(at, 1) for c in codes]
+
+
+def test_examples():
+    assert doctest.testmod(decode).failed == 0
