@@ -1,7 +1,11 @@
 """``decode_attention``: attention of a few queries over one segment of packed or exact rows."""
 
+import functools
+import importlib
+import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -10,6 +14,7 @@ from headq_ao.ops.decode_attention import cpu_kernel, reference
 from headq_ao.ops.decode_attention.cpu_kernel import ExactRows
 from headq_ao.ops.layout import CHANNEL_TILE, PIECES, TOKEN_TILE, granule
 
+KERNEL_QUERIES = 32  # of one sequence that the Triton kernel takes; more go to matrix products over unpacked tiles
 SLOT_TILE = 1024  # slots unpacked at a time by the reference: extra memory is bounded by a tile, not by the context
 QUERY_TILE = 256
 
@@ -262,6 +267,29 @@ def _cpu(q, bias, zero_query, gauge, k, key_planes, key_bits, key_scale, key_zer
     if len(parts) == 1:
         return parts[0]
     return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
+
+
+@_decode_attention.register_kernel("cuda")
+def _cuda(q, bias, zero_query, gauge, k, key_planes, key_bits, key_scale, key_zero, v, value_planes, *rest):
+    """The Triton kernel, on CUDA and HIP; exact rows, fp64, long chunks and empty stores keep to the tiled reference.
+
+    The operator stays opaque to Inductor: the kernel takes tuples of planes and its grid depends on the device, which
+    ``torch.library.triton_op`` does not carry, and there is nothing around it to fuse.
+    """
+    kernel = _triton_kernel() if k is None and v is None and q.dtype == torch.float32 else None
+    if kernel is None or q.shape[2] > KERNEL_QUERIES or not key_planes[0].numel():
+        return _tiled(q, bias, zero_query, gauge, k, key_planes, key_bits, key_scale, key_zero, v, value_planes, *rest)
+    return kernel.decode_attention(
+        q, bias, zero_query, gauge, key_planes, key_bits, key_scale, key_zero, value_planes, *rest
+    )
+
+
+@functools.cache
+def _triton_kernel() -> ModuleType | None:
+    """The Triton kernel's module, or None where Triton is not installed."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    return importlib.import_module("headq_ao.ops.decode_attention.triton_kernel")
 
 
 def _check_packed(q: MappedQuery, keys: Rows, values: Rows, start: Tensor, stop: Tensor, valid: Tensor | None) -> None:

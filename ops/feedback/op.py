@@ -1,5 +1,10 @@
 """``feedback_codes``: integer codes of rows whose error is measured by a quadratic form."""
 
+import functools
+import importlib
+import importlib.util
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -67,6 +72,25 @@ def _cpu(y: Tensor, metric: Tensor, feedback: Tensor, step: Tensor, bits: int, u
     if lib is None:
         return reference.feedback_codes(y, metric, feedback, step, bits, SPREADS, PASSES, unbiased)
     return cpu_kernel.feedback_codes(lib, y, metric, feedback, step, bits, SPREADS, PASSES, unbiased)
+
+
+@_feedback_codes.register_kernel("cuda")
+def _cuda(
+    y: Tensor, metric: Tensor, feedback: Tensor, step: Tensor, bits: int, unbiased: bool
+) -> tuple[Tensor, Tensor]:
+    """The Triton kernel, on CUDA and HIP; fp64 and a torch without Triton keep to the reference."""
+    kernel = None if y.dtype == torch.float64 else _triton_kernel()
+    if kernel is None:
+        return reference.feedback_codes(y, metric, feedback, step, bits, SPREADS, PASSES, unbiased)
+    return kernel.feedback_codes(y, metric, feedback, step, bits, SPREADS, PASSES, unbiased)
+
+
+@functools.cache
+def _triton_kernel() -> ModuleType | None:
+    """The Triton kernel's module, or None where Triton is not installed."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    return importlib.import_module("headq_ao.ops.feedback.triton_kernel")
 
 
 @_feedback_codes.register_fake

@@ -1,0 +1,188 @@
+"""The Triton kernels against the reference, in Triton's interpreter: run by test_triton_interpreter.py.
+
+The interpreter is chosen when Triton is imported, so these run in a process of their own, with TRITON_INTERPRET=1.
+"""
+
+import doctest
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from headq_ao.ops import Rows
+from headq_ao.ops.decode_attention import triton_kernel as decode
+from headq_ao.ops.feedback import reference as feedback_reference
+from headq_ao.ops.feedback import triton_kernel as feedback
+from headq_ao.ops.feedback.op import PASSES, SPREADS
+
+op = importlib.import_module("headq_ao.ops.decode_attention.op")
+spec = importlib.util.spec_from_file_location("cpu_kernel_cases", Path(__file__).with_name("test_cpu_kernel.py"))
+cases = importlib.util.module_from_spec(spec)
+sys.modules[spec.name] = cases
+spec.loader.exec_module(cases)
+
+# batch, kv heads, group, new tokens, slots, head_dim, key bits, rank, side bits, key zero, value bits, value group,
+# value zero, holes
+SHAPES = [
+    (1, 2, 3, 1, 320, 64, 2, 16, 2, False, 2, 64, False, False),
+    (2, 1, 4, 1, 160, 128, 4, 8, 4, True, 4, 32, True, False),
+    (1, 1, 5, 3, 96, 80, 3, 0, 2, False, 3, 80, False, False),
+    (1, 1, 1, 20, 160, 96, 1, 24, 2, True, 1, 24, True, True),
+    (1, 1, 6, 2, 96, 16, 8, 16, 1, False, 8, 16, True, False),
+    (1, 2, 2, 1, 64, 48, 5, 4, 3, False, 6, 8, False, True),
+    (1, 1, 4, 1, 64, 32, 6, 0, 2, True, 5, 32, True, True),
+    (1, 1, 8, 1, 160, 256, 2, 64, 2, False, 2, 256, False, False),
+]
+
+
+def arguments(q, keys, values, start, stop, valid):
+    return (
+        q.codes, q.bias, q.zero, q.gauge, keys.planes, list(keys.bits), keys.scale, keys.zero,
+        values.planes, values.bits[0], values.scale, values.zero, start, stop, valid,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_decode_attention(shape, splits):
+    """Relative output error below 1e-3 (measured 1e-4 to 3.3e-4), and exact where nothing is visible."""
+    case = cases.make(*shape)
+    out, lse = decode.decode_attention(*arguments(*case), splits=splits)
+    expected, expected_lse = cases.reference(*case)
+    assert (out - expected).norm() <= 1e-3 * expected.norm()
+    seen = torch.isfinite(expected_lse)
+    assert torch.equal(torch.isfinite(lse), seen)
+    assert torch.equal(out[~seen], torch.zeros_like(out[~seen]))
+    torch.testing.assert_close(lse[seen], expected_lse[seen], rtol=1e-3, atol=2e-3)
+
+
+def test_many_splits_join():
+    case = cases.make(1, 1, 2, 1, 1280, 16, 2, 0, 2, False, 2, 16, False, False)
+    out, _ = decode.decode_attention(*arguments(*case), splits=20)
+    expected, _ = cases.reference(*case)
+    assert (out - expected).norm() <= 1e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("group", [64, 32])
+def test_hidden_slots_may_hold_anything(group):
+    """Unused capacity is not initialized: scales of NaN and infinity and any bytes change nothing."""
+    q, keys, values, start, stop, _ = cases.make(1, 2, 3, 1, 320, 64, 2, 16, 2, False, 2, group, False, False)
+    start[:], stop[:] = 32, 240
+    clean = decode.decode_attention(*arguments(q, keys, values, start, stop, None))
+    for rows in (keys.scale, values.scale):
+        rows[:, :, :32], rows[:, :, 240:] = float("nan"), float("inf")
+    for planes in (keys.planes, values.planes):
+        planes[0][:, :, :2], planes[0][:, :, 15:] = 255, 255
+    dirty = decode.decode_attention(*arguments(q, keys, values, start, stop, None))
+    assert torch.equal(clean[0], dirty[0])
+    assert torch.equal(clean[1], dirty[1])
+
+
+def test_views_of_a_larger_store():
+    q, keys, values, start, stop, _ = cases.make(2, 1, 4, 1, 160, 64, 4, 8, 4, True, 4, 32, True, False)
+    start[:], stop[:] = 3, 61
+    scales = ("scale", "zero")
+    cut = Rows(
+        planes=[p[:, :, 2:6] for p in keys.planes],
+        bits=keys.bits,
+        **{name: getattr(keys, name)[:, :, 32:96] for name in scales},
+    )
+    cut_v = Rows(
+        planes=[p[:, :, 4:12] for p in values.planes],
+        bits=(4,),
+        **{name: getattr(values, name)[:, :, 32:96] for name in scales},
+    )
+    out, _ = decode.decode_attention(*arguments(q, cut, cut_v, start, stop, None))
+    expected, _ = cases.reference(q, cut, cut_v, start, stop, None)
+    assert (out - expected).norm() <= 1e-3 * expected.norm()
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")  # the interpreter's own maximum
+def test_a_non_finite_query_stays_visible():
+    q, keys, values, start, stop, valid = cases.make(*SHAPES[0])
+    q.codes[0, 0, 0, 5] = float("nan")
+    out, lse = decode.decode_attention(*arguments(q, keys, values, start, stop, valid))
+    assert out[0, 0].isnan().all() and lse[0, 0].isnan().all()
+    assert out[0, 1:].isfinite().all()
+
+
+def test_a_long_chunk_keeps_to_the_reference(monkeypatch):
+    """What the operator does on a GPU: the kernel for a few queries, matrix products over unpacked tiles for many."""
+    q, keys, values, start, stop, valid = cases.make(*SHAPES[2])
+    expected = cases.reference(q, keys, values, start, stop, valid)
+    rest = arguments(q, keys, values, start, stop, valid)
+    rest = (*rest[:4], None, *rest[4:8], None, *rest[8:])
+    few = op._cuda(*rest)
+    assert not torch.equal(few[0], expected[0])
+    assert (few[0] - expected[0]).norm() <= 1e-3 * expected[0].norm()
+    monkeypatch.setattr(op, "KERNEL_QUERIES", 2)
+    assert torch.equal(op._cuda(*rest)[0], expected[0])
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "rows", "width", "bits", "own", "unbiased"),
+    [
+        (1, 2, 40, 16, 2, (1, 2), True),
+        (2, 1, 8, 24, 3, (2, 1), False),
+        (1, 1, 32, 64, 2, (1, 1), True),
+    ],
+)
+def test_feedback_codes(batch, heads, rows, width, bits, own, unbiased):
+    """Codes equal to the reference's (measured: all of them; a tie may fall either way), and as good an error."""
+    g = torch.Generator().manual_seed(0)
+    seen = torch.randn(*own, width, width // 2, generator=g)
+    metric = seen @ seen.mT + 0.2 * torch.eye(width)
+    y, step = 3 * torch.randn(batch, heads, rows, width, generator=g), 0.8 + 0.4 * torch.rand(*own, width, generator=g)
+    arguments = (y, metric, feedback_reference.unit_factor(metric), step, bits, SPREADS, PASSES, unbiased)
+    codes, scale = feedback.feedback_codes(*arguments)
+    expected, expected_scale = feedback_reference.feedback_codes(*arguments)
+
+    def error(codes, scale):
+        e = y - scale.float()[..., None] * step.unsqueeze(-2) * (codes.float() - (2**bits - 1) / 2)
+        return ((e @ metric) * e).sum(-1)
+
+    assert codes.dtype == torch.uint8 and scale.dtype == torch.float16
+    same = (codes == expected).all(-1) & (scale == expected_scale)
+    assert same.float().mean() >= 0.98
+    assert error(codes, scale).sum() <= 1.001 * error(expected, expected_scale).sum()
+
+
+@pytest.mark.parametrize("width", [1, 2, 4])
+def test_unpacking_in_ptx(width):
+    """The interpreter does not run PTX: its few instructions are followed here, for each byte and bit position."""
+
+    def half(bits):
+        return float(np.array(bits & 0xFFFF, dtype=np.uint16).view(np.float16))
+
+    for at in range(0, 8, width):
+        body = decode.spread_ptx(at, width)
+        body = getattr(body, "value", body).strip("{} ")
+        for byte in range(256):
+            word = byte | (255 - byte) << 8 | 170 << 16 | byte << 24
+            registers = {"$2": word}
+            for line in body.split(";")[1:]:
+                if not line.strip():
+                    continue
+                name, operands = line.split(maxsplit=1)
+                target, *sources = (x.strip() for x in operands.split(","))
+                a, *rest = (registers[x] if x in registers else int(x, 0) for x in sources)
+                if name == "prmt.b32":
+                    chosen = [(rest[1] >> 4 * i) & 7 for i in range(4)]
+                    both = a.to_bytes(4, "little") + rest[0].to_bytes(4, "little")
+                    registers[target] = int.from_bytes(bytes(both[i] for i in chosen), "little")
+                elif name == "shl.b32":
+                    registers[target] = a << rest[0] & 0xFFFFFFFF
+                else:
+                    assert name == "lop3.b32" and rest[2] == 0xEA  # a & b | c
+                    registers[target] = a & rest[0] | rest[1]
+            found = [half(registers[x] >> s) for x in ("$0", "$1") for s in (0, 16)]
+            codes = [(b >> at) & (2**width - 1) for b in word.to_bytes(4, "little")]
+            assert found == [1024 + c * 2 ** max(at, 1) for c in codes]
+
+
+def test_examples():
+    assert doctest.testmod(decode).failed == 0
