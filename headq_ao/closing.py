@@ -1,7 +1,5 @@
 """Closing blocks: exact rows that left the window become packed rows, once."""
 
-import dataclasses
-
 import torch
 from torch import Tensor, nn
 
@@ -31,11 +29,14 @@ class ClosingLayer(LayerState):
         self.scaling = self.shape.head_dim**-0.5 if scaling is None else scaling
         if not self.epochs:
             self.epochs = codec.plan(len(self.rows))
+        if self._rests():
+            return
+        self.step, self.step_of = None, ()  # it would keep tensors alive that are about to be replaced
         if q is not None and self._awaits_queries():
             self.exact.append("q", q.detach(), self.last_counts, self.last_spans, self.exact_capacity)
         groups: dict[tuple[int, ...], list[int]] = {}
         for b, row in enumerate(self.rows):
-            groups.setdefault(dataclasses.astuple(row), []).append(b)
+            groups.setdefault(row.key(), []).append(b)
         for members in groups.values():
             blocks = self._closable(self.rows[members[0]], members[0])
             index = None if len(members) == len(self.rows) else torch.tensor(members, device=self.device)
@@ -50,6 +51,17 @@ class ClosingLayer(LayerState):
         self.exact.resize(max(self.exact_capacity, max(r.exact for r in self.rows) + 1))
         if self.sliding_window is not None:
             self._drop_old(self.sliding_window)
+
+    def _rests(self) -> bool:
+        """Most decoding steps: no block is full, and no statistics are awaited."""
+        full = self.config.n_sink + self._kept + self.config.block_size
+        return (
+            self.last_slots == 1
+            and self.exact.q is None
+            and self.sliding_window is None
+            and all(row.exact < full for row in self.rows)
+            and not self._awaits_queries()
+        )
 
     def _awaits_queries(self) -> bool:
         return not self._never_packs and any(e.per_sequence and e.begin == 0 and not all(e.ready) for e in self.epochs)

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -63,15 +63,13 @@ class LayerCodec(nn.Module):
         self.config = config
         self.head_dim, self.has_moments = shape.head_dim, moments is not None
         self.frame: KeyCodec | None = None
-        self._calibrated: KeyCodec | None = None
+        self._made: dict[str, KeyCodec | ValueCodec] = {}
         self.value_frame: ValueCodec | None = None
         part = slice(None) if heads is None else heads
         if config.v_bits is not None:
             self.value_frame = self._keep("value", value_codec(config, shape, moments).of_heads(part), device)
         if moments is not None and config.k_bits is not None:
             self.frame = self._keep("key", key_codec(config, moments).of_heads(part), device)
-
-    key_mean: Tensor
 
     def _keep(self, side: str, codec: AnyCodec, device: torch.device) -> AnyCodec:
         """Register the tensors of a codec as buffers; what is left of it without them."""
@@ -85,18 +83,22 @@ class LayerCodec(nn.Module):
     @property
     def values(self) -> ValueCodec | None:
         """How values are coded; None where they are exact."""
-        return None if self.value_frame is None else self._kept("value", self.value_frame)
+        return None if self.value_frame is None else self._current("value", self.value_frame)
 
     @property
     def calibrated(self) -> KeyCodec | None:
         """The codec of epoch 0 under a calibration, its query map kept from step to step."""
-        if self.frame is None:
-            return None
-        if self._calibrated is None or self._calibrated.mean is not self.key_mean:  # moved, or loaded by a hook
-            codec = self._kept("key", self.frame)
-            mapped = codec.query_map(self.config.sign, torch.float32)
-            self._calibrated = dataclasses.replace(codec, mapped=mapped)
-        return self._calibrated
+        return None if self.frame is None else self._current("key", self.frame)
+
+    def _current(self, side: str, frame: AnyCodec) -> AnyCodec:
+        """A codec over the buffers, put together once; anew where they were moved, or loaded by a hook."""
+        codec: Any = self._made.get(side)
+        if codec is None or codec.read is not getattr(self, f"{side}_read"):
+            codec = self._kept(side, frame)
+            if isinstance(codec, KeyCodec):
+                codec = dataclasses.replace(codec, mapped=codec.query_map(self.config.sign, torch.float32))
+            self._made[side] = codec
+        return codec
 
     def plan(self, batch: int) -> list[Epoch]:
         """Which slots use which statistics."""
@@ -170,7 +172,7 @@ class LayerCodec(nn.Module):
             if buffer is not None:
                 moved = fn(buffer)
                 self._buffers[name] = moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
-        self._calibrated = None
+        self._made.clear()
         return self
 
 

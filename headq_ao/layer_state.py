@@ -1,6 +1,5 @@
 """What one layer of the packed cache holds: exact rows, packed rows, epochs of codecs, and counts."""
 
-import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +10,7 @@ from headq_ao.config import HeadQConfig
 from headq_ao.layer_codec import Epoch, LayerCodec
 from headq_ao.models import LayerShape
 from headq_ao.ops import Rows
+from headq_ao.ops.decode_attention.cpu_kernel import Step
 from headq_ao.state import ExactRows, RowCounts, RowStore, Span
 from headq_ao.tensors import HeadQKeyTensor, HeadQValueTensor
 
@@ -54,6 +54,8 @@ class LayerState:
         self.epochs: list[Epoch] = []
         self.k_sum: Tensor | None = None
         self.rows_read = [0, 0]  # packed, all
+        self.step: Step | None = None  # and the tensors that it was made for
+        self.step_of: tuple[Tensor, ...] = ()
 
     @property
     def packed_sides(self) -> tuple[str, ...]:
@@ -92,9 +94,13 @@ class LayerState:
         ranges = (self._epoch_range(e) for e in range(len(self.epochs)))
         return [e for e, (begin, end) in enumerate(ranges) if begin < end]
 
-    def packed_rows(self, e: int, codec: LayerCodec) -> tuple[Rows, Rows, KeyCodec | None]:
-        """The rows of epoch ``e`` as :func:`headq_ao.ops.decode_attention` reads them, and the codec of its keys."""
-        begin, end = self._epoch_range(e)
+    def packed_rows(self, e: int, codec: LayerCodec, end: int | None = None) -> tuple[Rows, Rows, KeyCodec | None]:
+        """The rows of epoch ``e`` as :func:`headq_ao.ops.decode_attention` reads them, and the codec of its keys.
+
+        ``end``: of the slots, where not of those in use.
+        """
+        begin, in_use = self._epoch_range(e)
+        end = in_use if end is None else end
         k, v = self.store_k.view(begin, end), self.store_v.view(begin, end)
         key_codec = self._codec(e, codec)
         keys, values = Rows(exact=k[0]), Rows(exact=v[0])
@@ -121,7 +127,7 @@ class LayerState:
 
     def dequantize(self, codec: LayerCodec) -> tuple[Tensor, Tensor]:
         """All rows as the model sees them, ``[B, Hkv, T, D]``, for sequences of equal length without holes."""
-        if len({dataclasses.astuple(r) for r in self.rows}) != 1 or self.valid is not None:
+        if len({r.key() for r in self.rows}) != 1 or self.valid is not None:
             raise ValueError("dequantize needs sequences of equal length and no deep crop")
         n_sink, held = self.config.n_sink, self.rows[0].exact
         parts: list[tuple[Tensor, Tensor]] = []

@@ -1,11 +1,14 @@
 """Reading the cache: attention over packed rows and exact rows, joined by log-sum-exp."""
 
+import operator
+
 import torch
 from torch import Tensor
 
 from headq_ao.layer_codec import LayerCodec
 from headq_ao.layer_state import LayerState
 from headq_ao.ops import ExactRows, MappedQuery, Rows, attend, decode_attention, merge_segments
+from headq_ao.ops.decode_attention import cpu_kernel
 from headq_ao.state import int_tensor
 
 
@@ -29,6 +32,8 @@ class ReadingLayer(LayerState):
         if len(epochs) != 1 or len(self.packed_sides) != 2:
             return self._attend_parts(q, scaling, codec, position)
         (e,) = epochs
+        if q.shape[2] == 1 and (step := self._step(q, e, codec)) is not None:
+            return self._attend_step(step, q, scaling, e, codec)
         keys, values, key_codec = self.packed_rows(e, codec)
         value_codec = codec.values
         assert key_codec is not None and value_codec is not None
@@ -40,6 +45,35 @@ class ReadingLayer(LayerState):
         k, v, exact_start, exact_stop = self._exact_rows(q, position)
         rows = ExactRows(exact, k, v, exact_start, exact_stop, value_codec.read, value_codec.mean)
         return attend(query, keys, values, start, stop, valid, rows)
+
+    def _step(self, q: Tensor, e: int, codec: LayerCodec) -> cpu_kernel.Step | None:
+        """The kernel's call for one new token of each sequence, where it serves; made anew where rows have moved."""
+        key_codec, value_codec = self._codec(e, codec), codec.values
+        k, v = self.exact.k, self.exact.v
+        assert key_codec is not None and value_codec is not None and k is not None and v is not None
+        one_token = all(span.length == 1 for span in self.last_spans)
+        all_slots = self.valid is None and not self.is_sliding and not self.epochs[e].begin
+        served = q.device.type == "cpu" and q.dtype != torch.float64 and k.dtype == v.dtype
+        watched = torch.compiler.is_compiling() or (q.requires_grad and torch.is_grad_enabled())
+        if not (one_token and all_slots and served and cpu_kernel.one_query(key_codec.bits)) or watched:
+            return None
+        if (lib := cpu_kernel.library()) is None:
+            return None
+        parts = (k, v, *self.store_k.tensors, *self.store_v.tensors, value_codec.read)
+        if self.step is None or len(parts) != len(self.step_of) or not all(map(operator.is_, parts, self.step_of)):
+            keys, values, _ = self.packed_rows(e, codec, self.store_k.capacity)
+            groups = q.shape[1] // k.shape[1]
+            self.step = cpu_kernel.Step(lib, keys, values, k, v, value_codec.read, value_codec.mean, groups)
+            self.step_of = parts
+        return self.step
+
+    def _attend_step(self, step: cpu_kernel.Step, q: Tensor, scaling: float, e: int, codec: LayerCodec) -> Tensor:
+        key_codec = self._codec(e, codec)
+        assert key_codec is not None
+        q = q.float().contiguous()
+        grouped = q.view(q.shape[0], key_codec.mean.shape[1], -1, q.shape[3])
+        mapped = (grouped * scaling) @ key_codec.query_map(self.config.sign, torch.float32)
+        return step(q, mapped, scaling, [r.slots for r in self.rows], [r.exact for r in self.rows])
 
     def _attend_parts(self, q: Tensor, scaling: float, codec: LayerCodec, position: list[list[int]]) -> Tensor:
         parts = [self._attend_exact(q, scaling, position)]

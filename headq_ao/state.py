@@ -27,6 +27,10 @@ class RowCounts:
         """Exact rows held: sinks, then the window."""
         return self.tokens - self.packed - self.dropped
 
+    def key(self) -> tuple[int, ...]:
+        """Equal where all counts are."""
+        return self.tokens, self.slots, self.packed, self.dropped, self.pads, self.folded
+
     def copy(self) -> "RowCounts":
         return dataclasses.replace(self)
 
@@ -117,7 +121,7 @@ class ExactRows:
             stored = larger
             setattr(self, name, stored)
         if uniform:
-            stored[:, :, counts[0] : counts[0] + new.shape[2]] = new
+            stored.narrow(2, counts[0], new.shape[2]).copy_(new)
             return
         for b, (c, s) in enumerate(zip(counts, spans, strict=True)):
             stored[b, :, c : c + s.length] = new[b, :, s.start : s.stop]

@@ -29,9 +29,10 @@ struct Scale { const uint16_t* data; int64_t batch_stride, head_stride, token_st
 struct Exact {
   const void *k, *v;
   int64_t k_batch, k_head, k_token, v_batch, v_head, v_token, q_row;
-  const float* q;                                             // [batch, kv_heads, queries, head_dim], scaling in it
+  const float* q;                                             // [batch, kv_heads, queries, head_dim]
   const int64_t *start, *stop;                                // [batch, new_tokens]
   int32_t dtype, rows;
+  float scaling;                                              // of the scores
 };
 
 struct Args {
@@ -40,7 +41,7 @@ struct Args {
   Plane k[3], v[2];
   Scale k_scale, k_zero, v_scale, v_zero;                     // k_zero.data, v_zero.data may be null
   const float *q[3], *bias, *zero_query, *gauge;              // q[p]: [batch, kv_heads, queries, columns of plane p]
-  int64_t q_row[3], scalar_row;                               // elements from one query to the next
+  int64_t q_row[3], scalar_row, gauge_row;                    // elements from one query to the next
   float q_weight[3];                                          // what a plane's codes count
   const int64_t *start, *stop;                                // [batch, new_tokens]
   const uint8_t* valid;                                       // [batch, valid_stride] or null
@@ -273,8 +274,8 @@ void scores(const Args& a, const Query& query, int b, int h, int q0, int t0, int
   if (zero) halves(zero + t0 * a.k_zero.token_stride, a.k_zero.token_stride, t1 - t0, offset);
   float bias[NQ], zero_query[NQ], gauge[NQ];
   for (int q = 0; q < NQ; q++) {
-    int64_t at = (head * a.queries + q0 + q) * a.scalar_row;
-    bias[q] = a.bias[at], zero_query[q] = a.zero_query[at], gauge[q] = a.gauge[at];
+    int64_t at = head * a.queries + q0 + q;
+    bias[q] = a.bias[at * a.scalar_row], zero_query[q] = a.zero_query[at * a.scalar_row], gauge[q] = a.gauge[at * a.gauge_row];
   }
   for (int t = t0; t < t1; t += TILE) {
     vf dot[NQ];
@@ -436,7 +437,7 @@ void attend_exact(const Args& a, int b, int h, std::vector<float>& s, float* out
   alignas(64) float row[256];
   for (int j = 0; j < n; j++) {
     widen(k + width * j * e.k_token, e.dtype, d, row);
-    for (int i = 0; i < a.queries; i++) s[int64_t(i) * n + j] = dot(q + i * e.q_row, row, d);
+    for (int i = 0; i < a.queries; i++) s[int64_t(i) * n + j] = e.scaling * dot(q + i * e.q_row, row, d);
   }
   std::fill(out, out + int64_t(a.queries) * d, 0.0f);
   for (int i = 0; i < a.queries; i++) {

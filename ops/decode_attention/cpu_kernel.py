@@ -33,6 +33,7 @@ class _Exact(ctypes.Structure):
         *((name, _P) for name in ("q", "start", "stop")),
         ("dtype", _I32),
         ("rows", _I32),
+        ("scaling", ctypes.c_float),
     )
 
 
@@ -50,6 +51,7 @@ class _Args(ctypes.Structure):
         *((name, _P) for name in ("bias", "zero_query", "gauge")),
         ("q_row", _I64 * 3),
         ("scalar_row", _I64),
+        ("gauge_row", _I64),
         ("q_weight", ctypes.c_float * 3),
         *((name, _P) for name in ("start", "stop", "valid")),
         ("valid_stride", _I64),
@@ -140,7 +142,7 @@ def decode_attention(
         v=(_Plane * 2)(*(_plane(p, w, head_dim) for p, w in zip(value_planes, PIECES[value_bits], strict=True))),
         **{name: _scale(x) for name, x in zip(("k_scale", "k_zero", "v_scale", "v_zero"), scales, strict=True)},
         q=(_P * 3)(*(x.data_ptr() for x in planes)), q_row=(_I64 * 3)(*(x.stride(2) for x in planes)),
-        q_weight=(ctypes.c_float * 3)(*weights), scalar_row=scalar_row,
+        q_weight=(ctypes.c_float * 3)(*weights), scalar_row=scalar_row, gauge_row=scalar_row,
         bias=scalars[0].data_ptr(), zero_query=scalars[1].data_ptr(), gauge=scalars[2].data_ptr(),
         start=rows[0].data_ptr(), stop=rows[1].data_ptr(),
         valid=None if mask is None else mask.data_ptr(), valid_stride=0 if mask is None else mask.stride(0),
@@ -152,14 +154,89 @@ def decode_attention(
     return out, lse
 
 
+class Step:
+    """:func:`headq_ao.ops.attend` for one new token per sequence, with arguments that are put together once.
+
+    What changes from step to step are the query and how many rows there are, so the rows are given whole, with unused
+    capacity: a step over short rows costs more in Python than in the kernel.
+
+    Args:
+        lib: of :func:`library`.
+        keys, values: packed rows ``[B, Hkv, capacity]``; :func:`one_query` of the keys' bits.
+        k, v: exact rows ``[B, Hkv, capacity, D]``.
+        read, mean: as in :class:`ExactRows`.
+        groups: query heads per KV head.
+    """
+
+    def __init__(
+        self, lib: ctypes.CDLL, keys: Any, values: Any, k: Tensor, v: Tensor, read: Tensor, mean: Tensor | None,
+        groups: int,
+    ) -> None:  # fmt: skip
+        self.lib = lib
+        batch, kv_heads, _, head_dim = k.shape
+        pieces, m = PIECES[keys.bits[0]], len(keys.bits)
+        read, mean = read.contiguous(), None if mean is None else mean.contiguous()
+        self.start, self.stop, self.exact_stop = ((_I64 * batch)() for _ in range(3))
+        self.kept = (keys, values, k, v, read, mean)
+        exact = _Exact(
+            k=k.data_ptr(), v=v.data_ptr(), k_batch=k.stride(0), k_head=k.stride(1), k_token=k.stride(2),
+            v_batch=v.stride(0), v_head=v.stride(1), v_token=v.stride(2), q_row=head_dim,
+            start=ctypes.addressof(self.start), stop=ctypes.addressof(self.exact_stop), dtype=EXACT_DTYPES[k.dtype],
+        )  # fmt: skip
+        scales = (keys.scale, keys.zero, values.scale, values.zero)
+        self.args = _Args(
+            batch=batch, kv_heads=kv_heads, queries=groups, head_dim=head_dim, key_planes=len(keys.planes),
+            value_planes=len(values.planes), value_bits=values.bits[0], groups=values.scale.shape[3], new_tokens=1,
+            k=(_Plane * 3)(*(_plane(p, w, m) for p, w in zip(keys.planes, plane_pieces(keys.bits), strict=True))),
+            v=(_Plane * 2)(
+                *(_plane(p, w, head_dim) for p, w in zip(values.planes, PIECES[values.bits[0]], strict=True))
+            ),
+            **{name: _scale(x) for name, x in zip(("k_scale", "k_zero", "v_scale", "v_zero"), scales, strict=True)},
+            q_row=(_I64 * 3)(*[m + 3] * 3),
+            q_weight=(ctypes.c_float * 3)(*(float(1 << sum(pieces[:i])) for i in range(len(pieces)))),
+            scalar_row=m + 3, gauge_row=m + 3, start=ctypes.addressof(self.start), stop=ctypes.addressof(self.stop),
+            exact=exact, **_way_back(read, mean),
+        )  # fmt: skip
+        self.width = m + 3
+        self.reference = ctypes.byref(self.args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """None: a copied cache makes one of its own."""
+
+    def __call__(
+        self, q: Tensor, mapped: Tensor, scaling: float, slots: Sequence[int], exact_rows: Sequence[int]
+    ) -> Tensor:
+        """``[B, Hq, 1, D]`` fp32 from contiguous fp32 ``q [B, Hq, 1, D]`` and ``mapped [B, Hkv, G, M + 3]``, where
+        each sequence sees so many rows of either kind."""
+        out, lse = torch.empty_like(q), q.new_empty(q.shape[:3])
+        args, at = self.args, mapped.data_ptr()
+        self.stop[:], self.exact_stop[:] = slots, exact_rows
+        args.slots, args.exact.rows, args.exact.scaling = max(slots), max(exact_rows), scaling
+        args.threads, args.isa = torch.get_num_threads(), code_path(self.lib)
+        args.q[:] = [at] * 3
+        scalars = at + 4 * (self.width - 3)
+        args.bias, args.zero_query, args.gauge = scalars, scalars + 4, scalars + 8
+        args.exact.q, args.out, args.lse = q.data_ptr(), out.data_ptr(), lse.data_ptr()
+        if self.lib.headq_decode_attention(self.reference):
+            raise MemoryError(f"decode_attention had no memory for its partial sums over {max(slots)} slots")
+        return out
+
+
+@functools.lru_cache(maxsize=256)
+def one_query(bits: tuple[int, ...]) -> bool:
+    """Whether all planes read the query as it is: the same bits in whole granules, and a plane for each piece."""
+    pieces = PIECES[bits[0]]
+    same = len(set(bits)) == 1 and len(set(pieces)) == len(pieces)
+    return same and all(len(bits) % granule(w) == 0 for w in pieces)
+
+
 def _query_planes(q: Tensor, bits: tuple[int, ...]) -> tuple[list[Tensor], list[float]]:
     """The query of each plane, rows any distance apart, and what the plane's codes count.
 
     Where all coordinates have the same bits and fill whole granules, that is the query itself, times a power of two.
     """
-    pieces, m = PIECES[bits[0]], len(bits)
-    whole = len(set(bits)) == 1 and len(set(pieces)) == len(pieces) and all(m % granule(w) == 0 for w in pieces)
-    if whole and _row_stride(q) is not None:
+    pieces = PIECES[bits[0]]
+    if one_query(bits) and _row_stride(q) is not None:
         return [q] * len(pieces), [float(1 << sum(pieces[:i])) for i in range(len(pieces))]
     planes = [p.contiguous() for p in query_planes(q, bits)]
     return planes, [1.0] * len(planes)
@@ -193,13 +270,18 @@ def _exact(x: ExactRows) -> tuple[dict[str, Any], list[Tensor]]:
     exact = _Exact(
         k=k.data_ptr(), v=v.data_ptr(), k_batch=k.stride(0), k_head=k.stride(1), k_token=k.stride(2),
         v_batch=v.stride(0), v_head=v.stride(1), v_token=v.stride(2), q_row=row, q=q.data_ptr(),
-        start=start.data_ptr(), stop=stop.data_ptr(), dtype=EXACT_DTYPES[k.dtype], rows=k.shape[2],
+        start=start.data_ptr(), stop=stop.data_ptr(), dtype=EXACT_DTYPES[k.dtype], rows=k.shape[2], scaling=1.0,
     )  # fmt: skip
-    fields = {"exact": exact, "read": read.data_ptr(), "mean": None if mean is None else mean.data_ptr()}
+    fields = {"exact": exact} | _way_back(read, mean)
+    return fields, [t for t in (q, k, v, start, stop, read, mean) if t is not None]
+
+
+def _way_back(read: Tensor, mean: Tensor | None) -> dict[str, Any]:
+    fields = {"read": read.data_ptr(), "mean": None if mean is None else mean.data_ptr()}
     for name, t in (("read", read), ("mean", mean)):
         for dim, axis in enumerate(("batch", "head")):
             fields[f"{name}_{axis}"] = 0 if t is None or t.shape[dim] == 1 else t.stride(dim)
-    return fields, [t for t in (q, k, v, start, stop, read, mean) if t is not None]
+    return fields
 
 
 def _dense(x: Tensor) -> Tensor:

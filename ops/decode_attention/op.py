@@ -85,7 +85,7 @@ def decode_attention(
         ... )
     """
     _check_packed(q, keys, values, start, stop, valid)
-    out, lse = _decode_attention(
+    out, lse = (_cpu if _direct(q.codes) else _decode_attention)(
         q.codes, q.bias, q.zero, q.gauge,
         keys.exact, keys.planes, list(keys.bits), keys.scale, keys.zero,
         values.exact, values.planes, values.bits[0] if values.planes else 0, values.scale, values.zero,
@@ -133,12 +133,19 @@ def attend(
             f"exact rows must share their shape and the head_dim of q, got {tuple(exact.k.shape)}, "
             f"{tuple(exact.v.shape)} and {tuple(exact.q.shape)}"
         )
-    out: Tensor = _attend(
+    out: Tensor = (_attend_cpu if _direct(q.codes) else _attend)(
         q.codes, q.bias, q.zero, q.gauge, keys.planes, list(keys.bits), keys.scale, keys.zero,
         values.planes, values.bits[0], values.scale, values.zero, start, stop, valid,
         exact.q, exact.k, exact.v, exact.start, exact.stop, exact.read, exact.mean,
     )  # fmt: skip
     return out
+
+
+def _direct(q: Tensor) -> bool:
+    """Whether to skip the dispatcher, which takes longer than a kernel over a short context: plain CPU tensors that no
+    one traces or differentiates."""
+    plain = type(q) is Tensor and q.device.type == "cpu" and not torch.compiler.is_compiling()
+    return plain and not (q.requires_grad and torch.is_grad_enabled())
 
 
 def merge_segments(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -13,14 +13,15 @@
 
 namespace {
 
-constexpr int LANES = 16, UNROLL = 4;
+constexpr int LANES = 16;
+constexpr int BLOCK = 8;  // coordinates whose products with an error share its load
 typedef float Row __attribute__((vector_size(4 * LANES)));
 typedef int32_t Mask __attribute__((vector_size(4 * LANES)));
 
 struct Args {
   int32_t matrices, heads, batch, rows, width, bits, spreads, passes, unbiased, threads;
   const float *y;                  // [batch, heads, rows, width]
-  const float *metric, *feedback;  // [matrices, width, width]; feedback transposed: row i holds N_ji, j < i
+  const float *metric, *feedback;  // [matrices, width, width]
   const float *step;               // [matrices, width]
   const int32_t *matrix;           // [batch * heads], which metric each head of each sequence uses
   const float *spread;             // [spreads]
@@ -56,13 +57,29 @@ inline Row half(Row x) {
   return x;
 }
 
-inline Row dot(const float* weights, const Row* x, int n) {
-  Row sum[UNROLL] = {};
-  int j = 0;
-  for (; j + UNROLL <= n; j += UNROLL)
-    for (int u = 0; u < UNROLL; u++) sum[u] += weights[j + u] * x[j + u];
-  for (; j < n; j++) sum[0] += weights[j] * x[j];
-  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+// sum[c] = Σ_j x[j] m[j][c], j < n, for the first columns c of a matrix.
+template <int C>
+inline void products(const float* m, int64_t stride, const Row* x, int n, Row* sum) {
+  Row s[C] = {};
+  for (int j = 0; j < n; j++, m += stride)
+    for (int c = 0; c < C; c++) s[c] += m[c] * x[j];
+  for (int c = 0; c < C; c++) sum[c] = s[c];
+}
+inline void products(int columns, const float* m, int64_t stride, const Row* x, int n, Row* sum) {
+  if (columns == BLOCK) return products<BLOCK>(m, stride, x, n, sum);
+  for (int c = 0; c < columns; c++) products<1>(m + c, stride, x, n, sum + c);
+}
+
+// x' M y, and x' M where `seen` is given.
+inline Row form(const float* m, int n, const Row* x, const Row* y, Row* seen = nullptr) {
+  Row total{}, part[BLOCK];
+  for (int i = 0; i < n; i += BLOCK) {
+    const int here = std::min(BLOCK, n - i);
+    products(here, m + i, n, x, n, part);
+    for (int c = 0; c < here; c++) total += part[c] * y[i + c];
+    if (seen) std::copy(part, part + here, seen + i);
+  }
+  return total;
 }
 
 struct Work {
@@ -83,28 +100,28 @@ void tile(const Args& a, const float* metric, const float* feedback, const float
   for (int i = 0; i < n; i++) square += w.y[i] * w.y[i];
   Row rms;
   for (int l = 0; l < LANES; l++) rms[l] = std::sqrt(square[l] / n);
-  Row energy{};
-  if (a.unbiased)
-    for (int i = 0; i < n; i++) {
-      w.seen[i] = dot(metric + int64_t(i) * n, w.y.data(), n);
-      energy += w.y[i] * w.seen[i];
-    }
+  Row energy{}, part[BLOCK];
+  if (a.unbiased) energy = form(metric, n, w.y.data(), w.y.data(), w.seen.data());
   for (int s = 0; s < a.spreads; s++) {
     Row sigma = half(rms * a.spread[s]);
-    for (int i = 0; i < n; i++) {
-      Row width = sigma * step[i];
-      w.code[i] = quantize(w.y[i] + dot(feedback + int64_t(i) * n, w.e.data(), i), width, top);
-      w.e[i] = w.y[i] - width * (w.code[i] - top / 2);
-    }
-    for (int pass = 0; pass < a.passes; pass++)
-      for (int i = 0; i < n; i++) {
-        const float* m = metric + int64_t(i) * n;
-        Row width = sigma * step[i], target = w.y[i] - w.e[i] + dot(m, w.e.data(), n) / m[i];
-        w.code[i] = quantize(target, width, top);
-        w.e[i] = w.y[i] - width * (w.code[i] - top / 2);
+    // Sweep 0 is the elimination, in which the errors so far correct the next coordinate; then come descents, in which
+    // all errors do. Sums over whole blocks first, and what changes within the block one coordinate at a time.
+    for (int sweep = 0; sweep <= a.passes; sweep++)
+      for (int first = 0; first < n; first += BLOCK) {
+        const float* m = (sweep ? metric : feedback) + first;
+        const int here = std::min(BLOCK, n - first);
+        products(here, m, n, w.e.data(), sweep ? n : first, part);
+        for (int r = 0; r < here; r++) {
+          const int i = first + r;
+          const Row width = sigma * step[i], before = sweep ? w.e[i] : Row{};
+          const Row pull = sweep ? part[r] / m[int64_t(i) * n + r] - before : part[r];
+          w.code[i] = quantize(w.y[i] + pull, width, top);
+          w.e[i] = w.y[i] - width * (w.code[i] - top / 2);
+          const Row change = w.e[i] - before;
+          for (int later = r + 1; later < here; later++) part[later] += m[int64_t(i) * n + later] * change;
+        }
       }
-    Row error{};
-    for (int i = 0; i < n; i++) error += w.e[i] * dot(metric + int64_t(i) * n, w.e.data(), n);
+    Row error = form(metric, n, w.e.data(), w.e.data());
     if (a.unbiased) {  // the gain that makes y' M y_hat = y' M y, and the error e + (1 - gain) y_hat that it leaves
       Row cross{};
       for (int i = 0; i < n; i++) cross += (w.y[i] - w.e[i]) * w.seen[i];

@@ -38,7 +38,7 @@ def feedback_codes(
     own = metric.shape[:2]
     index = torch.arange(own.numel(), dtype=torch.int32).view(own).expand(batch, heads).contiguous()
     metric = metric.float().contiguous()
-    feedback = feedback.float().transpose(-1, -2).contiguous()
+    feedback = feedback.float().contiguous()
     step = step.float().expand(*own, width).contiguous()
     spread = torch.tensor(spreads, dtype=torch.float32)
     codes = torch.empty(y.shape, dtype=torch.uint8)
