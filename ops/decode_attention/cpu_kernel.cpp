@@ -127,16 +127,16 @@ inline vf exp_negative(vf x) {
   return x > NEG ? e : vf{};
 }
 
-// How a code path takes a granule of 64 bytes: BYTES at a time, four of them a lane, codes of W bits in each, for at
-// most QUERIES queries, whose sums stay in registers.
+// How a code path takes a granule of 64 bytes: BYTES at a time, four of them a lane, bits shifted and masked in each, for
+// at most QUERIES queries, whose sums stay in registers.
 struct Portable {
   static constexpr int QUERIES = 1;
   static constexpr int BYTES = 4;
   using Bytes = uint32_t;
   using Sum = int32_t;
   static Bytes bytes(const uint8_t* p) { return load<uint32_t>(p); }
-  template <int W>
-  static Bytes codes(Bytes b, int piece) { return (b >> (piece * W)) & (0x01010101u * ((1 << W) - 1)); }
+  static Bytes bits(Bytes b, int shift, int mask) { return (shift < 0 ? b << -shift : b >> shift) & (0x01010101u * mask); }
+  static Bytes both(Bytes a, Bytes b) { return a | b; }
   static Sum add(Sum sum, Bytes codes, const int8_t* w) {
     for (int i = 0; i < 4; i++) sum += int32_t(codes >> (8 * i) & 255) * w[i];
     return sum;
@@ -151,8 +151,10 @@ struct Avx2 {
   using Bytes = __m256i;
   using Sum = __m256i;
   static Bytes bytes(const uint8_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
-  template <int W>
-  static Bytes codes(Bytes b, int piece) { return _mm256_and_si256(_mm256_srli_epi16(b, piece * W), _mm256_set1_epi8((1 << W) - 1)); }
+  static Bytes bits(Bytes b, int shift, int mask) {
+    return _mm256_and_si256(shift < 0 ? _mm256_slli_epi16(b, -shift) : _mm256_srli_epi16(b, shift), _mm256_set1_epi8(mask));
+  }
+  static Bytes both(Bytes a, Bytes b) { return _mm256_or_si256(a, b); }
   static Sum add(Sum sum, Bytes codes, const int8_t* w) {
     __m256i products = _mm256_maddubs_epi16(codes, _mm256_set1_epi32(load<int32_t>(w)));
     return _mm256_add_epi32(sum, _mm256_madd_epi16(products, _mm256_set1_epi16(1)));
@@ -171,30 +173,40 @@ struct Vnni {
     _mm_prefetch((const char*)p + 4096, _MM_HINT_T0);
     return _mm512_loadu_si512(p);
   }
-  template <int W>
-  static Bytes codes(Bytes b, int piece) { return _mm512_and_si512(_mm512_srli_epi16(b, piece * W), _mm512_set1_epi8((1 << W) - 1)); }
+  static Bytes bits(Bytes b, int shift, int mask) {
+    return _mm512_and_si512(shift < 0 ? _mm512_slli_epi16(b, -shift) : _mm512_srli_epi16(b, shift), _mm512_set1_epi8(mask));
+  }
+  static Bytes both(Bytes a, Bytes b) { return _mm512_or_si512(a, b); }
   static Sum add(Sum sum, Bytes codes, const int8_t* w) { return _mm512_dpbusd_epi32(sum, codes, _mm512_set1_epi32(load<int32_t>(w))); }
   static Sum join(Sum hi, Sum lo) { return _mm512_add_epi32(_mm512_slli_epi32(hi, 7), lo); }
 };
 #endif
 
-// n granules of 64 bytes, `step` bytes apart, against NQ rows of two-plane integers, STRIDE apart: out[q][lane].
-template <class I, int W, int NQ, int STRIDE>
-inline __attribute__((always_inline)) void tile(const uint8_t* data, int64_t step, int n, const int8_t* hi, const int8_t* lo, int32_t (*out)[TILE]) {
-  constexpr int P = 8 / W;
+// Where granules of 64 bytes lie: of a plane, and of a second one with the codes' higher bits, or null.
+struct Granules { const uint8_t* data; int64_t step; const uint8_t* high; int64_t high_step; };
+
+// n granules with codes of W bits, and H higher ones, against NQ rows of two-plane integers, STRIDE apart: out[q][lane].
+template <class I, int W, int H, int NQ, int STRIDE>
+inline __attribute__((always_inline)) void tile(const Granules& from, int n, const int8_t* hi, const int8_t* lo, int32_t (*out)[TILE]) {
+  constexpr int P = 8 / W, R = H ? W / H : 1;  // codes in a byte; granules that share one of the second plane
   for (int part = 0; part < 64; part += I::BYTES) {
     typename I::Sum a[NQ] = {}, b[NQ] = {};
-    const uint8_t* at = data + part;
-    for (int g = 0; g < n; g++, at += step) {
-      auto bytes = I::bytes(at);
-      const int8_t *h = hi + g * P * 4, *l = lo + g * P * 4;
+    for (int first = 0; first < n; first += R) {
+      typename I::Bytes high{};
+      if constexpr (H > 0) high = I::bytes(from.high + part + first / R * from.high_step);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) {
+        auto bytes = I::bytes(from.data + part + (first + r) * from.step);
+        const int8_t *h = hi + (first + r) * P * 4, *l = lo + (first + r) * P * 4;
 #pragma GCC unroll 8
-      for (int p = 0; p < P; p++) {
-        auto codes = I::template codes<W>(bytes, p);
+        for (int p = 0; p < P; p++) {
+          auto codes = I::bits(bytes, p * W, (1 << W) - 1);
+          if constexpr (H > 0) codes = I::both(codes, I::bits(high, (r * P + p) * H - W, ((1 << H) - 1) << W));
 #pragma GCC unroll 8
-        for (int q = 0; q < NQ; q++) {
-          a[q] = I::add(a[q], codes, h + q * STRIDE + p * 4);
-          b[q] = I::add(b[q], codes, l + q * STRIDE + p * 4);
+          for (int q = 0; q < NQ; q++) {
+            a[q] = I::add(a[q], codes, h + q * STRIDE + p * 4);
+            b[q] = I::add(b[q], codes, l + q * STRIDE + p * 4);
+          }
         }
       }
     }
@@ -206,10 +218,13 @@ inline __attribute__((always_inline)) void tile(const uint8_t* data, int64_t ste
 }
 
 template <class I, int NQ, int STRIDE>
-inline __attribute__((always_inline)) void tile(int width, const uint8_t* data, int64_t step, int n, const int8_t* hi, const int8_t* lo, int32_t (*out)[TILE]) {
-  if (width == 2) return tile<I, 2, NQ, STRIDE>(data, step, n, hi, lo, out);
-  if (width == 4) return tile<I, 4, NQ, STRIDE>(data, step, n, hi, lo, out);
-  tile<I, 1, NQ, STRIDE>(data, step, n, hi, lo, out);
+inline __attribute__((always_inline)) void tile(int width, int high, const Granules& from, int n, const int8_t* hi, const int8_t* lo, int32_t (*out)[TILE]) {
+  switch (width * 8 + high) {
+    case 2 * 8: return tile<I, 2, 0, NQ, STRIDE>(from, n, hi, lo, out);
+    case 2 * 8 + 1: return tile<I, 2, 1, NQ, STRIDE>(from, n, hi, lo, out);
+    case 4 * 8: return tile<I, 4, 0, NQ, STRIDE>(from, n, hi, lo, out);
+    default: tile<I, 1, 0, NQ, STRIDE>(from, n, hi, lo, out);
+  }
 }
 
 // Two int8 planes of a query: x ≈ scale · (hi·128 + lo), |hi·128 + lo| <= 16128.
@@ -272,6 +287,8 @@ void scores(const Args& a, const Query& query, int b, int h, int q0, int t0, int
   alignas(64) float sigma[CHUNK], offset[CHUNK];
   halves(scale + t0 * a.k_scale.token_stride, a.k_scale.token_stride, t1 - t0, sigma);
   if (zero) halves(zero + t0 * a.k_zero.token_stride, a.k_zero.token_stride, t1 - t0, offset);
+  // 3 bits of all coordinates: one code from both planes, for half the products.
+  const bool joined = a.key_planes == 2 && a.q[0] == a.q[1] && a.k[0].width == 2;
   float bias[NQ], zero_query[NQ], gauge[NQ];
   for (int q = 0; q < NQ; q++) {
     int64_t at = head * a.queries + q0 + q;
@@ -280,12 +297,13 @@ void scores(const Args& a, const Query& query, int b, int h, int q0, int t0, int
   for (int t = t0; t < t1; t += TILE) {
     vf dot[NQ];
     for (int q = 0; q < NQ; q++) dot[q] = vf{} + bias[q];
-    for (int p = 0; p < a.key_planes; p++) {
+    for (int p = 0; p < a.key_planes; p += joined ? 2 : 1) {
       const Plane& k = a.k[p];
       alignas(64) int32_t sum[NQ][TILE];
-      const uint8_t* data = k.data + b * k.batch_stride + h * k.head_stride + t / TILE * k.tile_stride;
+      const auto granules = [&](const Plane& x) { return x.data + b * x.batch_stride + h * x.head_stride + t / TILE * x.tile_stride; };
+      const Granules from{granules(k), 64, joined ? granules(a.k[1]) : nullptr, 64};
       const int64_t at = int64_t(q0) * COLUMNS;
-      tile<I, NQ, COLUMNS>(k.width, data, 64, k.columns * k.width / 32, &query.hi[p][at], &query.lo[p][at], sum);
+      tile<I, NQ, COLUMNS>(k.width, joined ? a.k[1].width : 0, from, k.columns * k.width / 32, &query.hi[p][at], &query.lo[p][at], sum);
       for (int q = 0; q < NQ; q++) dot[q] += query.scale[p * a.queries + q0 + q] * to_float(load<vi>(sum[q]));
     }
     vf sig = load<vf>(sigma + (t - t0));
@@ -342,6 +360,7 @@ void readout(const Args& a, int b, int h, int t0, int t1, const float (*s)[CHUNK
   const int group = a.head_dim / a.groups, top = (1 << a.value_bits) - 1;
   const uint16_t* scale = a.v_scale.data + b * a.v_scale.batch_stride + h * a.v_scale.head_stride;
   const uint16_t* zero = a.v_zero.data ? a.v_zero.data + b * a.v_zero.batch_stride + h * a.v_zero.head_stride : nullptr;
+  const bool joined = a.value_bits == 3;
   alignas(64) int8_t hi[NQ][WEIGHTS], lo[NQ][WEIGHTS];
   alignas(64) float sigma[WEIGHTS], offset[WEIGHTS];
   for (int first = t0; first < t1; first += WEIGHTS) {
@@ -356,13 +375,15 @@ void readout(const Args& a, int b, int h, int t0, int t1, const float (*s)[CHUNK
       for (int d = from / TILE * TILE; d < to; d += TILE) {
         vf sum[NQ];
         for (int q = 0; q < NQ; q++) sum[q] = vf{} + constant[q];
-        for (int p = 0, shift = 0; p < a.value_planes; shift += a.v[p++].width) {
+        const auto granules = [&](const Plane& v) {
+          return v.data + b * v.batch_stride + h * v.head_stride + first / (32 / v.width) * v.tile_stride + d * 4;
+        };
+        for (int p = 0; p < a.value_planes; p += joined ? 2 : 1) {
           const Plane& v = a.v[p];
-          const int per_tile = 32 / v.width;
-          const uint8_t* data = v.data + b * v.batch_stride + h * v.head_stride + first / per_tile * v.tile_stride + d * 4;
+          const Granules from{granules(v), v.tile_stride, joined ? granules(a.v[1]) : nullptr, a.v[1].tile_stride};
           alignas(64) int32_t part[NQ][TILE];
-          tile<I, NQ, WEIGHTS>(v.width, data, v.tile_stride, n / per_tile, hi[0], lo[0], part);
-          for (int q = 0; q < NQ; q++) sum[q] += unit[q] * float(1 << shift) * to_float(load<vi>(part[q]));
+          tile<I, NQ, WEIGHTS>(v.width, joined ? a.v[1].width : 0, from, n * v.width / 32, hi[0], lo[0], part);
+          for (int q = 0; q < NQ; q++) sum[q] += unit[q] * float(p ? 1 << a.v[0].width : 1) * to_float(load<vi>(part[q]));
         }
         for (int q = 0; q < NQ; q++) {
           float* at = acc + q * a.head_dim + d;
