@@ -10,6 +10,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from headq_ao.calibrate import RECORDER
+from headq_ao.compiled import PendingRows, step
 from headq_ao.layer_codec import LayerCodec
 from headq_ao.tensors import HeadQHistory
 
@@ -21,8 +22,8 @@ HARMLESS = frozenset({"position_ids", "cache_position", "position_embeddings", "
 def headq_attention(
     module: nn.Module,
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key: Tensor | PendingRows,
+    value: Tensor | PendingRows,
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
@@ -45,6 +46,10 @@ def headq_attention(
         ValueError: on an argument that changes the scores in a way HeadQ does not know.
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if isinstance(key, PendingRows):
+        assert isinstance(value, PendingRows)
+        _refuse_unknown(kwargs)
+        return step(query, key, value, scale), None
     if not isinstance(key, HeadQHistory):
         recorder = None if torch.compiler.is_compiling() else RECORDER.get()
         if recorder is not None:
