@@ -15,8 +15,8 @@ from headq_ao.cache_layer import HeadQCacheLayer
 from headq_ao.calibration import Calibration
 from headq_ao.compiled import Handled, PendingRows
 from headq_ao.config import HeadQConfig
-from headq_ao.layer_state import Incoming
 from headq_ao.layer_codec import LayerCodec
+from headq_ao.layer_state import Incoming
 from headq_ao.masks import check_positions, real_spans
 from headq_ao.models import LayerShape
 from headq_ao.prompt_cache import load_cache, save_cache
@@ -121,7 +121,9 @@ class HeadQCache(Handled, Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Slots seen; in a traced model a tensor, as from transformers' static caches."""
-        return compiled.seen(self) if torch.compiler.is_compiling() else super().get_seq_length(layer_idx)
+        if torch.compiler.is_compiling():
+            return compiled.seen(self)  # type: ignore[return-value]
+        return super().get_seq_length(layer_idx)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Sizes of the mask; in a traced model those of the new tokens, for nothing reads it there."""

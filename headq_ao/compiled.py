@@ -76,7 +76,9 @@ def _seen(handle: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("headq::step", mutates_args=("handle",), tags=_TAGS)
-def _step(handle: Tensor, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+def _step(handle: Tensor, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, problem: str | None) -> Tensor:
+    if problem is not None:  # found while tracing, where an error would not reach the caller as it is
+        raise ValueError(problem)
     return _run(owner(handle), layer, q, k, v, scaling)
 
 
@@ -93,7 +95,7 @@ def _(handle: Tensor) -> Tensor:
 
 
 @_step.register_fake
-def _(handle: Tensor, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+def _(handle: Tensor, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, problem: str | None) -> Tensor:
     b, hq, s, d = q.shape
     return q.new_empty((b, s, hq, d))
 
@@ -103,20 +105,22 @@ def seen(cache: "HeadQCache") -> Tensor:
     return torch.ops.headq.seen(cache.handle)
 
 
-def step(q: Tensor, k: PendingRows, v: PendingRows, scaling: float) -> Tensor:
-    """Append, attend and commit in one layer, when the graph runs: ``[B, S, Hq, D]``. No gradients flow."""
-    return torch.ops.headq.step(k.handle, k.layer, q.detach(), k.rows.detach(), v.rows.detach(), scaling)
+def step(q: Tensor, k: PendingRows, v: PendingRows, scaling: float, problem: str | None = None) -> Tensor:
+    """Append, attend and commit in one layer, when the graph runs: ``[B, S, Hq, D]``. No gradients flow.
+
+    Raises:
+        ValueError: with ``problem``, when the graph runs.
+    """
+    return torch.ops.headq.step(k.handle, k.layer, q.detach(), k.rows.detach(), v.rows.detach(), scaling, problem)
 
 
 def announce(cache: "HeadQCache", state: "HeadQState", kwargs: dict[str, Any], tokens: Tensor) -> None:
     """Tell the cache, when the graph runs, about a call with ``tokens`` (ids or embeddings) ``[B, S, ...]``.
 
     Raises:
-        ValueError: on a mask that is no 2-D tensor. Whether it fits is checked when the graph runs.
+        ValueError: when the graph runs, as :meth:`HeadQCache.expect` does.
     """
     mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
-    if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
-        raise ValueError("attention_mask must be 2-D over all cached and new tokens; custom masks are not supported")
     batch, length = tokens.shape[:2]
     if length == 1 or not isinstance(position_ids, Tensor):
         position_ids = None

@@ -31,7 +31,8 @@ def prepare_cache(model: PreTrainedModel, generation_config: Any, model_kwargs: 
     generate decides before the first call of the model whether to compile the others.
     """
     type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, *args)
-    cache, asked = model_kwargs.get("cache"), generation_config.compile_config is not None
+    cache: Any = model_kwargs.get("cache")
+    asked = generation_config.compile_config is not None
     if asked and type(cache) is DynamicCache and cache.get_seq_length() == 0:
         cache = model_kwargs["cache"] = HeadQCache(model)
     if isinstance(cache, HeadQCache):
