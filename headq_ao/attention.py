@@ -10,6 +10,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from headq_ao.calibrate import RECORDER
+from headq_ao.compiled import PendingRows, step
 from headq_ao.layer_codec import LayerCodec
 from headq_ao.tensors import HeadQHistory
 
@@ -21,8 +22,8 @@ HARMLESS = frozenset({"position_ids", "cache_position", "position_embeddings", "
 def headq_attention(
     module: nn.Module,
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key: Tensor | PendingRows,
+    value: Tensor | PendingRows,
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
@@ -45,6 +46,10 @@ def headq_attention(
         ValueError: on an argument that changes the scores in a way HeadQ does not know.
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if isinstance(key, PendingRows):
+        assert isinstance(value, PendingRows)
+        return step(query, key, value, scale, _unknown(kwargs)), None
+    assert isinstance(value, Tensor)
     if not isinstance(key, HeadQHistory):
         recorder = None if torch.compiler.is_compiling() else RECORDER.get()
         if recorder is not None:
@@ -53,7 +58,9 @@ def headq_attention(
             bypassed = "use_cache is False, or the call did not go through the model that quantize_ was given"
             warn_dense("the model is in train mode" if module.training else bypassed)
         return _dense(module, query, key, value, attention_mask, scaling, dropout, is_causal, sliding_window, kwargs)
-    _refuse_unknown(kwargs)
+    problem = _unknown(kwargs)
+    if problem is not None:
+        raise ValueError(problem)
     assert isinstance(value, HeadQHistory)
     codec, layer = module.headq, key.layer
     assert isinstance(codec, LayerCodec)
@@ -92,16 +99,19 @@ def _dense(
     return out, None
 
 
-def _refuse_unknown(kwargs: dict[str, Any]) -> None:
+def _unknown(kwargs: dict[str, Any]) -> str | None:
+    """Why an attention call cannot be served from packed rows, None where it can."""
     for name, value in kwargs.items():
         number = isinstance(value, (torch.Tensor, float)) or (isinstance(value, int) and not isinstance(value, bool))
         if name == "output_attentions" and value:
-            raise ValueError("output_attentions is not available from a packed cache; restore_(model) first")
+            return "output_attentions is not available from a packed cache; restore_(model) first"
         if number and name not in HARMLESS:
-            raise ValueError(
-                f"the attention call passes {name}={value!r}, which may change the scores unknown to HeadQ; "
+            shown = "a tensor" if isinstance(value, torch.Tensor) else value
+            return (
+                f"the attention call passes {name}={shown}, which may change the scores unknown to HeadQ; "
                 "restore_(model) and use another cache for this model"
             )
+    return None
 
 
 def register() -> None:
@@ -110,6 +120,7 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
+@torch.compiler.assume_constant_result  # a traced call warns while it is compiled
 def warn_dense(why: str) -> None:
     """Say, once per reason, that a call does not use the packed cache."""
     if why not in _warned:

@@ -5,14 +5,19 @@ import os
 import weakref
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from headq_ao import compiled
 from headq_ao.cache_layer import HeadQCacheLayer
 from headq_ao.calibration import Calibration
+from headq_ao.compiled import Handled, PendingRows
 from headq_ao.config import HeadQConfig
+from headq_ao.layer_codec import LayerCodec
 from headq_ao.layer_state import Incoming
+from headq_ao.masks import check_positions, real_spans
 from headq_ao.models import LayerShape
 from headq_ao.prompt_cache import load_cache, save_cache
 from headq_ao.report import BitsReport
@@ -20,7 +25,7 @@ from headq_ao.state import Span, storage_bytes
 
 
 @dataclasses.dataclass
-class HeadQState:
+class HeadQState(Handled):
     """What ``quantize_`` leaves on a model, as ``model._headq``."""
 
     config: HeadQConfig
@@ -29,9 +34,13 @@ class HeadQState:
     calibration: Calibration | None = None  # what config.calibration is, or names
     fingerprint: dict[str, Any] = dataclasses.field(default_factory=dict)
     configs: list[HeadQConfig] = dataclasses.field(default_factory=list)  # of each layer
+    codecs: list[LayerCodec] = dataclasses.field(default_factory=list)  # the modules' ``headq``
+
+    def __post_init__(self) -> None:
+        self.register()
 
 
-class HeadQCache(Cache):
+class HeadQCache(Handled, Cache):
     """A KV cache of packed rows for one batch of sequences.
 
     The model makes one by itself; make one to keep it across calls, to inspect it, or to pass it to a compiled model.
@@ -56,6 +65,8 @@ class HeadQCache(Cache):
         (200, True)
     """
 
+    is_compileable = False  # only where generate is asked to compile: see headq_ao.generation
+
     def __init__(self, model: PreTrainedModel) -> None:
         state = getattr(model, "_headq", None)
         if not isinstance(state, HeadQState):
@@ -65,6 +76,8 @@ class HeadQCache(Cache):
         self.incoming = Incoming()
         super().__init__(layers=[self._new_layer(i, shape) for i, shape in enumerate(state.shapes)])
         self.layers: list[HeadQCacheLayer]
+        self.caller = weakref.ref(state)  # of the model that calls
+        self.register()
 
     def _new_layer(self, index: int, shape: LayerShape) -> HeadQCacheLayer:
         return HeadQCacheLayer(self.configs[index], shape, self.incoming)
@@ -78,6 +91,49 @@ class HeadQCache(Cache):
                 "call reset() on this cache or start a new one"
             )
         self.incoming.seen, self.incoming.length, self.incoming.spans = self.get_seq_length(), length, spans
+
+    def check_made_for(self, state: HeadQState) -> None:
+        """Raise ValueError where the cache does not fit the model that ``state`` stands for."""
+        if self.config is not state.config and self.config != state.config:
+            raise ValueError("this HeadQCache was made with another config; make a new one with HeadQCache(model)")
+        if [layer.shape for layer in self.layers] != state.shapes:
+            raise ValueError("this HeadQCache was made for another model; make a new one with HeadQCache(model)")
+
+    def expect(self, state: HeadQState, batch: int, length: int, mask: Any, position_ids: Any) -> None:
+        """Note what the next call brings, from the model of ``state``: ``length`` slots of ``batch`` sequences.
+
+        Raises:
+            ValueError: when the cache was made for another model, or the mask or positions are not supported.
+        """
+        self.check_made_for(state)
+        check_positions(position_ids, mask)
+        self.announce(length, real_spans(mask, batch, length, self.get_seq_length()))
+        self.caller = weakref.ref(state)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append rows to a layer; in a traced model, hand them on to the operator that does when the graph runs."""
+        if torch.compiler.is_compiling():
+            handle = self.handle
+            return PendingRows(handle, layer_idx, key_states), PendingRows(handle, layer_idx, value_states)  # type: ignore[return-value]
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Slots seen; in a traced model a tensor, as from transformers' static caches."""
+        if torch.compiler.is_compiling():
+            return compiled.seen(self)  # type: ignore[return-value]
+        return super().get_seq_length(layer_idx)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Sizes of the mask; in a traced model those of the new tokens, for nothing reads it there."""
+        if torch.compiler.is_compiling():
+            return query_length, 0
+        return super().get_mask_sizes(query_length, layer_idx)
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """First position of the new tokens in the mask."""
+        return 0 if torch.compiler.is_compiling() else super().get_query_offset(layer_idx)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last ``-tokens_to_remove`` tokens from every layer, or raise before any has changed."""

@@ -107,7 +107,7 @@ class HeadQQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        """HeadQ compiles with graph breaks."""
+        """HeadQ is; the quantizer of the weights may not be."""
         return self.inner is None or self.inner.is_compileable
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict[str, str]]:

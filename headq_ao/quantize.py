@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 import torchao
-from torch import Tensor, nn
+from torch import nn
 from torchao.core.config import AOBaseConfig
 from torchao.quantization.transform_module import register_quantize_module_handler
 from transformers import DynamicCache, PreTrainedModel
 
-from headq_ao import attention, hf_quantizer
+from headq_ao import attention, compiled, generation, hf_quantizer
 from headq_ao.allocate import layer_configs
 from headq_ao.cache import HeadQCache, HeadQState
 from headq_ao.calibrate import RECORDER
@@ -28,7 +28,6 @@ from headq_ao.models import (
     layer_shapes,
     tensor_parallel,
 )
-from headq_ao.state import Span
 
 CACHE_NAMES = ("cache", "past_key_values")  # transformers 5.24 renamed the argument
 _DEFAULT: Any = object()
@@ -101,12 +100,13 @@ def _handle(model: nn.Module, config: HeadQConfig) -> nn.Module:
     for i, (module, shape) in enumerate(zip(modules, shapes, strict=True)):
         moments = None if calibration is None else calibration.layers[i]
         codecs.append(LayerCodec(configs[i], shape, moments, execution_device(module), heads))
-    state = HeadQState(config, shapes, model.config._attn_implementation, calibration, print_, configs)
+    state = HeadQState(config, shapes, model.config._attn_implementation, calibration, print_, configs, codecs)
     model.set_attn_implementation(attention.NAME)
     for module, codec in zip(modules, codecs, strict=True):
         module.headq = codec
     model._headq = state
     model.register_forward_pre_hook(supply_cache, with_kwargs=True)
+    generation.attach(model)
     hf_quantizer.attach(model, config)
     return model
 
@@ -155,9 +155,11 @@ def restore_(model: nn.Module) -> None:
         del model._forward_pre_hooks[key]
         model._forward_pre_hooks_with_kwargs.pop(key, None)
     del model._headq
+    generation.detach(model)
     hf_quantizer.detach(model)
 
 
+@torch.compiler.disable  # torch.compile(model) runs hooks outside its graph
 def supply_cache(
     model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -166,6 +168,44 @@ def supply_cache(
         return args, kwargs
     if len(args) > 1:  # their order differs between models
         args, kwargs = (), dict(**inspect.signature(model.forward).bind_partial(*args).arguments, **kwargs)
+    name, cache, packed = _requested(model, kwargs)
+    if not packed:
+        return args, kwargs
+    cache = HeadQCache(model) if cache is None else cache
+    tokens = _tokens(args, kwargs)
+    if tokens is None:
+        cache.check_made_for(model._headq)
+        return args, {**kwargs, name: cache}
+    batch, length = tokens.shape[:2]
+    cache.expect(model._headq, batch, length, kwargs.get("attention_mask"), kwargs.get("position_ids"))
+    if cache.incoming.seen and kwargs.get("position_ids") is not None:
+        kwargs["attention_mask"] = None  # the cache knows it, and a mask that grows is a new shape at each step
+    return args, {**kwargs, name: cache}
+
+
+@torch.compiler.substitute_in_graph(supply_cache)
+def supply_in_graph(
+    model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same where a compiled function calls the model: part of its graph, which cannot make a cache."""
+    if len(args) > 1:
+        raise ValueError("a compiled function must pass the model's arguments by name")
+    name, cache, packed = _requested(model, kwargs)
+    if not packed:
+        return args, kwargs
+    tokens = _tokens(args, kwargs)
+    if cache is None or tokens is None:
+        raise ValueError("a compiled function cannot make its cache; pass input ids and cache=HeadQCache(model)")
+    compiled.announce(cache, model._headq, kwargs, tokens)
+    return args, {**kwargs, name: cache, "attention_mask": None}
+
+
+def _requested(model: PreTrainedModel, kwargs: dict[str, Any]) -> tuple[str, HeadQCache | None, bool]:
+    """Of a call: the cache's name, the cache that it brings, and whether it is to use a packed one.
+
+    Raises:
+        ValueError: on a request that a packed cache cannot meet.
+    """
     name = next((n for n in CACHE_NAMES if kwargs.get(n) is not None), CACHE_NAMES[0])
     cache = kwargs.get(name)
     use_cache = kwargs.get("use_cache")
@@ -176,60 +216,18 @@ def supply_cache(
     if model.training and isinstance(cache, HeadQCache):
         raise ValueError("a packed cache keeps no gradients and the model is in train mode; call model.eval() first")
     if model.training or (not use_cache and cache is None):
-        return args, kwargs
-    if cache is None or (type(cache) is DynamicCache and cache.get_seq_length() == 0):
-        cache = HeadQCache(model)
-    elif not isinstance(cache, HeadQCache):
-        filled = " that already holds tokens" if type(cache) is DynamicCache else ""
-        raise ValueError(
-            f"a model with HeadQ needs a HeadQCache, got a {type(cache).__name__}{filled}; "
-            "pass no cache, an empty DynamicCache or HeadQCache(model)"
-        )
-    elif cache.config is not model._headq.config and cache.config != model._headq.config:
-        raise ValueError("this HeadQCache was made with another config; make a new one with HeadQCache(model)")
-    elif [layer.shape for layer in cache.layers] != model._headq.shapes:
-        raise ValueError("this HeadQCache was made for another model; make a new one with HeadQCache(model)")
+        return name, None, False
+    if cache is None or isinstance(cache, HeadQCache):
+        return name, cache, True
+    if type(cache) is DynamicCache and cache.get_seq_length() == 0:
+        return name, None, True
+    filled = " that already holds tokens" if type(cache) is DynamicCache else ""
+    raise ValueError(
+        f"a model with HeadQ needs a HeadQCache, got a {type(cache).__name__}{filled}; "
+        "pass no cache, an empty DynamicCache or HeadQCache(model)"
+    )
+
+
+def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     ids = kwargs.get("input_ids", args[0] if args else None)
-    embeds = kwargs.get("inputs_embeds")
-    shape = ids.shape if ids is not None else embeds.shape if embeds is not None else None
-    if shape is not None:
-        mask = kwargs.get("attention_mask")
-        _check_positions(kwargs.get("position_ids"), mask)
-        cache.announce(shape[1], real_spans(mask, shape[0], shape[1], cache.get_seq_length()))
-    return args, {**kwargs, name: cache}
-
-
-def real_spans(mask: Any, batch: int, length: int, seen: int) -> list[Span] | None:
-    """Which of the ``length`` new slots hold real tokens, per row; None: all.
-
-    Raises:
-        ValueError: on a mask that is not 2-D over all slots, or has a hole within a row.
-    """
-    if mask is None:
-        return None
-    if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape != (batch, seen + length):
-        what = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
-        raise ValueError(
-            f"attention_mask must be 2-D over all cached and new tokens, ({batch}, {seen + length}), got {what}; "
-            "custom 4-D masks are not supported on a packed cache"
-        )
-    real = mask != 0
-    if bool(real.all()):
-        return None
-    edges = torch.diff(real.int(), dim=1, prepend=real.new_zeros(batch, 1).int()) == 1
-    if bool((edges.sum(1) > 1).any()):
-        row = int((edges.sum(1) > 1).nonzero()[0])
-        raise ValueError(f"attention_mask row {row} has a hole: its real tokens must be contiguous; pad on the left")
-    first, count = real.int().argmax(1).tolist(), real.sum(1).tolist()
-    clamp = lambda x: min(max(x - seen, 0), length)  # noqa: E731
-    return [Span(clamp(f), clamp(f + n)) if n else Span(0, 0) for f, n in zip(first, count, strict=True)]
-
-
-def _check_positions(position_ids: Any, mask: Any) -> None:
-    if not isinstance(position_ids, Tensor) or mask is not None or position_ids.ndim != 2:
-        return
-    if not bool((position_ids.diff(dim=1) == 1).all()):
-        raise ValueError(
-            "position_ids must count up by one within each row (packed sequences are not supported on this cache); "
-            "run the sequences as a batch"
-        )
+    return ids if ids is not None else kwargs.get("inputs_embeds")

@@ -17,6 +17,7 @@ ALLOWED_TRANSFORMERS = {
     "cache_layer.py",
     "calibrate.py",
     "estimate.py",
+    "generation.py",
     "lm_eval/feeding.py",
     "hf_quantizer.py",
     "models.py",

@@ -1,0 +1,161 @@
+"""A packed cache under ``torch.compile``: the graph calls operators that find the cache when they run.
+
+Which rows are packed changes from step to step, and dynamo would compile again for each count that it saw. So a traced
+model sees none: it holds a cache by a tensor, its handle, and hands queries, keys and values to operators that it
+cannot look into. They do there what the eager path does: append, attend, close blocks, take statistics. Each claims to
+write to the handle, which keeps them in order and alive.
+"""
+
+import itertools
+import weakref
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from headq_ao.cache import HeadQCache, HeadQState
+    from headq_ao.cache_layer import HeadQCacheLayer
+
+_ids = itertools.count()
+_owners: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+# Replaying a CUDA graph would leave out what these operators do in Python.
+_TAGS = (torch.Tag.cudagraph_unsafe,)
+
+
+class Handled:
+    """An object that operators find by ``handle``, an int64 tensor ``[1]``; a copy has a handle of its own."""
+
+    handle: Tensor
+
+    def register(self) -> None:
+        """Take a new handle."""
+        number = next(_ids)
+        _owners[number] = self
+        with torch.inference_mode(False):
+            self.handle = torch.tensor([number], dtype=torch.int64, device="cpu")
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.register()
+
+
+def owner(handle: Tensor) -> Any:
+    """The object of a handle.
+
+    Raises:
+        RuntimeError: when it is gone.
+    """
+    found = _owners.get(int(handle))
+    if found is None:
+        raise RuntimeError("the object of this HeadQ handle is gone; keep the cache and the model while they are used")
+    return found
+
+
+@dataclass(eq=False)
+class PendingRows:
+    """What ``update`` returns in a traced model: new rows ``[B, Hkv, S, D]`` on their way to :func:`step`."""
+
+    handle: Tensor
+    layer: int
+    rows: Tensor
+
+
+@torch.library.custom_op("headq::announce", mutates_args=("handle",), tags=_TAGS)
+def _announce(
+    handle: Tensor, model: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, batch: int, length: int
+) -> None:
+    cache: HeadQCache = owner(handle)
+    cache.expect(owner(model), batch, length, attention_mask, position_ids)
+
+
+@torch.library.custom_op("headq::seen", mutates_args=(), tags=_TAGS)
+def _seen(handle: Tensor) -> Tensor:
+    return torch.tensor(owner(handle).get_seq_length(), dtype=torch.int64)
+
+
+@torch.library.custom_op("headq::step", mutates_args=("handle",), tags=_TAGS)
+def _step(handle: Tensor, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, problem: str | None) -> Tensor:
+    if problem is not None:  # found while tracing, where an error would not reach the caller as it is
+        raise ValueError(problem)
+    return _run(owner(handle), layer, q, k, v, scaling)
+
+
+@_announce.register_fake
+def _(
+    handle: Tensor, model: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, batch: int, length: int
+) -> None:
+    return None
+
+
+@_seen.register_fake
+def _(handle: Tensor) -> Tensor:
+    return handle.new_empty(())
+
+
+@_step.register_fake
+def _(handle: Tensor, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, problem: str | None) -> Tensor:
+    b, hq, s, d = q.shape
+    return q.new_empty((b, s, hq, d))
+
+
+def seen(cache: "HeadQCache") -> Tensor:
+    """Slots seen, a 0-dim int64 tensor, read when the graph runs."""
+    return torch.ops.headq.seen(cache.handle)
+
+
+def step(q: Tensor, k: PendingRows, v: PendingRows, scaling: float, problem: str | None = None) -> Tensor:
+    """Append, attend and commit in one layer, when the graph runs: ``[B, S, Hq, D]``. No gradients flow.
+
+    Raises:
+        ValueError: with ``problem``, when the graph runs.
+    """
+    return torch.ops.headq.step(k.handle, k.layer, q.detach(), k.rows.detach(), v.rows.detach(), scaling, problem)
+
+
+def announce(cache: "HeadQCache", state: "HeadQState", kwargs: dict[str, Any], tokens: Tensor) -> None:
+    """Tell the cache, when the graph runs, about a call with ``tokens`` (ids or embeddings) ``[B, S, ...]``.
+
+    Raises:
+        ValueError: when the graph runs, as :meth:`HeadQCache.expect` does.
+    """
+    mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    batch, length = tokens.shape[:2]
+    if length == 1 or not isinstance(position_ids, Tensor):
+        position_ids = None
+    torch.ops.headq.announce(cache.handle, state.handle, mask, position_ids, batch, length)
+
+
+@torch.no_grad()
+def _run(cache: "HeadQCache", index: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+    state, layer = cache.caller(), cache.layers[index]
+    if state is None or (cache.incoming.seen, cache.incoming.length) != (layer.seen, q.shape[2]):
+        raise RuntimeError(
+            "the model's pre-hook was bypassed: compile the model that quantize_ was given, torch.compile(model), "
+            "not its forward or a part of it"
+        )
+    codec = state.codecs[index]
+    layer.update(k, v)
+    if layer.first_call:
+        out = _attend_first(layer, q, k, v, scaling)
+        layer.count_exact_reads()
+    else:
+        out = layer.attend(q, scaling, codec)
+    layer.commit(q, codec, scaling)
+    return out.transpose(1, 2).contiguous()
+
+
+def _attend_first(layer: "HeadQCacheLayer", q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+    """Exact attention over the new rows alone, masked as the eager path masks it: causal, window, padding."""
+    s, window = q.shape[2], layer.sliding_window
+    mask = None
+    if any(span.length != s for span in layer.last_spans) or (window is not None and window < s):
+        at = torch.arange(s, device=q.device)
+        age = at[:, None] - at
+        mask = (age >= 0) if window is None else (age >= 0) & (age < window)
+        real = [(at >= span.start) & (at < span.stop) for span in layer.last_spans]
+        mask = mask & torch.stack(real)[:, None, None]
+    return nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None and s > 1, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+    )
