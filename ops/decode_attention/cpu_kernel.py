@@ -116,6 +116,7 @@ def decode_attention(
     start: Tensor,
     stop: Tensor,
     valid: Tensor | None,
+    *,
     exact: ExactRows | None = None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`headq_ao.ops.decode_attention` for fp32 queries over packed keys and packed values; with ``exact``,
@@ -203,9 +204,7 @@ class Step:
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """None: a copied cache makes one of its own."""
 
-    def __call__(
-        self, q: Tensor, mapped: Tensor, scaling: float, slots: Sequence[int], exact_rows: Sequence[int]
-    ) -> Tensor:
+    def __call__(self, q: Tensor, mapped: Tensor, scaling: float, slots: list[int], exact_rows: list[int]) -> Tensor:
         """``[B, Hq, 1, D]`` fp32 from contiguous fp32 ``q [B, Hq, 1, D]`` and ``mapped [B, Hkv, G, M + 3]``, where
         each sequence sees so many rows of either kind."""
         out, lse = torch.empty_like(q), q.new_empty(q.shape[:3])
