@@ -204,12 +204,15 @@ class Step:
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """None: a copied cache makes one of its own."""
 
-    def __call__(self, q: Tensor, mapped: Tensor, scaling: float, slots: list[int], exact_rows: list[int]) -> Tensor:
+    def __call__(
+        self, q: Tensor, mapped: Tensor, scaling: float, slots: Sequence[int], exact_rows: Sequence[int]
+    ) -> Tensor:
         """``[B, Hq, 1, D]`` fp32 from contiguous fp32 ``q [B, Hq, 1, D]`` and ``mapped [B, Hkv, G, M + 3]``, where
         each sequence sees so many rows of either kind."""
         out, lse = torch.empty_like(q), q.new_empty(q.shape[:3])
         args, at = self.args, mapped.data_ptr()
-        self.stop[:], self.exact_stop[:] = slots, exact_rows
+        self.stop[:] = [*slots]
+        self.exact_stop[:] = [*exact_rows]
         args.slots, args.exact.rows, args.exact.scaling = max(slots), max(exact_rows), scaling
         args.threads, args.isa = torch.get_num_threads(), code_path(self.lib)
         args.q[:] = [at] * 3
