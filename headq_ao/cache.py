@@ -195,7 +195,10 @@ class HeadQCache(Handled, Cache):
         return len(self.layers[0].rows) if self.layers and self.layers[0].is_initialized else None
 
     def get_memory_footprint(self) -> int:
-        """Bytes of every tensor held: codes, scales, exact rows, statistics, per-sequence bases, unused capacity."""
+        """Bytes of every tensor held: codes, scales, exact rows, statistics, per-sequence bases, unused capacity.
+
+        Not counted: the eight bytes of the handle that compiled code knows the cache by.
+        """
         return storage_bytes(self.tensors())
 
     def tensors(self) -> list[Tensor]:

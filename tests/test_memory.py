@@ -40,12 +40,15 @@ def storage_bytes(tensors):
 
 
 def walked(cache, model):
-    """Bytes found by the walk. What all caches of a model share, calibration and codecs, is the model's."""
+    """Bytes found by the walk, the cache's handle left out. What all caches of a model share is the model's."""
+    assert cache.handle.nbytes == 8
     shared = tensors_within([m.headq for m in model.modules() if hasattr(m, "headq")])
     shared += tensors_within(cache.config.calibration) if cache.config.calibration else []
     pointers = {t.untyped_storage().data_ptr() for t in shared}
     constants = {t.untyped_storage().data_ptr() for layer in cache.layers for t in constants_of(layer)}
-    found = [t for t in tensors_within(cache) if t.untyped_storage().data_ptr() not in pointers | constants]
+    found = [
+        t for t in tensors_within(cache, [cache.handle]) if t.untyped_storage().data_ptr() not in pointers | constants
+    ]
     return storage_bytes(found)
 
 
