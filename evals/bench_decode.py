@@ -1,7 +1,6 @@
 """Decode attention over packed rows against bf16 kernels, in one process: ``python -m headq_ao.evals.bench_decode``."""
 
 import argparse
-import json
 import statistics
 import sys
 import warnings
@@ -17,10 +16,10 @@ from tqdm.auto import tqdm
 
 from headq_ao.evals import bench_kernels
 from headq_ao.evals.bench_real import REAL_TOKENS, real_error
+from headq_ao.evals.bench_result import CheckFailedError, add_result_options, check_whole, each, fill_readme
 from headq_ao.evals.bench_rows import (
     BF16_LIMIT,
     LIMIT,
-    CheckFailedError,
     Packed,
     Shape,
     check,
@@ -31,7 +30,7 @@ from headq_ao.evals.bench_rows import (
 from headq_ao.evals.bench_timing import BUDGET, Call, bursts, cache_bytes, cold_copies, load_average
 from headq_ao.evals.environment import environment, write_json
 from headq_ao.evals.inputs import SMOLLM2
-from headq_ao.evals.table import fill_marks
+from headq_ao.evals.table import markdown_table
 from headq_ao.ops.layout import PIECES
 
 SHAPES = ("32/8/128", "9/3/64", "8/1/256")
@@ -237,8 +236,7 @@ def readme_table(result: dict[str, Any]) -> str:
     Raises:
         ValueError: when the result is not whole.
     """
-    if result.get("refused") or not result["complete"]:
-        raise ValueError(f"the result is not whole: {result.get('refused') or 'the run was interrupted'}")
+    check_whole(result)
     groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for c in result["cells"]:
         groups.setdefault((c["shape"], c["context"]), []).append(c)
@@ -246,29 +244,23 @@ def readme_table(result: dict[str, Any]) -> str:
     titles = {"bf16": "bf16 C++", "folded": "SDPA folded", "gqa": "SDPA gqa", "compiled": "compiled"}
     head = ["heads", "context", "bits", "ms", "GB/s (of read)", "int8 peak", "bf16 C++ (of read)"]
     head += [f"× {titles.get(b, b)}" for b in shown]
-    lines = ["| " + " | ".join(head) + " |", "| --- | ---: | ---: |" + " ---: |" * (len(head) - 3)]
+    rows = []
     for (shape, context), cells in groups.items():
         for name in cells[0]["speedup"]:
             of = [c["methods"][name] for c in cells]
             own = [c["methods"].get("bf16") for c in cells]
-            row = [
+            rows.append([
                 shape, f"{context:,}", label(name), each(of, lambda m: f"{m['ms']:.3g}"),
                 each(of, lambda m: f"{m['gbs']:.3g} ({m['read_share']:.0%})"),
                 each(of, lambda m: f"{m['int8_share']:.0%}"), each(own, lambda m: f"{m['read_share']:.0%}"),
                 *(each([c["speedup"][name].get(b) for c in cells], lambda x: f"{x:.3g}") for b in shown),
-            ]  # fmt: skip
-            lines.append("| " + " | ".join(row) + " |")
-    return "\n".join(lines) + "\n\n" + readme_notes(result)
+            ])  # fmt: skip
+    return markdown_table(head, rows) + "\n\n" + readme_notes(result)
 
 
 def label(setting: str) -> str:
     """A setting's bits of keys and values."""
     return "mix of the default" if setting == MIX else setting[1:].replace("v", " / ")
-
-
-def each(found: Sequence[Any], show: Callable[[Any], str]) -> str:
-    """What each number of threads gave, beside each other."""
-    return " / ".join("–" if x is None else show(x) for x in found)
 
 
 def readme_notes(result: dict[str, Any]) -> str:
@@ -319,9 +311,7 @@ def parser() -> argparse.ArgumentParser:
         help=f"model whose q, k, v are checked too, with the default config, or none {default}",
     )
     add("--real-tokens", type=int, default=REAL_TOKENS, help=f"context of that check {default}")
-    add("--json", type=Path, help="write the result here, after every cell")
-    add("--plot", type=Path, help="write the figure here (PNG; needs matplotlib)")
-    add("--readme", type=Path, help="put the result of --json into this README, between its marks, and measure nothing")
+    add_result_options(p)
     return p
 
 
@@ -358,10 +348,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         if args.readme is not None:
-            if args.json is None:
-                raise ValueError("--readme needs the result: --json PATH")
-            stored = json.loads(args.json.read_text(encoding="utf-8"))
-            fill_marks(args.readme, "bench_decode", lambda: readme_table(stored))
+            fill_readme(args, "bench_decode", readme_table)
             return 0
         shapes, settings = checked(args)
         if args.external is not None and not args.external.is_file():

@@ -2,7 +2,6 @@
 
 import argparse
 import copy
-import json
 import statistics
 import sys
 import tempfile
@@ -17,10 +16,11 @@ from tqdm.auto import tqdm
 
 from headq_ao import headq_config, quantize_
 from headq_ao.evals.bench_memory import CACHES, TINY, calibration_of, held_bytes, load_model, new_cache, peaks, text_ids
+from headq_ao.evals.bench_result import CheckFailedError, add_result_options, check_whole, each, fill_readme
 from headq_ao.evals.bench_timing import clock, load_average
 from headq_ao.evals.environment import environment, write_json
 from headq_ao.evals.inputs import SMOLLM2, describe
-from headq_ao.evals.table import fill_marks
+from headq_ao.evals.table import markdown_table
 
 CONTEXTS = (1024, 2048, 4096, 8192)
 STEPS = 64  # two blocks of the default config
@@ -41,10 +41,6 @@ examples:
 """
 
 Models = dict[str, Any]
-
-
-class CheckFailedError(RuntimeError):
-    """The packed cache does not give the model's next token: its speed means nothing."""
 
 
 def both(model: Any, config: Any) -> Models:
@@ -182,29 +178,20 @@ def readme_table(result: dict[str, Any]) -> str:
     Raises:
         ValueError: when the result is not whole.
     """
-    if result.get("refused") or not result["complete"]:
-        raise ValueError(f"the result is not whole: {result.get('refused') or 'the run was interrupted'}")
+    check_whole(result)
     groups: dict[tuple[int, int], list[dict[str, Any]]] = {}
     for c in result["cells"]:
         groups.setdefault((c["batch"], c["context"]), []).append(c)
-    lines = [
-        "| batch | context | DynamicCache, ms | HeadQ, ms | times as fast | closing blocks | cache, MB |",
-        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    head = ["batch", "context", "DynamicCache, ms", "HeadQ, ms", "times as fast", "closing blocks", "cache, MB"]
+    rows = []
     for (batch, context), cells in groups.items():
         sizes = [f"{cells[0][kind]['cache_bytes'] / 1e6:.1f}" for kind in CACHES]
-        row = [
-            str(batch), f"{context:,}", *(" / ".join(f"{c[kind]['ms']:.1f}" for c in cells) for kind in CACHES),
-            each(cells, lambda c: f"{c['speedup']:.2f}"), each(cells, lambda c: f"{c['closing_share']:.1%}"),
-            " → ".join(sizes),
-        ]  # fmt: skip
-        lines.append("| " + " | ".join(row) + " |")
-    return "\n".join(lines) + "\n\n" + readme_notes(result)
-
-
-def each(cells: Sequence[dict[str, Any]], show: Callable[[dict[str, Any]], str]) -> str:
-    """What each number of threads gave, beside each other."""
-    return " / ".join(map(show, cells))
+        ms = [each([c[kind]["ms"] for c in cells], lambda x: f"{x:.1f}") for kind in CACHES]
+        rows.append([
+            str(batch), f"{context:,}", *ms, each(cells, lambda c: f"{c['speedup']:.2f}"),
+            each(cells, lambda c: f"{c['closing_share']:.1%}"), " → ".join(sizes),
+        ])  # fmt: skip
+    return markdown_table(head, rows, left=0) + "\n\n" + readme_notes(result)
 
 
 def readme_notes(result: dict[str, Any]) -> str:
@@ -254,9 +241,7 @@ def parser() -> argparse.ArgumentParser:
     add("--prefill-context", type=int, default=4096, help=f"tokens of the prefill that is timed, 0: none {default}")
     add("--prefill-repeats", type=int, default=3, help=f"{default}")
     add("--memory", nargs="+", default=list(MEMORY), help=f"MODEL:TOKENS whose peak is measured, or none {default}")
-    add("--json", type=Path, help="write the result here, after every cell")
-    add("--plot", type=Path, help="write the figure here (PNG; needs matplotlib)")
-    add("--readme", type=Path, help="put the result of --json into this README, between its marks, and measure nothing")
+    add_result_options(p)
     return p
 
 
@@ -351,10 +336,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         if args.readme is not None:
-            if args.json is None:
-                raise ValueError("--readme needs the result: --json PATH")
-            stored = json.loads(args.json.read_text(encoding="utf-8"))
-            fill_marks(args.readme, "bench_generate", lambda: readme_table(stored))
+            fill_readme(args, "bench_generate", readme_table)
             return 0
         cells, memory = checked(args)
         headq_config(args.preset)
@@ -379,7 +361,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     start = time.perf_counter()
     try:
         run(args, both(model, config), tokenizer, cells, memory, calibration, result, keep)
-    except (CheckFailedError, RuntimeError) as error:
+    except RuntimeError as error:  # a failed check, or a memory process that did
         result["refused"] = str(error)
         keep()
         print(f"refused: {error}", file=sys.stderr)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from headq_ao.evals.bench_rows import relative_error
 from headq_ao.evals.environment import environment, write_json
 from headq_ao.evals.triton_table import CASES, Case
 from headq_ao.ops import MappedQuery, Rows, decode_attention, feedback_codes
@@ -65,7 +66,7 @@ def output_error(case: Case, slots: int, device: torch.device) -> float:
         q.codes.double(), q.bias.double(), q.zero.double(), q.gauge.double(), None, keys.planes, list(keys.bits),
         keys.scale, None, None, values.planes, case.v_bits, values.scale, None, start, stop, None,
     )  # fmt: skip
-    return float((out - expected).norm() / expected.norm())
+    return relative_error(out, expected)
 
 
 def same_rows(width: int, device: torch.device) -> float:

@@ -8,13 +8,13 @@ from torch import Tensor
 
 from headq_ao import HeadQCache, headq_config, quantize_
 from headq_ao.attention import headq_attention
+from headq_ao.evals.bench_memory import calibration_of
 from headq_ao.evals.bench_rows import LIMIT, check, exact_attention, relative_error
-from headq_ao.evals.inputs import calibrate_on, find_text, load, token_rows
+from headq_ao.evals.inputs import find_text, load, token_rows
 from headq_ao.evals.replay import attention_scaling, each_layer
 from headq_ao.models import attention_modules
 
 REAL_TOKENS = 1024
-CALIBRATION_TOKENS = 2048
 NEW = 8  # queries compared in each layer: the last ones
 
 
@@ -63,8 +63,7 @@ def real_error(name: str, tokens: int) -> dict[str, Any]:
     """
     model, tokenizer = load(name, None, torch.float32)
     ids = token_rows(tokenizer, find_text("bundled", "report"), 1, tokens)
-    calibration = calibrate_on(model, tokenizer, find_text("bundled", "calibrate"), CALIBRATION_TOKENS, False)
-    quantize_(model, headq_config(calibration=calibration))
+    quantize_(model, headq_config(calibration=calibration_of(model, tokenizer)))
     errors = layer_errors(model, ids)
     bits = collections.Counter(
         f"k{layer.config.k_bits}v{layer.config.v_bits}" for layer in HeadQCache(model).layers

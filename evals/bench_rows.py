@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from headq_ao.evals.bench_result import CheckFailedError
 from headq_ao.ops import MappedQuery, Rows, decode_attention, encode_keys, encode_values, merge_segments
 from headq_ao.ops.decode_attention import reference
 from headq_ao.ops.decode_attention.op import SLOT_TILE
@@ -17,10 +18,6 @@ ROW_TILE = 32  # contexts are multiples of it: rows of any bits then fill whole 
 SCORE_SPREAD = 2.0  # standard deviation of the random scores, in nats
 LIMIT = 1e-3  # of the relative error of packed attention
 BF16_LIMIT = 1e-2  # of baselines, which round keys, values and, most of them, weights and output to bf16
-
-
-class CheckFailedError(RuntimeError):
-    """A kernel does not compute attention over its own rows: its speed means nothing."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from headq_ao.evals.environment import environment, write_json
-from headq_ao.files import atomic_path
+from headq_ao.evals.table import fill_marks
 from headq_ao.ops.layout import (
     PIECES,
     key_bytes_per_token,
@@ -33,7 +33,6 @@ from headq_ao.ops.layout import (
 )
 
 RESULT = Path(__file__).resolve().parents[1] / "recipes" / "results" / "triton" / "aot.json"
-BEGIN, END = "<!-- triton -->", "<!-- /triton -->"
 SLOTS = 4096  # of the store that is compiled for; the binary does not depend on it
 
 
@@ -275,20 +274,6 @@ def _resources(row: dict[str, Any]) -> str:
     return "".join(f"| {row[name]} " for name in names).rstrip()
 
 
-def update_readme(path: Path, result: dict[str, Any]) -> None:
-    """Replace the table between the README's marks.
-
-    Raises:
-        ValueError: when the marks are not there.
-    """
-    before, mark, rest = path.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not mark or not end:
-        raise ValueError(f"{path} has no lines {BEGIN} and {END}")
-    with atomic_path(path) as temporary:
-        Path(temporary).write_text(f"{before}{BEGIN}\n{readme_table(result)}\n{END}{after}", encoding="utf-8")
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(
@@ -305,7 +290,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         if args.readme is not None:
-            update_readme(args.readme, json.loads(args.json.read_text(encoding="utf-8")))
+            result = json.loads(args.json.read_text(encoding="utf-8"))
+            fill_marks(args.readme, "triton", lambda: readme_table(result))
             return 0
         import triton
     except (ValueError, OSError, ModuleNotFoundError) as error:

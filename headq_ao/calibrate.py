@@ -136,8 +136,8 @@ def calibrate(
         for batch in tqdm(batches, desc="calibrate", unit="batch", disable=not progress):
             recorder.begin(batch)
             own, starts = starts[: len(batch)], starts[len(batch) :]
-            kwargs = {"position_ids": own[:, None] + torch.arange(batch.shape[1])} if bool(own.any()) else {}
-            model(input_ids=batch.to(device), use_cache=False, **{name: x.to(device) for name, x in kwargs.items()})
+            positions = (own[:, None] + torch.arange(batch.shape[1])).to(device) if bool(own.any()) else None
+            model(input_ids=batch.to(device), position_ids=positions, use_cache=False)
         moments = [layer.moments() for layer in recorder.layers]
         longest = max(batches, key=lambda batch: batch.shape[1])[:1, :PROFILED_TOKENS]
         if longest.shape[1] >= n_sink + WHOLE:

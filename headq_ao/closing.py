@@ -54,12 +54,11 @@ class ClosingLayer(LayerState):
 
     def _rests(self) -> bool:
         """Most decoding steps: no block is full, and no statistics are awaited."""
-        full = self.config.n_sink + self._kept + self.config.block_size
         return (
             self.last_slots == 1
             and self.exact.q is None
             and self.sliding_window is None
-            and all(row.exact < full for row in self.rows)
+            and all(row.exact < self.exact_capacity for row in self.rows)
             and not self._awaits_queries()
         )
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from headq_ao.config import HeadQConfig
 from headq_ao.ops import MappedQuery, encode_keys, encode_values
-from headq_ao.ops.decode_attention.reference import dequantize_values
+from headq_ao.ops.decode_attention.reference import dequantize_values, read_back
 from headq_ao.ops.layout import unpack_keys
 
 # Distance of the levels of the uniform quantizer with least squared error on a unit normal (Max, 1960).
@@ -297,11 +297,7 @@ class ValueCodec(Codec):
 
     def readout(self, out: Tensor) -> Tensor:
         """``Σ_j a_j v̂_j`` from ``Σ_j a_j ŷ_j`` ``[B, Hq, S, D]``, the weights of these rows summing to one."""
-        read = self.read.to(out.dtype)
-        grouped = out.unflatten(1, (read.shape[1], -1)) @ read.transpose(-1, -2).unsqueeze(2)
-        if self.mean is not None:
-            grouped = grouped + self.mean.to(out.dtype)[:, :, None, None]
-        return grouped.flatten(1, 2)
+        return read_back(out, self.read, self.mean)
 
 
 def dequantize_value_rows(

@@ -5,6 +5,7 @@ import operator
 import torch
 from torch import Tensor
 
+from headq_ao.codec import KeyCodec, ValueCodec
 from headq_ao.layer_codec import LayerCodec
 from headq_ao.layer_state import LayerState
 from headq_ao.ops import ExactRows, MappedQuery, Rows, attend, decode_attention, merge_segments
@@ -32,25 +33,23 @@ class ReadingLayer(LayerState):
         if len(epochs) != 1 or len(self.packed_sides) != 2:
             return self._attend_parts(q, scaling, codec, position)
         (e,) = epochs
-        if q.shape[2] == 1 and (step := self._step(q, e, codec)) is not None:
-            return self._attend_step(step, q, scaling, e, codec)
-        keys, values, key_codec = self.packed_rows(e, codec)
-        value_codec = codec.values
-        assert key_codec is not None and value_codec is not None
-        begin, end = self._epoch_range(e)
-        start, stop = (int_tensor(x, q.device) for x in self._visible_slots(begin, end, position))
-        valid = None if self.valid is None else self.valid[:, begin:end]
-        query = key_codec.map_query(q, scaling, self.config.sign)
-        exact = MappedQuery.exact(q, scaling).codes
-        k, v, exact_start, exact_stop = self._exact_rows(q, position)
-        rows = ExactRows(exact, k, v, exact_start, exact_stop, value_codec.read, value_codec.mean)
-        return attend(query, keys, values, start, stop, valid, rows)
-
-    def _step(self, q: Tensor, e: int, codec: LayerCodec) -> cpu_kernel.Step | None:
-        """The kernel's call for one new token of each sequence, where it serves; made anew where rows have moved."""
         key_codec, value_codec = self._codec(e, codec), codec.values
+        assert key_codec is not None and value_codec is not None
+        if q.shape[2] == 1 and (step := self._step(q, e, codec, key_codec, value_codec)) is not None:
+            q = q.float().contiguous()
+            grouped = q.view(q.shape[0], key_codec.mean.shape[1], -1, q.shape[3])
+            mapped = (grouped * scaling) @ key_codec.query_map(self.config.sign, torch.float32)
+            return step(q, mapped, scaling, [r.slots for r in self.rows], [r.exact for r in self.rows])
+        exact = MappedQuery.exact(q, scaling).codes
+        rows = ExactRows(exact, *self._exact_rows(q, position), value_codec.read, value_codec.mean)
+        return attend(*self._packed_segment(q, scaling, codec, e, position), rows)
+
+    def _step(
+        self, q: Tensor, e: int, codec: LayerCodec, key_codec: KeyCodec, value_codec: ValueCodec
+    ) -> cpu_kernel.Step | None:
+        """The kernel's call for one new token of each sequence, where it serves; made anew where rows have moved."""
         k, v = self.exact.k, self.exact.v
-        assert key_codec is not None and value_codec is not None and k is not None and v is not None
+        assert k is not None and v is not None
         one_token = all(span.length == 1 for span in self.last_spans)
         all_slots = self.valid is None and not self.is_sliding and not self.epochs[e].begin
         served = q.device.type == "cpu" and q.dtype != torch.float64 and k.dtype == v.dtype
@@ -67,14 +66,6 @@ class ReadingLayer(LayerState):
             self.step_of = parts
         return self.step
 
-    def _attend_step(self, step: cpu_kernel.Step, q: Tensor, scaling: float, e: int, codec: LayerCodec) -> Tensor:
-        key_codec = self._codec(e, codec)
-        assert key_codec is not None
-        q = q.float().contiguous()
-        grouped = q.view(q.shape[0], key_codec.mean.shape[1], -1, q.shape[3])
-        mapped = (grouped * scaling) @ key_codec.query_map(self.config.sign, torch.float32)
-        return step(q, mapped, scaling, [r.slots for r in self.rows], [r.exact for r in self.rows])
-
     def _attend_parts(self, q: Tensor, scaling: float, codec: LayerCodec, position: list[list[int]]) -> Tensor:
         parts = [self._attend_exact(q, scaling, position)]
         if any(r.slots for r in self.rows):
@@ -84,21 +75,23 @@ class ReadingLayer(LayerState):
     def _attend_packed(
         self, q: Tensor, scaling: float, codec: LayerCodec, position: list[list[int]]
     ) -> tuple[Tensor, Tensor]:
-        out, lse = merge_segments([self._attend_epoch(q, scaling, codec, e, position) for e in self._used_epochs()])
+        segments = (self._packed_segment(q, scaling, codec, e, position) for e in self._used_epochs())
+        out, lse = merge_segments([decode_attention(*segment) for segment in segments])
         values = codec.values
         return (out if values is None else values.readout(out)), lse
 
-    def _attend_epoch(
+    def _packed_segment(
         self, q: Tensor, scaling: float, codec: LayerCodec, e: int, position: list[list[int]]
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[MappedQuery, Rows, Rows, Tensor, Tensor, Tensor | None]:
+        """What :func:`headq_ao.ops.decode_attention` takes for the rows of epoch ``e``."""
         begin, end = self._epoch_range(e)
-        start, stop = self._visible_slots(begin, end, position)
+        start, stop = (int_tensor(x, q.device) for x in self._visible_slots(begin, end, position))
         keys, values, key_codec = self.packed_rows(e, codec)
         query = (
             MappedQuery.exact(q, scaling) if key_codec is None else key_codec.map_query(q, scaling, self.config.sign)
         )
         valid = None if self.valid is None else self.valid[:, begin:end]
-        return decode_attention(query, keys, values, int_tensor(start, q.device), int_tensor(stop, q.device), valid)
+        return query, keys, values, start, stop, valid
 
     def _visible_slots(
         self, begin: int, end: int, position: list[list[int]]

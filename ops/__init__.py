@@ -6,8 +6,10 @@ from headq_ao.ops.encode_values.op import encode_values
 from headq_ao.ops.feedback.op import feedback_codes
 
 __all__ = [
+    "ExactRows",
     "MappedQuery",
     "Rows",
+    "attend",
     "decode_attention",
     "encode_keys",
     "encode_values",

@@ -41,7 +41,7 @@ struct Args {
   Plane k[3], v[2];
   Scale k_scale, k_zero, v_scale, v_zero;                     // k_zero.data, v_zero.data may be null
   const float *q[3], *bias, *zero_query, *gauge;              // q[p]: [batch, kv_heads, queries, columns of plane p]
-  int64_t q_row[3], scalar_row, gauge_row;                    // elements from one query to the next
+  int64_t q_row[3], scalar_row;                               // elements from one query to the next
   float q_weight[3];                                          // what a plane's codes count
   const int64_t *start, *stop;                                // [batch, new_tokens]
   const uint8_t* valid;                                       // [batch, valid_stride] or null
@@ -291,8 +291,8 @@ void scores(const Args& a, const Query& query, int b, int h, int q0, int t0, int
   const bool joined = a.key_planes == 2 && a.q[0] == a.q[1] && a.k[0].width == 2;
   float bias[NQ], zero_query[NQ], gauge[NQ];
   for (int q = 0; q < NQ; q++) {
-    int64_t at = head * a.queries + q0 + q;
-    bias[q] = a.bias[at * a.scalar_row], zero_query[q] = a.zero_query[at * a.scalar_row], gauge[q] = a.gauge[at * a.gauge_row];
+    int64_t at = (head * a.queries + q0 + q) * a.scalar_row;
+    bias[q] = a.bias[at], zero_query[q] = a.zero_query[at], gauge[q] = a.gauge[at];
   }
   for (int t = t0; t < t1; t += TILE) {
     vf dot[NQ];

@@ -51,7 +51,6 @@ class _Args(ctypes.Structure):
         *((name, _P) for name in ("bias", "zero_query", "gauge")),
         ("q_row", _I64 * 3),
         ("scalar_row", _I64),
-        ("gauge_row", _I64),
         ("q_weight", ctypes.c_float * 3),
         *((name, _P) for name in ("start", "stop", "valid")),
         ("valid_stride", _I64),
@@ -123,27 +122,21 @@ def decode_attention(
     :func:`headq_ao.ops.attend`."""
     batch, heads, new, _ = q.shape
     kv_heads, slots = key_scale.shape[1:]
-    head_dim = value_planes[0].shape[3] * value_planes[0].shape[4]
     planes, weights = _query_planes(q, tuple(key_bits))
     scalars, scalar_row = _rows(bias, zero_query, gauge)
     rows = [start.contiguous(), stop.contiguous()]
-    out, lse = q.new_empty(batch, heads, new, head_dim), q.new_empty(batch, heads, new)
     mask = None if valid is None else valid if valid.stride(1) == 1 else valid.contiguous()
     # lists, so that what is made contiguous here lives until the call returns
     key_planes, value_planes = [_dense(p) for p in key_planes], [_dense(p) for p in value_planes]
     scales = [None if x is None else _dense(x) for x in (key_scale, key_zero, value_scale, value_zero)]
-    widths = plane_pieces(tuple(key_bits))
-    key = [_plane(p, w, x.shape[-1]) for p, w, x in zip(key_planes, widths, planes, strict=True)]
+    stored = _stored(key_planes, tuple(key_bits), [x.shape[-1] for x in planes], value_planes, value_bits, scales)
+    out, lse = q.new_empty(batch, heads, new, stored["head_dim"]), q.new_empty(batch, heads, new)
     fields, kept = ({}, None) if exact is None else _exact(exact)
     args = _Args(
-        batch=batch, kv_heads=kv_heads, queries=heads // kv_heads * new, slots=slots, head_dim=head_dim,
-        key_planes=len(key_planes), value_planes=len(value_planes), value_bits=value_bits,
-        groups=value_scale.shape[3], threads=torch.get_num_threads(), isa=code_path(lib), new_tokens=new,
-        k=(_Plane * 3)(*key),
-        v=(_Plane * 2)(*(_plane(p, w, head_dim) for p, w in zip(value_planes, PIECES[value_bits], strict=True))),
-        **{name: _scale(x) for name, x in zip(("k_scale", "k_zero", "v_scale", "v_zero"), scales, strict=True)},
+        batch=batch, kv_heads=kv_heads, queries=heads // kv_heads * new, slots=slots, new_tokens=new,
+        threads=torch.get_num_threads(), isa=code_path(lib), **stored,
         q=(_P * 3)(*(x.data_ptr() for x in planes)), q_row=(_I64 * 3)(*(x.stride(2) for x in planes)),
-        q_weight=(ctypes.c_float * 3)(*weights), scalar_row=scalar_row, gauge_row=scalar_row,
+        q_weight=(ctypes.c_float * 3)(*weights), scalar_row=scalar_row,
         bias=scalars[0].data_ptr(), zero_query=scalars[1].data_ptr(), gauge=scalars[2].data_ptr(),
         start=rows[0].data_ptr(), stop=rows[1].data_ptr(),
         valid=None if mask is None else mask.data_ptr(), valid_stride=0 if mask is None else mask.stride(0),
@@ -175,28 +168,17 @@ class Step:
     ) -> None:  # fmt: skip
         self.lib = lib
         batch, kv_heads, _, head_dim = k.shape
-        pieces, m = PIECES[keys.bits[0]], len(keys.bits)
+        m = len(keys.bits)
         read, mean = read.contiguous(), None if mean is None else mean.contiguous()
         self.start, self.stop, self.exact_stop = ((_I64 * batch)() for _ in range(3))
         self.kept = (keys, values, k, v, read, mean)
-        exact = _Exact(
-            k=k.data_ptr(), v=v.data_ptr(), k_batch=k.stride(0), k_head=k.stride(1), k_token=k.stride(2),
-            v_batch=v.stride(0), v_head=v.stride(1), v_token=v.stride(2), q_row=head_dim,
-            start=ctypes.addressof(self.start), stop=ctypes.addressof(self.exact_stop), dtype=EXACT_DTYPES[k.dtype],
-        )  # fmt: skip
+        start, stop, exact_stop = (ctypes.addressof(x) for x in (self.start, self.stop, self.exact_stop))
         scales = (keys.scale, keys.zero, values.scale, values.zero)
+        stored = _stored(keys.planes, keys.bits, [m] * len(keys.planes), values.planes, values.bits[0], scales)
         self.args = _Args(
-            batch=batch, kv_heads=kv_heads, queries=groups, head_dim=head_dim, key_planes=len(keys.planes),
-            value_planes=len(values.planes), value_bits=values.bits[0], groups=values.scale.shape[3], new_tokens=1,
-            k=(_Plane * 3)(*(_plane(p, w, m) for p, w in zip(keys.planes, plane_pieces(keys.bits), strict=True))),
-            v=(_Plane * 2)(
-                *(_plane(p, w, head_dim) for p, w in zip(values.planes, PIECES[values.bits[0]], strict=True))
-            ),
-            **{name: _scale(x) for name, x in zip(("k_scale", "k_zero", "v_scale", "v_zero"), scales, strict=True)},
-            q_row=(_I64 * 3)(*[m + 3] * 3),
-            q_weight=(ctypes.c_float * 3)(*(float(1 << sum(pieces[:i])) for i in range(len(pieces)))),
-            scalar_row=m + 3, gauge_row=m + 3, start=ctypes.addressof(self.start), stop=ctypes.addressof(self.stop),
-            exact=exact, **_way_back(read, mean),
+            batch=batch, kv_heads=kv_heads, queries=groups, new_tokens=1, **stored, start=start, stop=stop,
+            q_row=(_I64 * 3)(*[m + 3] * 3), q_weight=(ctypes.c_float * 3)(*_weights(keys.bits)), scalar_row=m + 3,
+            exact=_Exact(**_exact_store(k, v), q_row=head_dim, start=start, stop=exact_stop), **_way_back(read, mean),
         )  # fmt: skip
         self.width = m + 3
         self.reference = ctypes.byref(self.args)
@@ -237,11 +219,17 @@ def _query_planes(q: Tensor, bits: tuple[int, ...]) -> tuple[list[Tensor], list[
 
     Where all coordinates have the same bits and fill whole granules, that is the query itself, times a power of two.
     """
-    pieces = PIECES[bits[0]]
     if one_query(bits) and _row_stride(q) is not None:
-        return [q] * len(pieces), [float(1 << sum(pieces[:i])) for i in range(len(pieces))]
+        weights = _weights(bits)
+        return [q] * len(weights), weights
     planes = [p.contiguous() for p in query_planes(q, bits)]
     return planes, [1.0] * len(planes)
+
+
+def _weights(bits: tuple[int, ...]) -> list[float]:
+    """What the codes of each plane count where :func:`one_query` holds."""
+    pieces = PIECES[bits[0]]
+    return [float(1 << sum(pieces[:i])) for i in range(len(pieces))]
 
 
 def _row_stride(x: Tensor) -> int | None:
@@ -270,12 +258,19 @@ def _exact(x: ExactRows) -> tuple[dict[str, Any], list[Tensor]]:
     mean = None if x.mean is None else x.mean.contiguous()
     row = _row_stride(q)
     exact = _Exact(
-        k=k.data_ptr(), v=v.data_ptr(), k_batch=k.stride(0), k_head=k.stride(1), k_token=k.stride(2),
-        v_batch=v.stride(0), v_head=v.stride(1), v_token=v.stride(2), q_row=row, q=q.data_ptr(),
-        start=start.data_ptr(), stop=stop.data_ptr(), dtype=EXACT_DTYPES[k.dtype], rows=k.shape[2], scaling=1.0,
+        **_exact_store(k, v), q_row=row, q=q.data_ptr(), start=start.data_ptr(), stop=stop.data_ptr(), rows=k.shape[2],
+        scaling=1.0,
     )  # fmt: skip
     fields = {"exact": exact} | _way_back(read, mean)
     return fields, [t for t in (q, k, v, start, stop, read, mean) if t is not None]
+
+
+def _exact_store(k: Tensor, v: Tensor) -> dict[str, int]:
+    """The fields of ``_Exact`` that say where keys and values lie."""
+    fields = {"k": k.data_ptr(), "v": v.data_ptr(), "dtype": EXACT_DTYPES[k.dtype]}
+    for name, t in (("k", k), ("v", v)):
+        fields |= {f"{name}_{axis}": t.stride(i) for i, axis in enumerate(("batch", "head", "token"))}
+    return fields
 
 
 def _way_back(read: Tensor, mean: Tensor | None) -> dict[str, Any]:
@@ -291,6 +286,24 @@ def _dense(x: Tensor) -> Tensor:
     if x.ndim == 3 or not x.shape[2]:
         return x
     return x if x[0, 0, 0].is_contiguous() else x.contiguous()
+
+
+def _stored(
+    key_planes: Sequence[Tensor], key_bits: tuple[int, ...], columns: Sequence[int], value_planes: Sequence[Tensor],
+    value_bits: int, scales: Sequence[Tensor | None],
+) -> dict[str, Any]:  # fmt: skip
+    """The fields of ``_Args`` for packed rows; ``scales``: scale and zero of keys, then of values."""
+    head_dim = value_planes[0].shape[3] * value_planes[0].shape[4]
+    key = zip(key_planes, plane_pieces(key_bits), columns, strict=True)
+    value = zip(value_planes, PIECES[value_bits], strict=True)
+    names = ("k_scale", "k_zero", "v_scale", "v_zero")
+    assert scales[2] is not None
+    return {
+        "head_dim": head_dim, "key_planes": len(key_planes), "value_planes": len(value_planes),
+        "value_bits": value_bits, "groups": scales[2].shape[3], "k": (_Plane * 3)(*(_plane(*x) for x in key)),
+        "v": (_Plane * 2)(*(_plane(*x, head_dim) for x in value)),
+        **{name: _scale(x) for name, x in zip(names, scales, strict=True)},
+    }  # fmt: skip
 
 
 def _plane(plane: Tensor, width: int, columns: int) -> _Plane:

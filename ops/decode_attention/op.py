@@ -1,17 +1,14 @@
 """``decode_attention``: attention of a few queries over one segment of packed or exact rows."""
 
-import functools
-import importlib
-import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from headq_ao.ops.decode_attention import cpu_kernel, reference
 from headq_ao.ops.decode_attention.cpu_kernel import ExactRows
+from headq_ao.ops.gpu_build import optional
 from headq_ao.ops.layout import CHANNEL_TILE, PIECES, TOKEN_TILE, granule
 
 KERNEL_QUERIES = 32  # of one sequence that the Triton kernel takes; more go to matrix products over unpacked tiles
@@ -228,14 +225,11 @@ def _attend_parts(
         q, bias, zero_query, gauge, None, key_planes, key_bits, key_scale, key_zero,
         None, value_planes, value_bits, value_scale, value_zero, start, stop, valid,
     )  # fmt: skip
-    grouped = out.unflatten(1, (k.shape[1], -1)) @ read.to(out.dtype).transpose(-1, -2).unsqueeze(2)
-    if mean is not None:
-        grouped = grouped + mean.to(out.dtype)[:, :, None, None]
     nothing = exact_q.new_zeros(exact_q.shape[:-1])
     exact = _decode_attention(
         exact_q, nothing, nothing, nothing, k, [], [], None, None, v, [], 0, None, None, exact_start, exact_stop, None
     )
-    merged: Tensor = merge_segments([(grouped.flatten(1, 2), lse), exact])[0]
+    merged: Tensor = merge_segments([(reference.read_back(out, read, mean), lse), exact])[0]
     return merged
 
 
@@ -283,20 +277,13 @@ def _cuda(q, bias, zero_query, gauge, k, key_planes, key_bits, key_scale, key_ze
     The operator stays opaque to Inductor: the kernel takes tuples of planes and its grid depends on the device, which
     ``torch.library.triton_op`` does not carry, and there is nothing around it to fuse.
     """
-    kernel = _triton_kernel() if k is None and v is None and q.dtype == torch.float32 else None
+    served = k is None and v is None and q.dtype == torch.float32
+    kernel = optional("decode_attention.triton_kernel") if served else None
     if kernel is None or q.shape[2] > KERNEL_QUERIES or not key_planes[0].numel():
         return _tiled(q, bias, zero_query, gauge, k, key_planes, key_bits, key_scale, key_zero, v, value_planes, *rest)
     return kernel.decode_attention(
         q, bias, zero_query, gauge, key_planes, key_bits, key_scale, key_zero, value_planes, *rest
     )
-
-
-@functools.cache
-def _triton_kernel() -> ModuleType | None:
-    """The Triton kernel's module, or None where Triton is not installed."""
-    if importlib.util.find_spec("triton") is None:
-        return None
-    return importlib.import_module("headq_ao.ops.decode_attention.triton_kernel")
 
 
 def _check_packed(q: MappedQuery, keys: Rows, values: Rows, start: Tensor, stop: Tensor, valid: Tensor | None) -> None:

@@ -36,6 +36,15 @@ def dequantize_values(
     return (groups * scale[..., None] + zero[..., None]).flatten(-2)
 
 
+def read_back(out: Tensor, read: Tensor, mean: Tensor | None) -> Tensor:
+    """``Σ_j a_j v̂_j`` from ``Σ_j a_j ŷ_j`` ``[B, Hq, S, D]``, the weights of these rows summing to one."""
+    heads = read.shape[1] if mean is None else max(read.shape[1], mean.shape[1])
+    grouped = out.unflatten(1, (heads, -1)) @ read.to(out.dtype).transpose(-1, -2).unsqueeze(2)
+    if mean is not None:
+        grouped = grouped + mean.to(out.dtype)[:, :, None, None]
+    return grouped.flatten(1, 2)
+
+
 def softmax_readout(s: Tensor, v: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
     """``lse = log Σ exp s_j`` and ``o = Σ softmax(s)_j v_j`` over visible rows; zero and −inf where none is."""
     s = s.masked_fill(~visible[:, None, None], float("-inf"))

@@ -1,14 +1,10 @@
 """``feedback_codes``: integer codes of rows whose error is measured by a quadratic form."""
 
-import functools
-import importlib
-import importlib.util
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
 from headq_ao.ops.feedback import cpu_kernel, reference
+from headq_ao.ops.gpu_build import optional
 from headq_ao.ops.layout import PIECES
 
 SPREADS = (0.7, 0.85, 1.0, 1.15, 1.3)  # scales that are tried, in units of the row's RMS
@@ -79,18 +75,10 @@ def _cuda(
     y: Tensor, metric: Tensor, feedback: Tensor, step: Tensor, bits: int, unbiased: bool
 ) -> tuple[Tensor, Tensor]:
     """The Triton kernel, on CUDA and HIP; fp64 and a torch without Triton keep to the reference."""
-    kernel = None if y.dtype == torch.float64 else _triton_kernel()
+    kernel = None if y.dtype == torch.float64 else optional("feedback.triton_kernel")
     if kernel is None:
         return reference.feedback_codes(y, metric, feedback, step, bits, SPREADS, PASSES, unbiased)
     return kernel.feedback_codes(y, metric, feedback, step, bits, SPREADS, PASSES, unbiased)
-
-
-@functools.cache
-def _triton_kernel() -> ModuleType | None:
-    """The Triton kernel's module, or None where Triton is not installed."""
-    if importlib.util.find_spec("triton") is None:
-        return None
-    return importlib.import_module("headq_ao.ops.feedback.triton_kernel")
 
 
 @_feedback_codes.register_fake

@@ -40,11 +40,14 @@ def test_feedback_codes(target, width):
     budget(table.resources(table.feedback_kernel(width, target), table.CHIPS[target]))
 
 
+BEGIN, END = "<!-- triton -->", "<!-- /triton -->"
+
+
 def test_readme_shows_the_stored_result(tmp_path):
     readme = Path(__file__).resolve().parents[2] / "README.md"
     result = json.loads(table.RESULT.read_text(encoding="utf-8"))
     copy = tmp_path / "README.md"
-    copy.write_text(re.sub(f"{table.BEGIN}.*{table.END}", table.BEGIN + table.END, readme.read_text(), flags=re.DOTALL))
+    copy.write_text(re.sub(f"{BEGIN}.*{END}", BEGIN + END, readme.read_text(), flags=re.DOTALL))
     assert table.main(["--readme", str(copy)]) == 0
     assert copy.read_text() == readme.read_text()
     assert len(result["decode_attention"]) == len(table.CASES) * len(table.CHIPS)
