@@ -1,15 +1,15 @@
 // decode_attention on the CPU: one segment of packed keys and values, read once per KV head for all its queries; for
 // attend, also the exact rows that the same queries see, and the way back from the basis of the values.
-// Codes stay integers: a query is two int8 planes (15 bits), softmax weights are two 7-bit planes, and sums are
-// u8 x s8 dot products. Layout of the planes: see layout.py. Compiled on first use with -march=native; the code
-// path is chosen at run time (isa: 0 portable, 1 AVX2, 2 AVX-512-VNNI), among those this compiler could build.
+// Codes stay integers: a query is 16 bits and a softmax weight 15, as two int8 numbers, and sums are u8 x s8 dot products.
+// Layout of the planes: see layout.py. Compiled on first use with -march=native; the code path is chosen at run time
+// (isa: 0 portable, 1 AVX2, 2 AVX-512-VNNI), among those this compiler could build.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <new>
-#include <vector>
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -18,8 +18,8 @@ namespace {
 
 constexpr int TILE = 16;       // tokens of a key granule, channels of a value granule
 constexpr int CHUNK = 512;     // tokens of one unit of work
-constexpr int WEIGHTS = 128;   // tokens whose softmax weights share one integer scale
-constexpr int COLUMNS = 1088;  // room for a key plane: two pieces of 256 base and 256 side coordinates; no power of two
+constexpr int LANES = 2 * TILE;  // of two granules that lie beside each other
+constexpr int AHEAD = 4096;    // bytes of keys that are asked for before they are read
 constexpr float NEG = -std::numeric_limits<float>::infinity();
 
 struct Plane { const uint8_t* data; int64_t batch_stride, head_stride, tile_stride; int32_t width, columns; };
@@ -110,30 +110,38 @@ inline float sum_of(vf v) {
 }
 #endif
 
-constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest whole number in the low bits
-inline vi low_bits(vf rounded) { return (vi)rounded - (vi)(vf{} + ROUND); }
+constexpr float LOG2E = 1.44269504f;
 
-// exp for x <= 0, relative error below 3e-7; 0 at -inf.
-inline vf exp_negative(vf x) {
-  vf y = max(x, vf{} - 87.0f) * 1.44269504f, n = y + ROUND;
-  vf f = y - (n - ROUND), p = vf{} + 1.5353362e-4f;
-  p = p * f + 1.3398874e-3f;
-  p = p * f + 9.6184370e-3f;
-  p = p * f + 5.5503324e-2f;
-  p = p * f + 2.4022648e-1f;
-  p = p * f + 6.9314720e-1f;
-  p = p * f + 1.0f;
-  vf e = p * (vf)((low_bits(n) + 127) << 23);
-  return x > NEG ? e : vf{};
+// 2^x for x <= 0, relative error below 1e-6; 0 at -inf.
+inline vf exp2_negative(vf x) {
+#if defined(__AVX512F__)
+  vf f = (vf)_mm512_reduce_ps((__m512)x, 1);  // x - floor(x)
+#else
+  constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest whole number in the low bits
+  vf y = max(vf{} - 126.0f, x), n = y - 0.5f + ROUND;
+  vf f = y - (n - ROUND);
+#endif
+  vf p = vf{} + 1.8775767e-3f;
+  p = p * f + 8.9893397e-3f;
+  p = p * f + 5.5826318e-2f;
+  p = p * f + 2.4015361e-1f;
+  p = p * f + 6.9315308e-1f;
+  p = p * f + 9.9999994e-1f;
+#if defined(__AVX512F__)
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)x);
+#else
+  vf e = p * (vf)(((vi)n - (vi)(vf{} + ROUND) + 127) << 23);
+  return x == NEG ? vf{} : e;
+#endif
 }
 
-// How a code path takes a granule of 64 bytes: BYTES at a time, four of them a lane, bits shifted and masked in each, for
-// at most QUERIES queries, whose sums stay in registers.
+// How a code path takes granules of 64 bytes: BYTES at a time, four of them a lane, of BESIDE granules, bits shifted and
+// masked in each, for at most QUERIES queries, whose sums stay in registers.
 struct Portable {
-  static constexpr int QUERIES = 1;
-  static constexpr int BYTES = 4;
+  static constexpr int QUERIES = 1, BYTES = 4, BESIDE = 1;
   using Bytes = uint32_t;
   using Sum = int32_t;
+  static const int8_t* four(const int8_t* w) { return w; }
   static Bytes bytes(const uint8_t* p) { return load<uint32_t>(p); }
   static Bytes bits(Bytes b, int shift, int mask) { return (shift < 0 ? b << -shift : b >> shift) & (0x01010101u * mask); }
   static Bytes both(Bytes a, Bytes b) { return a | b; }
@@ -141,260 +149,329 @@ struct Portable {
     for (int i = 0; i < 4; i++) sum += int32_t(codes >> (8 * i) & 255) * w[i];
     return sum;
   }
-  static Sum join(Sum hi, Sum lo) { return hi * 128 + lo; }
+  static Sum join(Sum hi, Sum lo) { return hi * 256 + lo; }
 };
 
 #if defined(__AVX2__)
 struct Avx2 {
-  static constexpr int QUERIES = 4;
-  static constexpr int BYTES = 32;
+  static constexpr int QUERIES = 4, BYTES = 32, BESIDE = 1;
   using Bytes = __m256i;
   using Sum = __m256i;
+  static Bytes four(const int8_t* w) { return _mm256_set1_epi32(load<int32_t>(w)); }
   static Bytes bytes(const uint8_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
   static Bytes bits(Bytes b, int shift, int mask) {
     return _mm256_and_si256(shift < 0 ? _mm256_slli_epi16(b, -shift) : _mm256_srli_epi16(b, shift), _mm256_set1_epi8(mask));
   }
   static Bytes both(Bytes a, Bytes b) { return _mm256_or_si256(a, b); }
-  static Sum add(Sum sum, Bytes codes, const int8_t* w) {
-    __m256i products = _mm256_maddubs_epi16(codes, _mm256_set1_epi32(load<int32_t>(w)));
+  static Sum add(Sum sum, Bytes codes, Bytes w) {
+    __m256i products = _mm256_maddubs_epi16(codes, w);
     return _mm256_add_epi32(sum, _mm256_madd_epi16(products, _mm256_set1_epi16(1)));
   }
-  static Sum join(Sum hi, Sum lo) { return _mm256_add_epi32(_mm256_slli_epi32(hi, 7), lo); }
+  static Sum join(Sum hi, Sum lo) { return _mm256_add_epi32(_mm256_slli_epi32(hi, 8), lo); }
 };
 #endif
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 struct Vnni {
-  static constexpr int QUERIES = 8;
-  static constexpr int BYTES = 64;
+  static constexpr int QUERIES = 4, BYTES = 64, BESIDE = 2;
   using Bytes = __m512i;
   using Sum = __m512i;
-  static Bytes bytes(const uint8_t* p) {
-    _mm_prefetch((const char*)p + 4096, _MM_HINT_T0);
-    return _mm512_loadu_si512(p);
-  }
+  static Bytes four(const int8_t* w) { return _mm512_set1_epi32(load<int32_t>(w)); }
+  static Bytes bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
   static Bytes bits(Bytes b, int shift, int mask) {
     return _mm512_and_si512(shift < 0 ? _mm512_slli_epi16(b, -shift) : _mm512_srli_epi16(b, shift), _mm512_set1_epi8(mask));
   }
   static Bytes both(Bytes a, Bytes b) { return _mm512_or_si512(a, b); }
-  static Sum add(Sum sum, Bytes codes, const int8_t* w) { return _mm512_dpbusd_epi32(sum, codes, _mm512_set1_epi32(load<int32_t>(w))); }
-  static Sum join(Sum hi, Sum lo) { return _mm512_add_epi32(_mm512_slli_epi32(hi, 7), lo); }
+  static Sum add(Sum sum, Bytes codes, Bytes w) { return _mm512_dpbusd_epi32(sum, codes, w); }
+  static Sum join(Sum hi, Sum lo) { return _mm512_add_epi32(_mm512_slli_epi32(hi, 8), lo); }
 };
 #endif
 
-// Where granules of 64 bytes lie: of a plane, and of a second one with the codes' higher bits, or null.
-struct Granules { const uint8_t* data; int64_t step; const uint8_t* high; int64_t high_step; };
+// What codes are multiplied with: numbers of 16 bits, hi·256 + lo, of at most SLOTS queries. Four numbers of a query lie
+// together, first their hi and then their lo, and then those of the next query.
+constexpr int SLOTS = 4, FOUR = SLOTS * 8;
 
-// n granules with codes of W bits, and H higher ones, against NQ rows of two-plane integers, STRIDE apart: out[q][lane].
-template <class I, int W, int H, int NQ, int STRIDE>
-inline __attribute__((always_inline)) void tile(const Granules& from, int n, const int8_t* hi, const int8_t* lo, int32_t (*out)[TILE]) {
+// Where granules of 64 bytes lie: of a plane, and of a second one with the codes' higher bits, or null. `next` is how far
+// it is to the granule beside, whose lanes are the next sixteen tokens or channels.
+struct Granules { const uint8_t* data; int64_t step, next; const uint8_t* high; int64_t high_step, high_next; };
+
+// n granules, and as many beside them, with codes of W bits, and H higher ones, against NQ rows of integers: out[q][lane].
+template <class I, int W, int H, int NQ>
+inline __attribute__((always_inline)) void tile(const Granules& from, int n, const int8_t* factors, int32_t (*out)[CHUNK]) {
   constexpr int P = 8 / W, R = H ? W / H : 1;  // codes in a byte; granules that share one of the second plane
-  for (int part = 0; part < 64; part += I::BYTES) {
-    typename I::Sum a[NQ] = {}, b[NQ] = {};
+  constexpr int N = I::BESIDE;                 // granules taken at once
+  for (int part = 0; part < 128; part += N * I::BYTES) {
+    const int in = N == 2 ? 0 : part % 64, beside = part / 64;
+    const uint8_t *data = from.data + in + beside * from.next, *above = H ? from.high + in + beside * from.high_next : nullptr;
+    typename I::Sum a[N][NQ] = {}, b[N][NQ] = {};
     for (int first = 0; first < n; first += R) {
-      typename I::Bytes high{};
-      if constexpr (H > 0) high = I::bytes(from.high + part + first / R * from.high_step);
+      typename I::Bytes high[N];
+      if constexpr (H > 0)
+        for (int i = 0; i < N; i++) high[i] = I::bytes(above + first / R * from.high_step + i * from.high_next);
 #pragma GCC unroll 4
       for (int r = 0; r < R; r++) {
-        auto bytes = I::bytes(from.data + part + (first + r) * from.step);
-        const int8_t *h = hi + (first + r) * P * 4, *l = lo + (first + r) * P * 4;
+        typename I::Bytes bytes[N], codes[N];
+        for (int i = 0; i < N; i++) bytes[i] = I::bytes(data + (first + r) * from.step + i * from.next);
+        const int8_t* w = factors + (first + r) * P * FOUR;
 #pragma GCC unroll 8
         for (int p = 0; p < P; p++) {
-          auto codes = I::bits(bytes, p * W, (1 << W) - 1);
-          if constexpr (H > 0) codes = I::both(codes, I::bits(high, (r * P + p) * H - W, ((1 << H) - 1) << W));
+          for (int i = 0; i < N; i++) {
+            codes[i] = I::bits(bytes[i], p * W, (1 << W) - 1);
+            if constexpr (H > 0) codes[i] = I::both(codes[i], I::bits(high[i], (r * P + p) * H - W, ((1 << H) - 1) << W));
+          }
 #pragma GCC unroll 8
           for (int q = 0; q < NQ; q++) {
-            a[q] = I::add(a[q], codes, h + q * STRIDE + p * 4);
-            b[q] = I::add(b[q], codes, l + q * STRIDE + p * 4);
+            const auto x = I::four(w + p * FOUR + q * 8), y = I::four(w + p * FOUR + q * 8 + 4);
+            for (int i = 0; i < N; i++) a[i][q] = I::add(a[i][q], codes[i], x), b[i][q] = I::add(b[i][q], codes[i], y);
           }
         }
       }
     }
-    for (int q = 0; q < NQ; q++) {
-      auto sum = I::join(a[q], b[q]);
-      std::memcpy((char*)out[q] + part, &sum, sizeof sum);
-    }
+    for (int q = 0; q < NQ; q++)
+      for (int i = 0; i < N; i++) {
+        auto sum = I::join(a[i][q], b[i][q]);
+        std::memcpy((char*)out[q] + part + 64 * i, &sum, sizeof sum);
+      }
   }
 }
 
-template <class I, int NQ, int STRIDE>
-inline __attribute__((always_inline)) void tile(int width, int high, const Granules& from, int n, const int8_t* hi, const int8_t* lo, int32_t (*out)[TILE]) {
+template <class I, int NQ>
+inline __attribute__((always_inline)) void tile(int width, int high, const Granules& from, int n, const int8_t* factors, int32_t (*out)[CHUNK]) {
   switch (width * 8 + high) {
-    case 2 * 8: return tile<I, 2, 0, NQ, STRIDE>(from, n, hi, lo, out);
-    case 2 * 8 + 1: return tile<I, 2, 1, NQ, STRIDE>(from, n, hi, lo, out);
-    case 4 * 8: return tile<I, 4, 0, NQ, STRIDE>(from, n, hi, lo, out);
-    default: tile<I, 1, 0, NQ, STRIDE>(from, n, hi, lo, out);
+    case 2 * 8: return tile<I, 2, 0, NQ>(from, n, factors, out);
+    case 2 * 8 + 1: return tile<I, 2, 1, NQ>(from, n, factors, out);
+    case 4 * 8: return tile<I, 4, 0, NQ>(from, n, factors, out);
+    default: tile<I, 1, 0, NQ>(from, n, factors, out);
   }
 }
 
-// Two int8 planes of a query: x ≈ scale · (hi·128 + lo), |hi·128 + lo| <= 16128.
-float split_query(const float* x, int n, int8_t* hi, int8_t* lo) {
+// A query as integers: x ≈ scale · (hi·256 + lo), |hi·256 + lo| <= 32512.
+float split_query(const float* x, int n, int8_t* to) {
   float most = 0;
   bool finite = true;
   for (int i = 0; i < n; i++) {
     most = std::max(most, std::fabs(x[i]));
     finite = finite && std::isfinite(x[i]);
   }
-  if (!finite || most < 1e-30f) {  // a non-finite query gives NaN, as it does elsewhere
-    std::memset(hi, 0, n);
-    std::memset(lo, 0, n);
-    return finite ? 0.0f : std::numeric_limits<float>::quiet_NaN();
-  }
-  float scale = most / 16128, inverse = 16128 / most;
+  const bool none = !finite || most < 1e-30f;
+  const float inverse = none ? 0.0f : 32512 / most;
   for (int i = 0; i < n; i++) {
-    int w = int(std::nearbyint(x[i] * inverse)), h = (w + 64) >> 7;
-    hi[i] = int8_t(h);
-    lo[i] = int8_t(w - h * 128);
+    const int w = none ? 0 : int(std::nearbyint(x[i] * inverse));
+    int8_t* at = to + i / 4 * FOUR + i % 4;
+    at[0] = int8_t((w + 128) >> 8);
+    at[4] = int8_t(w);
   }
-  return scale;
+  return finite ? none ? 0.0f : most / 32512 : std::numeric_limits<float>::quiet_NaN();  // of a non-finite query, as elsewhere
 }
 
 // The queries of one KV head as integers, per plane, and what to multiply their sums with.
 struct Query {
-  std::vector<int8_t> hi[3], lo[3];  // [query][COLUMNS]
-  std::vector<float> scale;          // [plane][query]
-};
-
-void prepare(const Args& a, int64_t head, Query& query) {
-  query.scale.resize(3 * a.queries);
-  for (int p = 0; p < a.key_planes; p++) {
-    query.hi[p].resize(int64_t(COLUMNS) * a.queries);
-    query.lo[p].resize(int64_t(COLUMNS) * a.queries);
-    for (int q = 0; q < a.queries; q++) {
-      int64_t at = int64_t(q) * COLUMNS;
-      const float* row = a.q[p] + (head * a.queries + q) * a.q_row[p];
-      query.scale[p * a.queries + q] = a.q_weight[p] * split_query(row, a.k[p].columns, &query.hi[p][at], &query.lo[p][at]);
+  int8_t* factors[3];  // [plane][queries / SLOTS][columns / 4][SLOTS][2][4]
+  float* scale;        // [plane][query]
+  static int64_t bytes(const Args& a) {
+    int64_t columns = 0;
+    for (int p = 0; p < a.key_planes; p++) columns += a.k[p].columns;
+    return (a.queries + SLOTS - 1) / SLOTS * columns * (FOUR / 4) + int64_t(a.key_planes) * a.queries * sizeof(float);
+  }
+  Query(const Args& a, int64_t head, char* memory) {
+    memory += head * bytes(a);
+    scale = (float*)memory;
+    int8_t* at = (int8_t*)(scale + int64_t(a.key_planes) * a.queries);
+    for (int p = 0; p < a.key_planes; p++) {
+      factors[p] = at;
+      at += (a.queries + SLOTS - 1) / SLOTS * int64_t(a.k[p].columns) * (FOUR / 4);
     }
   }
+  int8_t* of(const Args& a, int p, int q) const { return factors[p] + q / SLOTS * int64_t(a.k[p].columns) * (FOUR / 4) + q % SLOTS * 8; }
+};
+
+void prepare(const Args& a, int64_t head, const Query& query) {
+  for (int p = 0; p < a.key_planes; p++)
+    for (int q = 0; q < a.queries; q++) {
+      const float* row = a.q[p] + (head * a.queries + q) * a.q_row[p];
+      query.scale[p * a.queries + q] = LOG2E * a.q_weight[p] * split_query(row, a.k[p].columns, query.of(a, p, q));
+    }
 }
 
-// Hide the slots of t0:t1 that a query may not see.
-void hide(const Args& a, int b, int q, int t0, int t1, float* row) {
-  int64_t at = int64_t(b) * a.new_tokens + q % a.new_tokens;
-  int low = int(std::clamp<int64_t>(a.start[at], t0, t1)), high = int(std::clamp<int64_t>(a.stop[at], t0, t1));
-  std::fill(row, row + (low - t0), NEG);
-  std::fill(row + (std::max(low, high) - t0), row + (t1 - t0), NEG);
+// The slots of t0:t1 that a query may see.
+struct Range { int low, high; };
+
+Range seen(const Args& a, int b, int q, int t0, int t1) {
+  const int64_t at = int64_t(b) * a.new_tokens + q % a.new_tokens;
+  const int low = int(std::clamp<int64_t>(a.start[at], t0, t1)), high = int(std::clamp<int64_t>(a.stop[at], t0, t1));
+  return {low, std::max(low, high)};
+}
+
+// Hide what a query may not see of row[t0:t1].
+void hide(const Args& a, int b, Range range, int t0, int t1, float* row) {
+  std::fill(row, row + (range.low - t0), NEG);
+  std::fill(row + (range.high - t0), row + (t1 - t0), NEG);
   if (a.valid)
     for (int t = t0; t < t1; t++)
       if (!a.valid[b * a.valid_stride + t]) row[t - t0] = NEG;
 }
 
-template <class I, int NQ>
-void scores(const Args& a, const Query& query, int b, int h, int q0, int t0, int t1, float (*s)[CHUNK]) {
-  int64_t head = int64_t(b) * a.kv_heads + h;
-  const uint16_t* scale = a.k_scale.data + b * a.k_scale.batch_stride + h * a.k_scale.head_stride;
-  const uint16_t* zero = a.k_zero.data ? a.k_zero.data + b * a.k_zero.batch_stride + h * a.k_zero.head_stride : nullptr;
-  alignas(64) float sigma[CHUNK], offset[CHUNK];
-  halves(scale + t0 * a.k_scale.token_stride, a.k_scale.token_stride, t1 - t0, sigma);
-  if (zero) halves(zero + t0 * a.k_zero.token_stride, a.k_zero.token_stride, t1 - t0, offset);
-  // 3 bits of all coordinates: one code from both planes, for half the products.
-  const bool joined = a.key_planes == 2 && a.q[0] == a.q[1] && a.k[0].width == 2;
-  float bias[NQ], zero_query[NQ], gauge[NQ];
-  for (int q = 0; q < NQ; q++) {
-    int64_t at = (head * a.queries + q0 + q) * a.scalar_row;
-    bias[q] = a.bias[at], zero_query[q] = a.zero_query[at], gauge[q] = a.gauge[at];
-  }
-  for (int t = t0; t < t1; t += TILE) {
-    vf dot[NQ];
-    for (int q = 0; q < NQ; q++) dot[q] = vf{} + bias[q];
-    for (int p = 0; p < a.key_planes; p += joined ? 2 : 1) {
-      const Plane& k = a.k[p];
-      alignas(64) int32_t sum[NQ][TILE];
-      const auto granules = [&](const Plane& x) { return x.data + b * x.batch_stride + h * x.head_stride + t / TILE * x.tile_stride; };
-      const Granules from{granules(k), 64, joined ? granules(a.k[1]) : nullptr, 64};
-      const int64_t at = int64_t(q0) * COLUMNS;
-      tile<I, NQ, COLUMNS>(k.width, joined ? a.k[1].width : 0, from, k.columns * k.width / 32, &query.hi[p][at], &query.lo[p][at], sum);
-      for (int q = 0; q < NQ; q++) dot[q] += query.scale[p * a.queries + q0 + q] * to_float(load<vi>(sum[q]));
-    }
-    vf sig = load<vf>(sigma + (t - t0));
-    for (int q = 0; q < NQ; q++) {
-      vf row = sig * dot[q] + gauge[q];
-      if (zero) row += load<vf>(offset + (t - t0)) * zero_query[q];
-      store(s[q] + (t - t0), row);
-    }
-  }
-  for (int q = 0; q < NQ; q++) hide(a, b, q0 + q, t0, t1, s[q]);
+// Ask for what will be read soon.
+inline void prefetch(const uint8_t* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
 }
 
-// Scores to weights exp(s - most), in place.
-void softmax(float* row, int n, float& most, float& total) {
-  vf top = vf{} + NEG, sum{};
-  for (int t = 0; t < n; t += TILE) top = max(load<vf>(row + t), top);
-  most = most_of(top);
+// Scores in units of log 2, and the largest of each query.
+template <class I, int NQ>
+void scores(const Args& a, const Query& query, int b, int h, int q0, int t0, int t1, float (*s)[CHUNK], float* most) {
+  const int64_t head = int64_t(b) * a.kv_heads + h;
+  const auto scales = [&](const Scale& x, float* to) {
+    if (x.data) halves(x.data + b * x.batch_stride + h * x.head_stride + t0 * x.token_stride, x.token_stride, t1 - t0, to);
+  };
+  alignas(64) float sigma[CHUNK], offset[CHUNK];
+  alignas(64) int32_t sums[NQ][CHUNK];
+  scales(a.k_scale, sigma);
+  scales(a.k_zero, offset);
+  // 3 bits of all coordinates: one code from both planes, for half the products.
+  const bool joined = a.key_planes == 2 && a.q[0] == a.q[1] && a.k[0].width == 2;
+  const Plane& high = a.k[1];
+  const auto plane = [&](const Plane& x, int t) { return x.data + b * x.batch_stride + h * x.head_stride + t / TILE * x.tile_stride; };
+  for (int p = 0; p < a.key_planes; p += joined ? 2 : 1) {
+    const Plane& k = a.k[p];
+    for (int t = t0; t < t1; t += LANES) {
+      const bool two = t + TILE < t1;  // else both halves are the same tile
+      const Granules from{plane(k, t), 64, two ? k.tile_stride : 0, joined ? plane(high, t) : nullptr, 64, two ? high.tile_stride : 0};
+      tile<I, NQ>(k.width, joined ? high.width : 0, from, k.columns * k.width / 32, query.of(a, p, q0), (int32_t(*)[CHUNK])(sums[0] + (t - t0)));
+      prefetch(from.data + AHEAD, 2 * k.tile_stride);
+      if (joined) prefetch(from.high + AHEAD, 2 * high.tile_stride);
+      for (int i = 0; i < a.value_planes && !p; i++)  // of the same tokens, read next
+        prefetch(a.v[i].data + b * a.v[i].batch_stride + h * a.v[i].head_stride + t / (32 / a.v[i].width) * a.v[i].tile_stride, a.v[i].width * a.v[i].tile_stride);
+    }
+    const bool last = p + (joined ? 2 : 1) >= a.key_planes;
+    for (int q = 0; q < NQ; q++) {
+      const int64_t at = (head * a.queries + q0 + q) * a.scalar_row;
+      const float scale = query.scale[p * a.queries + q0 + q], bias = LOG2E * a.bias[at], zero_query = LOG2E * a.zero_query[at], gauge = LOG2E * a.gauge[at];
+      vf top = vf{} + NEG;
+      for (int t = 0; t < t1 - t0; t += TILE) {
+        vf x = scale * to_float(load<vi>(sums[q] + t)) + (p ? load<vf>(s[q] + t) : vf{} + bias);
+        if (last) x = load<vf>(sigma + t) * x + gauge;
+        if (last && a.k_zero.data) x += load<vf>(offset + t) * zero_query;
+        store(s[q] + t, x);
+        top = max(x, top);
+      }
+      most[q] = most_of(top);
+    }
+  }
+}
+
+// Scores to weights 2^(s - most), in place, and their sum.
+float softmax(float* row, int n, float most) {
+  vf sum{};
   const float from = most == NEG ? 0.0f : most;
   for (int t = 0; t < n; t += TILE) {
-    vf e = exp_negative(load<vf>(row + t) - from);
+    vf e = exp2_negative(load<vf>(row + t) - from);
     store(row + t, e);
     sum += e;
   }
-  total = sum_of(sum);
+  return sum_of(sum);
 }
 
-// Softmax weights times the scales of the values, as two 7-bit planes: w = unit * (hi * 128 + lo). Returns what all
-// channels get: the weighted zeros, or where levels are centred, the weights as rounded times the middle level.
-float split_weights(const float* row, const float* sigma, const float* offset, int n, int top, float& unit, int8_t* hi, int8_t* lo) {
-  alignas(64) float w[WEIGHTS];
+// Sixteen times four numbers of 0 to 32640 as factors.
+inline void split(const vi (&w)[4], int8_t* to) {
+#if defined(__AVX512BW__)
+  const __m512i x = _mm512_packs_epi32((__m512i)w[0], (__m512i)w[1]), y = _mm512_packs_epi32((__m512i)w[2], (__m512i)w[3]);
+  const auto upper = [](__m512i v) { return _mm512_srai_epi16(_mm512_add_epi16(v, _mm512_set1_epi16(128)), 8); };
+  const auto lower = [](__m512i v) { return _mm512_srai_epi16(_mm512_slli_epi16(v, 8), 8); };
+  const __m512i hi = _mm512_packs_epi16(upper(x), upper(y)), lo = _mm512_packs_epi16(lower(x), lower(y));
+  // lanes of 128 bits hold four tokens of each of w[0..3]
+  const __m512i even = _mm512_unpacklo_epi32(hi, lo), odd = _mm512_unpackhi_epi32(hi, lo);
+  alignas(64) int8_t fours[128];
+  _mm512_store_si512(fours, even);
+  _mm512_store_si512(fours + 64, odd);
+  for (int i = 0; i < 4; i++)
+    for (int j = 0; j < 4; j++) std::memcpy(to + (i * 4 + j) * FOUR, fours + i / 2 * 64 + j * 16 + i % 2 * 8, 8);
+#else
+  for (int i = 0; i < 4; i++) {
+    vb high = __builtin_convertvector((w[i] + 128) >> 8, vb), low = __builtin_convertvector(w[i], vb);
+    for (int j = 0; j < 4; j++) {
+      std::memcpy(to + (i * 4 + j) * FOUR, (const char*)&high + 4 * j, 4);
+      std::memcpy(to + (i * 4 + j) * FOUR + 4, (const char*)&low + 4 * j, 4);
+    }
+  }
+#endif
+}
+
+inline vi rounded(vf x) {
+#if defined(__AVX512F__)
+  return (vi)_mm512_cvtps_epi32((__m512)x);
+#else
+  return __builtin_convertvector(x + 0.5f, vi);
+#endif
+}
+
+// Softmax weights times the scales of the values, as factors in `unit`. Returns what all channels
+// get: the weighted zeros, or where levels are centred, the weights as rounded times the middle level.
+float split_weights(const float* row, const float* sigma, const float* offset, int n, int top, float& unit, int8_t* to) {
+  alignas(64) float w[CHUNK];
   vf most{}, constant{};
-  for (int i = 0; i < n; i += TILE) {  // a hidden row has weight 0 whatever its bytes hold
-    vf e = load<vf>(row + i), x = e > 0 ? e * load<vf>(sigma + i) : vf{};
-    if (offset) constant += e > 0 ? e * load<vf>(offset + i) : vf{};
+  for (int i = 0; i < n; i += TILE) {
+    vf e = load<vf>(row + i), x = e * load<vf>(sigma + i);
+    if (offset) constant += e * load<vf>(offset + i);
     most = max(x, most);
     store(w + i, x);
   }
-  const float largest = most_of(most), inverse = largest > 0 ? 16256 / largest : 0.0f;
-  unit = largest / 16256;
-  vf whole{};
-  for (int i = 0; i < n; i += TILE) {
-    vf rounded = load<vf>(w + i) * inverse + ROUND;
-    whole += rounded - ROUND;
-    vi x = low_bits(rounded);
-    vb high = __builtin_convertvector(x >> 7, vb), low = __builtin_convertvector(x & 127, vb);
-    std::memcpy(hi + i, &high, TILE);
-    std::memcpy(lo + i, &low, TILE);
+  const float largest = most_of(most), inverse = largest > 0 ? 32512 / largest : 0.0f;
+  unit = largest / 32512;
+  for (; n % 64; n += TILE) store(w + n, vf{});
+  vi whole{};
+  for (int i = 0; i < n; i += 64) {
+    vi x[4];
+    for (int j = 0; j < 4; j++) whole += x[j] = rounded(load<vf>(w + i + j * TILE) * inverse);
+    split(x, to + i / 4 * FOUR);
   }
-  return offset ? sum_of(constant) : -0.5f * top * unit * sum_of(whole);
+  return offset ? sum_of(constant) : -0.5f * top * unit * sum_of(to_float(whole));
 }
 
 template <class I, int NQ>
-void readout(const Args& a, int b, int h, int t0, int t1, const float (*s)[CHUNK], float* acc /* [NQ][head_dim] */) {
-  const int group = a.head_dim / a.groups, top = (1 << a.value_bits) - 1;
-  const uint16_t* scale = a.v_scale.data + b * a.v_scale.batch_stride + h * a.v_scale.head_stride;
-  const uint16_t* zero = a.v_zero.data ? a.v_zero.data + b * a.v_zero.batch_stride + h * a.v_zero.head_stride : nullptr;
+void readout(const Args& a, int b, int h, int t0, int t1, bool hidden, const float (*s)[CHUNK], float* acc /* [NQ][head_dim] */) {
+  const int group = a.head_dim / a.groups, top = (1 << a.value_bits) - 1, n = t1 - t0;
   const bool joined = a.value_bits == 3;
-  alignas(64) int8_t hi[NQ][WEIGHTS], lo[NQ][WEIGHTS];
-  alignas(64) float sigma[WEIGHTS], offset[WEIGHTS];
-  for (int first = t0; first < t1; first += WEIGHTS) {
-    const int n = std::min(WEIGHTS, t1 - first);
-    for (int g = 0; g < a.groups; g++) {
-      float unit[NQ], constant[NQ];
-      halves(scale + first * a.v_scale.token_stride + g, a.v_scale.token_stride, n, sigma);
-      if (zero) halves(zero + first * a.v_zero.token_stride + g, a.v_zero.token_stride, n, offset);
-      for (int q = 0; q < NQ; q++)
-        constant[q] = split_weights(s[q] + (first - t0), sigma, zero ? offset : nullptr, n, top, unit[q], hi[q], lo[q]);
-      const int from = g * group, to = from + group;
-      for (int d = from / TILE * TILE; d < to; d += TILE) {
-        vf sum[NQ];
-        for (int q = 0; q < NQ; q++) sum[q] = vf{} + constant[q];
-        const auto granules = [&](const Plane& v) {
-          return v.data + b * v.batch_stride + h * v.head_stride + first / (32 / v.width) * v.tile_stride + d * 4;
-        };
-        for (int p = 0; p < a.value_planes; p += joined ? 2 : 1) {
-          const Plane& v = a.v[p];
-          const Granules from{granules(v), v.tile_stride, joined ? granules(a.v[1]) : nullptr, a.v[1].tile_stride};
-          alignas(64) int32_t part[NQ][TILE];
-          tile<I, NQ, WEIGHTS>(v.width, joined ? a.v[1].width : 0, from, n * v.width / 32, hi[0], lo[0], part);
-          for (int q = 0; q < NQ; q++) sum[q] += unit[q] * float(p ? 1 << a.v[0].width : 1) * to_float(load<vi>(part[q]));
-        }
-        for (int q = 0; q < NQ; q++) {
-          float* at = acc + q * a.head_dim + d;
-          if (from <= d && d + TILE <= to) {
-            store(at, load<vf>(at) + sum[q]);
-          } else {  // groups that cut a tile
-            for (int i = std::max(from - d, 0); i < std::min(to - d, TILE); i++) at[i] += sum[q][i];
-          }
-        }
+  const Plane& high = a.v[1];
+  const auto plane = [&](const Plane& x, int d) {
+    return x.data + b * x.batch_stride + h * x.head_stride + t0 / (32 / x.width) * x.tile_stride + d * 4;
+  };
+  alignas(64) int8_t factors[CHUNK / 4 * FOUR];
+  alignas(64) float sigma[CHUNK], offset[CHUNK];
+  std::fill(acc, acc + NQ * a.head_dim, 0.0f);
+  for (int g = 0; g < a.groups; g++) {
+    const auto scales = [&](const Scale& x, float* to) {
+      if (x.data) halves(x.data + b * x.batch_stride + h * x.head_stride + t0 * x.token_stride + g, x.token_stride, n, to);
+    };
+    scales(a.v_scale, sigma);
+    scales(a.v_zero, offset);
+    if (hidden)  // a hidden row has weight 0, and its scale may be anything
+      for (int t = 0; t < n; t++) {
+        bool none = true;
+        for (int q = 0; q < NQ; q++) none = none && s[q][t] == 0;
+        if (none) sigma[t] = offset[t] = 0;
       }
-    }
+    float unit[NQ], constant[NQ];
+    for (int q = 0; q < NQ; q++)
+      constant[q] = split_weights(s[q], sigma, a.v_zero.data ? offset : nullptr, n, top, unit[q], factors + q * 8);
+    const int from = g * group, to = from + group;
+    for (int d = from / TILE * TILE; d < to; d += LANES)
+      for (int p = 0; p < a.value_planes; p += joined ? 2 : 1) {
+        const Plane& v = a.v[p];
+        const int next = d + TILE < to ? 64 : 0;  // 0: both halves are the same tile
+        const Granules granules{plane(v, d), v.tile_stride, next, joined ? plane(high, d) : nullptr, high.tile_stride, next};
+        alignas(64) int32_t sums[NQ][CHUNK];
+        tile<I, NQ>(v.width, joined ? high.width : 0, granules, n * v.width / 32, factors, sums);
+        for (int q = 0; q < NQ; q++)
+          for (int c = d; c < std::min(d + LANES, to); c += TILE) {
+            float* at = acc + q * a.head_dim + c;
+            const vf x = unit[q] * float(p ? 1 << a.v[0].width : 1) * to_float(load<vi>(sums[q] + (c - d))) + (p ? 0.0f : constant[q]);
+            if (from <= c && c + TILE <= to) {
+              store(at, load<vf>(at) + x);
+            } else {  // groups that cut a tile
+              for (int j = std::max(from - c, 0); j < std::min(to - c, TILE); j++) at[j] += x[j];
+            }
+          }
+      }
   }
 }
 
@@ -402,19 +479,26 @@ void readout(const Args& a, int b, int h, int t0, int t1, const float (*s)[CHUNK
 template <class I, int NQ>
 void attend_chunk(const Args& a, const Query& query, int b, int h, int q0, int t0, int t1, float* part) {
   alignas(64) float s[NQ][CHUNK];
-  scores<I, NQ>(a, query, b, h, q0, t0, t1, s);
-  for (int q = 0; q < NQ; q++) softmax(s[q], t1 - t0, part[q0 + q], part[a.queries + q0 + q]);
-  readout<I, NQ>(a, b, h, t0, t1, s, part + 2 * a.queries + int64_t(q0) * a.head_dim);
+  float* most = part + q0;
+  scores<I, NQ>(a, query, b, h, q0, t0, t1, s, most);
+  bool hidden = false;
+  for (int q = 0; q < NQ; q++) {
+    const Range range = seen(a, b, q0 + q, t0, t1);
+    if (a.valid || range.low > t0 || range.high < t1) {
+      hide(a, b, range, t0, t1, s[q]);
+      most[q] = *std::max_element(s[q], s[q] + (t1 - t0));
+      hidden = true;
+    }
+    part[a.queries + q0 + q] = softmax(s[q], t1 - t0, most[q]);
+  }
+  readout<I, NQ>(a, b, h, t0, t1, hidden, s, part + 2 * a.queries + int64_t(q0) * a.head_dim);
 }
 
 // As many queries at a time as the path has registers for.
 template <class I, int NQ = I::QUERIES>
 void attend_queries(const Args& a, const Query& query, int b, int h, int q0, int t0, int t1, float* part) {
   for (; a.queries - q0 >= NQ; q0 += NQ) attend_chunk<I, NQ>(a, query, b, h, q0, t0, t1, part);
-  if constexpr (NQ > 4)
-    attend_queries<I, 4>(a, query, b, h, q0, t0, t1, part);
-  else if constexpr (NQ > 1)
-    attend_queries<I, NQ - 1>(a, query, b, h, q0, t0, t1, part);
+  if constexpr (NQ > 1) attend_queries<I, NQ - 1>(a, query, b, h, q0, t0, t1, part);
 }
 
 void attend_chunk(const Args& a, const Query& query, int b, int h, int t0, int t1, float* part) {
@@ -449,7 +533,7 @@ inline float dot(const float* x, const float* y, int n) {
 }
 
 // Attention of one KV head's queries over its exact rows: out [queries][head_dim] normalized, and lse.
-void attend_exact(const Args& a, int b, int h, std::vector<float>& s, float* out, float* lse) {
+void attend_exact(const Args& a, int b, int h, float* s /* [queries][rows] */, float* out, float* lse) {
   const Exact& e = a.exact;
   const int n = e.rows, d = a.head_dim;
   const int width = e.dtype == 1 ? 4 : 2;
@@ -464,7 +548,7 @@ void attend_exact(const Args& a, int b, int h, std::vector<float>& s, float* out
   for (int i = 0; i < a.queries; i++) {
     int64_t at = int64_t(b) * a.new_tokens + i % a.new_tokens;
     int low = int(std::clamp<int64_t>(e.start[at], 0, n)), high = int(std::clamp<int64_t>(e.stop[at], 0, n));
-    float *w = &s[int64_t(i) * n], most = NEG, total = 0;
+    float *w = s + int64_t(i) * n, most = NEG, total = 0;
     bool bad = false;
     for (int j = low; j < high; j++) {
       most = std::max(most, w[j]);
@@ -526,36 +610,32 @@ extern "C" int headq_decode_attention(const Args* args) {
   const Args& a = *args;
   int heads = a.batch * a.kv_heads, chunks = (a.slots + CHUNK - 1) / CHUNK;
   int64_t width = int64_t(a.queries) * (a.head_dim + 2);
-  std::vector<Query> queries;
-  std::vector<float> parts, exacts;
-  try {
-    queries.resize(heads);
-    parts.resize(width * heads * chunks);
-    if (a.exact.dtype) exacts.resize(int64_t(heads) * a.queries * (a.head_dim + 1));
-  } catch (const std::bad_alloc&) {
-    return 1;
-  }
+  const int64_t exact_width = a.exact.dtype ? int64_t(a.queries) * (a.head_dim + 1 + a.exact.rows) : 0;
+  const std::unique_ptr<float[]> parts(new (std::nothrow) float[heads * (width * chunks + exact_width)]);
+  const std::unique_ptr<char[]> memory(new (std::nothrow) char[heads * Query::bytes(a)]);
+  if (!parts || !memory) return 1;
+  // neighbouring chunks go to one thread, which has asked for what follows
+  const int run = std::max(1, heads * chunks / (8 * a.threads));
+  float* exacts = parts.get() + heads * width * chunks;
 #pragma omp parallel num_threads(a.threads)
   {
 #pragma omp for schedule(static)
-    for (int i = 0; i < heads; i++) prepare(a, i, queries[i]);
-#pragma omp for schedule(dynamic) collapse(2)
+    for (int i = 0; i < heads; i++) prepare(a, i, Query(a, i, memory.get()));
+#pragma omp for schedule(dynamic, run) collapse(2)
     for (int i = 0; i < heads; i++)
       for (int c = 0; c < chunks; c++) {
         int t0 = c * CHUNK;
-        attend_chunk(a, queries[i], i / a.kv_heads, i % a.kv_heads, t0, std::min(t0 + CHUNK, a.slots), &parts[width * (int64_t(i) * chunks + c)]);
+        attend_chunk(a, Query(a, i, memory.get()), i / a.kv_heads, i % a.kv_heads, t0, std::min(t0 + CHUNK, a.slots), &parts[width * (int64_t(i) * chunks + c)]);
       }
 #pragma omp for schedule(static)
     for (int i = 0; i < heads; i++) {
       const int b = i / a.kv_heads, h = i % a.kv_heads;
-      float* exact = a.exact.dtype ? &exacts[int64_t(i) * a.queries * (a.head_dim + 1)] : nullptr;
-      float* exact_lse = exact + int64_t(a.queries) * a.head_dim;
-      if (exact) {
-        std::vector<float> weights(int64_t(a.queries) * a.exact.rows);
-        attend_exact(a, b, h, weights, exact, exact_lse);
-      }
+      const Query query(a, i, memory.get());
+      float* exact = a.exact.dtype ? exacts + i * exact_width : nullptr;
+      float *exact_lse = exact + int64_t(a.queries) * a.head_dim, *weights = exact_lse + a.queries;
+      if (exact) attend_exact(a, b, h, weights, exact, exact_lse);
       for (int q = 0; q < a.queries; q++) {
-        const float* first = parts.data() + width * int64_t(i) * chunks;
+        const float* first = parts.get() + width * int64_t(i) * chunks;
         float most = NEG, total = 0, *out = a.out + (int64_t(i) * a.queries + q) * a.head_dim;
         float& lse = a.lse[int64_t(i) * a.queries + q];
         std::fill(out, out + a.head_dim, 0.0f);
@@ -563,15 +643,15 @@ extern "C" int headq_decode_attention(const Args* args) {
         for (int c = 0; c < chunks && most != NEG; c++) {
           const float* part = first + c * width;
           if (part[q] == NEG) continue;
-          float factor = std::exp(part[q] - most);
+          float factor = std::exp2(part[q] - most);
           total += factor * part[a.queries + q];
           for (int d = 0; d < a.head_dim; d++) out[d] += factor * part[2 * a.queries + int64_t(q) * a.head_dim + d];
         }
-        lse = most == NEG ? NEG : most + std::log(total);
+        lse = most == NEG ? NEG : most / LOG2E + std::log(total);
         for (int d = 0; d < a.head_dim && total > 0; d++) out[d] /= total;
         int64_t at = int64_t(b) * a.new_tokens + q % a.new_tokens;
         for (int p = 0; p < a.key_planes; p++)
-          if (std::isnan(queries[i].scale[p * a.queries + q]) && a.start[at] < a.stop[at]) {
+          if (std::isnan(query.scale[p * a.queries + q]) && a.start[at] < a.stop[at]) {
             std::fill(out, out + a.head_dim, std::numeric_limits<float>::quiet_NaN());
             lse = std::numeric_limits<float>::quiet_NaN();
           }
