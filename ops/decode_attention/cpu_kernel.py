@@ -126,25 +126,24 @@ def decode_attention(
     scalars, scalar_row = _rows(bias, zero_query, gauge)
     rows = [start.contiguous(), stop.contiguous()]
     mask = None if valid is None else valid if valid.stride(1) == 1 else valid.contiguous()
-    # lists, so that what is made contiguous here lives until the call returns
-    key_planes, value_planes = [_dense(p) for p in key_planes], [_dense(p) for p in value_planes]
-    scales = [None if x is None else _dense(x) for x in (key_scale, key_zero, value_scale, value_zero)]
-    stored = _stored(key_planes, tuple(key_bits), [x.shape[-1] for x in planes], value_planes, value_bits, scales)
-    out, lse = q.new_empty(batch, heads, new, stored["head_dim"]), q.new_empty(batch, heads, new)
-    fields, kept = ({}, None) if exact is None else _exact(exact)
-    args = _Args(
-        batch=batch, kv_heads=kv_heads, queries=heads // kv_heads * new, slots=slots, new_tokens=new,
-        threads=torch.get_num_threads(), isa=code_path(lib), **stored,
-        q=(_P * 3)(*(x.data_ptr() for x in planes)), q_row=(_I64 * 3)(*(x.stride(2) for x in planes)),
-        q_weight=(ctypes.c_float * 3)(*weights), scalar_row=scalar_row,
-        bias=scalars[0].data_ptr(), zero_query=scalars[1].data_ptr(), gauge=scalars[2].data_ptr(),
-        start=rows[0].data_ptr(), stop=rows[1].data_ptr(),
-        valid=None if mask is None else mask.data_ptr(), valid_stride=0 if mask is None else mask.stride(0),
-        out=out.data_ptr(), lse=lse.data_ptr(), **fields,
-    )  # fmt: skip
+    columns = tuple([x.shape[-1] for x in planes])
+    scales = [key_scale, key_zero, value_scale, value_zero]
+    args, stored = _stored(tuple(key_bits), columns, value_bits, key_planes, value_planes, scales)
+    out = q.new_empty(batch, heads, new, args.head_dim)
+    lse = q.new_empty(batch, heads, new)
+    args.batch, args.kv_heads, args.queries, args.slots = batch, kv_heads, heads // kv_heads * new, slots
+    args.new_tokens, args.threads, args.isa = new, torch.get_num_threads(), code_path(lib)
+    for i, (x, weight) in enumerate(zip(planes, weights, strict=True)):
+        args.q[i], args.q_row[i], args.q_weight[i] = x.data_ptr(), x.stride(2), weight
+    args.bias, args.zero_query, args.gauge = [x.data_ptr() for x in scalars]
+    args.start, args.stop, args.scalar_row = rows[0].data_ptr(), rows[1].data_ptr(), scalar_row
+    if mask is not None:
+        args.valid, args.valid_stride = mask.data_ptr(), mask.stride(0)
+    args.out, args.lse = out.data_ptr(), lse.data_ptr()
+    kept = [] if exact is None else _set_exact(args, exact)
     if lib.headq_decode_attention(ctypes.byref(args)):
         raise MemoryError(f"decode_attention had no memory for its partial sums over {slots} slots")
-    del kept
+    del stored, kept  # what was made contiguous lives until here
     return out, lse
 
 
@@ -171,15 +170,17 @@ class Step:
         m = len(keys.bits)
         read, mean = read.contiguous(), None if mean is None else mean.contiguous()
         self.start, self.stop, self.exact_stop = ((_I64 * batch)() for _ in range(3))
-        self.kept = (keys, values, k, v, read, mean)
         start, stop, exact_stop = (ctypes.addressof(x) for x in (self.start, self.stop, self.exact_stop))
         scales = (keys.scale, keys.zero, values.scale, values.zero)
-        stored = _stored(keys.planes, keys.bits, [m] * len(keys.planes), values.planes, values.bits[0], scales)
-        self.args = _Args(
-            batch=batch, kv_heads=kv_heads, queries=groups, new_tokens=1, **stored, start=start, stop=stop,
-            q_row=(_I64 * 3)(*[m + 3] * 3), q_weight=(ctypes.c_float * 3)(*_weights(keys.bits)), scalar_row=m + 3,
-            exact=_Exact(**_exact_store(k, v), q_row=head_dim, start=start, stop=exact_stop), **_way_back(read, mean),
-        )  # fmt: skip
+        columns = (m,) * len(keys.planes)
+        self.args, stored = _stored(keys.bits, columns, values.bits[0], keys.planes, values.planes, scales)
+        self.kept = (stored, k, v, read, mean)
+        args = self.args
+        args.batch, args.kv_heads, args.queries, args.new_tokens = batch, kv_heads, groups, 1
+        args.start, args.stop, args.scalar_row, args.q_row[:] = start, stop, m + 3, [m + 3] * 3
+        args.q_weight = (ctypes.c_float * 3)(*_weights(keys.bits))
+        args.exact = _Exact(**_exact_store(k, v), q_row=head_dim, start=start, stop=exact_stop)
+        _set_way_back(args, read, mean)
         self.width = m + 3
         self.reference = ctypes.byref(self.args)
 
@@ -219,7 +220,7 @@ def _query_planes(q: Tensor, bits: tuple[int, ...]) -> tuple[list[Tensor], list[
 
     Where all coordinates have the same bits and fill whole granules, that is the query itself, times a power of two.
     """
-    if one_query(bits) and _row_stride(q) is not None:
+    if one_query(bits) and _row_stride(q.shape, q.stride()) is not None:
         weights = _weights(bits)
         return [q] * len(weights), weights
     planes = [p.contiguous() for p in query_planes(q, bits)]
@@ -232,37 +233,36 @@ def _weights(bits: tuple[int, ...]) -> list[float]:
     return [float(1 << sum(pieces[:i])) for i in range(len(pieces))]
 
 
-def _row_stride(x: Tensor) -> int | None:
+@functools.lru_cache(maxsize=1024)
+def _row_stride(shape: tuple[int, ...], stride: tuple[int, ...]) -> int | None:
     """The distance of rows ``[.., n]`` of ``[B, H, S, n]`` that lie evenly, None where they do not."""
-    b, h, s, n = x.shape
-    row = x.stride(2) if s > 1 else x.stride(1) if h > 1 else x.stride(0) if b > 1 else n
-    even = (
-        (b == 1 or x.stride(0) == h * s * row) and (h == 1 or x.stride(1) == s * row) and (s == 1 or x.stride(2) == row)
-    )
-    return row if even and (n == 1 or x.stride(3) == 1) else None
+    b, h, s, n = shape
+    row = stride[2] if s > 1 else stride[1] if h > 1 else stride[0] if b > 1 else n
+    even = (b == 1 or stride[0] == h * s * row) and (h == 1 or stride[1] == s * row) and (s == 1 or stride[2] == row)
+    return row if even and (n == 1 or stride[3] == 1) else None
 
 
 def _rows(*tensors: Tensor) -> tuple[list[Tensor], int]:
     """``[B, H, S]`` tensors whose entries all lie one distance apart."""
-    strides = {_row_stride(x[..., None]) for x in tensors}
+    strides = {_row_stride((*x.shape, 1), (*x.stride(), 1)) for x in tensors}
     if len(strides) == 1 and (row := strides.pop()) is not None:
         return list(tensors), row
     return [x.contiguous() for x in tensors], 1
 
 
-def _exact(x: ExactRows) -> tuple[dict[str, Any], list[Tensor]]:
-    """The fields of ``_Args`` for exact rows, and the tensors that must live until the call returns."""
-    q = x.q if _row_stride(x.q) is not None else x.q.contiguous()
+def _set_exact(args: _Args, x: ExactRows) -> list[Tensor]:
+    """Fill in exact rows; returns the tensors that must live until the call returns."""
+    row = _row_stride(x.q.shape, x.q.stride())
+    q, row = (x.q, row) if row is not None else (x.q.contiguous(), x.q.shape[-1])
     k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (x.k, x.v))
     start, stop, read = x.start.contiguous(), x.stop.contiguous(), x.read.contiguous()
     mean = None if x.mean is None else x.mean.contiguous()
-    row = _row_stride(q)
-    exact = _Exact(
+    args.exact = _Exact(
         **_exact_store(k, v), q_row=row, q=q.data_ptr(), start=start.data_ptr(), stop=stop.data_ptr(), rows=k.shape[2],
         scaling=1.0,
     )  # fmt: skip
-    fields = {"exact": exact} | _way_back(read, mean)
-    return fields, [t for t in (q, k, v, start, stop, read, mean) if t is not None]
+    _set_way_back(args, read, mean)
+    return [t for t in (q, k, v, start, stop, read, mean) if t is not None]
 
 
 def _exact_store(k: Tensor, v: Tensor) -> dict[str, int]:
@@ -273,44 +273,75 @@ def _exact_store(k: Tensor, v: Tensor) -> dict[str, int]:
     return fields
 
 
-def _way_back(read: Tensor, mean: Tensor | None) -> dict[str, Any]:
-    fields = {"read": read.data_ptr(), "mean": None if mean is None else mean.data_ptr()}
+def _set_way_back(args: _Args, read: Tensor, mean: Tensor | None) -> None:
+    args.read, args.mean = read.data_ptr(), None if mean is None else mean.data_ptr()
     for name, t in (("read", read), ("mean", mean)):
         for dim, axis in enumerate(("batch", "head")):
-            fields[f"{name}_{axis}"] = 0 if t is None or t.shape[dim] == 1 else t.stride(dim)
-    return fields
+            setattr(args, f"{name}_{axis}", 0 if t is None or t.shape[dim] == 1 else t.stride(dim))
 
 
-def _dense(x: Tensor) -> Tensor:
-    """``x`` with its entries of one token tile packed together; batch, heads and tokens may have any stride."""
-    if x.ndim == 3 or not x.shape[2]:
-        return x
-    return x if x[0, 0, 0].is_contiguous() else x.contiguous()
+_Form = tuple[tuple[int, ...], tuple[int, ...]]  # shape and stride
 
 
 def _stored(
-    key_planes: Sequence[Tensor], key_bits: tuple[int, ...], columns: Sequence[int], value_planes: Sequence[Tensor],
-    value_bits: int, scales: Sequence[Tensor | None],
-) -> dict[str, Any]:  # fmt: skip
-    """The fields of ``_Args`` for packed rows; ``scales``: scale and zero of keys, then of values."""
-    head_dim = value_planes[0].shape[3] * value_planes[0].shape[4]
-    key = zip(key_planes, plane_pieces(key_bits), columns, strict=True)
-    value = zip(value_planes, PIECES[value_bits], strict=True)
-    names = ("k_scale", "k_zero", "v_scale", "v_zero")
-    assert scales[2] is not None
-    return {
-        "head_dim": head_dim, "key_planes": len(key_planes), "value_planes": len(value_planes),
-        "value_bits": value_bits, "groups": scales[2].shape[3], "k": (_Plane * 3)(*(_plane(*x) for x in key)),
-        "v": (_Plane * 2)(*(_plane(*x, head_dim) for x in value)),
-        **{name: _scale(x) for name, x in zip(names, scales, strict=True)},
-    }  # fmt: skip
+    key_bits: tuple[int, ...], columns: tuple[int, ...], value_bits: int, key_planes: Sequence[Tensor],
+    value_planes: Sequence[Tensor], scales: Sequence[Tensor | None],
+) -> tuple[_Args, list[Tensor | None]]:  # fmt: skip
+    """``_Args`` of packed rows, and the tensors that it points to; ``scales``: scale and zero of keys, then of values.
+
+    Everything but addresses is kept for the next call with rows of this form.
+    """
+    stored = [*key_planes, *value_planes, *scales]
+    forms = tuple([None if x is None else (x.shape, x.stride()) for x in stored])
+    layout = _layout(key_bits, columns, value_bits, len(key_planes), forms)
+    if layout is None:
+        stored = [None if x is None else x.contiguous() for x in stored]
+        forms = tuple([None if x is None else (x.shape, x.stride()) for x in stored])
+        layout = _layout(key_bits, columns, value_bits, len(key_planes), forms)
+        assert layout is not None
+    args = _Args.from_buffer_copy(layout)
+    addresses = [None if x is None else x.data_ptr() for x in stored]
+    n = len(key_planes)
+    for i, at in enumerate(addresses[:n]):
+        args.k[i].data = at
+    for i, at in enumerate(addresses[n:-4]):
+        args.v[i].data = at
+    args.k_scale.data, args.k_zero.data, args.v_scale.data, args.v_zero.data = addresses[-4:]
+    return args, stored
 
 
-def _plane(plane: Tensor, width: int, columns: int) -> _Plane:
-    return _Plane(plane.data_ptr(), plane.stride(0), plane.stride(1), plane.stride(2), width, columns)
+@functools.lru_cache(maxsize=1024)
+def _layout(
+    key_bits: tuple[int, ...], columns: tuple[int, ...], value_bits: int, n: int, forms: tuple[_Form | None, ...]
+) -> _Args | None:
+    """``_Args`` of packed rows without addresses; None where the entries of a token tile do not lie together.
+
+    ``forms`` are those of ``n`` planes of keys, of the planes of values, and of four scales, of which some may lack.
+    """
+    planes, (k_scale, k_zero, v_scale, v_zero) = [f for f in forms[:-4] if f is not None], forms[-4:]
+    if not all(_dense(f) for f in (*planes, v_scale, v_zero) if f is not None):
+        return None
+    assert v_scale is not None
+    head_dim = planes[n][0][3] * planes[n][0][4]
+    key = zip(planes[:n], plane_pieces(key_bits), columns, strict=True)
+    value = zip(planes[n:], PIECES[value_bits], strict=True)
+    return _Args(
+        head_dim=head_dim, key_planes=n, value_planes=len(planes) - n, value_bits=value_bits, groups=v_scale[0][3],
+        k=(_Plane * 3)(*(_Plane(None, *f[1][:3], width, columns) for f, width, columns in key)),
+        v=(_Plane * 2)(*(_Plane(None, *f[1][:3], width, head_dim) for f, width in value)),
+        k_scale=_scale(k_scale), k_zero=_scale(k_zero), v_scale=_scale(v_scale), v_zero=_scale(v_zero),
+    )  # fmt: skip
 
 
-def _scale(scale: Tensor | None) -> _Scale:
-    if scale is None:
-        return _Scale()
-    return _Scale(scale.data_ptr(), scale.stride(0), scale.stride(1), scale.stride(2))
+def _dense(form: _Form) -> bool:
+    """Whether the entries of one token tile lie together; batch, heads and tokens may have any stride."""
+    expected = 1
+    for size, step in zip(reversed(form[0][3:]), reversed(form[1][3:]), strict=True):
+        if size != 1 and step != expected:
+            return 0 in form[0]
+        expected *= size
+    return True
+
+
+def _scale(form: _Form | None) -> _Scale:
+    return _Scale() if form is None else _Scale(None, *form[1][:3])

@@ -256,6 +256,10 @@ def _cpu(q, bias, zero_query, gauge, k, key_planes, key_bits, key_scale, key_zer
     lib = cpu_kernel.library() if k is None and v is None and q.dtype == torch.float32 else None
     if lib is None:
         return _tiled(q, bias, zero_query, gauge, k, key_planes, key_bits, key_scale, key_zero, v, value_planes, *rest)
+    if q.shape[2] <= QUERY_TILE:
+        return cpu_kernel.decode_attention(
+            lib, q, bias, zero_query, gauge, key_planes, key_bits, key_scale, key_zero, value_planes, *rest
+        )
     value_bits, value_scale, value_zero, start, stop, valid = rest
     parts = [
         cpu_kernel.decode_attention(
@@ -265,8 +269,6 @@ def _cpu(q, bias, zero_query, gauge, k, key_planes, key_bits, key_scale, key_zer
         )
         for s in _tiles(q.shape[2], QUERY_TILE)
     ]  # fmt: skip
-    if len(parts) == 1:
-        return parts[0]
     return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
 
 
