@@ -1,0 +1,45 @@
+"""The presets recipe: prefill in turn with the exact cache, and the table."""
+
+import json
+
+import torch
+from transformers import DynamicCache
+
+from headq_ao import calibrate
+from tests.conftest import load_recipe
+
+presets = load_recipe("presets")
+
+
+def test_measure_takes_turns_and_takes_the_cache_off(tiny, token_ids, monkeypatch):
+    calls, model = [], tiny()
+    monkeypatch.setattr(
+        presets, "seconds_of_prefill", lambda model, ids, packed: (calls.append(packed), (2.0 + packed, 4.0))[1]
+    )
+    calibration = calibrate(model, token_ids(1, 200), progress=False)
+    found = presets.measure(model, token_ids(1, 64), calibration, repeats=2, progress=False)
+    assert calls == [False, *[True] * len(presets.ROWS)] * 2
+    assert list(found) == [row[0] for row in presets.ROWS]
+    assert all(x["ratio"] == 1.5 and x["cpu_ratio"] == 1.0 for x in found.values())
+    assert not hasattr(model.model.layers[0].self_attn, "headq")
+
+
+def test_prefill_fills_the_cache_it_times(tiny, token_ids, monkeypatch):
+    caches, model = [], tiny()
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda ids, **kw: caches.append(kw["cache"]) or forward(ids, **kw))
+    wall, cpu = presets.seconds_of_prefill(model, token_ids(1, 40), packed=False)
+    assert isinstance(caches[0], DynamicCache) and caches[0].get_seq_length() == 40
+    assert wall > 0 and cpu >= 0 and torch.is_grad_enabled()
+
+
+def test_the_table_shows_each_preset_once(tmp_path):
+    score = {"ppl_ratio": 1.01, "ppl_ratio_sem": 0.001, "mean_kl": 0.02, "mean_kl_sem": 0.001}
+    bits = {"body": 2.5, "at": {"4096": 2.625}}
+    for *_, file in presets.ROWS:
+        (tmp_path / f"{file}.json").write_text(json.dumps({"score": score, "bits": bits}))
+    prefill = {name: {"cpu_ratio": 1.08} for name, *_ in presets.ROWS}
+    env = {"cpu": "a CPU", "threads": 1}
+    result = {"model": "m", "dtype": "float32", "tokens": 64, "repeats": 3, "prefill": prefill, "environment": env}
+    table = presets.readme_table(result, tmp_path)
+    assert table.count("| 2.50 | 2.62 |") == len(presets.ROWS) and table.count("+8 %") == len(presets.ROWS)
