@@ -27,7 +27,7 @@ from headq_ao.evals.bench_rows import (
     exact_attention,
     random_packed,
 )
-from headq_ao.evals.bench_timing import BUDGET, Call, bursts, cache_bytes, cold_copies, load_average
+from headq_ao.evals.bench_timing import BUDGET, Call, bursts, cache_bytes, cold_copies, linear_fit, load_average
 from headq_ao.evals.environment import environment, write_json
 from headq_ao.evals.inputs import SMOLLM2
 from headq_ao.evals.table import markdown_table
@@ -282,7 +282,18 @@ def readme_notes(result: dict[str, Any]) -> str:
             f"; on q, k, v of {real['model']} ({real['tokens']} tokens, {real['bits']}) {real['mean']:.1e} on average, "
             f"{real['max']:.1e} in the worst layer"
         )
-    return text + ". `python -m headq_ao.evals.bench_decode`."
+    return text + growth(result) + ". `python -m headq_ao.evals.bench_decode`."
+
+
+def growth(result: dict[str, Any]) -> str:
+    """How time grows with the context, for each shape: a line through the times of one thread; from 3 contexts on."""
+    lines = {}
+    for shape in dict.fromkeys(c["shape"] for c in result["cells"]):
+        cells = [c for c in result["cells"] if c["shape"] == shape and c["threads"] == 1 and MIX in c["methods"]]
+        if len(cells) > 2:
+            lines[shape] = linear_fit([c["context"] / 1024 for c in cells], [c["methods"][MIX]["ms"] for c in cells])
+    fits = (f"{shape} {1e3 * x['at_0']:.0f} + {1e3 * x['slope']:.1f} (R² {x['r2']:.5f})" for shape, x in lines.items())
+    return f". µs of one thread and µs per 1024 tokens, {label(MIX)}: {', '.join(fits)}" if lines else ""
 
 
 def parser() -> argparse.ArgumentParser:

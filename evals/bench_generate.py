@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from headq_ao import headq_config, quantize_
 from headq_ao.evals.bench_memory import CACHES, TINY, calibration_of, held_bytes, load_model, new_cache, peaks, text_ids
 from headq_ao.evals.bench_result import CheckFailedError, add_result_options, check_whole, each, fill_readme
-from headq_ao.evals.bench_timing import clock, load_average
+from headq_ao.evals.bench_timing import clock, linear_fit, load_average
 from headq_ao.evals.environment import environment, write_json
 from headq_ao.evals.inputs import SMOLLM2, describe
 from headq_ao.evals.table import markdown_table
@@ -142,21 +142,6 @@ def prefill(models: Models, ids: Tensor, repeats: int, threads: int) -> dict[str
     ratio = statistics.median(b / a for a, b in zip(times["dense"], times["packed"], strict=True))
     middle = {kind: statistics.median(x) for kind, x in times.items()}
     return {"context": ids.shape[1], "threads": threads, **middle, "ratio": ratio, "all": times}
-
-
-def linear_fit(x: Sequence[float], y: Sequence[float]) -> dict[str, float]:
-    """Least squares ``y = at_0 + slope · x`` and its R².
-
-    Example:
-        >>> from headq_ao.evals.bench_generate import linear_fit
-        >>> linear_fit([1, 2, 3], [3, 5, 7])
-        {'at_0': 1.0, 'slope': 2.0, 'r2': 1.0}
-    """
-    slope, at_0 = statistics.linear_regression(x, y)
-    mean = statistics.fmean(y)
-    left = sum((b - at_0 - slope * a) ** 2 for a, b in zip(x, y, strict=True))
-    spread = sum((b - mean) ** 2 for b in y)
-    return {"at_0": at_0, "slope": slope, "r2": 1 - left / spread if spread else 1.0}
 
 
 def fits(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -84,3 +84,18 @@ def bursts(
                 next(turn)()
             found[name].append(1e3 * (now() - start) / numbers[name])
     return found
+
+
+def linear_fit(x: Sequence[float], y: Sequence[float]) -> dict[str, float]:
+    """Least squares ``y = at_0 + slope · x`` and its R².
+
+    Example:
+        >>> from headq_ao.evals.bench_timing import linear_fit
+        >>> linear_fit([1, 2, 3], [3, 5, 7])
+        {'at_0': 1.0, 'slope': 2.0, 'r2': 1.0}
+    """
+    slope, at_0 = statistics.linear_regression(x, y)
+    mean = statistics.fmean(y)
+    left = sum((b - at_0 - slope * a) ** 2 for a, b in zip(x, y, strict=True))
+    spread = sum((b - mean) ** 2 for b in y)
+    return {"at_0": at_0, "slope": slope, "r2": 1 - left / spread if spread else 1.0}

@@ -8,7 +8,8 @@ import torch
 
 from headq_ao import headq_config
 from headq_ao.evals import bench_generate, bench_memory
-from headq_ao.evals.bench_generate import both, decode, filled, linear_fit
+from headq_ao.evals.bench_generate import both, decode, filled
+from headq_ao.evals.bench_timing import linear_fit
 
 SMALL = [
     "--model", "tiny", "--contexts", "128", "160", "192", "--threads", "1", "--steps", "32", "--batch", "2",
