@@ -340,6 +340,11 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--threads", type=int, help="of the CPU (default: torch's)")
     p.add_argument("--json", type=Path, default=RESULT, help="the result (default: recipes/results/retrieval)")
+    p.add_argument(
+        "--keep",
+        action="store_true",
+        help="keep what --json has of caches that are not in --subjects; the exact cache is asked anew and must agree",
+    )
     p.add_argument("--readme", type=Path, help="only put the stored result into this README")
     return p
 
@@ -386,6 +391,19 @@ def prepare(args: argparse.Namespace) -> tuple[Any, Any, list[Context], Path]:
     return model, tokenizer, contexts, text
 
 
+def stored_entries(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """The entries of a stored result, each with the environment that it was measured in.
+
+    Raises:
+        ValueError: when other contexts were asked about.
+        OSError: when there is no such file.
+    """
+    result = json.loads(path.read_text(encoding="utf-8"))
+    if other := [name for name in settings if result["settings"].get(name) != settings[name]]:
+        raise ValueError(f"--keep needs the settings of {path}, which differ in {', '.join(other)}")
+    return {name: {"environment": result["environment"], **entry} for name, entry in result["subjects"].items()}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command."""
     args = parser().parse_args(argv)
@@ -415,6 +433,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "prefill_chunk": CHUNK,
     }
     settings |= {"resamples": RESAMPLES, "guessing": 1 / args.choices}
+    try:
+        stored = stored_entries(args.json, settings) if args.keep else {}
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     entries: dict[str, Any] = {}
     result: dict[str, Any] = {}
     exact: Answers | None = None
@@ -428,7 +451,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = {} if subject.kind != "headq" or subject.config is None else {"config": describe(subject.config)}
         entries[name] = summarize(answers, exact, contexts, args.seed) | subject.describe() | config
         half = entries["exact"]["accuracy"] >= 0.5
-        result = {"settings": settings, "exact_at_least_half": half, "subjects": entries, "environment": environment()}
+        if stored and stored["exact"]["correct"] != entries["exact"]["correct"]:
+            print(f"error: the exact cache answers otherwise than in {args.json}: run all caches anew", file=sys.stderr)
+            return 1
+        shown = {n: e for n in SUBJECTS if (e := entries.get(n, stored.get(n))) is not None}
+        result = {"settings": settings, "exact_at_least_half": half, "subjects": shown, "environment": environment()}
         write_json(args.json, result)  # what has been measured stays when the rest is stopped
         entry = entries[name]
         difference = (

@@ -263,6 +263,19 @@ def test_whole_run(tiny, monkeypatch, tmp_path, capsys):
     assert result["environment"]["command"]
     out, err = capsys.readouterr()
     assert "turboquant_2bit: 0." in out and ("below one half" in err) is not result["exact_at_least_half"]
+    one = f"--calibration bundled --contexts 2 --tokens 700 --questions 3 --keep --json {path}".split()
+    assert retrieval.main([*one, "--subjects", "turboquant_2bit"]) == 0
+    kept = json.loads(path.read_text(encoding="utf-8"))["subjects"]
+    assert list(kept) == list(result["subjects"])
+    assert kept["headq_2bit"] == result["subjects"]["headq_2bit"] | {"environment": result["environment"]}
+    assert "environment" not in kept["turboquant_2bit"]
+    assert retrieval.main([*one, "--subjects", "turboquant_2bit", "--seed", "7"]) == 2
+    assert "which differ in seed" in capsys.readouterr().err
+    changed = json.loads(path.read_text(encoding="utf-8"))
+    changed["subjects"]["exact"]["correct"][0] = "no"
+    path.write_text(json.dumps(changed), encoding="utf-8")
+    assert retrieval.main([*one, "--subjects", "turboquant_2bit"]) == 1
+    assert "answers otherwise" in capsys.readouterr().err
 
 
 def test_help_teaches(capsys):
