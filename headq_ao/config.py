@@ -41,8 +41,8 @@ class HeadQConfig(AOBaseConfig):
         sign: ``+1``; ``-1`` adds the correction with the wrong sign (control).
         rotation: quantize in a Hadamard-rotated basis.
         key_gauge: subtract a per-head mean from keys, which softmax cannot see.
-        unbiased_scale: without a zero, store the scale that makes ``⟨y, ŷ⟩ = ‖y‖²``: nearest levels shrink a row, and
-            shrinkage does not average out over tokens.
+        unbiased_scale: without a zero, store the scale that makes ``⟨y, ŷ⟩ = ‖y‖²`` (in the metric of error feedback,
+            where there is one): codes of least error shrink a row, and shrinkage does not average out over tokens.
         v_group_size: coordinates of a value that share a scale; ``None`` is ``head_dim``.
         n_sink: first tokens of each sequence kept exact.
         residual_length: newest tokens kept exact, at least; up to ``residual_length + block_size − 1``.

@@ -33,7 +33,8 @@ def encode_values(
         mean: the value gauge ``[B or 1, Hkv, D]`` (``Σ a_j = 1``: the reader adds it once), or None.
         metric: ``[B or 1, Hkv, D, D]``, how an error of ``y`` is seen; needs ``step`` and one group.
         step: level distance in units of the group's RMS, 0 for min-max.
-        unbiased: store the scale that makes ``⟨y, ŷ⟩ = ‖y‖²`` (symmetric groups only).
+        unbiased: store the scale that makes ``⟨y, ŷ⟩ = ‖y‖²``, or with ``metric`` ``yᵀ M ŷ = yᵀ M y`` (symmetric
+            groups only).
 
     Returns:
         Value planes (see :mod:`headq_ao.ops.layout`), scale ``[B, Hkv, T, D/group_size]`` fp16, and zero or None.

@@ -23,7 +23,9 @@ def encode_values(
     y = (v @ encode.to(dtype)).unflatten(-1, (-1, group_size))  # [B, Hkv, T, D/g, g]
     top, rows = 2**bits - 1, []
     if metric is not None:  # symmetric, rounded with error feedback
-        codes, scale = feedback_codes(y.flatten(-2), metric, y.new_full((1, 1, group_size), step), bits, unbiased=False)
+        codes, scale = feedback_codes(
+            y.flatten(-2), metric, y.new_full((1, 1, group_size), step), bits, unbiased=unbiased
+        )
         # a value row is read as scale · (c − c0): its step is part of the scale
         scale, codes = half(scale.to(dtype) * step)[..., None, None], codes.unflatten(-1, (-1, group_size))
     elif not step:  # affine: min-max

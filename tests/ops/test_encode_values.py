@@ -74,25 +74,29 @@ def test_a_basis_and_a_mean_of_each_head(randn, orthogonal, bits, shape):
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
 
 
+@pytest.mark.parametrize("unbiased", [False, True])
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 6])
-def test_feedback_codes_the_encoded_row(randn, bits):
-    """With a metric: the codes of feedback_codes, and their step as a part of the scale; no gain."""
+def test_feedback_codes_the_encoded_row(randn, bits, unbiased):
+    """With a metric: the codes of feedback_codes, and their step as a part of the scale."""
     v, encode, mean = randn(2, 2, 32, 32), randn(1, 2, 32, 32), randn(1, 2, 32)
     metric, step = encode.mT @ encode, GAUSSIAN_STEP[bits]
     y = (v - mean.unsqueeze(-2)) @ encode
-    want, sigma = feedback_codes(y, metric, torch.full((1, 1, 32), step), bits, unbiased=False)
-    for unbiased in (False, True):
-        options = {"group_size": 32, "mean": mean, "metric": metric, "step": step, "unbiased": unbiased}
-        codes, scale, zero = run(v, encode, bits, **options)
-        assert torch.equal(codes, want) and zero is None
-        assert torch.equal(scale[..., 0], (sigma.double() * step).half())
+    want, sigma = feedback_codes(y, metric, torch.full((1, 1, 32), step), bits, unbiased=unbiased)
+    options = {"group_size": 32, "mean": mean, "step": step, "unbiased": unbiased}
+    codes, scale, zero = run(v, encode, bits, metric=metric, **options)
+    assert torch.equal(codes, want) and zero is None
+    assert torch.equal(scale[..., 0], (sigma.double() * step).half())
 
-    def error(codes, scale):
-        e = y - scale.double() * (codes - (2**bits - 1) / 2)
-        return float(((e @ metric) * e).sum())
+    def form(x, y):
+        return ((x @ metric) * y).sum(-1)
 
-    nearest, plain, _ = run(v, encode, bits, group_size=32, mean=mean, step=step, unbiased=False)
-    assert error(codes, scale) < 0.8 * error(nearest, plain)
+    def y_hat(codes, scale):
+        return scale.double() * (codes - (2**bits - 1) / 2)
+
+    kept = form(y, y_hat(codes, scale)) / form(y, y)
+    assert unbiased == bool((kept - 1).abs().max() <= 2.0**-9)
+    off, nearest = (y - y_hat(*c) for c in ((codes, scale), run(v, encode, bits, **options)[:2]))
+    assert form(off, off).sum() < 0.8 * form(nearest, nearest).sum()
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
