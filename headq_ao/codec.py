@@ -16,7 +16,8 @@ from headq_ao.ops.layout import unpack_keys
 # Distance of the levels of the uniform quantizer with least squared error on a unit normal (Max, 1960).
 GAUSSIAN_STEP = {1: 1.596, 2: 0.9957, 3: 0.5860, 4: 0.3352, 5: 0.1881, 6: 0.1041, 8: 0.0308}
 RIDGE = 1e-6  # of the largest eigenvalue of C_q
-VISIBLE_RIDGE = 0.1  # of the mean eigenvalue of C_q: errors that few queries have seen still count
+VISIBLE_RIDGE = 1.0  # of the mean eigenvalue of a calibration's C_q: other queries see other errors
+PROMPT_RIDGE = 0.1  # of the mean eigenvalue of a prompt's own C_q
 SPREAD_RIDGE = 1e-4  # of the mean eigenvalue of a covariance
 SEEN_RANK = 16  # directions of a prompt's own C_q that are kept
 STEP_GRID = tuple(0.6 + 0.1 * i for i in range(20))
@@ -238,7 +239,7 @@ def prompt_visible_codec(config: HeadQConfig, c_q: Tensor, mean: Tensor, varianc
     spread = spread / spread.log().mean(-1, keepdim=True).exp()  # around 1, as fp16 likes it
     seen = None
     if config.error_feedback:
-        values, vectors = _eigh(ridged(c_q, VISIBLE_RIDGE))
+        values, vectors = _eigh(ridged(c_q, PROMPT_RIDGE))
         rank = min(SEEN_RANK, values.shape[-1] // 2)
         floor = values[..., :-rank].mean(-1, keepdim=True).clamp(min=1e-30)
         seen = (vectors[..., -rank:] * (values[..., -rank:] / floor - 1).clamp(min=0).sqrt()[..., None, :]).to(

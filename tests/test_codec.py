@@ -513,7 +513,7 @@ def test_the_metric_is_what_scores_show(statistics):
     """``eᵀMe`` of the coordinates is ``E[(q·k_err)²]``, with a tenth of the mean eigenvalue for all directions."""
     q, k, c_q = statistics()
     codec = build(headq_config(), c_q, k)
-    ridge = 0.1 * c_q.diagonal(dim1=-2, dim2=-1).mean(-1)
+    ridge = c_q.diagonal(dim1=-2, dim2=-1).mean(-1)
     e = randn(1, 2, 8, 64, seed=12)
     k_err = e @ codec.reader.mT
     shown = (q @ k_err.mT).square().mean(-2) + ridge[..., None] * k_err.square().sum(-1)
