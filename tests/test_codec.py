@@ -10,6 +10,7 @@ from headq_ao import headq_config
 from headq_ao.calibration import MomentAccumulator
 from headq_ao.codec import (
     GAUSSIAN_STEP,
+    PROMPT_RIDGE,
     STEP_GRID,
     KeyCodec,
     affine_codec,
@@ -522,8 +523,9 @@ def test_the_metric_is_what_scores_show(statistics):
 
 
 @pytest.mark.parametrize("power", [0.0, 0.75, 1.0])
-def test_the_prompt_codec_is_a_visible_codec_of_little(statistics, power):
+def test_the_prompt_codec_is_a_visible_codec_of_little(statistics, power, monkeypatch):
     """Diagonal covariance and a C_q of 16 directions over a flat rest: where that is all, both are one codec."""
+    monkeypatch.setattr("headq_ao.codec.VISIBLE_RIDGE", PROMPT_RIDGE)
     _, k, _ = statistics()
     config, d = headq_config(whitening=power), 64
     basis = orthogonal(1, 2, d, seed=8)
