@@ -192,7 +192,7 @@ def readme_notes(result: dict[str, Any]) -> str:
     for fit in result["fits"]:
         name = "HeadQ" if fit["cache"] == "packed" else "DynamicCache"
         text += (
-            f". {name}, {fit['threads']} threads: {fit['at_0']:.1f} ms + {fit['slope']:.2f} ms per 1024 tokens "
+            f". {name}, {fit['threads']} threads: {fit['at_0']:.1f} ms {fit['slope']:+.2f} ms per 1024 tokens "
             f"(R² {fit['r2']:.4f})"
         )
     for m in result["memory"]:

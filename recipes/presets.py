@@ -78,7 +78,7 @@ def readme_table(result: dict[str, Any], frontier: Path = FRONTIER) -> str:
                 f"{100 * (result['prefill'][name]['cpu_ratio'] - 1):+.0f} %",
             ]
         )
-    header = ["preset", "bits stored", "bits at 4k", "perplexity ratio", "KL (nats)", "prefill time"]
+    header = ["preset", "bits stored", "bits at 4k", "perplexity ratio", "KL (nats)", "prefill, CPU time"]
     env = result["environment"]
     note = (
         f"{result['model']}, {result['dtype']}. Bits, ratio and KL: `recipes/frontier.yaml`. Prefill of "

@@ -391,6 +391,22 @@ def prepare(args: argparse.Namespace) -> tuple[Any, Any, list[Context], Path]:
     return model, tokenizer, contexts, text
 
 
+def settings_of(args: argparse.Namespace, calibration: str, chat: bool) -> dict[str, Any]:
+    """All that the contexts, the questions and the calibration depend on."""
+    kept = ("dtype", "tokens", "pairs", "contexts", "questions", "choices", "seed", "calibration_tokens")
+    return {
+        "model": Path(args.model).name,
+        **{name: getattr(args, name) for name in kept},
+        "calibration": calibration,
+        "fact": FACT,
+        "question": QUESTION,
+        "chat": chat,
+        "prefill_chunk": CHUNK,
+        "resamples": RESAMPLES,
+        "guessing": 1 / args.choices,
+    }
+
+
 def stored_entries(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """The entries of a stored result, each with the environment that it was measured in.
 
@@ -413,6 +429,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             fill_marks(args.readme, "retrieval", lambda: readme_table(result))
             return 0
         model, tokenizer, contexts, text = prepare(args)
+        settings = settings_of(args, text.name, tokenizer.chat_template is not None)
+        stored = stored_entries(args.json, settings) if args.keep else {}
         if args.threads is not None:
             torch.set_num_threads(args.threads)
         calibration = None
@@ -421,21 +439,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                 model, tokenizer, text, args.calibration_tokens, True, context_length=args.tokens
             )
     except (ValueError, OSError, ModuleNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    kept = ("dtype", "tokens", "pairs", "contexts", "questions", "choices", "seed", "calibration_tokens")
-    settings = {"model": Path(args.model).name, **{name: getattr(args, name) for name in kept}}
-    settings |= {
-        "calibration": text.name,
-        "fact": FACT,
-        "question": QUESTION,
-        "chat": tokenizer.chat_template is not None,
-        "prefill_chunk": CHUNK,
-    }
-    settings |= {"resamples": RESAMPLES, "guessing": 1 / args.choices}
-    try:
-        stored = stored_entries(args.json, settings) if args.keep else {}
-    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     entries: dict[str, Any] = {}

@@ -511,7 +511,7 @@ def test_whitening_survives_a_singular_covariance():
 
 
 def test_the_metric_is_what_scores_show(statistics):
-    """``eᵀMe`` of the coordinates is ``E[(q·k_err)²]``, with a tenth of the mean eigenvalue for all directions."""
+    """``eᵀMe`` of the coordinates is ``E[(q·k_err)²]``, with the mean eigenvalue for all directions."""
     q, k, c_q = statistics()
     codec = build(headq_config(), c_q, k)
     ridge = c_q.diagonal(dim1=-2, dim2=-1).mean(-1)

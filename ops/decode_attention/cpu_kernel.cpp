@@ -110,11 +110,17 @@ inline float sum_of(vf v) {
 }
 #endif
 
+inline float largest(const float* x, int n) {
+  vf top = vf{} + NEG;
+  for (int i = 0; i < n; i += TILE) top = max(load<vf>(x + i), top);
+  return most_of(top);
+}
+
 constexpr float LOG2E = 1.44269504f;
 
 // 2^x for x <= 0, relative error below 1e-6; 0 at -inf.
 inline vf exp2_negative(vf x) {
-#if defined(__AVX512F__)
+#if defined(__AVX512DQ__)
   vf f = (vf)_mm512_reduce_ps((__m512)x, 1);  // x - floor(x)
 #else
   constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest whole number in the low bits
@@ -127,7 +133,7 @@ inline vf exp2_negative(vf x) {
   p = p * f + 2.4015361e-1f;
   p = p * f + 6.9315308e-1f;
   p = p * f + 9.9999994e-1f;
-#if defined(__AVX512F__)
+#if defined(__AVX512DQ__)
   return (vf)_mm512_scalef_ps((__m512)p, (__m512)x);
 #else
   vf e = p * (vf)(((vi)n - (vi)(vf{} + ROUND) + 127) << 23);
@@ -337,10 +343,12 @@ void scores(const Args& a, const Query& query, int b, int h, int q0, int t0, int
       const bool two = t + TILE < t1;  // else both halves are the same tile
       const Granules from{plane(k, t), 64, two ? k.tile_stride : 0, joined ? plane(high, t) : nullptr, 64, two ? high.tile_stride : 0};
       tile<I, NQ>(k.width, joined ? high.width : 0, from, k.columns * k.width / 32, query.of(a, p, q0), (int32_t(*)[CHUNK])(sums[0] + (t - t0)));
-      prefetch(from.data + AHEAD, 2 * k.tile_stride);
-      if (joined) prefetch(from.high + AHEAD, 2 * high.tile_stride);
-      for (int i = 0; i < a.value_planes && !p; i++)  // of the same tokens, read next
-        prefetch(a.v[i].data + b * a.v[i].batch_stride + h * a.v[i].head_stride + t / (32 / a.v[i].width) * a.v[i].tile_stride, a.v[i].width * a.v[i].tile_stride);
+      prefetch(from.data + AHEAD, LANES * k.columns * k.width / 8);
+      if (joined) prefetch(from.high + AHEAD, LANES * high.columns * high.width / 8);
+      for (int i = 0; i < a.value_planes && !p; i++) {  // of the same tokens, read next
+        const Plane& v = a.v[i];
+        prefetch(v.data + b * v.batch_stride + h * v.head_stride + t / (32 / v.width) * v.tile_stride, LANES * a.head_dim * v.width / 8);
+      }
     }
     const bool last = p + (joined ? 2 : 1) >= a.key_planes;
     for (int q = 0; q < NQ; q++) {
@@ -371,7 +379,7 @@ float softmax(float* row, int n, float most) {
   return sum_of(sum);
 }
 
-// Sixteen times four numbers of 0 to 32640 as factors.
+// Sixteen times four numbers of 0 to 32639 as factors.
 inline void split(const vi (&w)[4], int8_t* to) {
 #if defined(__AVX512BW__)
   const __m512i x = _mm512_packs_epi32((__m512i)w[0], (__m512i)w[1]), y = _mm512_packs_epi32((__m512i)w[2], (__m512i)w[3]);
@@ -404,26 +412,34 @@ inline vi rounded(vf x) {
 #endif
 }
 
-// Softmax weights times the scales of the values, as factors in `unit`. Returns what all channels
-// get: the weighted zeros, or where levels are centred, the weights as rounded times the middle level.
+// Softmax weights times the scales of the values, as factors in `unit`. What rounding takes from a weight goes to one that
+// follows, so that many small weights keep their sum. Returns what all channels get: the weighted zeros, or where levels are
+// centred, the weights as rounded times the middle level; NaN where a weight is none.
 float split_weights(const float* row, const float* sigma, const float* offset, int n, int top, float& unit, int8_t* to) {
   alignas(64) float w[CHUNK];
-  vf most{}, constant{};
+  vf most{}, constant{}, all{};
   for (int i = 0; i < n; i += TILE) {
     vf e = load<vf>(row + i), x = e * load<vf>(sigma + i);
     if (offset) constant += e * load<vf>(offset + i);
     most = max(x, most);
+    all += x;
     store(w + i, x);
   }
   const float largest = most_of(most), inverse = largest > 0 ? 32512 / largest : 0.0f;
   unit = largest / 32512;
   for (; n % 64; n += TILE) store(w + n, vf{});
+  vf left[4]{};
   vi whole{};
   for (int i = 0; i < n; i += 64) {
     vi x[4];
-    for (int j = 0; j < 4; j++) whole += x[j] = rounded(load<vf>(w + i + j * TILE) * inverse);
+    for (int j = 0; j < 4; j++) {
+      const vf exact = load<vf>(w + i + j * TILE) * inverse;
+      whole += x[j] = rounded(exact > 0 ? exact + left[j] : vf{});  // a hidden row has weight 0 whatever its bytes hold
+      left[j] += exact - to_float(x[j]);
+    }
     split(x, to + i / 4 * FOUR);
   }
+  if (std::isnan(sum_of(all))) return std::numeric_limits<float>::quiet_NaN();
   return offset ? sum_of(constant) : -0.5f * top * unit * sum_of(to_float(whole));
 }
 
@@ -486,7 +502,7 @@ void attend_chunk(const Args& a, const Query& query, int b, int h, int q0, int t
     const Range range = seen(a, b, q0 + q, t0, t1);
     if (a.valid || range.low > t0 || range.high < t1) {
       hide(a, b, range, t0, t1, s[q]);
-      most[q] = *std::max_element(s[q], s[q] + (t1 - t0));
+      most[q] = largest(s[q], t1 - t0);
       hidden = true;
     }
     part[a.queries + q0 + q] = softmax(s[q], t1 - t0, most[q]);
@@ -649,6 +665,7 @@ extern "C" int headq_decode_attention(const Args* args) {
         }
         lse = most == NEG ? NEG : most / LOG2E + std::log(total);
         for (int d = 0; d < a.head_dim && total > 0; d++) out[d] /= total;
+        if (std::isnan(total)) std::fill(out, out + a.head_dim, total);
         int64_t at = int64_t(b) * a.new_tokens + q % a.new_tokens;
         for (int p = 0; p < a.key_planes; p++)
           if (std::isnan(query.scale[p * a.queries + q]) && a.start[at] < a.stop[at]) {

@@ -122,7 +122,7 @@ def decode_attention(
     :func:`headq_ao.ops.attend`."""
     batch, heads, new, _ = q.shape
     kv_heads, slots = key_scale.shape[1:]
-    planes, weights = _query_planes(q, tuple(key_bits))
+    planes, strides, weights = _query_planes(q, tuple(key_bits))
     scalars, scalar_row = _rows(bias, zero_query, gauge)
     rows = [start.contiguous(), stop.contiguous()]
     mask = None if valid is None else valid if valid.stride(1) == 1 else valid.contiguous()
@@ -133,8 +133,8 @@ def decode_attention(
     lse = q.new_empty(batch, heads, new)
     args.batch, args.kv_heads, args.queries, args.slots = batch, kv_heads, heads // kv_heads * new, slots
     args.new_tokens, args.threads, args.isa = new, torch.get_num_threads(), code_path(lib)
-    for i, (x, weight) in enumerate(zip(planes, weights, strict=True)):
-        args.q[i], args.q_row[i], args.q_weight[i] = x.data_ptr(), x.stride(2), weight
+    for i, (x, stride, weight) in enumerate(zip(planes, strides, weights, strict=True)):
+        args.q[i], args.q_row[i], args.q_weight[i] = x.data_ptr(), stride, weight
     args.bias, args.zero_query, args.gauge = [x.data_ptr() for x in scalars]
     args.start, args.stop, args.scalar_row = rows[0].data_ptr(), rows[1].data_ptr(), scalar_row
     if mask is not None:
@@ -174,6 +174,8 @@ class Step:
         scales = (keys.scale, keys.zero, values.scale, values.zero)
         columns = (m,) * len(keys.planes)
         self.args, stored = _stored(keys.bits, columns, values.bits[0], keys.planes, values.planes, scales)
+        given = (*keys.planes, *values.planes, *scales)
+        assert all(a is b for a, b in zip(stored, given, strict=True)), "a cache's planes lie as the kernel reads them"
         self.kept = (stored, k, v, read, mean)
         args = self.args
         args.batch, args.kv_heads, args.queries, args.new_tokens = batch, kv_heads, groups, 1
@@ -215,16 +217,16 @@ def one_query(bits: tuple[int, ...]) -> bool:
     return same and all(len(bits) % granule(w) == 0 for w in pieces)
 
 
-def _query_planes(q: Tensor, bits: tuple[int, ...]) -> tuple[list[Tensor], list[float]]:
-    """The query of each plane, rows any distance apart, and what the plane's codes count.
+def _query_planes(q: Tensor, bits: tuple[int, ...]) -> tuple[list[Tensor], list[int], list[float]]:
+    """The query of each plane, the distance of its rows, and what the plane's codes count.
 
     Where all coordinates have the same bits and fill whole granules, that is the query itself, times a power of two.
     """
-    if one_query(bits) and _row_stride(q.shape, q.stride()) is not None:
+    if one_query(bits) and (row := _row_stride(q.shape, q.stride())) is not None:
         weights = _weights(bits)
-        return [q] * len(weights), weights
+        return [q] * len(weights), [row] * len(weights), weights
     planes = [p.contiguous() for p in query_planes(q, bits)]
-    return planes, [1.0] * len(planes)
+    return planes, [p.shape[-1] for p in planes], [1.0] * len(planes)
 
 
 def _weights(bits: tuple[int, ...]) -> list[float]:
@@ -293,11 +295,11 @@ def _stored(
     """
     stored = [*key_planes, *value_planes, *scales]
     forms = tuple([None if x is None else (x.shape, x.stride()) for x in stored])
-    layout = _layout(key_bits, columns, value_bits, len(key_planes), forms)
+    layout = _layout(key_bits, columns, value_bits, forms)
     if layout is None:
         stored = [None if x is None else x.contiguous() for x in stored]
         forms = tuple([None if x is None else (x.shape, x.stride()) for x in stored])
-        layout = _layout(key_bits, columns, value_bits, len(key_planes), forms)
+        layout = _layout(key_bits, columns, value_bits, forms)
         assert layout is not None
     args = _Args.from_buffer_copy(layout)
     addresses = [None if x is None else x.data_ptr() for x in stored]
@@ -312,13 +314,14 @@ def _stored(
 
 @functools.lru_cache(maxsize=1024)
 def _layout(
-    key_bits: tuple[int, ...], columns: tuple[int, ...], value_bits: int, n: int, forms: tuple[_Form | None, ...]
+    key_bits: tuple[int, ...], columns: tuple[int, ...], value_bits: int, forms: tuple[_Form | None, ...]
 ) -> _Args | None:
     """``_Args`` of packed rows without addresses; None where the entries of a token tile do not lie together.
 
-    ``forms`` are those of ``n`` planes of keys, of the planes of values, and of four scales, of which some may lack.
+    ``forms`` are those of the planes of keys, of the planes of values, and of four scales, of which some may lack.
     """
-    planes, (k_scale, k_zero, v_scale, v_zero) = [f for f in forms[:-4] if f is not None], forms[-4:]
+    n, planes = len(plane_pieces(key_bits)), [f for f in forms[:-4] if f is not None]
+    k_scale, k_zero, v_scale, v_zero = forms[-4:]
     if not all(_dense(f) for f in (*planes, v_scale, v_zero) if f is not None):
         return None
     assert v_scale is not None

@@ -1,5 +1,7 @@
 """The compiled kernel against the reference, on every code path that this machine has."""
 
+import dataclasses
+import math
 import os
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from headq_ao.ops import (
 )
 from headq_ao.ops.decode_attention import cpu_kernel
 from headq_ao.ops.decode_attention.op import _tiled
+from headq_ao.ops.layout import pack_keys, pack_values
 
 LIBRARY = cpu_kernel.library()
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason="no C++ compiler: the reference serves")
@@ -103,6 +106,58 @@ def test_hidden_slots_may_hold_anything(path, monkeypatch):
     dirty = decode_attention(q, keys, values, start, stop)
     assert torch.equal(clean[0], dirty[0])
     assert torch.equal(clean[1], dirty[1])
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("side", ["keys", "values"])
+@pytest.mark.parametrize("at", [0, 5])
+def test_a_visible_scale_that_is_no_number_shows(path, side, at, monkeypatch):
+    """Of one head, whose output is NaN; a head beside it is as it was."""
+    monkeypatch.setenv("HEADQ_CPU_ISA", path)
+    q, keys, values, start, stop, _ = make(*SHAPES[0])
+    start[:], stop[:] = 0, 576
+    clean, _ = decode_attention(q, keys, values, start, stop)
+    {"keys": keys, "values": values}[side].scale[0, 0, at] = float("nan")
+    out, _ = decode_attention(q, keys, values, start, stop)
+    group = out.shape[1] // keys.scale.shape[1]
+    assert bool(out[0, :group].isnan().any(-1).all()) and torch.equal(out[0, group:], clean[0, group:])
+
+
+def test_queries_may_lie_in_any_order():
+    """Heads of one token, one after the other: the stride of the token's dimension says nothing."""
+    q, keys, values, start, stop, _ = make(*SHAPES[0])
+    heads, width = q.codes.shape[1], q.codes.shape[3]
+    one = MappedQuery(*(x[:1, :, :1].contiguous() for x in (q.codes, q.bias, q.zero, q.gauge)))
+    keys, values = (
+        dataclasses.replace(
+            x, planes=[p[:1] for p in x.planes], scale=x.scale[:1], zero=None if x.zero is None else x.zero[:1]
+        )
+        for x in (keys, values)
+    )
+    turned = dataclasses.replace(one, codes=one.codes.reshape(1, 1, heads, width).transpose(1, 2))
+    assert turned.codes.stride(2) != width
+    start, stop = torch.tensor([[0]]), torch.tensor([[600]])
+    expected, got = (decode_attention(query, keys, values, start, stop) for query in (one, turned))
+    assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_many_small_weights_keep_their_sum(path, monkeypatch):
+    """One row with nearly all the weight, and 511 whose weights are below half of an integer each."""
+    monkeypatch.setenv("HEADQ_CPU_ISA", path)
+    d, tokens = 64, 512
+    k_codes = torch.zeros(1, 1, tokens, d, dtype=torch.uint8)
+    k_codes[:, :, 7] = 1
+    v_codes = torch.full((1, 1, tokens, d), 3, dtype=torch.uint8)
+    v_codes[:, :, 7] = 0
+    ones = torch.ones(1, 1, tokens, dtype=torch.float16)
+    keys = Rows(None, pack_keys(k_codes, [2] * d), [2] * d, ones)
+    values = Rows(None, pack_values(v_codes, 2), (2,), ones[..., None])
+    nothing = torch.zeros(1, 1, 1)
+    q = MappedQuery(torch.full((1, 1, 1, d), 11.2 / d), nothing, nothing, nothing)
+    out, _ = decode_attention(q, keys, values, torch.tensor([[0]]), torch.tensor([[tokens]]))
+    w = 511 * math.exp(-11.2)
+    torch.testing.assert_close(out, torch.full_like(out, (1.5 * w - 1.5) / (1 + w)), rtol=1e-3, atol=0)
 
 
 def test_threads_and_views_change_nothing():

@@ -5,7 +5,7 @@ import json
 import torch
 from transformers import DynamicCache
 
-from headq_ao import calibrate
+from headq_ao import HeadQCache, calibrate, headq_config, quantize_
 from tests.conftest import load_recipe
 
 presets = load_recipe("presets")
@@ -27,10 +27,13 @@ def test_measure_takes_turns_and_takes_the_cache_off(tiny, token_ids, monkeypatc
 def test_prefill_fills_the_cache_it_times(tiny, token_ids, monkeypatch):
     caches, model = [], tiny()
     forward = model.forward
-    monkeypatch.setattr(model, "forward", lambda ids, **kw: caches.append(kw["cache"]) or forward(ids, **kw))
-    wall, cpu = presets.seconds_of_prefill(model, token_ids(1, 40), packed=False)
-    assert isinstance(caches[0], DynamicCache) and caches[0].get_seq_length() == 40
+    monkeypatch.setattr(model, "forward", lambda *ids, **kw: caches.append(kw.get("cache")) or forward(*ids, **kw))
+    wall, cpu = presets.seconds_of_prefill(model, token_ids(1, 140), packed=False)
     assert wall > 0 and cpu >= 0 and torch.is_grad_enabled()
+    quantize_(model, headq_config(calibration=calibrate(model, token_ids(1, 200), progress=False), v_bits=2))
+    presets.seconds_of_prefill(model, token_ids(1, 140), packed=True)
+    assert isinstance(caches[0], DynamicCache) and isinstance(caches[-1], HeadQCache)
+    assert caches[0].get_seq_length() == caches[-1].get_seq_length() == 140 and caches[-1].bits_report().bytes
 
 
 def test_the_table_shows_each_preset_once(tmp_path):
