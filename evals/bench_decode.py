@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from headq_ao.evals import bench_kernels
 from headq_ao.evals.bench_real import REAL_TOKENS, real_error
-from headq_ao.evals.bench_result import CheckFailedError, add_result_options, check_whole, each, fill_readme
+from headq_ao.evals.bench_result import CheckFailedError, add_result_options, check_whole, each
 from headq_ao.evals.bench_rows import (
     BF16_LIMIT,
     LIMIT,
@@ -30,7 +30,7 @@ from headq_ao.evals.bench_rows import (
 from headq_ao.evals.bench_timing import BUDGET, Call, bursts, cache_bytes, cold_copies, linear_fit, load_average
 from headq_ao.evals.environment import environment, write_json
 from headq_ao.evals.inputs import SMOLLM2
-from headq_ao.evals.table import markdown_table
+from headq_ao.evals.table import fill_readme, markdown_table
 from headq_ao.ops.layout import PIECES
 
 SHAPES = ("32/8/128", "9/3/64", "8/1/256")

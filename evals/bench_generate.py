@@ -16,11 +16,11 @@ from tqdm.auto import tqdm
 
 from headq_ao import headq_config, quantize_
 from headq_ao.evals.bench_memory import CACHES, TINY, calibration_of, held_bytes, load_model, new_cache, peaks, text_ids
-from headq_ao.evals.bench_result import CheckFailedError, add_result_options, check_whole, each, fill_readme
+from headq_ao.evals.bench_result import CheckFailedError, add_result_options, check_whole, each
 from headq_ao.evals.bench_timing import clock, linear_fit, load_average
 from headq_ao.evals.environment import environment, write_json
 from headq_ao.evals.inputs import SMOLLM2, describe
-from headq_ao.evals.table import markdown_table
+from headq_ao.evals.table import fill_readme, markdown_table
 
 CONTEXTS = (1024, 2048, 4096, 8192)
 STEPS = 64  # two blocks of the default config

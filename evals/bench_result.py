@@ -1,12 +1,9 @@
-"""What benchmarks share: the refusal, the options for results, and the README's table of a stored one."""
+"""What benchmarks share: the refusal, the options for results, and what a whole result is."""
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-
-from headq_ao.evals.table import fill_marks
 
 
 class CheckFailedError(RuntimeError):
@@ -19,19 +16,6 @@ def add_result_options(parser: argparse.ArgumentParser) -> None:
     add("--json", type=Path, help="write the result here, after every cell")
     add("--plot", type=Path, help="write the figure here (PNG; needs matplotlib)")
     add("--readme", type=Path, help="put the result of --json into this README, between its marks, and measure nothing")
-
-
-def fill_readme(args: argparse.Namespace, name: str, table: Callable[[dict[str, Any]], str]) -> None:
-    """Put the table of the stored result between the README's marks.
-
-    Raises:
-        ValueError: without ``--json``, without marks, or when the result is not whole.
-        OSError: when a file cannot be read or written.
-    """
-    if args.json is None:
-        raise ValueError("--readme needs the result: --json PATH")
-    result = json.loads(args.json.read_text(encoding="utf-8"))
-    fill_marks(args.readme, name, lambda: table(result))
 
 
 def check_whole(result: dict[str, Any]) -> None:

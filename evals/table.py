@@ -188,6 +188,19 @@ def fill_marks(path: Path, name: str, make: Callable[[], str]) -> None:
         Path(temporary).write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
 
 
+def fill_readme(args: argparse.Namespace, name: str, table: Callable[[dict[str, Any]], str]) -> None:
+    """Put the table of the stored result between the README's marks.
+
+    Raises:
+        ValueError: without ``--json``, without marks, or when the result is not whole.
+        OSError: when a file cannot be read or written.
+    """
+    if args.json is None:
+        raise ValueError("--readme needs the result: --json PATH")
+    result = json.loads(args.json.read_text(encoding="utf-8"))
+    fill_marks(args.readme, name, lambda: table(result))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line: rewrite, ``--check`` or ``--print``."""
     parser = argparse.ArgumentParser(

@@ -7,7 +7,6 @@ tokens are counted, and a roofline follows. Nothing here was timed.
 
 import argparse
 import contextlib
-import json
 import re
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 
 from headq_ao.evals.environment import environment, write_json
-from headq_ao.evals.table import fill_marks
+from headq_ao.evals.table import fill_readme
 from headq_ao.ops.layout import (
     PIECES,
     key_bytes_per_token,
@@ -290,8 +289,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         if args.readme is not None:
-            result = json.loads(args.json.read_text(encoding="utf-8"))
-            fill_marks(args.readme, "triton", lambda: readme_table(result))
+            fill_readme(args, "triton", readme_table)
             return 0
         import triton
     except (ValueError, OSError, ModuleNotFoundError) as error:

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from headq_ao import HeadQCache, headq_config, quantize_, restore_
 from headq_ao.evals.environment import environment, write_json
 from headq_ao.evals.inputs import DTYPES, SMOLLM2, calibrate_on, find_text, load, token_rows
-from headq_ao.evals.table import fill_marks, markdown_table, measured
+from headq_ao.evals.table import fill_readme, markdown_table, measured
 
 HERE = Path(__file__).resolve().parent
 RESULT = HERE / "results" / "presets" / "presets.json"
@@ -110,8 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         if args.readme is not None:
-            result = json.loads(args.json.read_text(encoding="utf-8"))
-            fill_marks(args.readme, "presets", lambda: readme_table(result))
+            fill_readme(args, "presets", readme_table)
             return 0
         if args.tokens < 1 or args.repeats < 1:
             raise ValueError(f"tokens and repeats must be at least 1, got {args.tokens} and {args.repeats}")

@@ -1,7 +1,6 @@
 """A stored prompt against a dense cache file and against computing it: ``python recipes/prompt_cache.py --help``."""
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -17,7 +16,7 @@ from transformers import DynamicCache
 from headq_ao import HeadQCache, headq_config, quantize_, restore_
 from headq_ao.evals.environment import environment, write_json
 from headq_ao.evals.inputs import DTYPES, SMOLLM2, calibrate_on, describe, find_text, load, token_rows
-from headq_ao.evals.table import fill_marks
+from headq_ao.evals.table import fill_readme
 
 HERE = Path(__file__).resolve().parent
 RESULT = HERE / "results" / "prompt_cache"
@@ -117,8 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         if args.readme is not None:
-            result = json.loads(args.json.read_text(encoding="utf-8"))
-            fill_marks(args.readme, "prompt_cache", lambda: readme_table(result))
+            fill_readme(args, "prompt_cache", readme_table)
             return 0
         if args.tokens < 1:
             raise ValueError(f"tokens must be at least 1, got {args.tokens}")

@@ -16,10 +16,10 @@
 
 namespace {
 
-constexpr int TILE = 16;       // tokens of a key granule, channels of a value granule
-constexpr int CHUNK = 512;     // tokens of one unit of work
+constexpr int TILE = 16;         // tokens of a key granule, channels of a value granule
+constexpr int CHUNK = 512;       // tokens of one unit of work
 constexpr int LANES = 2 * TILE;  // of two granules that lie beside each other
-constexpr int AHEAD = 4096;    // bytes of keys that are asked for before they are read
+constexpr int AHEAD = 4096;      // bytes of keys that are asked for before they are read
 constexpr float NEG = -std::numeric_limits<float>::infinity();
 
 struct Plane { const uint8_t* data; int64_t batch_stride, head_stride, tile_stride; int32_t width, columns; };
@@ -78,6 +78,15 @@ void halves(const uint16_t* from, int64_t stride, int n, float* to) {
     for (; i + 8 <= n; i += 8) _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + i))));
 #endif
   for (; i < n; i++) to[i] = half_to_float(from[i * stride]);
+}
+
+// Where a plane or a scale of one KV head begins.
+template <class X>
+inline auto of_head(const X& x, int b, int h) { return x.data + b * x.batch_stride + h * x.head_stride; }
+
+// The scales or zeros of tokens from t0 on, of one group; nothing where there are none.
+void scales(const Scale& x, int b, int h, int t0, int n, int group, float* to) {
+  if (x.data) halves(of_head(x, b, h) + t0 * x.token_stride + group, x.token_stride, n, to);
 }
 
 // Sixteen lanes at a time: tokens of a key tile, channels of a value tile.
@@ -326,17 +335,14 @@ inline void prefetch(const uint8_t* from, int64_t bytes) {
 template <class I, int NQ>
 void scores(const Args& a, const Query& query, int b, int h, int q0, int t0, int t1, float (*s)[CHUNK], float* most) {
   const int64_t head = int64_t(b) * a.kv_heads + h;
-  const auto scales = [&](const Scale& x, float* to) {
-    if (x.data) halves(x.data + b * x.batch_stride + h * x.head_stride + t0 * x.token_stride, x.token_stride, t1 - t0, to);
-  };
   alignas(64) float sigma[CHUNK], offset[CHUNK];
   alignas(64) int32_t sums[NQ][CHUNK];
-  scales(a.k_scale, sigma);
-  scales(a.k_zero, offset);
+  scales(a.k_scale, b, h, t0, t1 - t0, 0, sigma);
+  scales(a.k_zero, b, h, t0, t1 - t0, 0, offset);
   // 3 bits of all coordinates: one code from both planes, for half the products.
   const bool joined = a.key_planes == 2 && a.q[0] == a.q[1] && a.k[0].width == 2;
   const Plane& high = a.k[1];
-  const auto plane = [&](const Plane& x, int t) { return x.data + b * x.batch_stride + h * x.head_stride + t / TILE * x.tile_stride; };
+  const auto plane = [&](const Plane& x, int t) { return of_head(x, b, h) + t / TILE * x.tile_stride; };
   for (int p = 0; p < a.key_planes; p += joined ? 2 : 1) {
     const Plane& k = a.k[p];
     for (int t = t0; t < t1; t += LANES) {
@@ -347,7 +353,7 @@ void scores(const Args& a, const Query& query, int b, int h, int q0, int t0, int
       if (joined) prefetch(from.high + AHEAD, LANES * high.columns * high.width / 8);
       for (int i = 0; i < a.value_planes && !p; i++) {  // of the same tokens, read next
         const Plane& v = a.v[i];
-        prefetch(v.data + b * v.batch_stride + h * v.head_stride + t / (32 / v.width) * v.tile_stride, LANES * a.head_dim * v.width / 8);
+        prefetch(of_head(v, b, h) + t / (32 / v.width) * v.tile_stride, LANES * a.head_dim * v.width / 8);
       }
     }
     const bool last = p + (joined ? 2 : 1) >= a.key_planes;
@@ -425,8 +431,8 @@ float split_weights(const float* row, const float* sigma, const float* offset, i
     all += x;
     store(w + i, x);
   }
-  const float largest = most_of(most), inverse = largest > 0 ? 32512 / largest : 0.0f;
-  unit = largest / 32512;
+  const float peak = most_of(most), inverse = peak > 0 ? 32512 / peak : 0.0f;
+  unit = peak / 32512;
   for (; n % 64; n += TILE) store(w + n, vf{});
   vf left[4]{};
   vi whole{};
@@ -448,18 +454,13 @@ void readout(const Args& a, int b, int h, int t0, int t1, bool hidden, const flo
   const int group = a.head_dim / a.groups, top = (1 << a.value_bits) - 1, n = t1 - t0;
   const bool joined = a.value_bits == 3;
   const Plane& high = a.v[1];
-  const auto plane = [&](const Plane& x, int d) {
-    return x.data + b * x.batch_stride + h * x.head_stride + t0 / (32 / x.width) * x.tile_stride + d * 4;
-  };
+  const auto plane = [&](const Plane& x, int d) { return of_head(x, b, h) + t0 / (32 / x.width) * x.tile_stride + d * 4; };
   alignas(64) int8_t factors[CHUNK / 4 * FOUR];
   alignas(64) float sigma[CHUNK], offset[CHUNK];
   std::fill(acc, acc + NQ * a.head_dim, 0.0f);
   for (int g = 0; g < a.groups; g++) {
-    const auto scales = [&](const Scale& x, float* to) {
-      if (x.data) halves(x.data + b * x.batch_stride + h * x.head_stride + t0 * x.token_stride + g, x.token_stride, n, to);
-    };
-    scales(a.v_scale, sigma);
-    scales(a.v_zero, offset);
+    scales(a.v_scale, b, h, t0, n, g, sigma);
+    scales(a.v_zero, b, h, t0, n, g, offset);
     if (hidden)  // a hidden row has weight 0, and its scale may be anything
       for (int t = 0; t < n; t++) {
         bool none = true;
@@ -665,13 +666,13 @@ extern "C" int headq_decode_attention(const Args* args) {
         }
         lse = most == NEG ? NEG : most / LOG2E + std::log(total);
         for (int d = 0; d < a.head_dim && total > 0; d++) out[d] /= total;
-        if (std::isnan(total)) std::fill(out, out + a.head_dim, total);
         int64_t at = int64_t(b) * a.new_tokens + q % a.new_tokens;
-        for (int p = 0; p < a.key_planes; p++)
-          if (std::isnan(query.scale[p * a.queries + q]) && a.start[at] < a.stop[at]) {
-            std::fill(out, out + a.head_dim, std::numeric_limits<float>::quiet_NaN());
-            lse = std::numeric_limits<float>::quiet_NaN();
-          }
+        bool bad = std::isnan(total);
+        for (int p = 0; p < a.key_planes; p++) bad = bad || (std::isnan(query.scale[p * a.queries + q]) && a.start[at] < a.stop[at]);
+        if (bad) {
+          std::fill(out, out + a.head_dim, std::numeric_limits<float>::quiet_NaN());
+          lse = std::numeric_limits<float>::quiet_NaN();
+        }
         alignas(64) float work[256];
         if (a.read && lse != NEG) read_back(a, b, h, out, work);
         if (exact) join(out, lse, exact + int64_t(q) * a.head_dim, exact_lse[q], a.head_dim);

@@ -293,17 +293,15 @@ def _stored(
 
     Everything but addresses is kept for the next call with rows of this form.
     """
-    stored = [*key_planes, *value_planes, *scales]
+    stored, n = [*key_planes, *value_planes, *scales], len(key_planes)
     forms = tuple([None if x is None else (x.shape, x.stride()) for x in stored])
     layout = _layout(key_bits, columns, value_bits, forms)
     if layout is None:
-        stored = [None if x is None else x.contiguous() for x in stored]
-        forms = tuple([None if x is None else (x.shape, x.stride()) for x in stored])
-        layout = _layout(key_bits, columns, value_bits, forms)
-        assert layout is not None
+        keys, values = ([x.contiguous() for x in planes] for planes in (key_planes, value_planes))
+        dense = [None if x is None else x.contiguous() for x in scales]
+        return _stored(key_bits, columns, value_bits, keys, values, dense)
     args = _Args.from_buffer_copy(layout)
     addresses = [None if x is None else x.data_ptr() for x in stored]
-    n = len(key_planes)
     for i, at in enumerate(addresses[:n]):
         args.k[i].data = at
     for i, at in enumerate(addresses[n:-4]):

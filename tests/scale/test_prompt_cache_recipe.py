@@ -5,6 +5,7 @@ import json
 import pytest
 
 from headq_ao import headq_config, quantize_
+from headq_ao.evals.table import fill_marks
 from tests.conftest import ROOT, load_recipe
 
 
@@ -34,4 +35,4 @@ def test_the_stored_result_meets_its_bounds_and_is_in_the_readme(recipe):
 def test_readme_without_marks(recipe, tmp_path):
     (tmp_path / "R.md").write_text("nothing")
     with pytest.raises(ValueError, match="has no lines <!-- prompt_cache -->"):
-        recipe.fill_marks(tmp_path / "R.md", "prompt_cache", lambda: pytest.fail("made a table"))
+        fill_marks(tmp_path / "R.md", "prompt_cache", lambda: pytest.fail("made a table"))
