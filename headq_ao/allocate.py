@@ -1,10 +1,9 @@
-"""Bits where they matter: how a budget is shared between layers, and between keys and values."""
+"""Bits where they matter: how a budget is shared between layers and heads, and between keys and values."""
 
-import dataclasses
 import heapq
 import itertools
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +11,7 @@ from torch import Tensor
 from headq_ao.calibration import PROFILED_BITS, Calibration, LayerMoments
 from headq_ao.codec import centred_moment, visible_codec, visible_value_codec
 from headq_ao.config import HeadQConfig
+from headq_ao.models import LayerShape
 from headq_ao.ops.layout import PIECES, granule
 from headq_ao.seen import score_tiles
 
@@ -61,28 +61,44 @@ def output_errors(
     return errors.cpu(), energy.cpu()
 
 
-def layer_configs(config: HeadQConfig, calibration: Calibration | None, layers: int) -> list[HeadQConfig]:
-    """The config of each layer: the same for all, or with the bits that ``mean_bits`` gives it.
+class HeadBits(NamedTuple):
+    """Code bits of the KV heads of one layer, keys and values; empty where a side is exact."""
+
+    k: tuple[int, ...]
+    v: tuple[int, ...]
+
+
+def head_bits(config: HeadQConfig, calibration: Calibration | None, shapes: Sequence[LayerShape]) -> list[HeadBits]:
+    """The bits of each layer's heads: the same for all, or what ``mean_bits`` gives them.
 
     Raises:
         ValueError: when the calibration is of another number of layers, or has not profiled them.
     """
+    layers = len(shapes)
     if calibration is not None and len(calibration.layers) != layers:
         raise ValueError(f"the calibration must hold {layers} layers, as the model does, got {len(calibration.layers)}")
+    given = {"k": config.k_bits, "v": config.v_bits}
     if config.mean_bits is None or calibration is None:
-        return [config] * layers
+        return [HeadBits(*(() if b is None else (b,) * s.n_kv_heads for b in given.values())) for s in shapes]
     unknown = [i for i, layer in enumerate(calibration.layers) if layer.errors is None]
     if unknown:
         raise ValueError(
-            f"mean_bits={config.mean_bits} shares bits by what layers do with errors, and the calibration has not "
+            f"mean_bits={config.mean_bits} shares bits by what heads do with errors, and the calibration has not "
             "measured that; make it anew with calibrate(...), or give k_bits and v_bits"
         )
-    sides = [side for side in ("k", "v") if getattr(config, f"{side}_bits") is not None]
-    damage = {(i, s): layer.relative_errors("kv".index(s)) for i, layer in enumerate(calibration.layers) for s in sides}
+    sides = [side for side, bits in given.items() if bits is not None]
+    damage = {
+        (i, side, h): errors
+        for i, layer in enumerate(calibration.layers)
+        for side in sides
+        for h, errors in enumerate(layer.relative_errors("kv".index(side)))
+    }
     levels = {"k": list(PIECES), "v": [b for b, w in PIECES.items() if not config.block_size % max(map(granule, w))]}
     bits = share_bits(damage, {part: levels[part[1]] for part in damage}, config.mean_bits)
-    own: list[dict[str, Any]] = [{f"{s}_bits": bits[i, s] for s in sides} for i in range(layers)]
-    return [dataclasses.replace(config, mean_bits=None, **layer) for layer in own]
+    of = {
+        (i, side): tuple(bits[i, side, h] for h in range(s.n_kv_heads)) for i, s in enumerate(shapes) for side in sides
+    }
+    return [HeadBits(of.get((i, "k"), ()), of.get((i, "v"), ())) for i in range(layers)]
 
 
 def share_bits(

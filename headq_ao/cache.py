@@ -33,7 +33,6 @@ class HeadQState(Handled):
     previous_attention: Any
     calibration: Calibration | None = None  # what config.calibration is, or names
     fingerprint: dict[str, Any] = dataclasses.field(default_factory=dict)
-    configs: list[HeadQConfig] = dataclasses.field(default_factory=list)  # of each layer
     codecs: list[LayerCodec] = dataclasses.field(default_factory=list)  # the modules' ``headq``
 
     def __post_init__(self) -> None:
@@ -71,7 +70,7 @@ class HeadQCache(Handled, Cache):
         state = getattr(model, "_headq", None)
         if not isinstance(state, HeadQState):
             raise ValueError(f"{type(model).__name__} has no HeadQ config; call quantize_(model, headq_config()) first")
-        self.config, self.configs = state.config, state.configs
+        self.config = state.config
         self._model = weakref.ref(model)
         self.incoming = Incoming()
         super().__init__(layers=[self._new_layer(i, shape) for i, shape in enumerate(state.shapes)])
@@ -80,7 +79,7 @@ class HeadQCache(Handled, Cache):
         self.register()
 
     def _new_layer(self, index: int, shape: LayerShape) -> HeadQCacheLayer:
-        return HeadQCacheLayer(self.configs[index], shape, self.incoming)
+        return HeadQCacheLayer(self.config, shape, self.incoming)
 
     def announce(self, length: int, spans: list[Span] | None) -> None:
         """Tell the layers which of the next call's ``length`` slots hold real tokens; None: all."""

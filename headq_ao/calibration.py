@@ -90,10 +90,10 @@ class LayerMoments:
 
         return mix("sum"), mix("outer")
 
-    def relative_errors(self, side: int) -> list[float]:
-        """Share of the output's energy that 1, 2, 3 and 4 bits of the keys (0) or the values (1) change."""
+    def relative_errors(self, side: int) -> list[list[float]]:
+        """Share of the layer's energy that 1, 2, 3 and 4 bits of the keys (0) or the values (1) of each head change."""
         assert self.errors is not None and self.energy is not None
-        return (self.errors[:, side].sum(0) / self.energy.sum().clamp(min=1e-30)).tolist()
+        return (self.errors[:, side] / self.energy.sum().clamp(min=1e-30)).tolist()
 
     def tensors(self) -> dict[str, Tensor]:
         """Its tensors by field name."""

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from headq_ao.codec import KeyCodec
+from headq_ao.codec import KeyCodec, runs_of
 from headq_ao.layer_codec import Epoch, LayerCodec
 from headq_ao.layer_state import LayerState
 from headq_ao.state import RowCounts
@@ -125,9 +125,12 @@ class ClosingLayer(LayerState):
         key_codec: KeyCodec | None,
         codec: LayerCodec,
     ) -> None:
-        new_k = [k] if key_codec is None else flat(*key_codec.encode_rows(k, self.config.unbiased_scale))
-        values = codec.values
-        new_v = [v] if values is None else flat(*values.encode_rows(v))
+        new_k: list[Tensor] = []
+        new_v: list[Tensor] = []
+        for run in runs_of(key_codec, codec.values):
+            of_k, of_v = k[:, run.heads], v[:, run.heads]
+            new_k += [of_k] if run.keys is None else flat(*run.keys.encode_rows(of_k, self.config.unbiased_scale))
+            new_v += [of_v] if run.values is None else flat(*run.values.encode_rows(of_v))
         self.store_k.write(index, slot, len(self.rows), new_k, n)
         self.store_v.write(index, slot, len(self.rows), new_v, n)
 

@@ -2,16 +2,18 @@
 
 import dataclasses
 import functools
+import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Self
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from headq_ao.config import HeadQConfig
-from headq_ao.ops import MappedQuery, encode_keys, encode_values
+from headq_ao.ops import MappedQuery, encode_keys, encode_values, unit_factor
 from headq_ao.ops.decode_attention.reference import dequantize_values, read_back
-from headq_ao.ops.layout import unpack_keys
+from headq_ao.ops.layout import PIECES, plane_pieces, unpack_keys
 
 # Distance of the levels of the uniform quantizer with least squared error on a unit normal (Max, 1960).
 GAUSSIAN_STEP = {1: 1.596, 2: 0.9957, 3: 0.5860, 4: 0.3352, 5: 0.1881, 6: 0.1041, 8: 0.0308}
@@ -22,9 +24,17 @@ SPREAD_RIDGE = 1e-4  # of the mean eigenvalue of a covariance
 SEEN_RANK = 16  # directions of a prompt's own C_q that are kept
 STEP_GRID = tuple(0.6 + 0.1 * i for i in range(20))
 
+AnyCodec = TypeVar("AnyCodec", "KeyCodec", "ValueCodec")
+
 
 class Codec:
-    """What codecs share: tensors as fields, their leading dimensions ``[B or 1, Hkv or 1]``."""
+    """What codecs share: tensors as fields, their leading dimensions ``[B or 1, Hkv or 1]``.
+
+    Heads may have different bits, ``head_bits [Hkv]``; it is empty where all have the same. Rows are coded run by run
+    (:func:`runs_of`); a map of queries and a readout serve all heads at once.
+    """
+
+    head_bits: tuple[int, ...]
 
     def tensors(self) -> dict[str, Tensor]:
         """Its tensors by field name."""
@@ -36,8 +46,18 @@ class Codec:
         return dataclasses.replace(self, **tensors)  # type: ignore[type-var]
 
     def of_heads(self, part: slice) -> Self:
-        """The codec of some of its KV heads."""
-        return self.replace({n: t[:, part].contiguous() for n, t in self.tensors().items() if t.shape[1] > 1})
+        """The codec of some of its KV heads, in memory of its own."""
+        cut = self.part(part)
+        return cut.replace({name: t.contiguous() for name, t in cut.tensors().items()})
+
+    def part(self, heads: slice) -> Self:
+        """The codec of some of its KV heads, over the same memory."""
+        cut = self.replace({name: t[:, heads] for name, t in self.tensors().items() if t.shape[1] > 1})
+        return cut.with_bits(self.head_bits[heads])
+
+    def with_bits(self, head_bits: tuple[int, ...]) -> Self:
+        """A copy whose heads have those bits; itself where none are given."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -50,6 +70,7 @@ class KeyCodec(Codec):
     prompt's own statistics comes without matrices of its own: ``spread [.., D]`` stretches the basis
     (``diag(spread) @ read``, ``diag(1/spread) @ encode``), and ``seen [.., D, r]`` stands for ``C_q ∝ I + seen seenᵀ``.
     ``own`` names the tensors that belong to the sequences of a batch: indexed with it, and charged to it.
+    ``head_bits``: of the base of each KV head, where they differ; ``bits`` are then those of the first.
     """
 
     mean: Tensor
@@ -66,6 +87,7 @@ class KeyCodec(Codec):
     spread: Tensor | None = None
     seen: Tensor | None = None
     mapped: Tensor | None = None  # query_map, where it is kept
+    head_bits: tuple[int, ...] = ()
 
     def tensors(self) -> dict[str, Tensor]:
         """Its tensors by field name, without the kept map."""
@@ -73,6 +95,8 @@ class KeyCodec(Codec):
 
     def index(self, rows: Tensor) -> "KeyCodec":
         """The codec of those batch rows."""
+        if not self.own:
+            return self
         return self.replace(
             {n: t.index_select(0, rows.to(t.device)) for n, t in self.tensors().items() if n in self.own}
         )
@@ -83,13 +107,42 @@ class KeyCodec(Codec):
             tensors = tensors | {"side_read": tensors["side_encode"]}
         return dataclasses.replace(self, mapped=None, **tensors)  # type: ignore[arg-type]
 
+    def with_bits(self, head_bits: tuple[int, ...]) -> "KeyCodec":
+        """A copy whose bases have those bits, by KV head; their steps are in ``step`` already."""
+        if not head_bits:
+            return self
+        base = self.read.shape[-1]
+        bits = (head_bits[0],) * base + self.bits[base:]
+        return dataclasses.replace(self, bits=bits, head_bits=head_bits if len(set(head_bits)) > 1 else ())
+
     def encode_rows(self, k: Tensor, unbiased: bool) -> tuple[list[Tensor], Tensor, Tensor | None]:
-        """:func:`headq_ao.ops.encode_keys` with this codec."""
+        """:func:`headq_ao.ops.encode_keys` with this codec, whose heads have the same bits."""
         encode = self.encode if self.spread is None else self.encode / self.spread.float().unsqueeze(-1)
         return encode_keys(
             k, self.mean, encode, self.reader, self.step, self.bits, weight=self.weight, metric=self.error_metric(),
-            side_encode=self.side_encode, side_step=self.side_step, unbiased=unbiased,
+            factor=self.factor if self.seen is None else None, side_encode=self.side_encode, side_step=self.side_step,
+            unbiased=unbiased,
         )  # fmt: skip
+
+    @property
+    def row_bits(self) -> tuple[int, ...]:
+        """What :class:`headq_ao.ops.Rows` of these rows calls ``bits``."""
+        return self.bits
+
+    @property
+    def planes(self) -> int:
+        """How many planes a row has."""
+        return len(plane_pieces(self.bits))
+
+    @property
+    def has_zero(self) -> bool:
+        """Whether a row stores a zero beside its scale."""
+        return self.weight is None
+
+    @functools.cached_property
+    def factor(self) -> Tensor | None:
+        """:func:`headq_ao.ops.unit_factor` of the metric, kept: it takes as long as the codes of a block."""
+        return None if self.metric is None else unit_factor(self.metric)
 
     @property
     def reader(self) -> Tensor:
@@ -130,13 +183,19 @@ class KeyCodec(Codec):
         return torch.cat([codes, *(x.expand(*lead, -1, -1) for x in rest)], -1)
 
     def centre(self, like: Tensor) -> Tensor:
-        """The code that stands for zero, per coordinate: 0 where the row stores a zero, else the middle level."""
+        """The code that stands for zero, ``[M]`` or ``[Hkv, M]``: 0 where rows store a zero, else the middle level."""
         base = self.read.shape[-1]
-        middle = [(2**b - 1) / 2 for b in self.bits]
-        return like.new_tensor(middle if self.weight is not None else [0.0] * base + middle[base:])
+        of_heads = [(b,) * base + self.bits[base:] for b in self.head_bits] or [self.bits]
+        middle = (2.0 ** torch.tensor(of_heads, dtype=like.dtype, device=like.device) - 1) / 2
+        if self.weight is None:
+            middle[:, :base] = 0.0
+        return middle if self.head_bits else middle[0]
 
     def dequantize(self, planes: list[Tensor], scale: Tensor, zero: Tensor | None, side: int = 1) -> Tensor:
-        """``k_hat + side · P z`` of packed rows, ``[B, Hkv, T, D]`` fp32; with ``side`` 0, ``k_hat`` alone."""
+        """``k_hat + side · P z`` of packed rows, ``[B, Hkv, T, D]`` fp32; with ``side`` 0, ``k_hat`` alone.
+
+        For heads of the same bits.
+        """
         codes = unpack_keys(planes, self.bits).float()
         codes = (codes - self.centre(codes)) * scale.float()[..., None]
         base = self.read.shape[-1]
@@ -274,6 +333,7 @@ class ValueCodec(Codec):
     """How values are written and read: ``encode``/``read`` ``[1, Hkv or 1, D, D]``; ``mean [1, Hkv, D]`` or None.
 
     ``metric [1, Hkv, D, D]``, how an error of the coordinates reaches the output, turns error feedback on.
+    ``head_bits``: of each KV head, where they differ; ``bits`` and ``step`` are then those of the first.
     """
 
     encode: Tensor
@@ -284,13 +344,42 @@ class ValueCodec(Codec):
     unbiased: bool
     mean: Tensor | None = None
     metric: Tensor | None = None
+    head_bits: tuple[int, ...] = ()
+
+    def with_bits(self, head_bits: tuple[int, ...]) -> "ValueCodec":
+        """A copy with those bits, by KV head, and the steps that go with them."""
+        if not head_bits:
+            return self
+        bits, mixed = head_bits[0], len(set(head_bits)) > 1
+        step = GAUSSIAN_STEP[bits] if self.step else 0.0
+        return dataclasses.replace(self, bits=bits, step=step, head_bits=head_bits if mixed else ())
 
     def encode_rows(self, v: Tensor) -> tuple[list[Tensor], Tensor, Tensor | None]:
-        """:func:`headq_ao.ops.encode_values` with this codec."""
+        """:func:`headq_ao.ops.encode_values` with this codec, whose heads have the same bits."""
         return encode_values(
-            v, self.encode, self.bits, group_size=self.group_size, mean=self.mean, metric=self.metric, step=self.step,
-            unbiased=self.unbiased,
+            v, self.encode, self.bits, group_size=self.group_size, mean=self.mean, metric=self.metric,
+            factor=self.factor, step=self.step, unbiased=self.unbiased,
         )  # fmt: skip
+
+    @property
+    def row_bits(self) -> tuple[int, ...]:
+        """What :class:`headq_ao.ops.Rows` of these rows calls ``bits``."""
+        return (self.bits,)
+
+    @property
+    def planes(self) -> int:
+        """How many planes a row has."""
+        return len(PIECES[self.bits])
+
+    @property
+    def has_zero(self) -> bool:
+        """Whether a row stores a zero beside its scale."""
+        return not self.step
+
+    @functools.cached_property
+    def factor(self) -> Tensor | None:
+        """:func:`headq_ao.ops.unit_factor` of the metric, kept."""
+        return None if self.metric is None else unit_factor(self.metric)
 
     def dequantize(self, planes: list[Tensor], scale: Tensor, zero: Tensor | None) -> Tensor:
         """``v_hat`` of packed rows in the model's basis, ``[B, Hkv, T, D]`` fp32."""
@@ -299,6 +388,53 @@ class ValueCodec(Codec):
     def readout(self, out: Tensor) -> Tensor:
         """``Σ_j a_j v̂_j`` from ``Σ_j a_j ŷ_j`` ``[B, Hq, S, D]``, the weights of these rows summing to one."""
         return read_back(out, self.read, self.mean)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Neighbouring KV heads whose rows have the same form, and their codecs; None where a side is exact."""
+
+    heads: slice
+    keys: KeyCodec | None
+    values: ValueCodec | None
+
+
+def runs_of(keys: KeyCodec | None, values: ValueCodec | None) -> list[Run]:
+    """The heads of a layer in as few runs as their bits allow.
+
+    Example:
+        >>> import torch
+        >>> from headq_ao.codec import base_codec, runs_of
+        >>> from headq_ao.config import HeadQConfig
+        >>> codec = base_codec(HeadQConfig(), torch.zeros(1, 3, 16))
+        >>> [run.heads for run in runs_of(codec.with_bits((3, 3, 1)), None)]
+        [slice(0, 2, None), slice(2, 3, None)]
+    """
+    bits = [codec.head_bits for codec in (keys, values) if codec is not None and codec.head_bits]
+    if not bits:
+        return [Run(slice(None), keys, values)]
+    runs, start = [], 0
+    for _, group in itertools.groupby(zip(*bits, strict=True)):
+        heads = slice(start, start + len(list(group)))
+        runs.append(Run(heads, *(None if codec is None else codec.part(heads) for codec in (keys, values))))
+        start = heads.stop
+    return runs
+
+
+def by_head(codecs: Mapping[int, AnyCodec], head_bits: tuple[int, ...]) -> AnyCodec:
+    """One codec for heads of different bits.
+
+    Args:
+        codecs: of all heads, by bits.
+        head_bits: of each head.
+    """
+    first = codecs[head_bits[0]]
+    tensors: dict[str, Tensor] = {}
+    for name, t in first.tensors().items():
+        if len(codecs) > 1 and (t.shape[1] > 1 or name == "step"):
+            all_heads = (codecs[b].tensors()[name].expand(-1, len(head_bits), *t.shape[2:]) for b in head_bits)
+            tensors[name] = torch.cat([x[:, h : h + 1] for h, x in enumerate(all_heads)], 1)
+    return first.replace(tensors).with_bits(head_bits)
 
 
 def dequantize_value_rows(

@@ -25,7 +25,7 @@ class HeadQConfig(AOBaseConfig):
 
     Args:
         k_bits, v_bits: code bits per coordinate, 1 to 6 or 8; ``None`` keeps that side exact.
-        mean_bits: code bits per coordinate, as a mean over layers and packed sides, shared by what each layer does with
+        mean_bits: code bits per coordinate, as a mean over KV heads and packed sides, shared by what each head does with
             errors; needs a calibration, ``k_bits`` and ``v_bits`` hold without one.
         key_codec, value_codec: ``"visible"``: the same bits for each coordinate of the whitened, rotated row, codes
             chosen by error feedback; ``"affine"``: nearest codes of the rotated row. Values of a model without a
@@ -210,7 +210,7 @@ def headq_config(preset: str | None = None, **options: Any) -> HeadQConfig:
 
     Args:
         preset: ``"balanced"``, the default (2.25 code bits, 2.5 with the scales at a head_dim of 64), ``"quality"``
-            (2.75, 3.0) or ``"near_lossless"`` (4.0, 4.25): mean bits shared between layers and sides by the
+            (2.75, 3.0) or ``"near_lossless"`` (4.0, 4.25): mean bits shared between heads and sides by the
             calibration; without one 2, 2.5 or 4 bits in every layer. ``"headq_paper"``: the published construction, an
             affine 2-bit base and a query-PCA side code of its error (HeadQ, arXiv 2605.03562, withdrawn by its author).
         **options: fields of :class:`HeadQConfig`. With ``k_bits``, ``v_bits`` or a codec, all layers have the same

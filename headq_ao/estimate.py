@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from headq_ao.allocate import layer_configs
+from headq_ao.allocate import head_bits
 from headq_ao.cache_layer import HeadQCacheLayer
 from headq_ao.calibration import TENSORS, Calibration, LayerMoments, tensor_shapes
 from headq_ao.config import HeadQConfig
@@ -56,10 +56,10 @@ def estimate_memory(
     if config.mean_bits is not None and isinstance(calibration, str):
         calibration = Calibration.load(calibration)
     known = calibration if isinstance(calibration, Calibration) else None
-    for shape, own in zip(shapes, layer_configs(config, known, len(shapes)), strict=True):
+    for shape, bits in zip(shapes, head_bits(config, known, shapes), strict=True):
         moments = None if config.calibration is None else _no_moments(shape)
-        codec = LayerCodec(own, shape, moments, META)
-        layer = HeadQCacheLayer(own, shape)
+        codec = LayerCodec(config, shape, moments, META, bits=bits)
+        layer = HeadQCacheLayer(config, shape)
         k = torch.empty(batch_size, shape.n_kv_heads, tokens, shape.head_dim, dtype=dtype, device=META)
         q = torch.empty(batch_size, shape.n_heads, tokens, shape.head_dim, dtype=dtype, device=META)
         layer.update(k, k)

@@ -8,12 +8,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from headq_ao.allocate import HeadBits
 from headq_ao.calibration import LayerMoments
 from headq_ao.codec import (
     KeyCodec,
     ValueCodec,
     affine_codec,
     base_codec,
+    by_head,
     centred_moment,
     prompt_visible_codec,
     rotated_value_codec,
@@ -48,6 +50,7 @@ class LayerCodec(nn.Module):
         moments: the layer's calibration, or None.
         device: of the attention module.
         heads: the KV heads of the moments that are here, None: all. The codec is made for all and cut.
+        bits: of all heads; None: those of the config.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class LayerCodec(nn.Module):
         moments: LayerMoments | None,
         device: torch.device,
         heads: slice | None = None,
+        bits: HeadBits | None = None,
     ) -> None:
         super().__init__()
         config.check_head_dim(shape.head_dim)
@@ -67,9 +71,11 @@ class LayerCodec(nn.Module):
         self.value_frame: ValueCodec | None = None
         part = slice(None) if heads is None else heads
         if config.v_bits is not None:
-            self.value_frame = self._keep("value", value_codec(config, shape, moments).of_heads(part), device)
+            made = value_codec(config, shape, moments).with_bits(() if bits is None else bits.v)
+            self.value_frame = self._keep("value", made.of_heads(part), device)
         if moments is not None and config.k_bits is not None:
-            self.frame = self._keep("key", key_codec(config, moments).of_heads(part), device)
+            made_keys = key_codec(config, moments, () if bits is None else bits.k)
+            self.frame = self._keep("key", made_keys.of_heads(part), device)
 
     def _keep(self, side: str, codec: AnyCodec, device: torch.device) -> AnyCodec:
         """Register the tensors of a codec as buffers; what is left of it without them."""
@@ -176,8 +182,15 @@ class LayerCodec(nn.Module):
         return self
 
 
-def key_codec(config: HeadQConfig, moments: LayerMoments) -> KeyCodec:
-    """The key codec of a calibrated layer."""
+def key_codec(config: HeadQConfig, moments: LayerMoments, bits: tuple[int, ...] = ()) -> KeyCodec:
+    """The key codec of a calibrated layer; ``bits`` of each head, none: those of the config."""
+    if not bits:
+        return _key_codec(config, moments)
+    alike = {b: _key_codec(dataclasses.replace(config, k_bits=b), moments) for b in set(bits)}
+    return by_head(alike, bits)
+
+
+def _key_codec(config: HeadQConfig, moments: LayerMoments) -> KeyCodec:
     rows = moments.k_rows[: moments.k_rows.shape[0] // TOKEN_TILE * TOKEN_TILE].transpose(0, 1)[None]
     if rows.shape[2] == 0:
         raise ValueError(

@@ -1,11 +1,13 @@
 """What one layer of the packed cache holds: exact rows, packed rows, epochs of codecs, and counts."""
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from headq_ao.codec import KeyCodec
+from headq_ao.codec import KeyCodec, Run, ValueCodec, runs_of
 from headq_ao.config import HeadQConfig
 from headq_ao.layer_codec import Epoch, LayerCodec
 from headq_ao.models import LayerShape
@@ -94,36 +96,35 @@ class LayerState:
         ranges = (self._epoch_range(e) for e in range(len(self.epochs)))
         return [e for e, (begin, end) in enumerate(ranges) if begin < end]
 
-    def packed_rows(self, e: int, codec: LayerCodec, end: int | None = None) -> tuple[Rows, Rows, KeyCodec | None]:
-        """The rows of epoch ``e`` as :func:`headq_ao.ops.decode_attention` reads them, and the codec of its keys.
+    def packed_rows(self, e: int, codec: LayerCodec, end: int | None = None) -> list[tuple[Run, Rows, Rows]]:
+        """The rows of epoch ``e`` as :func:`headq_ao.ops.decode_attention` reads them, run by run of heads.
 
         ``end``: of the slots, where not of those in use.
         """
         begin, in_use = self._epoch_range(e)
         end = in_use if end is None else end
-        k, v = self.store_k.view(begin, end), self.store_v.view(begin, end)
-        key_codec = self._codec(e, codec)
-        keys, values = Rows(exact=k[0]), Rows(exact=v[0])
-        if key_codec is not None:
-            zero = k.pop() if key_codec.weight is None else None
-            keys = Rows(planes=k[:-1], bits=key_codec.bits, scale=k[-1], zero=zero)
-        if self.config.v_bits is not None:
-            zero = v.pop() if self.config.v_zero_point else None
-            values = Rows(planes=v[:-1], bits=(self.config.v_bits,), scale=v[-1], zero=zero)
-        return keys, values, key_codec
+        k, v = (iter(store.view(begin, end)) for store in (self.store_k, self.store_v))
+        found = []
+        for run in runs_of(self._codec(e, codec), codec.values):
+            keys, values = packed(k, run.keys), packed(v, run.values)
+            found.append((run, keys, values))
+        return found
 
-    def segment(self, e: int, codec: LayerCodec) -> tuple[Tensor, Tensor]:
-        """The packed rows of epoch ``e`` as tensors ``[B, Hkv, T, D]``: subclasses, or plain rows on an exact side."""
-        k, v, key_codec = self.packed_rows(e, codec)
-        keys, values, value_codec = k.exact, v.exact, codec.values
-        if key_codec is not None:
-            assert k.scale is not None
-            keys = HeadQKeyTensor.from_planes(k.planes, k.scale, k.zero, key_codec, self.dtype)
-        if value_codec is not None:
-            assert v.scale is not None
-            values = HeadQValueTensor.from_planes(v.planes, v.scale, v.zero, value_codec, self.dtype)
-        assert keys is not None and values is not None
-        return keys, values
+    def segments(self, e: int, codec: LayerCodec) -> list[tuple[Tensor, Tensor]]:
+        """The packed rows of epoch ``e`` as tensors ``[B, Hkv, T, D]``, run by run of heads: subclasses, or plain rows
+        on an exact side."""
+        found = []
+        for run, k, v in self.packed_rows(e, codec):
+            keys, values = k.exact, v.exact
+            if run.keys is not None:
+                assert k.scale is not None
+                keys = HeadQKeyTensor.from_planes(k.planes, k.scale, k.zero, run.keys, self.dtype)
+            if run.values is not None:
+                assert v.scale is not None
+                values = HeadQValueTensor.from_planes(v.planes, v.scale, v.zero, run.values, self.dtype)
+            assert keys is not None and values is not None
+            found.append((keys, values))
+        return found
 
     def dequantize(self, codec: LayerCodec) -> tuple[Tensor, Tensor]:
         """All rows as the model sees them, ``[B, Hkv, T, D]``, for sequences of equal length without holes."""
@@ -134,9 +135,10 @@ class LayerState:
         assert self.exact.k is not None and self.exact.v is not None
         if self.rows[0].slots:
             for e in self._used_epochs():
-                k, v = self.segment(e, codec)
-                k = k.dequantize(self.config.sign) if isinstance(k, HeadQKeyTensor) else k
-                parts.append((k, v.dequantize() if isinstance(v, HeadQValueTensor) else v))
+                keys, values = zip(*self.segments(e, codec), strict=True)
+                k = [x.dequantize(self.config.sign) if isinstance(x, HeadQKeyTensor) else x for x in keys]
+                v = [x.dequantize() if isinstance(x, HeadQValueTensor) else x for x in values]
+                parts.append((torch.cat(k, 1), torch.cat(v, 1)))
         ends = [(x[:, :, :n_sink], x[:, :, n_sink:held]) for x in (self.exact.k, self.exact.v)]
         return tuple(  # type: ignore[return-value]
             torch.cat([sink, *(p[i] for p in parts), window], 2) for i, (sink, window) in enumerate(ends)
@@ -156,3 +158,11 @@ class LayerState:
     def moments(self) -> list[Tensor]:
         """Running sums, and the queries kept while a sequence's own statistics are awaited."""
         return [t for t in (self.k_sum, self.exact.q) if t is not None]
+
+
+def packed(tensors: Iterator[Tensor], codec: KeyCodec | ValueCodec | None) -> Rows:
+    """Rows of one run of heads, from the next of a store's tensors; exact where there is no codec."""
+    if codec is None:
+        return Rows(exact=next(tensors))
+    planes, scale = list(itertools.islice(tensors, codec.planes)), next(tensors)
+    return Rows(planes=planes, bits=codec.row_bits, scale=scale, zero=next(tensors) if codec.has_zero else None)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from headq_ao.cache_layer import HeadQCacheLayer
+from headq_ao.codec import runs_of
 from headq_ao.config import HeadQConfig
 from headq_ao.files import FileKind
 from headq_ao.layer_codec import Epoch, LayerCodec
@@ -21,7 +22,7 @@ from headq_ao.state import RowCounts, RowStore
 if TYPE_CHECKING:
     from headq_ao.cache import HeadQCache
 
-PROMPT_CACHE = FileKind("prompt cache", 1, "fill a HeadQCache with the prompt and save it again")
+PROMPT_CACHE = FileKind("prompt cache", 2, "fill a HeadQCache with the prompt and save it again")
 EXACT = ("k", "v", "q")
 STORES = ("store_k", "store_v")
 
@@ -140,7 +141,7 @@ def layer_from_file(
     tensors = {name: t.to(device, copy=True) for name, t in held.items()}
     rows = [RowCounts(**row) for row in description["rows"]]
     layer.dtype, layer.device = getattr(torch, description["dtype"]), device
-    check_layer(layer, rows, description, tensors)
+    check_layer(layer, codec, rows, description, tensors)
     layer.rows, layer.seen, layer.rows_read = rows, description["seen"], list(description["rows_read"])
     for name in EXACT:
         if f"exact.{name}" in tensors:
@@ -166,8 +167,9 @@ def widened(tensor: Tensor, capacity: int) -> Tensor:
 
 
 def check_layer(
-    layer: HeadQCacheLayer, rows: list[RowCounts], description: dict[str, Any], tensors: dict[str, Tensor]
-) -> None:
+    layer: HeadQCacheLayer, codec: LayerCodec, rows: list[RowCounts], description: dict[str, Any],
+    tensors: dict[str, Tensor],
+) -> None:  # fmt: skip
     """Raise ValueError where counts and tensors of a layer do not fit each other or the model."""
     if not rows or any(n < 0 for row in rows for n in (*dataclasses.astuple(row), row.exact)):
         raise ValueError("its counts of rows are not usable")
@@ -183,7 +185,20 @@ def check_layer(
     if slots and set(description["stores"]) != set(STORES):
         raise ValueError("it lacks packed rows")
     for name, about in description["stores"].items():
-        for j, unit in enumerate(about["units"]):
+        held = heads_of_tensors(codec, name, heads, len(about["units"]))
+        for j, (unit, n) in enumerate(zip(about["units"], held, strict=True)):
             got = tuple(tensors[f"{name}.{j}"].shape)
-            if got[:3] != (batch, heads, slots // unit) or about["capacity"] < slots:
-                raise ValueError(f"{name}.{j} must begin with {(batch, heads, slots // unit)}, got {got}")
+            if got[:3] != (batch, n, slots // unit) or about["capacity"] < slots:
+                raise ValueError(f"{name}.{j} must begin with {(batch, n, slots // unit)}, got {got}")
+
+
+def heads_of_tensors(codec: LayerCodec, store: str, heads: int, tensors: int) -> list[int]:
+    """How many KV heads each of a store's ``tensors`` holds: those of a run, where heads have different bits."""
+    runs = runs_of(codec.calibrated, codec.values)
+    if len(runs) == 1:
+        return [heads] * tensors
+    held = []
+    for run in runs:
+        of = run.keys if store == "store_k" else run.values
+        held += [run.heads.stop - run.heads.start] * (1 if of is None else of.planes + 1 + of.has_zero)
+    return held

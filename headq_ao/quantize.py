@@ -13,7 +13,7 @@ from torchao.quantization.transform_module import register_quantize_module_handl
 from transformers import DynamicCache, PreTrainedModel
 
 from headq_ao import attention, compiled, generation, hf_quantizer
-from headq_ao.allocate import layer_configs
+from headq_ao.allocate import head_bits
 from headq_ao.cache import HeadQCache, HeadQState
 from headq_ao.calibrate import RECORDER
 from headq_ao.calibration import Calibration
@@ -94,13 +94,13 @@ def _handle(model: nn.Module, config: HeadQConfig) -> nn.Module:
     print_ = fingerprint(model)
     if calibration is not None:
         calibration.check_model(print_)
+    bits = head_bits(config, calibration, shapes)
     shapes, heads = shapes_here(model, shapes, config)
-    configs = layer_configs(config, calibration, len(shapes))
     codecs = []
     for i, (module, shape) in enumerate(zip(modules, shapes, strict=True)):
         moments = None if calibration is None else calibration.layers[i]
-        codecs.append(LayerCodec(configs[i], shape, moments, execution_device(module), heads))
-    state = HeadQState(config, shapes, model.config._attn_implementation, calibration, print_, configs, codecs)
+        codecs.append(LayerCodec(config, shape, moments, execution_device(module), heads, bits[i]))
+    state = HeadQState(config, shapes, model.config._attn_implementation, calibration, print_, codecs)
     model.set_attn_implementation(attention.NAME)
     for module, codec in zip(modules, codecs, strict=True):
         module.headq = codec

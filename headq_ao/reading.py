@@ -1,16 +1,19 @@
 """Reading the cache: attention over packed rows and exact rows, joined by log-sum-exp."""
 
 import operator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from headq_ao.codec import KeyCodec, ValueCodec
+from headq_ao.codec import Run
 from headq_ao.layer_codec import LayerCodec
 from headq_ao.layer_state import LayerState
 from headq_ao.ops import ExactRows, MappedQuery, Rows, attend, decode_attention, merge_segments
 from headq_ao.ops.decode_attention import cpu_kernel
 from headq_ao.state import int_tensor
+
+Segment = tuple[MappedQuery, Rows, Rows, Tensor, Tensor, Tensor | None]
 
 
 class ReadingLayer(LayerState):
@@ -35,34 +38,38 @@ class ReadingLayer(LayerState):
         (e,) = epochs
         key_codec, value_codec = self._codec(e, codec), codec.values
         assert key_codec is not None and value_codec is not None
-        if q.shape[2] == 1 and (step := self._step(q, e, codec, key_codec, value_codec)) is not None:
+        if q.shape[2] == 1 and (step := self._step(q, e, codec)) is not None:
             q = q.float().contiguous()
             grouped = q.view(q.shape[0], key_codec.mean.shape[1], -1, q.shape[3])
             mapped = (grouped * scaling) @ key_codec.query_map(self.config.sign, torch.float32)
             return step(q, mapped, scaling, [r.slots for r in self.rows], [r.exact for r in self.rows])
         exact = MappedQuery.exact(q, scaling).codes
-        rows = ExactRows(exact, *self._exact_rows(q, position), value_codec.read, value_codec.mean)
-        return attend(*self._packed_segment(q, scaling, codec, e, position), rows)
+        k, v, start, stop = self._exact_rows(q, position)
+        outs = []
+        for run, of_q, segment in self._packed_segments(q, scaling, codec, e, position):
+            assert run.values is not None
+            h = run.heads
+            rows = ExactRows(exact[:, of_q], k[:, h], v[:, h], start, stop, run.values.read, run.values.mean)
+            outs.append(attend(*segment, rows))
+        return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
 
-    def _step(
-        self, q: Tensor, e: int, codec: LayerCodec, key_codec: KeyCodec, value_codec: ValueCodec
-    ) -> cpu_kernel.Step | None:
+    def _step(self, q: Tensor, e: int, codec: LayerCodec) -> cpu_kernel.Step | None:
         """The kernel's call for one new token of each sequence, where it serves; made anew where rows have moved."""
-        k, v = self.exact.k, self.exact.v
-        assert k is not None and v is not None
+        k, v, value_codec = self.exact.k, self.exact.v, codec.values
+        assert k is not None and v is not None and value_codec is not None
         one_token = all(span.length == 1 for span in self.last_spans)
         all_slots = self.valid is None and not self.is_sliding and not self.epochs[e].begin
         served = q.device.type == "cpu" and q.dtype != torch.float64 and k.dtype == v.dtype
         watched = torch.compiler.is_compiling() or (q.requires_grad and torch.is_grad_enabled())
-        if not (one_token and all_slots and served and cpu_kernel.one_query(key_codec.bits)) or watched:
-            return None
-        if (lib := cpu_kernel.library()) is None:
+        if not (one_token and all_slots and served) or watched or (lib := cpu_kernel.library()) is None:
             return None
         parts = (k, v, *self.store_k.tensors, *self.store_v.tensors, value_codec.read)
         if self.step is None or len(parts) != len(self.step_of) or not all(map(operator.is_, parts, self.step_of)):
-            keys, values, _ = self.packed_rows(e, codec, self.store_k.capacity)
-            groups = q.shape[1] // k.shape[1]
-            self.step = cpu_kernel.Step(lib, keys, values, k, v, value_codec.read, value_codec.mean, groups)
+            runs = self.packed_rows(e, codec, self.store_k.capacity)
+            if not all(cpu_kernel.one_query(tuple(keys.bits)) for _, keys, _ in runs):
+                return None
+            rows, groups = [(keys, values) for _, keys, values in runs], q.shape[1] // k.shape[1]
+            self.step = cpu_kernel.Step(lib, rows, k, v, value_codec.read, value_codec.mean, groups)
             self.step_of = parts
         return self.step
 
@@ -75,23 +82,32 @@ class ReadingLayer(LayerState):
     def _attend_packed(
         self, q: Tensor, scaling: float, codec: LayerCodec, position: list[list[int]]
     ) -> tuple[Tensor, Tensor]:
-        segments = (self._packed_segment(q, scaling, codec, e, position) for e in self._used_epochs())
-        out, lse = merge_segments([decode_attention(*segment) for segment in segments])
+        parts = []
+        for e in self._used_epochs():
+            segments = self._packed_segments(q, scaling, codec, e, position)
+            outs, lses = zip(*(decode_attention(*segment) for _, _, segment in segments), strict=True)
+            parts.append((torch.cat(outs, 1), torch.cat(lses, 1)))
+        out, lse = merge_segments(parts)
         values = codec.values
         return (out if values is None else values.readout(out)), lse
 
-    def _packed_segment(
+    def _packed_segments(
         self, q: Tensor, scaling: float, codec: LayerCodec, e: int, position: list[list[int]]
-    ) -> tuple[MappedQuery, Rows, Rows, Tensor, Tensor, Tensor | None]:
-        """What :func:`headq_ao.ops.decode_attention` takes for the rows of epoch ``e``."""
+    ) -> Iterator[tuple[Run, slice, Segment]]:
+        """The rows of epoch ``e``, run by run of KV heads: the run, its query heads, and what
+        :func:`headq_ao.ops.decode_attention` takes."""
         begin, end = self._epoch_range(e)
         start, stop = (int_tensor(x, q.device) for x in self._visible_slots(begin, end, position))
-        keys, values, key_codec = self.packed_rows(e, codec)
+        key_codec = self._codec(e, codec)
         query = (
             MappedQuery.exact(q, scaling) if key_codec is None else key_codec.map_query(q, scaling, self.config.sign)
         )
         valid = None if self.valid is None else self.valid[:, begin:end]
-        return query, keys, values, start, stop, valid
+        group = q.shape[1] // self.shape.n_kv_heads
+        for run, keys, values in self.packed_rows(e, codec):
+            first, last, _ = run.heads.indices(self.shape.n_kv_heads)
+            of_q = slice(first * group, last * group)
+            yield run, of_q, (query.of_heads(of_q), keys, values, start, stop, valid)
 
     def _visible_slots(
         self, begin: int, end: int, position: list[list[int]]

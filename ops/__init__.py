@@ -4,6 +4,7 @@ from headq_ao.ops.decode_attention.op import ExactRows, MappedQuery, Rows, atten
 from headq_ao.ops.encode_keys.op import encode_keys
 from headq_ao.ops.encode_values.op import encode_values
 from headq_ao.ops.feedback.op import feedback_codes
+from headq_ao.ops.feedback.reference import unit_factor
 
 __all__ = [
     "ExactRows",
@@ -15,4 +16,5 @@ __all__ = [
     "encode_values",
     "feedback_codes",
     "merge_segments",
+    "unit_factor",
 ]

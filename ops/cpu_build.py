@@ -12,6 +12,9 @@ import tempfile
 import warnings
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c++17", "-fno-math-errno", "-fno-trapping-math")
 
 
@@ -62,3 +65,10 @@ def load(source: Path) -> ctypes.CDLL | None:
             stacklevel=2,
         )
         return None
+
+
+def direct(x: Tensor) -> bool:
+    """Whether to skip the dispatcher, which takes longer than the work on a few rows: plain CPU tensors that no one
+    traces or differentiates."""
+    plain = type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return plain and not (x.requires_grad and torch.is_grad_enabled())

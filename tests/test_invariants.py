@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from headq_ao import headq_config
+from headq_ao.allocate import HeadBits
 from headq_ao.cache_layer import HeadQCacheLayer
 from headq_ao.calibration import MomentAccumulator
 from headq_ao.layer_codec import LayerCodec
@@ -19,6 +20,7 @@ from headq_ao.state import Span
 HQ, HKV, D, T = 4, 2, 32, 300
 SMALL = {"epoch_tokens": 64, "residual_length": 32, "block_size": 16}
 AFFINE = {"key_codec": "affine", "value_codec": "affine"}
+MIXED = {"block_size": 32}  # values of odd bits pack in that many tokens
 ZEROS = AFFINE | {"k_zero_point": True, "v_zero_point": True}
 CASES = {
     "calibrated": ({"adapt": "off"}, True, None),
@@ -46,6 +48,14 @@ CASES = {
     "affine window prompt": (AFFINE, True, 80),
     "short window": ({}, False, 20),
     "no sink": ({"n_sink": 0}, False, None),
+    "bits by head": (MIXED | {"head_bits": HeadBits((3, 1), (2, 5))}, True, None),
+    "bits by head, keys alone differ": (MIXED | {"head_bits": HeadBits((2, 4), (3, 3))}, True, None),
+    "bits by head, eight of them": (MIXED | {"head_bits": HeadBits((8, 2), (8, 1))}, True, None),
+    "bits by head prompt": (MIXED | {"head_bits": HeadBits((1, 2), (1, 1)), "adapt": "prompt"}, True, None),
+    "bits by head, side code": (MIXED | {"head_bits": HeadBits((3, 2), (2, 2)), "rank": 8}, True, None),
+    "bits by head, keys only": (MIXED | {"head_bits": HeadBits((4, 2), ()), "v_bits": None}, True, None),
+    "bits by head, values only": (MIXED | {"head_bits": HeadBits((), (2, 3)), "k_bits": None}, True, None),
+    "bits by head window": (MIXED | {"head_bits": HeadBits((3, 1), (1, 3))}, True, 80),
 }
 
 
@@ -72,9 +82,11 @@ def moments(like=1):
 
 def make(options=None, calibrated=False, window=None, head_dim=D):
     """``calibrated``: False, True (on a stream of other means and covariances) or "alike" (on one of the same)."""
-    config, shape = headq_config(**SMALL | (options or {})), LayerShape(HQ, HKV, head_dim, window)
+    options = SMALL | (options or {})
+    bits = options.pop("head_bits", None)
+    config, shape = headq_config(**options), LayerShape(HQ, HKV, head_dim, window)
     like = {"alike": 0, True: 1}.get(calibrated)
-    codec = LayerCodec(config, shape, None if like is None else moments(like), torch.device("cpu"))
+    codec = LayerCodec(config, shape, None if like is None else moments(like), torch.device("cpu"), bits=bits)
     return HeadQCacheLayer(config, shape), codec
 
 

@@ -82,13 +82,13 @@ class BaselineLayer(HeadQCacheLayer):
             out = self.method.values.readout(a, values, self.value_frame)
         return out.flatten(1, 2), lse.flatten(1, 2)
 
-    def segment(self, e: int, codec: LayerCodec) -> tuple[Tensor, Tensor]:
+    def segments(self, e: int, codec: LayerCodec) -> list[tuple[Tensor, Tensor]]:
         """The rows that attention stands for, rebuilt: for measuring, not for attending."""
         end = max(r.slots for r in self.rows)
         k, v = self.store_k.view(0, end), self.store_v.view(0, end)
         keys = k[0] if self.method.keys is None else self.method.keys.decode(k, self.key_frame).to(self.dtype)
         values = v[0] if self.method.values is None else self.method.values.decode(v, self.value_frame).to(self.dtype)
-        return keys, values
+        return [(keys, values)]
 
     def own_bases(self) -> list[Tensor]:
         """The prompt's query directions: they serve writing alone, and are counted."""

@@ -35,14 +35,20 @@ struct Exact {
   float scaling;                                              // of the scores
 };
 
-struct Args {
-  int32_t batch, kv_heads, queries, slots, head_dim;  // queries: rows per KV head (group x new tokens)
-  int32_t key_planes, value_planes, value_bits, groups, threads, isa, new_tokens;
+// Packed rows of neighbouring KV heads, of the same form.
+struct Run {
+  int32_t first, heads;                                       // of the layer's KV heads
+  int32_t key_planes, value_planes, value_bits, groups;
   Plane k[3], v[2];
   Scale k_scale, k_zero, v_scale, v_zero;                     // k_zero.data, v_zero.data may be null
+  float q_weight[3];                                          // what a plane's codes count
+};
+
+struct Args : Run {
+  int32_t batch, kv_heads, queries, slots, head_dim;          // queries: rows per KV head (group x new tokens)
+  int32_t threads, isa, new_tokens;
   const float *q[3], *bias, *zero_query, *gauge;              // q[p]: [batch, kv_heads, queries, columns of plane p]
   int64_t q_row[3], scalar_row;                               // elements from one query to the next
-  float q_weight[3];                                          // what a plane's codes count
   const int64_t *start, *stop;                                // [batch, new_tokens]
   const uint8_t* valid;                                       // [batch, valid_stride] or null
   int64_t valid_stride;
@@ -288,8 +294,7 @@ struct Query {
     for (int p = 0; p < a.key_planes; p++) columns += a.k[p].columns;
     return (a.queries + SLOTS - 1) / SLOTS * columns * (FOUR / 4) + int64_t(a.key_planes) * a.queries * sizeof(float);
   }
-  Query(const Args& a, int64_t head, char* memory) {
-    memory += head * bytes(a);
+  Query(const Args& a, char* memory) {
     scale = (float*)memory;
     int8_t* at = (int8_t*)(scale + int64_t(a.key_planes) * a.queries);
     for (int p = 0; p < a.key_planes; p++) {
@@ -334,7 +339,7 @@ inline void prefetch(const uint8_t* from, int64_t bytes) {
 // Scores in units of log 2, and the largest of each query.
 template <class I, int NQ>
 void scores(const Args& a, const Query& query, int b, int h, int q0, int t0, int t1, float (*s)[CHUNK], float* most) {
-  const int64_t head = int64_t(b) * a.kv_heads + h;
+  const int64_t head = int64_t(b) * a.kv_heads + a.first + h;
   alignas(64) float sigma[CHUNK], offset[CHUNK];
   alignas(64) int32_t sums[NQ][CHUNK];
   scales(a.k_scale, b, h, t0, t1 - t0, 0, sigma);
@@ -622,14 +627,29 @@ extern "C" int headq_best_isa() {
 
 extern "C" int headq_args_size() { return int(sizeof(Args)); }
 
-// Returns 1 where memory for partial sums is not to be had.
-extern "C" int headq_decode_attention(const Args* args) {
+extern "C" int headq_run_size() { return int(sizeof(Run)); }
+
+// Heads are those of `runs`, or with none all of one form, given in `args`. Returns 1 where memory is not to be had.
+extern "C" int headq_decode_attention(const Args* args, const Run* runs, int n) {
+  const std::unique_ptr<Args[]> forms(new (std::nothrow) Args[std::max(n, 1)]);
+  if (!forms) return 1;
+  forms[0] = *args;
+  int64_t bytes = 0;
+  for (int r = 0; r < std::max(n, 1); r++) {
+    if (n) static_cast<Run&>(forms[r] = *args) = runs[r];
+    bytes = std::max(bytes, Query::bytes(forms[r]));
+  }
   const Args& a = *args;
+  const auto form = [&](int i) -> const Args& {
+    int r = 0;
+    while (r < n - 1 && i % a.kv_heads >= forms[r].first + forms[r].heads) r++;
+    return forms[r];
+  };
   int heads = a.batch * a.kv_heads, chunks = (a.slots + CHUNK - 1) / CHUNK;
   int64_t width = int64_t(a.queries) * (a.head_dim + 2);
   const int64_t exact_width = a.exact.dtype ? int64_t(a.queries) * (a.head_dim + 1 + a.exact.rows) : 0;
   const std::unique_ptr<float[]> parts(new (std::nothrow) float[heads * (width * chunks + exact_width)]);
-  const std::unique_ptr<char[]> memory(new (std::nothrow) char[heads * Query::bytes(a)]);
+  const std::unique_ptr<char[]> memory(new (std::nothrow) char[heads * bytes]);
   if (!parts || !memory) return 1;
   // neighbouring chunks go to one thread, which has asked for what follows
   const int run = std::max(1, heads * chunks / (8 * a.threads));
@@ -637,17 +657,19 @@ extern "C" int headq_decode_attention(const Args* args) {
 #pragma omp parallel num_threads(a.threads)
   {
 #pragma omp for schedule(static)
-    for (int i = 0; i < heads; i++) prepare(a, i, Query(a, i, memory.get()));
+    for (int i = 0; i < heads; i++) prepare(form(i), i, Query(form(i), memory.get() + i * bytes));
 #pragma omp for schedule(dynamic, run) collapse(2)
     for (int i = 0; i < heads; i++)
       for (int c = 0; c < chunks; c++) {
-        int t0 = c * CHUNK;
-        attend_chunk(a, Query(a, i, memory.get()), i / a.kv_heads, i % a.kv_heads, t0, std::min(t0 + CHUNK, a.slots), &parts[width * (int64_t(i) * chunks + c)]);
+        const Args& of = form(i);
+        const int b = i / a.kv_heads, h = i % a.kv_heads - of.first, t0 = c * CHUNK;
+        attend_chunk(of, Query(of, memory.get() + i * bytes), b, h, t0, std::min(t0 + CHUNK, a.slots), &parts[width * (int64_t(i) * chunks + c)]);
       }
 #pragma omp for schedule(static)
     for (int i = 0; i < heads; i++) {
       const int b = i / a.kv_heads, h = i % a.kv_heads;
-      const Query query(a, i, memory.get());
+      const Args& of = form(i);
+      const Query query(of, memory.get() + i * bytes);
       float* exact = a.exact.dtype ? exacts + i * exact_width : nullptr;
       float *exact_lse = exact + int64_t(a.queries) * a.head_dim, *weights = exact_lse + a.queries;
       if (exact) attend_exact(a, b, h, weights, exact, exact_lse);
@@ -668,7 +690,7 @@ extern "C" int headq_decode_attention(const Args* args) {
         for (int d = 0; d < a.head_dim && total > 0; d++) out[d] /= total;
         int64_t at = int64_t(b) * a.new_tokens + q % a.new_tokens;
         bool bad = std::isnan(total);
-        for (int p = 0; p < a.key_planes; p++) bad = bad || (std::isnan(query.scale[p * a.queries + q]) && a.start[at] < a.stop[at]);
+        for (int p = 0; p < of.key_planes; p++) bad = bad || (std::isnan(query.scale[p * a.queries + q]) && a.start[at] < a.stop[at]);
         if (bad) {
           std::fill(out, out + a.head_dim, std::numeric_limits<float>::quiet_NaN());
           lse = std::numeric_limits<float>::quiet_NaN();

@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import operator
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,20 +39,29 @@ class _Exact(ctypes.Structure):
 
 
 EXACT_DTYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
-_INTS = "batch kv_heads queries slots head_dim key_planes value_planes value_bits groups threads isa new_tokens"
+_INTS = "batch kv_heads queries slots head_dim threads isa new_tokens"
+_RUN_INTS = "first heads key_planes value_planes value_bits groups"
 
 
-class _Args(ctypes.Structure):
+class _Run(ctypes.Structure):
     _fields_ = (
-        *((name, _I32) for name in _INTS.split()),
+        *((name, _I32) for name in _RUN_INTS.split()),
         ("k", _Plane * 3),
         ("v", _Plane * 2),
         *((name, _Scale) for name in ("k_scale", "k_zero", "v_scale", "v_zero")),
+        ("q_weight", ctypes.c_float * 3),
+    )
+
+
+class _Args(ctypes.Structure):
+    _anonymous_ = ("run",)
+    _fields_ = (
+        ("run", _Run),
+        *((name, _I32) for name in _INTS.split()),
         ("q", _P * 3),
         *((name, _P) for name in ("bias", "zero_query", "gauge")),
         ("q_row", _I64 * 3),
         ("scalar_row", _I64),
-        ("q_weight", ctypes.c_float * 3),
         *((name, _P) for name in ("start", "stop", "valid")),
         ("valid_stride", _I64),
         ("out", _P),
@@ -83,7 +93,8 @@ def library() -> ctypes.CDLL | None:
     lib = cpu_build.load(Path(__file__).with_name("cpu_kernel.cpp"))
     if lib is not None:
         lib.headq_decode_attention.restype = ctypes.c_int
-        assert lib.headq_args_size() == ctypes.sizeof(_Args), "cpu_kernel.py and cpu_kernel.cpp disagree about Args"
+        same = lib.headq_args_size() == ctypes.sizeof(_Args) and lib.headq_run_size() == ctypes.sizeof(_Run)
+        assert same, "cpu_kernel.py and cpu_kernel.cpp disagree about Args or Run"
     return lib
 
 
@@ -128,10 +139,12 @@ def decode_attention(
     mask = None if valid is None else valid if valid.stride(1) == 1 else valid.contiguous()
     columns = tuple([x.shape[-1] for x in planes])
     scales = [key_scale, key_zero, value_scale, value_zero]
-    args, stored = _stored(tuple(key_bits), columns, value_bits, key_planes, value_planes, scales)
+    run, stored = _stored(tuple(key_bits), columns, value_bits, key_planes, value_planes, scales)
+    args = _Args(run=run, head_dim=run.v[0].columns)
     out = q.new_empty(batch, heads, new, args.head_dim)
     lse = q.new_empty(batch, heads, new)
-    args.batch, args.kv_heads, args.queries, args.slots = batch, kv_heads, heads // kv_heads * new, slots
+    args.heads = args.kv_heads = kv_heads
+    args.batch, args.queries, args.slots = batch, heads // kv_heads * new, slots
     args.new_tokens, args.threads, args.isa = new, torch.get_num_threads(), code_path(lib)
     for i, (x, stride, weight) in enumerate(zip(planes, strides, weights, strict=True)):
         args.q[i], args.q_row[i], args.q_weight[i] = x.data_ptr(), stride, weight
@@ -141,7 +154,7 @@ def decode_attention(
         args.valid, args.valid_stride = mask.data_ptr(), mask.stride(0)
     args.out, args.lse = out.data_ptr(), lse.data_ptr()
     kept = [] if exact is None else _set_exact(args, exact)
-    if lib.headq_decode_attention(ctypes.byref(args)):
+    if lib.headq_decode_attention(ctypes.byref(args), None, 0):
         raise MemoryError(f"decode_attention had no memory for its partial sums over {slots} slots")
     del stored, kept  # what was made contiguous lives until here
     return out, lse
@@ -155,35 +168,39 @@ class Step:
 
     Args:
         lib: of :func:`library`.
-        keys, values: packed rows ``[B, Hkv, capacity]``; :func:`one_query` of the keys' bits.
+        runs: packed rows ``[B, heads of the run, capacity]`` of keys and values, run by run of KV heads;
+            :func:`one_query` of the keys' bits.
         k, v: exact rows ``[B, Hkv, capacity, D]``.
         read, mean: as in :class:`ExactRows`.
         groups: query heads per KV head.
     """
 
     def __init__(
-        self, lib: ctypes.CDLL, keys: Any, values: Any, k: Tensor, v: Tensor, read: Tensor, mean: Tensor | None,
-        groups: int,
+        self, lib: ctypes.CDLL, runs: Sequence[tuple[Any, Any]], k: Tensor, v: Tensor, read: Tensor,
+        mean: Tensor | None, groups: int,
     ) -> None:  # fmt: skip
         self.lib = lib
         batch, kv_heads, _, head_dim = k.shape
-        m = len(keys.bits)
+        self.width = m = len(runs[0][0].bits) + 3
         read, mean = read.contiguous(), None if mean is None else mean.contiguous()
         self.start, self.stop, self.exact_stop = ((_I64 * batch)() for _ in range(3))
         start, stop, exact_stop = (ctypes.addressof(x) for x in (self.start, self.stop, self.exact_stop))
-        scales = (keys.scale, keys.zero, values.scale, values.zero)
-        columns = (m,) * len(keys.planes)
-        self.args, stored = _stored(keys.bits, columns, values.bits[0], keys.planes, values.planes, scales)
-        given = (*keys.planes, *values.planes, *scales)
-        assert all(a is b for a, b in zip(stored, given, strict=True)), "a cache's planes lie as the kernel reads them"
-        self.kept = (stored, k, v, read, mean)
-        args = self.args
-        args.batch, args.kv_heads, args.queries, args.new_tokens = batch, kv_heads, groups, 1
-        args.start, args.stop, args.scalar_row, args.q_row[:] = start, stop, m + 3, [m + 3] * 3
-        args.q_weight = (ctypes.c_float * 3)(*_weights(keys.bits))
+        self.runs, self.kept = (_Run * len(runs))(), [k, v, read, mean]
+        first = 0
+        for i, (keys, values) in enumerate(runs):
+            scales = (keys.scale, keys.zero, values.scale, values.zero)
+            columns = (len(keys.bits),) * len(keys.planes)
+            run, stored = _stored(tuple(keys.bits), columns, values.bits[0], keys.planes, values.planes, scales)
+            given = (*keys.planes, *values.planes, *scales)
+            assert all(map(operator.is_, stored, given)), "a cache's planes lie as the kernel reads them"
+            run.first, run.heads = first, keys.scale.shape[1]
+            run.q_weight = (ctypes.c_float * 3)(*_weights(keys.bits))
+            self.runs[i], first = run, first + run.heads
+            self.kept += stored
+        self.args = args = _Args(batch=batch, kv_heads=kv_heads, queries=groups, new_tokens=1, head_dim=head_dim)
+        args.start, args.stop, args.scalar_row, args.q_row[:] = start, stop, m, [m] * 3
         args.exact = _Exact(**_exact_store(k, v), q_row=head_dim, start=start, stop=exact_stop)
         _set_way_back(args, read, mean)
-        self.width = m + 3
         self.reference = ctypes.byref(self.args)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
@@ -204,7 +221,7 @@ class Step:
         scalars = at + 4 * (self.width - 3)
         args.bias, args.zero_query, args.gauge = scalars, scalars + 4, scalars + 8
         args.exact.q, args.out, args.lse = q.data_ptr(), out.data_ptr(), lse.data_ptr()
-        if self.lib.headq_decode_attention(self.reference):
+        if self.lib.headq_decode_attention(self.reference, self.runs, len(self.runs)):
             raise MemoryError(f"decode_attention had no memory for its partial sums over {max(slots)} slots")
         return out
 
@@ -288,8 +305,8 @@ _Form = tuple[tuple[int, ...], tuple[int, ...]]  # shape and stride
 def _stored(
     key_bits: tuple[int, ...], columns: tuple[int, ...], value_bits: int, key_planes: Sequence[Tensor],
     value_planes: Sequence[Tensor], scales: Sequence[Tensor | None],
-) -> tuple[_Args, list[Tensor | None]]:  # fmt: skip
-    """``_Args`` of packed rows, and the tensors that it points to; ``scales``: scale and zero of keys, then of values.
+) -> tuple[_Run, list[Tensor | None]]:  # fmt: skip
+    """``_Run`` of packed rows, and the tensors that it points to; ``scales``: scale and zero of keys, then of values.
 
     Everything but addresses is kept for the next call with rows of this form.
     """
@@ -300,21 +317,21 @@ def _stored(
         keys, values = ([x.contiguous() for x in planes] for planes in (key_planes, value_planes))
         dense = [None if x is None else x.contiguous() for x in scales]
         return _stored(key_bits, columns, value_bits, keys, values, dense)
-    args = _Args.from_buffer_copy(layout)
+    run = _Run.from_buffer_copy(layout)
     addresses = [None if x is None else x.data_ptr() for x in stored]
     for i, at in enumerate(addresses[:n]):
-        args.k[i].data = at
+        run.k[i].data = at
     for i, at in enumerate(addresses[n:-4]):
-        args.v[i].data = at
-    args.k_scale.data, args.k_zero.data, args.v_scale.data, args.v_zero.data = addresses[-4:]
-    return args, stored
+        run.v[i].data = at
+    run.k_scale.data, run.k_zero.data, run.v_scale.data, run.v_zero.data = addresses[-4:]
+    return run, stored
 
 
 @functools.lru_cache(maxsize=1024)
 def _layout(
     key_bits: tuple[int, ...], columns: tuple[int, ...], value_bits: int, forms: tuple[_Form | None, ...]
-) -> _Args | None:
-    """``_Args`` of packed rows without addresses; None where the entries of a token tile do not lie together.
+) -> _Run | None:
+    """``_Run`` of packed rows without addresses; None where the entries of a token tile do not lie together.
 
     ``forms`` are those of the planes of keys, of the planes of values, and of four scales, of which some may lack.
     """
@@ -326,8 +343,8 @@ def _layout(
     head_dim = planes[n][0][3] * planes[n][0][4]
     key = zip(planes[:n], plane_pieces(key_bits), columns, strict=True)
     value = zip(planes[n:], PIECES[value_bits], strict=True)
-    return _Args(
-        head_dim=head_dim, key_planes=n, value_planes=len(planes) - n, value_bits=value_bits, groups=v_scale[0][3],
+    return _Run(
+        key_planes=n, value_planes=len(planes) - n, value_bits=value_bits, groups=v_scale[0][3],
         k=(_Plane * 3)(*(_Plane(None, *f[1][:3], width, columns) for f, width, columns in key)),
         v=(_Plane * 2)(*(_Plane(None, *f[1][:3], width, head_dim) for f, width in value)),
         k_scale=_scale(k_scale), k_zero=_scale(k_zero), v_scale=_scale(v_scale), v_zero=_scale(v_zero),

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from headq_ao.ops.cpu_build import direct
 from headq_ao.ops.decode_attention import cpu_kernel, reference
 from headq_ao.ops.decode_attention.cpu_kernel import ExactRows
 from headq_ao.ops.gpu_build import optional
@@ -36,6 +37,10 @@ class MappedQuery:
         q = q.to(torch.float64 if q.dtype == torch.float64 else torch.float32) * scaling
         nothing = q.new_zeros(q.shape[:-1])
         return cls(q, nothing, nothing, nothing)
+
+    def of_heads(self, part: slice) -> "MappedQuery":
+        """Those of some query heads."""
+        return MappedQuery(self.codes[:, part], self.bias[:, part], self.zero[:, part], self.gauge[:, part])
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,7 @@ def decode_attention(
         ... )
     """
     _check_packed(q, keys, values, start, stop, valid)
-    out, lse = (_cpu if _direct(q.codes) else _decode_attention)(
+    out, lse = (_cpu if direct(q.codes) else _decode_attention)(
         q.codes, q.bias, q.zero, q.gauge,
         keys.exact, keys.planes, list(keys.bits), keys.scale, keys.zero,
         values.exact, values.planes, values.bits[0] if values.planes else 0, values.scale, values.zero,
@@ -130,19 +135,12 @@ def attend(
             f"exact rows must share their shape and the head_dim of q, got {tuple(exact.k.shape)}, "
             f"{tuple(exact.v.shape)} and {tuple(exact.q.shape)}"
         )
-    out: Tensor = (_attend_cpu if _direct(q.codes) else _attend)(
+    out: Tensor = (_attend_cpu if direct(q.codes) else _attend)(
         q.codes, q.bias, q.zero, q.gauge, keys.planes, list(keys.bits), keys.scale, keys.zero,
         values.planes, values.bits[0], values.scale, values.zero, start, stop, valid,
         exact.q, exact.k, exact.v, exact.start, exact.stop, exact.read, exact.mean,
     )  # fmt: skip
     return out
-
-
-def _direct(q: Tensor) -> bool:
-    """Whether to skip the dispatcher, which takes longer than a kernel over a short context: plain CPU tensors that no
-    one traces or differentiates."""
-    plain = type(q) is Tensor and q.device.type == "cpu" and not torch.compiler.is_compiling()
-    return plain and not (q.requires_grad and torch.is_grad_enabled())
 
 
 def merge_segments(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

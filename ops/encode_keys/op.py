@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from headq_ao.ops.cpu_build import direct
 from headq_ao.ops.encode_keys import reference
 from headq_ao.ops.layout import PIECES, TOKEN_TILE, key_plane_shapes
 
@@ -19,6 +20,7 @@ def encode_keys(
     *,
     weight: Tensor | None = None,
     metric: Tensor | None = None,
+    factor: Tensor | None = None,
     side_encode: Tensor | None = None,
     side_step: Tensor | None = None,
     unbiased: bool = True,
@@ -40,6 +42,7 @@ def encode_keys(
         bits: bits of the M0 base coordinates, then of the R side coordinates.
         weight: ``[B or 1, Hkv, M0]``, inverse variances; its presence selects the symmetric base.
         metric: ``[B or 1, Hkv, M0, M0]``, how an error of ``y`` is seen, ``readᵀ C_q read``; symmetric base only.
+        factor: :func:`headq_ao.ops.unit_factor` of ``metric``, where the caller has it.
         side_encode, side_step: ``[B or 1, Hkv, D, R]``, ``[B or 1, Hkv, R]``.
         unbiased: store the σ that makes ``⟨y, ŷ⟩ = ‖y‖²`` (symmetric base only).
 
@@ -88,7 +91,8 @@ def encode_keys(
     for name, (x, shape) in trailing.items():
         if x is not None and x.shape[-len(shape) :] != shape:
             raise ValueError(f"{name} must end in {shape} for keys of {head_dim}, got {tuple(x.shape)}")
-    out = _encode_keys(k, mean, encode, read, step, weight, metric, side_encode, side_step, list(bits), unbiased)
+    run = reference.encode_keys if direct(k) else _encode_keys
+    out = run(k, mean, encode, read, step, weight, metric, factor, side_encode, side_step, list(bits), unbiased)
     if weight is None:
         return out[:-2], out[-2], out[-1]
     return out[:-1], out[-1], None
@@ -103,16 +107,19 @@ def _encode_keys(
     step: Tensor,
     weight: Tensor | None,
     metric: Tensor | None,
+    factor: Tensor | None,
     side_encode: Tensor | None,
     side_step: Tensor | None,
     bits: list[int],
     unbiased: bool,
 ) -> list[Tensor]:
-    return reference.encode_keys(k, mean, encode, read, step, weight, metric, side_encode, side_step, bits, unbiased)
+    return reference.encode_keys(
+        k, mean, encode, read, step, weight, metric, factor, side_encode, side_step, bits, unbiased
+    )
 
 
 @_encode_keys.register_fake
-def _(k, mean, encode, read, step, weight, metric, side_encode, side_step, bits, unbiased):
+def _(k, mean, encode, read, step, weight, metric, factor, side_encode, side_step, bits, unbiased):
     rows = k.shape[:-1]
     planes = [k.new_empty((*rows[:2], *s), dtype=torch.uint8) for s in key_plane_shapes(bits, rows[2])]
     return planes + [k.new_empty(rows, dtype=torch.float16) for _ in range(2 if weight is None else 1)]

@@ -18,6 +18,7 @@ def encode_keys(
     step: Tensor,
     weight: Tensor | None,
     metric: Tensor | None,
+    factor: Tensor | None,
     side_encode: Tensor | None,
     side_step: Tensor | None,
     bits: Sequence[int],
@@ -30,7 +31,7 @@ def encode_keys(
     k = k - mean.unsqueeze(-2)
     y, rows = k @ encode, []  # [B, Hkv, T, M0]
     if metric is not None:  # symmetric, rounded with error feedback
-        codes, scale = feedback_codes(y, metric, step, bits[0], unbiased=unbiased)
+        codes, scale = feedback_codes(y, metric, step, bits[0], factor=factor, unbiased=unbiased)
         codes, scale = codes.to(dtype), scale.to(dtype).unsqueeze(-1)
         y_hat = scale * step.unsqueeze(-2) * (codes - top / 2)
     elif weight is None:  # affine: min-max

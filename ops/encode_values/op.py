@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from headq_ao.ops.cpu_build import direct
 from headq_ao.ops.encode_values import reference
 from headq_ao.ops.layout import CHANNEL_TILE, PIECES, granule, value_plane_shapes
 
@@ -15,6 +16,7 @@ def encode_values(
     group_size: int,
     mean: Tensor | None = None,
     metric: Tensor | None = None,
+    factor: Tensor | None = None,
     step: float = 0.0,
     unbiased: bool = True,
 ) -> tuple[list[Tensor], Tensor, Tensor | None]:
@@ -32,6 +34,7 @@ def encode_values(
         group_size: coordinates that share a scale; divides ``D``.
         mean: the value gauge ``[B or 1, Hkv, D]`` (``Σ a_j = 1``: the reader adds it once), or None.
         metric: ``[B or 1, Hkv, D, D]``, how an error of ``y`` is seen; needs ``step`` and one group.
+        factor: :func:`headq_ao.ops.unit_factor` of ``metric``, where the caller has it.
         step: level distance in units of the group's RMS, 0 for min-max.
         unbiased: store the scale that makes ``⟨y, ŷ⟩ = ‖y‖²``, or with ``metric`` ``yᵀ M ŷ = yᵀ M y`` (symmetric
             groups only).
@@ -65,7 +68,8 @@ def encode_values(
         raise ValueError("error feedback (metric) needs a symmetric code (step > 0) and one scale per row")
     if v.shape[-1] % group_size:
         raise ValueError(f"group_size must divide head_dim {v.shape[-1]}, got {group_size}")
-    out = _encode_values(v, encode, mean, metric, bits, group_size, float(step), unbiased)
+    run = reference.encode_values if direct(v) else _encode_values
+    out = run(v, encode, mean, metric, factor, bits, group_size, float(step), unbiased)
     return (out[:-1], out[-1], None) if step else (out[:-2], out[-2], out[-1])
 
 
@@ -75,16 +79,17 @@ def _encode_values(
     encode: Tensor,
     mean: Tensor | None,
     metric: Tensor | None,
+    factor: Tensor | None,
     bits: int,
     group_size: int,
     step: float,
     unbiased: bool,
 ) -> list[Tensor]:
-    return reference.encode_values(v, encode, mean, metric, bits, group_size, step, unbiased)
+    return reference.encode_values(v, encode, mean, metric, factor, bits, group_size, step, unbiased)
 
 
 @_encode_values.register_fake
-def _(v, encode, mean, metric, bits, group_size, step, unbiased):
+def _(v, encode, mean, metric, factor, bits, group_size, step, unbiased):
     rows = v.shape[:-1]
     planes = [v.new_empty((*rows[:2], *s), dtype=torch.uint8) for s in value_plane_shapes(bits, rows[2], v.shape[-1])]
     groups = (*rows, v.shape[-1] // group_size)

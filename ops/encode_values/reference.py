@@ -13,6 +13,7 @@ def encode_values(
     encode: Tensor,
     mean: Tensor | None,
     metric: Tensor | None,
+    factor: Tensor | None,
     bits: int,
     group_size: int,
     step: float,
@@ -24,7 +25,7 @@ def encode_values(
     top, rows = 2**bits - 1, []
     if metric is not None:  # symmetric, rounded with error feedback
         codes, scale = feedback_codes(
-            y.flatten(-2), metric, y.new_full((1, 1, group_size), step), bits, unbiased=unbiased
+            y.flatten(-2), metric, y.new_full((1, 1, group_size), step), bits, factor=factor, unbiased=unbiased
         )
         # a value row is read as scale · (c − c0): its step is part of the scale
         scale, codes = half(scale.to(dtype) * step)[..., None, None], codes.unflatten(-1, (-1, group_size))

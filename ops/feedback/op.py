@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from headq_ao.ops.cpu_build import direct
 from headq_ao.ops.feedback import cpu_kernel, reference
 from headq_ao.ops.gpu_build import optional
 from headq_ao.ops.layout import PIECES
@@ -12,7 +13,7 @@ PASSES = 2
 
 
 def feedback_codes(
-    y: Tensor, metric: Tensor, step: Tensor, bits: int, *, unbiased: bool = True
+    y: Tensor, metric: Tensor, step: Tensor, bits: int, *, factor: Tensor | None = None, unbiased: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Codes ``c`` and scale ``σ`` of rows, for a small ``(y − ŷ)ᵀ M (y − ŷ)`` with ``ŷ_i = σ · step_i · (c_i − c0)``.
 
@@ -28,6 +29,7 @@ def feedback_codes(
         metric: symmetric, positive semidefinite ``[B or 1, H or 1, M, M]``; its scale does not matter.
         step: ``[B or 1, H or 1, M]``, level distance in units of σ.
         bits: of every coordinate, 1 to 6 or 8.
+        factor: ``N``, :func:`headq_ao.ops.unit_factor` of ``metric``, where the caller has it.
         unbiased: store the σ that makes ``yᵀ M ŷ = yᵀ M y``.
 
     Returns:
@@ -52,7 +54,11 @@ def feedback_codes(
         raise ValueError(f"metric must be [B or 1, H or 1, {m}, {m}] for rows of {m}, got {tuple(metric.shape)}")
     if step.ndim != 3 or step.shape[-1] != m:
         raise ValueError(f"step must be [B or 1, H or 1, {m}] for rows of {m}, got {tuple(step.shape)}")
-    return _feedback_codes(y, metric, reference.unit_factor(metric), step, bits, unbiased)
+    if factor is None:
+        factor = reference.unit_factor(metric)
+    elif factor.shape != metric.shape:
+        raise ValueError(f"factor must be of metric's shape {tuple(metric.shape)}, got {tuple(factor.shape)}")
+    return (_cpu if direct(y) else _feedback_codes)(y, metric, factor, step, bits, unbiased)
 
 
 @torch.library.custom_op("headq::feedback_codes", mutates_args=())

@@ -10,7 +10,7 @@ from headq_ao.ops import encode_keys, feedback_codes
 from headq_ao.ops.layout import unpack_keys
 
 TINY, HUGE = 2.0**-24, 65504.0
-OPERANDS = ("k", "mean", "encode", "read", "step", "weight", "metric", "side_encode", "side_step")
+OPERANDS = ("k", "mean", "encode", "read", "step", "weight", "metric", "factor", "side_encode", "side_step")
 
 
 def fp16(x):

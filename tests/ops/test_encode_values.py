@@ -146,7 +146,7 @@ def test_a_rotation_may_carry_a_row_past_fp16():
 @pytest.mark.parametrize(("bits", "group_size", "step"), [(2, 64, 0.0), (3, 16, 0.586), (8, 32, 0.0), (1, 64, 1.6)])
 def test_opcheck(randn, bits, group_size, step, dtype):
     v = randn(2, 3, 32, 64, dtype=dtype)
-    args = (torch.eye(64), None, None, bits, group_size, step, True)
+    args = (torch.eye(64), None, None, None, bits, group_size, step, True)
     if group_size == 64 and step:
         args = (torch.eye(64).expand(1, 3, 64, 64), torch.ones(2, 3, 64), torch.eye(64)[None, None], *args[3:])
     torch.library.opcheck(torch.ops.headq.encode_values.default, (v, *args))
