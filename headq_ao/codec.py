@@ -416,7 +416,7 @@ def runs_of(keys: KeyCodec | None, values: ValueCodec | None) -> list[Run]:
     runs, start = [], 0
     for _, group in itertools.groupby(zip(*bits, strict=True)):
         heads = slice(start, start + len(list(group)))
-        runs.append(Run(heads, *(None if codec is None else codec.part(heads) for codec in (keys, values))))
+        runs.append(Run(heads, keys and keys.part(heads), values and values.part(heads)))
         start = heads.stop
     return runs
 
