@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self, TypeVar
 
 import torch
@@ -35,6 +35,7 @@ class Codec:
     """
 
     head_bits: tuple[int, ...]
+    parts: dict[tuple[int, int], Self]
 
     def tensors(self) -> dict[str, Tensor]:
         """Its tensors by field name."""
@@ -51,9 +52,12 @@ class Codec:
         return cut.replace({name: t.contiguous() for name, t in cut.tensors().items()})
 
     def part(self, heads: slice) -> Self:
-        """The codec of some of its KV heads, over the same memory."""
-        cut = self.replace({name: t[:, heads] for name, t in self.tensors().items() if t.shape[1] > 1})
-        return cut.with_bits(self.head_bits[heads])
+        """The codec of some of its KV heads, over the same memory; made once."""
+        found = self.parts.get((heads.start, heads.stop))
+        if found is None:
+            cut = self.replace({name: t[:, heads] for name, t in self.tensors().items() if t.shape[1] > 1})
+            found = self.parts[heads.start, heads.stop] = cut.with_bits(self.head_bits[heads])
+        return found
 
     def with_bits(self, head_bits: tuple[int, ...]) -> Self:
         """A copy whose heads have those bits; itself where none are given."""
@@ -88,6 +92,7 @@ class KeyCodec(Codec):
     seen: Tensor | None = None
     mapped: Tensor | None = None  # query_map, where it is kept
     head_bits: tuple[int, ...] = ()
+    parts: dict[tuple[int, int], Self] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def tensors(self) -> dict[str, Tensor]:
         """Its tensors by field name, without the kept map."""
@@ -345,6 +350,7 @@ class ValueCodec(Codec):
     mean: Tensor | None = None
     metric: Tensor | None = None
     head_bits: tuple[int, ...] = ()
+    parts: dict[tuple[int, int], Self] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def with_bits(self, head_bits: tuple[int, ...]) -> "ValueCodec":
         """A copy with those bits, by KV head, and the steps that go with them."""

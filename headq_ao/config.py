@@ -25,8 +25,8 @@ class HeadQConfig(AOBaseConfig):
 
     Args:
         k_bits, v_bits: code bits per coordinate, 1 to 6 or 8; ``None`` keeps that side exact.
-        mean_bits: code bits per coordinate, as a mean over KV heads and packed sides, shared by what each head does with
-            errors; needs a calibration, ``k_bits`` and ``v_bits`` hold without one.
+        mean_bits: code bits per coordinate, as a mean over KV heads and packed sides, shared by what each head does
+            with errors; needs a calibration, ``k_bits`` and ``v_bits`` hold without one.
         key_codec, value_codec: ``"visible"``: the same bits for each coordinate of the whitened, rotated row, codes
             chosen by error feedback; ``"affine"``: nearest codes of the rotated row. Values of a model without a
             calibration are always coded as ``"affine"``.

@@ -68,8 +68,12 @@ def pack_keys(codes: Tensor, bits: Sequence[int]) -> list[Tensor]:
     """Pack ``codes [..., T, M]`` (uint8, ``codes[..., i] < 2**bits[i]``) into planes ``[..., T/16, N/(4P), 16, 4]``."""
     planes = []
     for width, pieces in plane_pieces(tuple(bits)).items():
-        coordinates, shifts = (torch.tensor(x, device=codes.device) for x in zip(*pieces, strict=True))
-        piece = (codes[..., coordinates] >> shifts.to(torch.uint8)) & (2**width - 1)
+        shift = pieces[0][1]
+        if all(piece == (i, shift) for i, piece in enumerate(pieces)):
+            piece = (codes[..., : len(pieces)] >> shift) & (2**width - 1)
+        else:
+            coordinates, shifts = (torch.tensor(x, device=codes.device) for x in zip(*pieces, strict=True))
+            piece = (codes[..., coordinates] >> shifts.to(torch.uint8)) & (2**width - 1)
         piece = torch.nn.functional.pad(piece, (0, plane_columns(width, len(pieces)) - len(pieces)))
         split = piece.unflatten(-1, (-1, 8 // width, 4)).unflatten(-4, (-1, TOKEN_TILE))  # [..., T/16, 16, g, P, 4]
         planes.append(_fold(split, width).transpose(-3, -2).contiguous())

@@ -400,7 +400,7 @@ def test_tensors_names_what_there_is(packed):
     for name, want in wanted.items():
         assert set(packed(16, **CODECS[name])[0].tensors()) == want, name
     names = {f.name for f in dataclasses.fields(KeyCodec)}
-    assert set().union(*wanted.values()) == names - {"bits", "head_bits", "own", "mapped"}
+    assert set().union(*wanted.values()) == names - {"bits", "head_bits", "own", "mapped", "parts"}
 
 
 @pytest.mark.parametrize("options", [AFFINE, {}, {"prompt": True}], ids=["affine", "visible", "prompt"])

@@ -36,11 +36,11 @@ def feedback_codes(
     batch, heads, rows, width = y.shape
     y = y.float().contiguous()
     own = metric.shape[:2]
-    index = torch.arange(own.numel(), dtype=torch.int32).view(own).expand(batch, heads).contiguous()
+    index = _matrix_of(own, batch, heads)
     metric = metric.float().contiguous()
     feedback = feedback.float().contiguous()
     step = step.float().expand(*own, width).contiguous()
-    spread = torch.tensor(spreads, dtype=torch.float32)
+    spread = _fp32(tuple(spreads))
     codes = torch.empty(y.shape, dtype=torch.uint8)
     scale = torch.empty(y.shape[:-1], dtype=torch.float32)
     pointers = zip(_POINTERS.split(), (y, metric, feedback, step, index, spread, codes, scale), strict=True)
@@ -52,3 +52,14 @@ def feedback_codes(
     if lib.headq_feedback_codes(ctypes.byref(args)):
         raise MemoryError(f"feedback_codes had no memory for its working set over {rows} rows of {width}")
     return codes, scale.half()
+
+
+@functools.lru_cache(maxsize=64)
+def _matrix_of(own: torch.Size, batch: int, heads: int) -> Tensor:
+    """Which matrix each head of each sequence uses."""
+    return torch.arange(own.numel(), dtype=torch.int32).view(own).expand(batch, heads).contiguous()
+
+
+@functools.lru_cache(maxsize=8)
+def _fp32(numbers: tuple[float, ...]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float32)
