@@ -36,10 +36,12 @@ from headq_ao.ops.layout import PIECES
 SHAPES = ("32/8/128", "9/3/64", "8/1/256")
 CONTEXTS = (1024, 4096, 16384, 65536)
 THREADS = (1, 2)
-Bits = Mapping[tuple[int, int], int]  # of layers with these code bits of keys and values, how many
+Bits = Mapping[tuple[int, int], int]  # of KV heads with these code bits of keys and values, how many
 MIX = "default"
-# what the default config gives the 30 layers of SmolLM2 ("real" of a result has it anew)
-DEFAULT_MIX = ("3/3:7", "2/2:7", "1/1:6", "3/2:4", "2/1:2", "4/3:2", "2/3:1", "4/4:1")
+# what the default config gives the 90 KV heads of SmolLM2 ("real" of a result has it anew)
+DEFAULT_MIX = (
+    "2/2:31", "3/3:16", "1/1:13", "2/1:9", "4/3:6", "3/2:5", "1/2:2", "5/4:2", "3/4:2", "4/4:2", "4/2:1", "2/3:1",
+)  # fmt: skip
 BASELINES = {
     "bf16": "bf16 C++",
     "folded": "SDPA bf16, query group folded into q_len",
@@ -80,7 +82,8 @@ def measure(
     Args:
         shape: of the layer.
         context: packed rows per KV head, a multiple of 32.
-        settings: by name, how many layers have which code bits of keys and values; a time is the mean over them.
+        settings: by name, how many heads have which code bits of keys and values; a time is the mean over layers whose
+            heads all have the same, as many as there are such heads.
             Baselines run on the rows of the first setting's first layer.
         threads: numbers of threads, one cell each.
         baselines: of :data:`BASELINES`.
@@ -132,7 +135,7 @@ def measure(
 def packed_method(
     bits: Bits, rows: Mapping[tuple[int, int], Packed], exact: Mapping[tuple[int, int], Tensor]
 ) -> tuple[list[Call], dict[str, Any]]:
-    """Checked calls of the op on the cold rows of that many layers each."""
+    """Checked calls of the op on the cold rows of that many layers each, the heads of a layer alike."""
     errors, layers = [], []
     for pair, n in bits.items():
         x = rows[pair]
@@ -310,7 +313,7 @@ def parser() -> argparse.ArgumentParser:
     add("--threads", nargs="+", type=int, default=list(THREADS), help=f"numbers of threads {default}")
     add("--k-bits", nargs="+", type=int, default=[2], help=f"code bits of keys, one per setting {default}")
     add("--v-bits", nargs="+", type=int, default=[2], help=f"code bits of values, one per setting {default}")
-    add("--mix", nargs="+", default=list(DEFAULT_MIX), help=f"K/V:LAYERS of one more setting, or none {default}")
+    add("--mix", nargs="+", default=list(DEFAULT_MIX), help=f"K/V:HEADS of one more setting, or none {default}")
     usual = [b for b in BASELINES if b != "external"]
     add("--baselines", nargs="+", choices=usual, default=usual, help=f"what to compare with {default}")
     add("--external", type=Path, help="C++ file with dbf_D_G(k, v, q, out, heads, tokens, threads), one more baseline")
@@ -347,11 +350,11 @@ def checked(args: argparse.Namespace) -> tuple[list[Shape], dict[str, Bits]]:
 def parse_mix(text: str) -> tuple[tuple[int, int], int]:
     """``"3/2:4"`` as ``((3, 2), 4)``."""
     try:
-        bits, layers = text.split(":")
+        bits, heads = text.split(":")
         k, v = bits.split("/")
-        return (int(k), int(v)), int(layers)
+        return (int(k), int(v)), int(heads)
     except ValueError as error:
-        raise ValueError(f"a part of the mix is K_BITS/V_BITS:LAYERS, like 3/2:4, got {text!r}") from error
+        raise ValueError(f"a part of the mix is K_BITS/V_BITS:HEADS, like 3/2:4, got {text!r}") from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -65,12 +65,11 @@ def real_error(name: str, tokens: int) -> dict[str, Any]:
     ids = token_rows(tokenizer, find_text("bundled", "report"), 1, tokens)
     quantize_(model, headq_config(calibration=calibration_of(model, tokenizer)))
     errors = layer_errors(model, ids)
-    bits = collections.Counter(
-        f"k{layer.config.k_bits}v{layer.config.v_bits}" for layer in HeadQCache(model).layers
-    ).most_common()
+    layers = [codec.bits for codec in model._headq.codecs]
+    bits = collections.Counter(f"k{k}v{v}" for layer in layers for k, v in zip(layer.k, layer.v, strict=True))
     worst = max(range(len(errors)), key=errors.__getitem__)
     check("packed attention", torch.tensor([1 + errors[worst]]), torch.ones(1), LIMIT, f"layer {worst} of {name}")
     return {
         "model": name, "tokens": tokens, "queries": NEW, "layers": errors, "mean": sum(errors) / len(errors),
-        "max": errors[worst], "layer_bits": dict(bits), "bits": ", ".join(f"{n} {b}" for b, n in bits),
+        "max": errors[worst], "head_bits": dict(bits), "bits": ", ".join(f"{n} {b}" for b, n in bits.most_common()),
     }  # fmt: skip

@@ -70,6 +70,7 @@ class LayerCodec(nn.Module):
         self._made: dict[str, KeyCodec | ValueCodec] = {}
         self.value_frame: ValueCodec | None = None
         part = slice(None) if heads is None else heads
+        self.bits = bits and HeadBits(bits.k[part], bits.v[part])
         if config.v_bits is not None:
             made = value_codec(config, shape, moments).with_bits(() if bits is None else bits.v)
             self.value_frame = self._keep("value", made.of_heads(part), device)

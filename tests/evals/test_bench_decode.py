@@ -210,7 +210,7 @@ def test_external_source(tmp_path):
         (["--contexts", "100"], "multiples of 32"),
         (["--k-bits", "2", "3"], "equally many"),
         (["--k-bits", "7"], "1 to 6 or 8"),
-        (["--mix", "2:3"], "K_BITS/V_BITS:LAYERS"),
+        (["--mix", "2:3"], "K_BITS/V_BITS:HEADS"),
         (["--threads", "0"], "at least 1"),
         (["--external", "nowhere.cpp"], "no file 'nowhere.cpp'"),
         (["--readme", "README.md"], "--json"),
