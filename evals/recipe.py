@@ -30,6 +30,7 @@ class Setting:
         headline: whether it is shown in the short table.
         layers: whether errors are measured per layer too.
         chunk: tokens per call, where it is not the recipe's.
+        context_length: that the calibration is made for, where it is not the default of ``calibrate``.
         expected_kl: range of the mean KL in nats, or None.
     """
 
@@ -42,6 +43,7 @@ class Setting:
     headline: bool = False
     layers: bool = False
     chunk: int | None = None
+    context_length: int | None = None
     expected_kl: tuple[float, float] | None = None
 
     def subject(self, seed: int, calibration: Calibration | None = None) -> Subject:
@@ -122,7 +124,8 @@ class Recipe:
         subject = setting.subject(self.seed)
         config = subject.cache_config()
         config = config and config | {"calibration": None}
-        protocol = self.protocol if setting.chunk is None else self.protocol | {"chunk": setting.chunk}
+        own = {"chunk": setting.chunk, "calibration_context": setting.context_length}
+        protocol = self.protocol | {name: x for name, x in own.items() if x is not None}
         return {
             "model": model,
             "protocol": protocol,

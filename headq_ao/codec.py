@@ -47,7 +47,7 @@ class Codec:
         return dataclasses.replace(self, **tensors)  # type: ignore[type-var]
 
     def of_heads(self, part: slice) -> Self:
-        """The codec of some of its KV heads, in memory of its own."""
+        """The codec of some of its KV heads, its tensors contiguous."""
         cut = self.part(part)
         return cut.replace({name: t.contiguous() for name, t in cut.tensors().items()})
 

@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,19 +46,20 @@ class Bench:
     Args:
         recipe: whose model it is.
         model: name.
-        calibrated: whether a calibration is needed.
+        contexts: that calibrations are needed for, None: the default one.
     """
 
-    def __init__(self, recipe: Recipe, model: str, calibrated: bool, progress: bool) -> None:
+    def __init__(self, recipe: Recipe, model: str, contexts: Iterable[int | None], progress: bool) -> None:
         p = recipe.protocol
         torch.manual_seed(recipe.seed)
         self.recipe, self.name, self.progress = recipe, model, progress
         self.model, tokenizer = inputs.load(model, None, inputs.DTYPES[p["dtype"]])
         self.rows = inputs.token_rows(tokenizer, recipe.text, p["rows"], p["row_length"])
-        self.calibration = None
-        if calibrated:
-            text, tokens = recipe.calibration_text, p["calibration_tokens"]
-            self.calibration = inputs.calibrate_on(self.model, tokenizer, text, tokens, progress)
+        text, tokens = recipe.calibration_text, p["calibration_tokens"]
+        self.calibrations = {
+            context: inputs.calibrate_on(self.model, tokenizer, text, tokens, progress, context)
+            for context in dict.fromkeys(contexts)
+        }
         self.exact: list[torch.Tensor] = []
 
     def measure(self, setting: Setting) -> dict[str, Any]:
@@ -67,7 +68,7 @@ class Bench:
         if not self.exact:
             self.exact = exact_logprobs(self.model, self.rows, p["prefill"], self.progress)
         chunk = setting.chunk or p["chunk"]
-        subject = setting.subject(self.recipe.seed, self.calibration)
+        subject = setting.subject(self.recipe.seed, self.calibrations.get(setting.context_length))
         result = evaluate(
             self.model, self.rows, self.exact, subject,
             prefill=p["prefill"], chunk=chunk, batch_size=BATCH, progress=self.progress, label=setting.name,
@@ -85,9 +86,11 @@ class Bench:
 
     def panel(self, folder: Path) -> None:
         """The perturbation panel, as ``panel.json`` and ``panel.png``."""
-        assert self.recipe.panel is not None and self.calibration is not None
+        assert self.recipe.panel is not None
         rows = self.rows[: self.recipe.panel["rows"]]
-        panel = perturbation_panel(self.model, rows, self.calibration, seed=self.recipe.seed, progress=self.progress)
+        panel = perturbation_panel(
+            self.model, rows, self.calibrations[None], seed=self.recipe.seed, progress=self.progress
+        )
         plot_panel(panel, folder / "panel.png")
         about = {"model": self.name, "protocol": self.recipe.protocol, "settings": self.recipe.panel}
         write_json(folder / "panel.json", {**about, "panel": panel, "environment": environment()})
@@ -109,7 +112,8 @@ def run(recipe: Recipe, pending: Sequence[tuple[str, Setting]], panel: bool, fol
         wants_panel = panel and model == recipe.models[0]
         if not settings and not wants_panel:
             continue
-        bench = Bench(recipe, model, wants_panel or any(setting.calibration for setting in settings), progress)
+        contexts = [setting.context_length for setting in settings if setting.calibration] + [None] * wants_panel
+        bench = Bench(recipe, model, contexts, progress)
         for setting in tqdm(settings, desc=f"{recipe.name} {model}", unit="setting", disable=not progress):
             write_json(folder / recipe.file(setting, model), bench.measure(setting))
         if wants_panel:
