@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from headq_ao.evals.report.data import Group, Setting
+from headq_ao.evals.report.data import OWN, Group, Setting
 
 SIDE_CODE = "HeadQ, side code"
 BASELINE_SLACK = 0.1
@@ -77,7 +77,7 @@ def paired_ratio(a: Setting, b: Setting) -> tuple[float, float | None] | None:
         return None
     rows_a, rows_b = a.score["kl_by_row"], b.score["kl_by_row"]
     n = len(rows_a)
-    text_a, text_b = ({**s.data["protocol"], "chunk": None, "model": s.data["model"]} for s in (a, b))
+    text_a, text_b = ({**s.data["protocol"], **dict.fromkeys(OWN), "model": s.data["model"]} for s in (a, b))
     paired = n == len(rows_b) and text_a == text_b
     if not paired or n < 2:
         return a.kl / b.kl, None

@@ -8,6 +8,7 @@ from typing import Any
 
 REPORT_TOKENS = 4096
 CONTROLS = "controls"
+OWN = ("chunk", "calibration_context")  # of a protocol, what a setting may have of its own
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from headq_ao.evals.report.data import CONTROLS, REPORT_TOKENS, Group, Recipe, Setting
+from headq_ao.evals.report.data import CONTROLS, OWN, REPORT_TOKENS, Group, Recipe, Setting
 
 PANEL = "panel"
 FIRST_RECIPES = ("wikitext", "frontier")
@@ -100,7 +100,7 @@ def group_by_model(recipe: str, settings: Sequence[Setting]) -> tuple[Group, ...
     """One group per model, and per chunk length where a recipe has several, in the recipe's order.
 
     Raises:
-        ValueError: when protocols of one model differ in more than the chunk length.
+        ValueError: when protocols of one model differ in more than the chunk length and the calibration's context.
     """
     groups = []
     for model in dict.fromkeys(s.data["model"] for s in settings):
@@ -108,7 +108,7 @@ def group_by_model(recipe: str, settings: Sequence[Setting]) -> tuple[Group, ...
         first = members[0]
         for other in members[1:]:
             one, two = first.data["protocol"], other.data["protocol"]
-            keys = sorted(key for key in {*one, *two} - {"chunk"} if one.get(key) != two.get(key))
+            keys = sorted(key for key in {*one, *two} - {*OWN} if one.get(key) != two.get(key))
             if keys:
                 differ = ", ".join(f"{key} {one.get(key)!r} and {two.get(key)!r}" for key in keys)
                 raise ValueError(
