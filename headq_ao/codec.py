@@ -5,7 +5,7 @@ import functools
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ class Codec:
     """
 
     head_bits: tuple[int, ...]
-    parts: dict[tuple[int, int], Self]
+    parts: dict[tuple[int, int], Any]
 
     def tensors(self) -> dict[str, Tensor]:
         """Its tensors by field name."""
@@ -92,7 +92,7 @@ class KeyCodec(Codec):
     seen: Tensor | None = None
     mapped: Tensor | None = None  # query_map, where it is kept
     head_bits: tuple[int, ...] = ()
-    parts: dict[tuple[int, int], Self] = field(default_factory=dict, init=False, repr=False, compare=False)
+    parts: dict[tuple[int, int], Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def tensors(self) -> dict[str, Tensor]:
         """Its tensors by field name, without the kept map."""
@@ -350,7 +350,7 @@ class ValueCodec(Codec):
     mean: Tensor | None = None
     metric: Tensor | None = None
     head_bits: tuple[int, ...] = ()
-    parts: dict[tuple[int, int], Self] = field(default_factory=dict, init=False, repr=False, compare=False)
+    parts: dict[tuple[int, int], Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def with_bits(self, head_bits: tuple[int, ...]) -> "ValueCodec":
         """A copy with those bits, by KV head, and the steps that go with them."""
