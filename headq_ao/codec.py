@@ -125,8 +125,7 @@ class KeyCodec(Codec):
         encode = self.encode if self.spread is None else self.encode / self.spread.float().unsqueeze(-1)
         return encode_keys(
             k, self.mean, encode, self.reader, self.step, self.bits, weight=self.weight, metric=self.error_metric(),
-            factor=self.factor if self.seen is None else None, side_encode=self.side_encode, side_step=self.side_step,
-            unbiased=unbiased,
+            factor=self.factor, side_encode=self.side_encode, side_step=self.side_step, unbiased=unbiased,
         )  # fmt: skip
 
     @property

@@ -1,7 +1,7 @@
 """What one layer of the packed cache holds: exact rows, packed rows, epochs of codecs, and counts."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -138,7 +138,7 @@ class LayerState:
                 keys, values = zip(*self.segments(e, codec), strict=True)
                 k = [x.dequantize(self.config.sign) if isinstance(x, HeadQKeyTensor) else x for x in keys]
                 v = [x.dequantize() if isinstance(x, HeadQValueTensor) else x for x in values]
-                parts.append((torch.cat(k, 1), torch.cat(v, 1)))
+                parts.append((over_heads(k), over_heads(v)))
         ends = [(x[:, :, :n_sink], x[:, :, n_sink:held]) for x in (self.exact.k, self.exact.v)]
         return tuple(  # type: ignore[return-value]
             torch.cat([sink, *(p[i] for p in parts), window], 2) for i, (sink, window) in enumerate(ends)
@@ -166,3 +166,8 @@ def packed(tensors: Iterator[Tensor], codec: KeyCodec | ValueCodec | None) -> Ro
         return Rows(exact=next(tensors))
     planes, scale = list(itertools.islice(tensors, codec.planes)), next(tensors)
     return Rows(planes=planes, bits=codec.row_bits, scale=scale, zero=next(tensors) if codec.has_zero else None)
+
+
+def over_heads(parts: Sequence[Tensor]) -> Tensor:
+    """What the runs of a layer give, ``[B, heads of the run, ..]`` each, for all heads."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), 1)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from headq_ao.codec import Run
 from headq_ao.layer_codec import LayerCodec
-from headq_ao.layer_state import LayerState
+from headq_ao.layer_state import LayerState, over_heads
 from headq_ao.ops import ExactRows, MappedQuery, Rows, attend, decode_attention, merge_segments
 from headq_ao.ops.decode_attention import cpu_kernel
 from headq_ao.state import int_tensor
@@ -51,7 +51,7 @@ class ReadingLayer(LayerState):
             h = run.heads
             rows = ExactRows(exact[:, of_q], k[:, h], v[:, h], start, stop, run.values.read, run.values.mean)
             outs.append(attend(*segment, rows))
-        return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
+        return over_heads(outs)
 
     def _step(self, q: Tensor, e: int, codec: LayerCodec) -> cpu_kernel.Step | None:
         """The kernel's call for one new token of each sequence, where it serves; made anew where rows have moved."""
@@ -86,7 +86,7 @@ class ReadingLayer(LayerState):
         for e in self._used_epochs():
             segments = self._packed_segments(q, scaling, codec, e, position)
             outs, lses = zip(*(decode_attention(*segment) for _, _, segment in segments), strict=True)
-            parts.append((torch.cat(outs, 1), torch.cat(lses, 1)))
+            parts.append((over_heads(outs), over_heads(lses)))
         out, lse = merge_segments(parts)
         values = codec.values
         return (out if values is None else values.readout(out)), lse
