@@ -17,9 +17,8 @@
 namespace {
 
 constexpr int TILE = 16;         // tokens of a key granule, channels of a value granule
-constexpr int CHUNK = 512;       // tokens of one unit of work
+constexpr int CHUNK = 1024;      // tokens of one unit of work
 constexpr int LANES = 2 * TILE;  // of two granules that lie beside each other
-constexpr int AHEAD = 4096;      // bytes of keys that are asked for before they are read
 constexpr float NEG = -std::numeric_limits<float>::infinity();
 
 struct Plane { const uint8_t* data; int64_t batch_stride, head_stride, tile_stride; int32_t width, columns; };
@@ -94,6 +93,28 @@ inline auto of_head(const X& x, int b, int h) { return x.data + b * x.batch_stri
 void scales(const Scale& x, int b, int h, int t0, int n, int group, float* to) {
   if (x.data) halves(of_head(x, b, h) + t0 * x.token_stride + group, x.token_stride, n, to);
 }
+
+// Ask for what will be read soon.
+inline void prefetch(const void* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)from + i);
+}
+
+void prefetch(const Scale& x, int b, int h, int t0, int n) {
+  if (x.data) prefetch(of_head(x, b, h) + t0 * x.token_stride, n * x.token_stride * 2);
+}
+
+// What will be read next, to be asked for little by little: so many bytes of each of two planes at each step.
+struct Ahead {
+  const uint8_t* at[2] = {};
+  int64_t bytes[2] = {};
+  void add(int plane, const uint8_t* from, int64_t n, int steps) { at[plane] = from, bytes[plane] = (n / steps + 63) / 64 * 64; }
+  void step() {
+    for (int i = 0; i < 2; i++) {
+      prefetch(at[i], bytes[i]);
+      at[i] += bytes[i];
+    }
+  }
+};
 
 // Sixteen lanes at a time: tokens of a key tile, channels of a value tile.
 typedef float vf __attribute__((vector_size(64)));
@@ -203,14 +224,18 @@ struct Vnni {
     return _mm512_and_si512(shift < 0 ? _mm512_slli_epi16(b, -shift) : _mm512_srli_epi16(b, shift), _mm512_set1_epi8(mask));
   }
   static Bytes both(Bytes a, Bytes b) { return _mm512_or_si512(a, b); }
-  static Sum add(Sum sum, Bytes codes, Bytes w) { return _mm512_dpbusd_epi32(sum, codes, w); }
+  static Sum add(Sum sum, Bytes codes, Bytes w) {
+    sum = _mm512_dpbusd_epi32(sum, codes, w);
+    asm("" : "+v"(sum));  // else GCC keeps some of the sums on the stack
+    return sum;
+  }
   static Sum join(Sum hi, Sum lo) { return _mm512_add_epi32(_mm512_slli_epi32(hi, 8), lo); }
 };
 #endif
 
-// What codes are multiplied with: numbers of 16 bits, hi·256 + lo, of at most SLOTS queries. Four numbers of a query lie
-// together, first their hi and then their lo, and then those of the next query.
-constexpr int SLOTS = 4, FOUR = SLOTS * 8;
+// What codes are multiplied with: numbers of 16 bits, hi·256 + lo. Four numbers of a query lie together, first their hi and
+// then their lo; the next query's begin so many bytes further on.
+constexpr int FOUR = 8;
 
 // Where granules of 64 bytes lie: of a plane, and of a second one with the codes' higher bits, or null. `next` is how far
 // it is to the granule beside, whose lanes are the next sixteen tokens or channels.
@@ -218,7 +243,7 @@ struct Granules { const uint8_t* data; int64_t step, next; const uint8_t* high; 
 
 // n granules, and as many beside them, with codes of W bits, and H higher ones, against NQ rows of integers: out[q][lane].
 template <class I, int W, int H, int NQ>
-inline __attribute__((always_inline)) void tile(const Granules& from, int n, const int8_t* factors, int32_t (*out)[CHUNK]) {
+inline __attribute__((always_inline)) void tile(const Granules& from, int n, const int8_t* factors, int row, Ahead& ahead, int32_t (*out)[CHUNK]) {
   constexpr int P = 8 / W, R = H ? W / H : 1;  // codes in a byte; granules that share one of the second plane
   constexpr int N = I::BESIDE;                 // granules taken at once
   for (int part = 0; part < 128; part += N * I::BYTES) {
@@ -226,6 +251,7 @@ inline __attribute__((always_inline)) void tile(const Granules& from, int n, con
     const uint8_t *data = from.data + in + beside * from.next, *above = H ? from.high + in + beside * from.high_next : nullptr;
     typename I::Sum a[N][NQ] = {}, b[N][NQ] = {};
     for (int first = 0; first < n; first += R) {
+      if (part == 0) ahead.step();
       typename I::Bytes high[N];
       if constexpr (H > 0)
         for (int i = 0; i < N; i++) high[i] = I::bytes(above + first / R * from.high_step + i * from.high_next);
@@ -242,7 +268,7 @@ inline __attribute__((always_inline)) void tile(const Granules& from, int n, con
           }
 #pragma GCC unroll 8
           for (int q = 0; q < NQ; q++) {
-            const auto x = I::four(w + p * FOUR + q * 8), y = I::four(w + p * FOUR + q * 8 + 4);
+            const auto x = I::four(w + q * row + p * FOUR), y = I::four(w + q * row + p * FOUR + 4);
             for (int i = 0; i < N; i++) a[i][q] = I::add(a[i][q], codes[i], x), b[i][q] = I::add(b[i][q], codes[i], y);
           }
         }
@@ -257,12 +283,12 @@ inline __attribute__((always_inline)) void tile(const Granules& from, int n, con
 }
 
 template <class I, int NQ>
-inline __attribute__((always_inline)) void tile(int width, int high, const Granules& from, int n, const int8_t* factors, int32_t (*out)[CHUNK]) {
+inline __attribute__((always_inline)) void tile(int width, int high, const Granules& from, int n, const int8_t* factors, int row, Ahead& ahead, int32_t (*out)[CHUNK]) {
   switch (width * 8 + high) {
-    case 2 * 8: return tile<I, 2, 0, NQ>(from, n, factors, out);
-    case 2 * 8 + 1: return tile<I, 2, 1, NQ>(from, n, factors, out);
-    case 4 * 8: return tile<I, 4, 0, NQ>(from, n, factors, out);
-    default: tile<I, 1, 0, NQ>(from, n, factors, out);
+    case 2 * 8: return tile<I, 2, 0, NQ>(from, n, factors, row, ahead, out);
+    case 2 * 8 + 1: return tile<I, 2, 1, NQ>(from, n, factors, row, ahead, out);
+    case 4 * 8: return tile<I, 4, 0, NQ>(from, n, factors, row, ahead, out);
+    default: tile<I, 1, 0, NQ>(from, n, factors, row, ahead, out);
   }
 }
 
@@ -287,22 +313,17 @@ float split_query(const float* x, int n, int8_t* to) {
 
 // The queries of one KV head as integers, per plane, and what to multiply their sums with.
 struct Query {
-  int8_t* factors[3];  // [plane][queries / SLOTS][columns / 4][SLOTS][2][4]
-  float* scale;        // [plane][query]
-  static int64_t bytes(const Args& a) {
-    int64_t columns = 0;
-    for (int p = 0; p < a.key_planes; p++) columns += a.k[p].columns;
-    return (a.queries + SLOTS - 1) / SLOTS * columns * (FOUR / 4) + int64_t(a.key_planes) * a.queries * sizeof(float);
+  int row;          // bytes of one query's factors
+  float* scale;     // [plane][query]
+  int8_t* factors;  // [plane][query][row]
+  static int row_bytes(const Args& a) {
+    int columns = 0;
+    for (int p = 0; p < a.key_planes; p++) columns = std::max(columns, a.k[p].columns);
+    return columns / 4 * FOUR;
   }
-  Query(const Args& a, char* memory) {
-    scale = (float*)memory;
-    int8_t* at = (int8_t*)(scale + int64_t(a.key_planes) * a.queries);
-    for (int p = 0; p < a.key_planes; p++) {
-      factors[p] = at;
-      at += (a.queries + SLOTS - 1) / SLOTS * int64_t(a.k[p].columns) * (FOUR / 4);
-    }
-  }
-  int8_t* of(const Args& a, int p, int q) const { return factors[p] + q / SLOTS * int64_t(a.k[p].columns) * (FOUR / 4) + q % SLOTS * 8; }
+  static int64_t bytes(const Args& a) { return int64_t(a.key_planes) * a.queries * (row_bytes(a) + sizeof(float)); }
+  Query(const Args& a, char* memory) : row(row_bytes(a)), scale((float*)memory), factors((int8_t*)(scale + int64_t(a.key_planes) * a.queries)) {}
+  int8_t* of(const Args& a, int p, int q) const { return factors + (int64_t(p) * a.queries + q) * row; }
 };
 
 void prepare(const Args& a, int64_t head, const Query& query) {
@@ -331,11 +352,6 @@ void hide(const Args& a, int b, Range range, int t0, int t1, float* row) {
       if (!a.valid[b * a.valid_stride + t]) row[t - t0] = NEG;
 }
 
-// Ask for what will be read soon.
-inline void prefetch(const uint8_t* from, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
-}
-
 // Scores in units of log 2, and the largest of each query.
 template <class I, int NQ>
 void scores(const Args& a, const Query& query, int b, int h, int q0, int t0, int t1, float (*s)[CHUNK], float* most) {
@@ -348,18 +364,24 @@ void scores(const Args& a, const Query& query, int b, int h, int q0, int t0, int
   const bool joined = a.key_planes == 2 && a.q[0] == a.q[1] && a.k[0].width == 2;
   const Plane& high = a.k[1];
   const auto plane = [&](const Plane& x, int t) { return of_head(x, b, h) + t / TILE * x.tile_stride; };
+  if (!q0) {
+    prefetch(a.v_scale, b, h, t0, t1 - t0);
+    prefetch(a.v_zero, b, h, t0, t1 - t0);
+    for (int p = 0; p < a.key_planes && !t0; p++) prefetch(plane(a.k[p], 0), int64_t(t1) * a.k[p].columns * a.k[p].width / 8);
+  }
   for (int p = 0; p < a.key_planes; p += joined ? 2 : 1) {
     const Plane& k = a.k[p];
+    const int n = k.columns * k.width / 32;
+    Ahead values;  // of the same tokens
+    for (int i = 0; i < a.value_planes && !p && !q0; i++) {
+      const Plane& v = a.v[i];
+      const int steps = (t1 - t0 + LANES - 1) / LANES * (joined ? n / 2 : n);
+      values.add(i, of_head(v, b, h) + t0 / (32 / v.width) * v.tile_stride, int64_t(t1 - t0) * a.head_dim * v.width / 8, steps);
+    }
     for (int t = t0; t < t1; t += LANES) {
       const bool two = t + TILE < t1;  // else both halves are the same tile
       const Granules from{plane(k, t), 64, two ? k.tile_stride : 0, joined ? plane(high, t) : nullptr, 64, two ? high.tile_stride : 0};
-      tile<I, NQ>(k.width, joined ? high.width : 0, from, k.columns * k.width / 32, query.of(a, p, q0), (int32_t(*)[CHUNK])(sums[0] + (t - t0)));
-      prefetch(from.data + AHEAD, LANES * k.columns * k.width / 8);
-      if (joined) prefetch(from.high + AHEAD, LANES * high.columns * high.width / 8);
-      for (int i = 0; i < a.value_planes && !p; i++) {  // of the same tokens, read next
-        const Plane& v = a.v[i];
-        prefetch(of_head(v, b, h) + t / (32 / v.width) * v.tile_stride, LANES * a.head_dim * v.width / 8);
-      }
+      tile<I, NQ>(k.width, joined ? high.width : 0, from, n, query.of(a, p, q0), query.row, values, (int32_t(*)[CHUNK])(sums[0] + (t - t0)));
     }
     const bool last = p + (joined ? 2 : 1) >= a.key_planes;
     for (int q = 0; q < NQ; q++) {
@@ -378,18 +400,6 @@ void scores(const Args& a, const Query& query, int b, int h, int q0, int t0, int
   }
 }
 
-// Scores to weights 2^(s - most), in place, and their sum.
-float softmax(float* row, int n, float most) {
-  vf sum{};
-  const float from = most == NEG ? 0.0f : most;
-  for (int t = 0; t < n; t += TILE) {
-    vf e = exp2_negative(load<vf>(row + t) - from);
-    store(row + t, e);
-    sum += e;
-  }
-  return sum_of(sum);
-}
-
 // Sixteen times four numbers of 0 to 32639 as factors.
 inline void split(const vi (&w)[4], int8_t* to) {
 #if defined(__AVX512BW__)
@@ -398,12 +408,9 @@ inline void split(const vi (&w)[4], int8_t* to) {
   const auto lower = [](__m512i v) { return _mm512_srai_epi16(_mm512_slli_epi16(v, 8), 8); };
   const __m512i hi = _mm512_packs_epi16(upper(x), upper(y)), lo = _mm512_packs_epi16(lower(x), lower(y));
   // lanes of 128 bits hold four tokens of each of w[0..3]
-  const __m512i even = _mm512_unpacklo_epi32(hi, lo), odd = _mm512_unpackhi_epi32(hi, lo);
-  alignas(64) int8_t fours[128];
-  _mm512_store_si512(fours, even);
-  _mm512_store_si512(fours + 64, odd);
-  for (int i = 0; i < 4; i++)
-    for (int j = 0; j < 4; j++) std::memcpy(to + (i * 4 + j) * FOUR, fours + i / 2 * 64 + j * 16 + i % 2 * 8, 8);
+  const __m512i in_order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+  _mm512_storeu_si512(to, _mm512_permutexvar_epi64(in_order, _mm512_unpacklo_epi32(hi, lo)));
+  _mm512_storeu_si512(to + 64, _mm512_permutexvar_epi64(in_order, _mm512_unpackhi_epi32(hi, lo)));
 #else
   for (int i = 0; i < 4; i++) {
     vb high = __builtin_convertvector((w[i] + 128) >> 8, vb), low = __builtin_convertvector(w[i], vb);
@@ -424,19 +431,29 @@ inline vi rounded(vf x) {
 }
 
 // Softmax weights times the scales of the values, as factors in `unit`. What rounding takes from a weight goes to one that
-// follows, so that many small weights keep their sum. Returns what all channels get: the weighted zeros, or where levels are
-// centred, the weights as rounded times the middle level; NaN where a weight is none.
-float split_weights(const float* row, const float* sigma, const float* offset, int n, int top, float& unit, int8_t* to) {
+// follows, so that many small weights keep their sum. A row of SCORES becomes its weights 2^(s - most), of that sum.
+// Returns what all channels get: the weighted zeros, or where levels are centred, the weights as rounded times the middle
+// level; NaN where a weight is none.
+template <bool SCORES>
+float split_weights(float* row, float most, const float* sigma, const float* offset, int n, int top, float& sum, float& unit, int8_t* to) {
   alignas(64) float w[CHUNK];
-  vf most{}, constant{}, all{};
+  const float from = most == NEG ? 0.0f : most;
+  vf total{}, peaks{}, constant{}, all{};
   for (int i = 0; i < n; i += TILE) {
-    vf e = load<vf>(row + i), x = e * load<vf>(sigma + i);
+    vf e = load<vf>(row + i);
+    if (SCORES) {
+      e = exp2_negative(e - from);
+      store(row + i, e);
+      total += e;
+    }
+    const vf x = e * load<vf>(sigma + i);
     if (offset) constant += e * load<vf>(offset + i);
-    most = max(x, most);
+    peaks = max(x, peaks);
     all += x;
     store(w + i, x);
   }
-  const float peak = most_of(most), inverse = peak > 0 ? 32512 / peak : 0.0f;
+  if (SCORES) sum = sum_of(total);
+  const float peak = most_of(peaks), inverse = peak > 0 ? 32512 / peak : 0.0f;
   unit = peak / 32512;
   for (; n % 64; n += TILE) store(w + n, vf{});
   vf left[4]{};
@@ -454,27 +471,40 @@ float split_weights(const float* row, const float* sigma, const float* offset, i
   return offset ? sum_of(constant) : -0.5f * top * unit * sum_of(to_float(whole));
 }
 
+// What the values of t0:t1 add to the output, [NQ][head_dim], for scores and their maxima; the sums of the weights.
 template <class I, int NQ>
-void readout(const Args& a, int b, int h, int t0, int t1, bool hidden, const float (*s)[CHUNK], float* acc /* [NQ][head_dim] */) {
+void readout(const Args& a, int b, int h, int q0, int t0, int t1, bool hidden, float (*s)[CHUNK], const float* most, float* sum, float* acc) {
   const int group = a.head_dim / a.groups, top = (1 << a.value_bits) - 1, n = t1 - t0;
   const bool joined = a.value_bits == 3;
   const Plane& high = a.v[1];
+  constexpr int WEIGHTS = CHUNK / 4 * FOUR;
   const auto plane = [&](const Plane& x, int d) { return of_head(x, b, h) + t0 / (32 / x.width) * x.tile_stride + d * 4; };
-  alignas(64) int8_t factors[CHUNK / 4 * FOUR];
+  alignas(64) int8_t factors[NQ * WEIGHTS];
   alignas(64) float sigma[CHUNK], offset[CHUNK];
   std::fill(acc, acc + NQ * a.head_dim, 0.0f);
+  Ahead keys, none;  // of the next chunk
+  const int more = q0 ? 0 : std::min(a.slots - t1, CHUNK);
+  for (int i = 0; i < std::min(a.key_planes, 2) && more; i++) {
+    const Plane& k = a.k[i];
+    const int steps = n * a.v[0].width / (joined ? 64 : 32) * ((group + LANES - 1) / LANES);
+    keys.add(i, of_head(k, b, h) + t1 / TILE * k.tile_stride, int64_t(more) * k.columns * k.width / 8, steps);
+  }
+  prefetch(a.k_scale, b, h, t1, more);
+  prefetch(a.k_zero, b, h, t1, more);
   for (int g = 0; g < a.groups; g++) {
     scales(a.v_scale, b, h, t0, n, g, sigma);
     scales(a.v_zero, b, h, t0, n, g, offset);
     if (hidden)  // a hidden row has weight 0, and its scale may be anything
       for (int t = 0; t < n; t++) {
         bool none = true;
-        for (int q = 0; q < NQ; q++) none = none && s[q][t] == 0;
+        for (int q = 0; q < NQ; q++) none = none && s[q][t] == (g ? 0 : NEG);
         if (none) sigma[t] = offset[t] = 0;
       }
     float unit[NQ], constant[NQ];
-    for (int q = 0; q < NQ; q++)
-      constant[q] = split_weights(s[q], sigma, a.v_zero.data ? offset : nullptr, n, top, unit[q], factors + q * 8);
+    for (int q = 0; q < NQ; q++) {
+      const float* offsets = a.v_zero.data ? offset : nullptr;
+      constant[q] = (g ? split_weights<false> : split_weights<true>)(s[q], most[q], sigma, offsets, n, top, sum[q], unit[q], factors + q * WEIGHTS);
+    }
     const int from = g * group, to = from + group;
     for (int d = from / TILE * TILE; d < to; d += LANES)
       for (int p = 0; p < a.value_planes; p += joined ? 2 : 1) {
@@ -482,7 +512,7 @@ void readout(const Args& a, int b, int h, int t0, int t1, bool hidden, const flo
         const int next = d + TILE < to ? 64 : 0;  // 0: both halves are the same tile
         const Granules granules{plane(v, d), v.tile_stride, next, joined ? plane(high, d) : nullptr, high.tile_stride, next};
         alignas(64) int32_t sums[NQ][CHUNK];
-        tile<I, NQ>(v.width, joined ? high.width : 0, granules, n * v.width / 32, factors, sums);
+        tile<I, NQ>(v.width, joined ? high.width : 0, granules, n * v.width / 32, factors, WEIGHTS, p || g ? none : keys, sums);
         for (int q = 0; q < NQ; q++)
           for (int c = d; c < std::min(d + LANES, to); c += TILE) {
             float* at = acc + q * a.head_dim + c;
@@ -511,9 +541,8 @@ void attend_chunk(const Args& a, const Query& query, int b, int h, int q0, int t
       most[q] = largest(s[q], t1 - t0);
       hidden = true;
     }
-    part[a.queries + q0 + q] = softmax(s[q], t1 - t0, most[q]);
   }
-  readout<I, NQ>(a, b, h, t0, t1, hidden, s, part + 2 * a.queries + int64_t(q0) * a.head_dim);
+  readout<I, NQ>(a, b, h, q0, t0, t1, hidden, s, most, most + a.queries, part + 2 * a.queries + int64_t(q0) * a.head_dim);
 }
 
 // As many queries at a time as the path has registers for.
