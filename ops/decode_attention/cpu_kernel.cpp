@@ -195,6 +195,13 @@ struct Portable {
 };
 
 #if defined(__AVX2__)
+// GCC keeps some of the sums of an unrolled loop on the stack unless each is asked for.
+template <class Sum>
+inline Sum in_register(Sum sum) {
+  asm("" : "+v"(sum));
+  return sum;
+}
+
 struct Avx2 {
   static constexpr int QUERIES = 4, BYTES = 32, BESIDE = 1;
   using Bytes = __m256i;
@@ -207,7 +214,7 @@ struct Avx2 {
   static Bytes both(Bytes a, Bytes b) { return _mm256_or_si256(a, b); }
   static Sum add(Sum sum, Bytes codes, Bytes w) {
     __m256i products = _mm256_maddubs_epi16(codes, w);
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(products, _mm256_set1_epi16(1)));
+    return in_register(_mm256_add_epi32(sum, _mm256_madd_epi16(products, _mm256_set1_epi16(1))));
   }
   static Sum join(Sum hi, Sum lo) { return _mm256_add_epi32(_mm256_slli_epi32(hi, 8), lo); }
 };
@@ -224,11 +231,7 @@ struct Vnni {
     return _mm512_and_si512(shift < 0 ? _mm512_slli_epi16(b, -shift) : _mm512_srli_epi16(b, shift), _mm512_set1_epi8(mask));
   }
   static Bytes both(Bytes a, Bytes b) { return _mm512_or_si512(a, b); }
-  static Sum add(Sum sum, Bytes codes, Bytes w) {
-    sum = _mm512_dpbusd_epi32(sum, codes, w);
-    asm("" : "+v"(sum));  // else GCC keeps some of the sums on the stack
-    return sum;
-  }
+  static Sum add(Sum sum, Bytes codes, Bytes w) { return in_register(_mm512_dpbusd_epi32(sum, codes, w)); }
   static Sum join(Sum hi, Sum lo) { return _mm512_add_epi32(_mm512_slli_epi32(hi, 8), lo); }
 };
 #endif
@@ -242,6 +245,7 @@ constexpr int FOUR = 8;
 struct Granules { const uint8_t* data; int64_t step, next; const uint8_t* high; int64_t high_step, high_next; };
 
 // n granules, and as many beside them, with codes of W bits, and H higher ones, against NQ rows of integers: out[q][lane].
+// The factors of a query lie `row` bytes after those of the one before.
 template <class I, int W, int H, int NQ>
 inline __attribute__((always_inline)) void tile(const Granules& from, int n, const int8_t* factors, int row, Ahead& ahead, int32_t (*out)[CHUNK]) {
   constexpr int P = 8 / W, R = H ? W / H : 1;  // codes in a byte; granules that share one of the second plane
