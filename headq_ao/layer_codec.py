@@ -26,6 +26,7 @@ from headq_ao.codec import (
 from headq_ao.config import HeadQConfig
 from headq_ao.models import LayerShape
 from headq_ao.ops.layout import TOKEN_TILE
+from headq_ao.rotary import Turns
 from headq_ao.seen import mixed, seen_weights
 
 AnyCodec = TypeVar("AnyCodec", KeyCodec, ValueCodec)
@@ -51,6 +52,7 @@ class LayerCodec(nn.Module):
         device: of the attention module.
         heads: the KV heads of the moments that are here, None: all. The codec is made for all and cut.
         bits: of all heads; None: those of the config.
+        turns: what a sequence's own statistics are spread over; None: they stay where they were taken.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class LayerCodec(nn.Module):
         device: torch.device,
         heads: slice | None = None,
         bits: HeadBits | None = None,
+        turns: Turns | None = None,
     ) -> None:
         super().__init__()
         config.check_head_dim(shape.head_dim)
@@ -77,6 +80,10 @@ class LayerCodec(nn.Module):
         if moments is not None and config.k_bits is not None:
             made_keys = key_codec(config, moments, () if bits is None else bits.k)
             self.frame = self._keep("key", made_keys.of_heads(part), device)
+
+        self.turning = turns is not None
+        for name, tensor in () if turns is None else vars(turns).items():
+            self.register_buffer(f"turn_{name}", tensor.to(device), persistent=False)
 
     def _keep(self, side: str, codec: AnyCodec, device: torch.device) -> AnyCodec:
         """Register the tensors of a codec as buffers; what is left of it without them."""
@@ -131,13 +138,25 @@ class LayerCodec(nn.Module):
         else:
             of_q, of_k, _ = seen_weights(q, k, scaling, n_sink=n_sink, window=window)
             of_q = mixed(of_q[..., n_sink:].unflatten(1, (k.shape[1], -1)).flatten(2, 3))
-            c_q = grouped.transpose(-1, -2) @ (of_q[..., None] * grouped) / grouped.shape[-2]
-            of_k = mixed(of_k[..., n_sink:])[..., None]
-            mean = (of_k * rows).mean(-2)
-            variance = (of_k * (rows - mean.unsqueeze(-2)).square()).mean(-2)
+            c_q, mean, variance = self._spread_moments(grouped, of_q, rows, mixed(of_k[..., n_sink:]))
             codec = with_side_code(config, prompt_visible_codec(config, c_q, mean, variance), c_q, rows)
         names = {"mean", "side_encode", "side_read", "side_step", "spread", "seen"}
         return dataclasses.replace(codec, own=frozenset(names & codec.tensors().keys()))
+
+    def _spread_moments(self, q: Tensor, of_q: Tensor, k: Tensor, of_k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``C_q``, mean and variances of the keys, weighted, over the turns; :mod:`headq_ao.rotary` says why."""
+        found = []
+        for turned_q, turned_k in zip(self._turned(q), self._turned(k), strict=True):
+            c_q = turned_q.transpose(-1, -2) @ (of_q[..., None] * turned_q) / q.shape[-2]
+            mean = (of_k[..., None] * turned_k).mean(-2)
+            square = (of_k[..., None] * (turned_k - mean.unsqueeze(-2)).square()).mean(-2)
+            found.append((c_q, mean, square))
+        c_q, means, squares = (torch.stack(x) for x in zip(*found, strict=True))
+        mean = means.mean(0)
+        return c_q.mean(0), mean, (squares + (means - mean).square()).mean(0)
+
+    def _turned(self, x: Tensor) -> list[Tensor]:
+        return Turns(self.turn_cos, self.turn_sin, self.turn_partner).turned(x) if self.turning else [x]
 
     def from_prior(self, k_sum: Tensor, tokens: int) -> KeyCodec:
         """The calibrated codec with the key gauge refined: ``μ = (prior·μ_cal + Σ k) / (prior + tokens)``."""

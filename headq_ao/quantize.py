@@ -28,6 +28,7 @@ from headq_ao.models import (
     layer_shapes,
     tensor_parallel,
 )
+from headq_ao.rotary import rotary_turns
 
 CACHE_NAMES = ("cache", "past_key_values")  # transformers 5.24 renamed the argument
 _DEFAULT: Any = object()
@@ -96,10 +97,12 @@ def _handle(model: nn.Module, config: HeadQConfig) -> nn.Module:
         calibration.check_model(print_)
     bits = head_bits(config, calibration, shapes)
     shapes, heads = shapes_here(model, shapes, config)
+    own = calibration is None and config.k_bits is not None and config.key_codec == "visible"
     codecs = []
     for i, (module, shape) in enumerate(zip(modules, shapes, strict=True)):
         moments = None if calibration is None else calibration.layers[i]
-        codecs.append(LayerCodec(config, shape, moments, execution_device(module), heads, bits[i]))
+        turns = rotary_turns(model, module, shape) if own else None
+        codecs.append(LayerCodec(config, shape, moments, execution_device(module), heads, bits[i], turns))
     state = HeadQState(config, shapes, model.config._attn_implementation, calibration, print_, codecs)
     model.set_attn_implementation(attention.NAME)
     for module, codec in zip(modules, codecs, strict=True):

@@ -1,0 +1,104 @@
+"""Rotary embeddings as the model applies them, to see a sequence's first rows as they would stand further on.
+
+Attention sees differences of positions, but the coordinates of a row turn with the position itself: variances of the
+first few hundred keys say little of the thousandth. So do turned copies of them, and they cost nothing to store.
+"""
+
+import ast
+import copy
+import inspect
+import sys
+import textwrap
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from headq_ao.models import LayerShape
+
+TURNED = (0, 16, 32, 64, 128, 256, 512, 1024)  # positions by which a sequence's first rows are turned
+TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Turns:
+    """Rotary turns by some numbers of positions: ``x · cos + x[partner] · sin``.
+
+    ``cos``, ``sin`` ``[P, D]``, ``partner [D]``: the other coordinate of the pair that is turned.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    partner: Tensor
+
+    def turned(self, x: Tensor) -> list[Tensor]:
+        """The rows ``[.., D]`` after each turn.
+
+        Example:
+            >>> import torch
+            >>> from headq_ao.rotary import Turns
+            >>> quarter = Turns(torch.zeros(1, 2), torch.tensor([[-1.0, 1.0]]), torch.tensor([1, 0]))
+            >>> quarter.turned(torch.tensor([3.0, 0.0]))[0].tolist()
+            [0.0, 3.0]
+        """
+        other = x[..., self.partner]
+        return [x * c + other * s for c, s in zip(self.cos.to(x.dtype), self.sin.to(x.dtype), strict=True)]
+
+
+def rotary_turns(model: nn.Module, attention: nn.Module, shape: LayerShape) -> Turns | None:
+    """How rows of a layer turn in :data:`TURNED` positions; None where that cannot be told from the model.
+
+    The model's rotary embedding and its function turn the unit vectors. What they give is taken only when it is a turn
+    of pairs, the same after 1 and 2 positions as after 3.
+
+    Args:
+        model: the causal LM.
+        attention: of the layer.
+        shape: of the layer.
+    """
+    embedding = next((m for name, m in model.named_modules() if name.endswith("rotary_emb")), None)
+    apply: Any = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+    if embedding is None or apply is None or not _turns_always(attention):
+        return None
+    positions, head_dim = torch.tensor([1, 2, 3, *TURNED]), shape.head_dim
+    try:
+        matrices = _turned_units(copy.deepcopy(embedding), apply, positions, shape)
+    except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError):
+        return None  # of another form
+    (one, two, three), matrices = matrices[:3], matrices[3:]
+    if not torch.allclose(one @ two, three, atol=TOLERANCE):
+        return None
+    partner = (matrices.abs().sum(0) * (1 - torch.eye(head_dim))).argmax(0)
+    every = torch.arange(head_dim)
+    turns = Turns(matrices[:, every, every], matrices[:, partner, every], partner)
+    rebuilt = torch.stack(turns.turned(torch.eye(head_dim)))
+    return turns if torch.allclose(rebuilt, matrices, atol=TOLERANCE) else None
+
+
+def _turns_always(attention: nn.Module) -> bool:
+    """Whether the layer applies its rotary embedding whatever happens; some models leave it out in some layers."""
+    if getattr(attention, "use_rope", False):
+        return True
+    try:
+        forward = ast.parse(textwrap.dedent(inspect.getsource(type(attention).forward)))
+    except (OSError, TypeError, SyntaxError):
+        return False
+    branches = (branch for branch in ast.walk(forward) if isinstance(branch, ast.If))
+    names = (node.id for branch in branches for node in ast.walk(branch) if isinstance(node, ast.Name))
+    return "apply_rotary_pos_emb" not in names
+
+
+def _turned_units(embedding: nn.Module, apply: Any, positions: Tensor, shape: LayerShape) -> Tensor:
+    """``[P, D, D]``: the unit vectors, as rows, at each of the positions."""
+    embedding = embedding.to("cpu")
+    layer_type = "full_attention" if shape.sliding_window is None else "sliding_attention"
+    extra = {"layer_type": layer_type} if "layer_type" in inspect.signature(embedding.forward).parameters else {}
+    cos, sin = embedding(torch.zeros(1, len(positions), 1), positions[None], **extra)
+    at_0 = positions.tolist().index(0)
+    cos, sin = (x.float() / cos[:, at_0 : at_0 + 1, :1].float() for x in (cos, sin))  # some scale what they turn
+    part = cos.shape[-1]
+    units = torch.eye(part)[None, :, None].expand(1, part, len(positions), part)
+    whole = torch.eye(shape.head_dim).repeat(len(positions), 1, 1)
+    whole[:, :part, :part] = apply(units, units, cos, sin)[0][0].transpose(0, 1)
+    return whole
