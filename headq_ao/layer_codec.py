@@ -55,6 +55,10 @@ class LayerCodec(nn.Module):
         turns: what a sequence's own statistics are spread over; None: they stay where they were taken.
     """
 
+    turn_cos: Tensor
+    turn_sin: Tensor
+    turn_partner: Tensor
+
     def __init__(
         self,
         config: HeadQConfig,

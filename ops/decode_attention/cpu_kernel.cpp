@@ -684,14 +684,13 @@ extern "C" int headq_decode_attention(const Args* args, const Run* runs, int n) 
   const std::unique_ptr<float[]> parts(new (std::nothrow) float[heads * (width * chunks + exact_width)]);
   const std::unique_ptr<char[]> memory(new (std::nothrow) char[heads * bytes]);
   if (!parts || !memory) return 1;
-  // neighbouring chunks go to one thread, which has asked for what follows
-  const int run = std::max(1, heads * chunks / (8 * a.threads));
   float* exacts = parts.get() + heads * width * chunks;
 #pragma omp parallel num_threads(a.threads)
   {
 #pragma omp for schedule(static)
     for (int i = 0; i < heads; i++) prepare(form(i), i, Query(form(i), memory.get() + i * bytes));
-#pragma omp for schedule(dynamic, run) collapse(2)
+// neighbouring chunks go to one thread, which has asked for what follows
+#pragma omp for schedule(guided) collapse(2)
     for (int i = 0; i < heads; i++)
       for (int c = 0; c < chunks; c++) {
         const Args& of = form(i);
