@@ -1,7 +1,7 @@
 """Rotary embeddings as the model applies them, to see a sequence's first rows as they would stand further on.
 
-Attention sees differences of positions, but the coordinates of a row turn with the position itself: variances of the
-first few hundred keys say little of the thousandth. So do turned copies of them, and they cost nothing to store.
+Attention sees differences of positions, but the coordinates of a row turn with the position itself, so variances of the
+first few hundred keys say little of the thousandth. Turned copies of them stand for it, and cost nothing to store.
 """
 
 import ast
