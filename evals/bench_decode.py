@@ -272,7 +272,7 @@ def readme_notes(result: dict[str, Any]) -> str:
     threads = " / ".join(str(n) for n in result["threads"])
     peaks = {n: [c["probes"] for c in result["cells"] if c["threads"] == n] for n in result["threads"]}
     read = " / ".join(f"{statistics.median(p['read_gbs'] for p in x):.3g}" for x in peaks.values())
-    int8 = " / ".join(f"{statistics.median(p['int8_gops'] for p in x):.3g}" for x in peaks.values())
+    int8 = " / ".join(f"{statistics.median(p['int8_gops'] for p in x):,.0f}" for x in peaks.values())
     error = max(m["error"] for c in result["cells"] for name, m in c["methods"].items() if name not in BASELINES)
     text = (
         f"One layer, one new token, batch 1; query heads/KV heads/head_dim; {threads} threads of {env['cpu']}, which "
