@@ -34,13 +34,13 @@ PATHS = [name for name, i in cpu_kernel.PATHS.items() if LIBRARY is not None and
 SHAPES = [
     (1, 3, 3, 1, 640, 64, 2, 16, 2, False, 2, 64, False, False),
     (2, 2, 4, 1, 1184, 128, 4, 8, 4, True, 4, 32, True, False),
-    (1, 1, 5, 3, 96, 80, 3, 0, 2, False, 3, 80, False, False),
+    (1, 1, 5, 3, 1120, 80, 3, 0, 2, False, 3, 80, False, False),
     (2, 1, 1, 70, 1056, 96, 1, 24, 2, True, 1, 24, True, True),
-    (1, 2, 6, 2, 544, 16, 8, 16, 1, False, 8, 16, True, False),
+    (1, 2, 6, 2, 1088, 16, 8, 16, 1, False, 8, 16, True, False),
     (1, 2, 2, 1, 64, 48, 5, 4, 3, False, 6, 8, False, True),
     (1, 1, 8, 1, 512, 256, 2, 64, 2, False, 2, 256, False, False),
     (1, 1, 3, 1, 512, 64, 8, 0, 2, False, 3, 64, False, False),
-    (1, 2, 7, 1, 544, 64, 5, 0, 2, False, 1, 64, False, False),
+    (1, 2, 7, 1, 1088, 64, 5, 0, 2, False, 1, 64, False, False),
 ]
 
 
