@@ -48,8 +48,8 @@ class HeadQConfig(AOBaseConfig):
         residual_length: newest tokens kept exact, at least; up to ``residual_length + block_size − 1``.
         block_size: tokens packed at a time: 16, 32, 64 or 128.
         calibration: a :class:`headq_ao.Calibration`, the path of a saved one, or None: statistics then come from
-            each sequence's own first tokens (of visible keys turned copies too: :mod:`headq_ao.rotary`). Only a path
-            fits into JSON (torchao's ``config_to_dict``).
+            each sequence's own first tokens, of visible keys with turned copies (:mod:`headq_ao.rotary`).
+            Only a path fits into JSON (torchao's ``config_to_dict``).
         adapt: with a calibration, ``"off"`` takes it as it is, ``"prompt"`` as a prior for the key gauge, which each
             prompt refines: 0 to 5 % less KL for a second segment to read.
         prior_tokens: how many tokens the calibration counts as under ``adapt="prompt"``.
