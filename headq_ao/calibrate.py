@@ -13,7 +13,14 @@ from transformers import PreTrainedModel
 
 from headq_ao.allocate import WHOLE, output_errors
 from headq_ao.calibration import Calibration, LayerMoments, MomentAccumulator
-from headq_ao.models import attention_modules, execution_device, fingerprint, layer_shapes, tensor_parallel
+from headq_ao.models import (
+    attention_modules,
+    execution_device,
+    fingerprint,
+    layer_shapes,
+    rotary_embedding,
+    tensor_parallel,
+)
 from headq_ao.seen import seen_weights
 
 CONTEXT_LENGTH = 4096
@@ -171,7 +178,7 @@ def spread_starts(model: PreTrainedModel, lengths: list[int], context_length: in
     if not isinstance(context_length, int) or context_length < 1 or (most is not None and context_length > most):
         limit = "" if most is None else f" and at most {most}, the model's positions"
         raise ValueError(f"context_length must be a whole number of at least 1{limit}, got {context_length!r}")
-    rotary = any(name.endswith("rotary_emb") for name, _ in model.named_modules())
+    rotary = rotary_embedding(model) is not None
     room = (context_length - torch.tensor(lengths)).clamp(min=0) if rotary else torch.zeros(len(lengths))
     share = torch.arange(len(lengths)) / max(len(lengths) - 1, 1)
     return context_length, (room * share).long()

@@ -105,6 +105,11 @@ def attention_modules(model: nn.Module, n_layers: int) -> list[nn.Module]:
     return [found[i] for i in range(n_layers)]
 
 
+def rotary_embedding(model: nn.Module) -> nn.Module | None:
+    """The module that makes a model's rotary embeddings, the first where there are several; None without any."""
+    return next((module for name, module in model.named_modules() if name.endswith("rotary_emb")), None)
+
+
 def tensor_parallel(model: nn.Module) -> tuple[int, int]:
     """Rank and size of the tensor-parallel group of a model; (0, 1) where it is not sharded."""
     manager = getattr(model, "_mesh_manager", None)

@@ -26,6 +26,7 @@ from headq_ao.models import (
     fingerprint,
     kv_heads_here,
     layer_shapes,
+    rotary_embedding,
     tensor_parallel,
 )
 from headq_ao.rotary import rotary_turns
@@ -97,11 +98,12 @@ def _handle(model: nn.Module, config: HeadQConfig) -> nn.Module:
         calibration.check_model(print_)
     bits = head_bits(config, calibration, shapes)
     shapes, heads = shapes_here(model, shapes, config)
-    own = calibration is None and config.k_bits is not None and config.key_codec == "visible"
+    own_statistics = calibration is None and config.k_bits is not None and config.key_codec == "visible"
+    embedding = rotary_embedding(model) if own_statistics else None
     codecs = []
     for i, (module, shape) in enumerate(zip(modules, shapes, strict=True)):
         moments = None if calibration is None else calibration.layers[i]
-        turns = rotary_turns(model, module, shape) if own else None
+        turns = rotary_turns(embedding, module, shape)
         codecs.append(LayerCodec(config, shape, moments, execution_device(module), heads, bits[i], turns))
     state = HeadQState(config, shapes, model.config._attn_implementation, calibration, print_, codecs)
     model.set_attn_implementation(attention.NAME)

@@ -46,18 +46,17 @@ class Turns:
         return [x * c + other * s for c, s in zip(self.cos.to(x.dtype), self.sin.to(x.dtype), strict=True)]
 
 
-def rotary_turns(model: nn.Module, attention: nn.Module, shape: LayerShape) -> Turns | None:
-    """How rows of a layer turn in :data:`TURNED` positions; None where that cannot be told from the model.
+def rotary_turns(embedding: nn.Module | None, attention: nn.Module, shape: LayerShape) -> Turns | None:
+    """How rows of a layer turn in :data:`TURNED` positions; None where that cannot be told.
 
-    The model's rotary embedding and its function turn the unit vectors. What they give is taken only when it is a turn
+    The embedding and the function that applies it turn the unit vectors. What they give is taken only when it is a turn
     of pairs, the same after 1 and 2 positions as after 3.
 
     Args:
-        model: the causal LM.
+        embedding: :func:`headq_ao.models.rotary_embedding` of the model; it is not changed.
         attention: of the layer.
         shape: of the layer.
     """
-    embedding = next((m for name, m in model.named_modules() if name.endswith("rotary_emb")), None)
     apply: Any = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
     if embedding is None or apply is None or not _turns_always(attention):
         return None

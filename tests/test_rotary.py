@@ -10,7 +10,7 @@ from headq_ao import HeadQCache, calibrate, headq_config, quantize_
 from headq_ao.attention import NAME
 from headq_ao.calibrate import RECORDER
 from headq_ao.layer_codec import LayerCodec
-from headq_ao.models import LayerShape, attention_modules, layer_shapes
+from headq_ao.models import LayerShape, attention_modules, layer_shapes, rotary_embedding
 from headq_ao.rotary import TURNED, Turns, rotary_turns
 
 ROTARY = [
@@ -53,7 +53,7 @@ def test_turns_are_what_the_model_does_at_later_positions(tiny, token_ids, famil
     """States of the first layer depend on the token and its position alone."""
     model = tiny(family, head_dim, **options)
     shape = layer_shapes(model.config)[0]
-    turns = rotary_turns(model, attention_modules(model, 2)[0], shape)
+    turns = rotary_turns(rotary_embedding(model), attention_modules(model, 2)[0], shape)
     assert turns is not None
     assert turns.cos.shape == turns.sin.shape == (len(TURNED), head_dim)
     model.set_attn_implementation(NAME)
@@ -69,7 +69,7 @@ def test_kinds_of_layers_turn_on_their_own(tiny):
     """Gemma 3 has one frequency for sliding layers and another for the rest."""
     model = tiny("gemma3", 128)
     sliding, full = (
-        rotary_turns(model, m, s)
+        rotary_turns(rotary_embedding(model), m, s)
         for m, s in zip(attention_modules(model, 2), layer_shapes(model.config), strict=True)
     )  # fmt: skip
     assert not torch.allclose(sliding.cos, full.cos, atol=1e-2)
@@ -78,7 +78,7 @@ def test_kinds_of_layers_turn_on_their_own(tiny):
 def test_none_where_it_cannot_be_told(tiny, monkeypatch):
     """No rotary embedding, one that a layer leaves out, or one that is not a turn of pairs."""
     gpt2, llama = tiny("gpt2"), tiny("llama")
-    assert rotary_turns(gpt2, attention_modules(gpt2, 2)[0], layer_shapes(gpt2.config)[0]) is None
+    assert rotary_turns(rotary_embedding(gpt2), attention_modules(gpt2, 2)[0], layer_shapes(gpt2.config)[0]) is None
     module, shape = attention_modules(llama, 2)[0], layer_shapes(llama.config)[0]
 
     class Sometimes(type(module)):
@@ -90,14 +90,14 @@ def test_none_where_it_cannot_be_told(tiny, monkeypatch):
     Sometimes.__module__ = type(module).__module__
     other = copy.deepcopy(module)
     other.__class__ = Sometimes
-    assert rotary_turns(llama, module, shape) is not None
-    assert rotary_turns(llama, other, shape) is None
+    assert rotary_turns(rotary_embedding(llama), module, shape) is not None
+    assert rotary_turns(rotary_embedding(llama), other, shape) is None
     other.use_rope = True
-    assert rotary_turns(llama, other, shape) is not None
+    assert rotary_turns(rotary_embedding(llama), other, shape) is not None
 
     modeling = sys.modules[type(module).__module__]
     monkeypatch.setattr(modeling, "apply_rotary_pos_emb", lambda q, k, cos, sin: (q * cos, k * cos))
-    assert rotary_turns(llama, module, shape) is None
+    assert rotary_turns(rotary_embedding(llama), module, shape) is None
 
 
 def test_the_model_is_left_as_it_was(tiny):
@@ -105,7 +105,7 @@ def test_the_model_is_left_as_it_was(tiny):
     model = tiny("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
                  max_position_embeddings=512)  # fmt: skip
     before = model.model.rotary_emb.inv_freq.clone()
-    rotary_turns(model, attention_modules(model, 2)[0], layer_shapes(model.config)[0])
+    rotary_turns(rotary_embedding(model), attention_modules(model, 2)[0], layer_shapes(model.config)[0])
     assert torch.equal(model.model.rotary_emb.inv_freq, before)
 
 
