@@ -89,6 +89,10 @@ void halves(const uint16_t* from, int64_t stride, int n, float* to) {
 template <class X>
 inline auto of_head(const X& x, int b, int h) { return x.data + b * x.batch_stride + h * x.head_stride; }
 
+// Where the rows from slot t on begin, in a plane of keys and in one of values.
+inline const uint8_t* keys_from(const Plane& x, int b, int h, int t) { return of_head(x, b, h) + t / TILE * x.tile_stride; }
+inline const uint8_t* values_from(const Plane& x, int b, int h, int t) { return of_head(x, b, h) + t / (32 / x.width) * x.tile_stride; }
+
 // The scales or zeros of tokens from t0 on, of one group; nothing where there are none.
 void scales(const Scale& x, int b, int h, int t0, int n, int group, float* to) {
   if (x.data) halves(of_head(x, b, h) + t0 * x.token_stride + group, x.token_stride, n, to);
@@ -367,11 +371,10 @@ void scores(const Args& a, const Query& query, int b, int h, int q0, int t0, int
   // 3 bits of all coordinates: one code from both planes, for half the products.
   const bool joined = a.key_planes == 2 && a.q[0] == a.q[1] && a.k[0].width == 2;
   const Plane& high = a.k[1];
-  const auto plane = [&](const Plane& x, int t) { return of_head(x, b, h) + t / TILE * x.tile_stride; };
   if (!q0) {
     prefetch(a.v_scale, b, h, t0, t1 - t0);
     prefetch(a.v_zero, b, h, t0, t1 - t0);
-    for (int p = 0; p < a.key_planes && !t0; p++) prefetch(plane(a.k[p], 0), int64_t(t1) * a.k[p].columns * a.k[p].width / 8);
+    for (int p = 0; p < a.key_planes && !t0; p++) prefetch(keys_from(a.k[p], b, h, 0), int64_t(t1) * a.k[p].columns * a.k[p].width / 8);
   }
   for (int p = 0; p < a.key_planes; p += joined ? 2 : 1) {
     const Plane& k = a.k[p];
@@ -380,11 +383,11 @@ void scores(const Args& a, const Query& query, int b, int h, int q0, int t0, int
     for (int i = 0; i < a.value_planes && !p && !q0; i++) {
       const Plane& v = a.v[i];
       const int steps = (t1 - t0 + LANES - 1) / LANES * (joined ? n / 2 : n);
-      values.add(i, of_head(v, b, h) + t0 / (32 / v.width) * v.tile_stride, int64_t(t1 - t0) * a.head_dim * v.width / 8, steps);
+      values.add(i, values_from(v, b, h, t0), int64_t(t1 - t0) * a.head_dim * v.width / 8, steps);
     }
     for (int t = t0; t < t1; t += LANES) {
       const bool two = t + TILE < t1;  // else both halves are the same tile
-      const Granules from{plane(k, t), 64, two ? k.tile_stride : 0, joined ? plane(high, t) : nullptr, 64, two ? high.tile_stride : 0};
+      const Granules from{keys_from(k, b, h, t), 64, two ? k.tile_stride : 0, joined ? keys_from(high, b, h, t) : nullptr, 64, two ? high.tile_stride : 0};
       tile<I, NQ>(k.width, joined ? high.width : 0, from, n, query.of(a, p, q0), query.row, values, (int32_t(*)[CHUNK])(sums[0] + (t - t0)));
     }
     const bool last = p + (joined ? 2 : 1) >= a.key_planes;
@@ -482,7 +485,7 @@ void readout(const Args& a, int b, int h, int q0, int t0, int t1, bool hidden, f
   const bool joined = a.value_bits == 3;
   const Plane& high = a.v[1];
   constexpr int WEIGHTS = CHUNK / 4 * FOUR;
-  const auto plane = [&](const Plane& x, int d) { return of_head(x, b, h) + t0 / (32 / x.width) * x.tile_stride + d * 4; };
+  const auto plane = [&](const Plane& x, int d) { return values_from(x, b, h, t0) + d * 4; };
   alignas(64) int8_t factors[NQ * WEIGHTS];
   alignas(64) float sigma[CHUNK], offset[CHUNK];
   std::fill(acc, acc + NQ * a.head_dim, 0.0f);
@@ -491,7 +494,7 @@ void readout(const Args& a, int b, int h, int q0, int t0, int t1, bool hidden, f
   for (int i = 0; i < std::min(a.key_planes, 2) && more; i++) {
     const Plane& k = a.k[i];
     const int steps = n * a.v[0].width / (joined ? 64 : 32) * ((group + LANES - 1) / LANES);
-    keys.add(i, of_head(k, b, h) + t1 / TILE * k.tile_stride, int64_t(more) * k.columns * k.width / 8, steps);
+    keys.add(i, keys_from(k, b, h, t1), int64_t(more) * k.columns * k.width / 8, steps);
   }
   prefetch(a.k_scale, b, h, t1, more);
   prefetch(a.k_zero, b, h, t1, more);
