@@ -32,7 +32,7 @@ from headq_ao.ops.layout import (
 )
 
 RESULT = Path(__file__).resolve().parents[1] / "recipes" / "results" / "triton" / "aot.json"
-SLOTS = 4096  # of the store that is compiled for; the binary does not depend on it
+SLOTS, EXACT = 4096, 100  # rows that are compiled for; the binary does not depend on them
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,13 @@ class Case:
         )
 
 
-CASES = (Case(32, 8, 128, 2, 2), Case(9, 3, 64, 2, 2), Case(8, 1, 256, 2, 2), Case(32, 8, 128, 3, 3))
+CASES = (
+    Case(32, 8, 128, 2, 2),
+    Case(9, 3, 64, 2, 2),
+    Case(8, 1, 256, 2, 2),
+    Case(32, 8, 128, 3, 3),
+    Case(32, 8, 128, 4, 4),
+)
 WIDTHS = (64, 128, 256)  # of the rows that feedback_codes is compiled for
 
 
@@ -114,8 +120,9 @@ def compiling(target: str) -> Iterator[list[Any]]:
         driver._active = before
 
 
-def decode_kernel(case: Case, target: str) -> Any:
-    """The compiled kernel that reads the cache."""
+def decode_kernels(case: Case, target: str) -> tuple[Any, Any]:
+    """The compiled kernel that reads the packed rows, and the one that joins its splits and the exact rows."""
+    from headq_ao.ops import ExactRows
     from headq_ao.ops.decode_attention import triton_kernel
 
     bits, hkv, d = [case.k_bits] * case.head_dim, case.kv_heads, case.head_dim
@@ -124,12 +131,14 @@ def decode_kernel(case: Case, target: str) -> Any:
     value_planes = [torch.zeros(1, hkv, *s, dtype=torch.uint8) for s in value_plane_shapes(case.v_bits, SLOTS, d)]
     scale = torch.zeros(1, hkv, SLOTS, dtype=torch.float16)
     start = torch.zeros(1, 1, dtype=torch.int64)
+    exact = torch.zeros(1, hkv, EXACT, d, dtype=torch.bfloat16)
+    rows = ExactRows(q, exact, exact, start, start + EXACT, torch.zeros(1, hkv, d, d), torch.zeros(1, hkv, d))
     with compiling(target) as kernels:
-        triton_kernel.decode_attention(
+        triton_kernel.attend(
             q, line, line, line, planes, bits, scale, None, value_planes, case.v_bits, scale[..., None], None,
-            start, start + SLOTS, None, splits=8,
+            start, start + SLOTS, None, rows, splits=8,
         )  # fmt: skip
-    return kernels[0]
+    return kernels[0], kernels[1]
 
 
 def feedback_kernel(width: int, target: str) -> Any:
@@ -180,7 +189,8 @@ def disassembled(binary: bytes, tool: str, option: str) -> str:
 
 
 def loop_instructions(kernel: Any, chip: Chip) -> int:
-    """Instructions of the loop over tiles: the longest backward branch's span that has matrix products.
+    """Instructions of the loop over whole tiles: the shortest backward branch's span that has matrix products. The
+    other, over the tiles at the ends, has masks besides.
 
     On AMD vector and matrix instructions count; scalar and memory ones are issued beside them.
     """
@@ -191,7 +201,7 @@ def loop_instructions(kernel: Any, chip: Chip) -> int:
         lines = disassembled(kernel.asm["cubin"], "nvdisasm", "-c").splitlines()
         label, jump, product, counted = r"\s*(\.L\w+):", r".*\bBRA\b.*?(\.L\w+)", r"\bH\w*MMA\b", r"\s*/\*[0-9a-f]+\*/"
     labels: dict[str, int] = {}
-    spans = [0]
+    spans = []
     for i, line in enumerate(lines):
         if found := re.match(label, line):
             labels[found[1]] = i
@@ -199,7 +209,7 @@ def loop_instructions(kernel: Any, chip: Chip) -> int:
             body = lines[labels[found[1]] : i + 1]
             if any(re.search(product, x) for x in body):
                 spans.append(sum(bool(re.match(counted, x)) for x in body))
-    return max(spans)
+    return min(spans)
 
 
 def roofline(case: Case, instructions: float, chip: Chip) -> dict[str, Any]:
@@ -227,12 +237,12 @@ def measure(targets: Sequence[str] = tuple(CHIPS)) -> dict[str, Any]:
     for target in targets:
         chip = CHIPS[target]
         for case in CASES:
-            kernel = decode_kernel(case, target)
+            kernel, finish = decode_kernels(case, target)
             parts = 8 // min(PIECES[case.v_bits])
             instructions = loop_instructions(kernel, chip) * kernel.metadata.num_warps / (16 * parts)
             row = {"target": target, **vars(case), **resources(kernel, chip)}
             row |= {"bytes_per_token": case.bytes_per_token, "instructions_per_token": instructions}
-            decode.append(row | {"roofline": roofline(case, instructions, chip)})
+            decode.append(row | {"roofline": roofline(case, instructions, chip), "finish": resources(finish, chip)})
         feedback += [{"target": target, "width": w, **resources(feedback_kernel(w, target), chip)} for w in WIDTHS]
     return {"chips": {t: vars(CHIPS[t]) for t in targets}, "decode_attention": decode, "feedback_codes": feedback}
 

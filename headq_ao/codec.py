@@ -14,6 +14,7 @@ from headq_ao.config import HeadQConfig
 from headq_ao.ops import MappedQuery, encode_keys, encode_values, unit_factor
 from headq_ao.ops.decode_attention.reference import dequantize_values, read_back
 from headq_ao.ops.layout import PIECES, plane_pieces, unpack_keys
+from headq_ao.state import int_tensor
 
 # Distance of the levels of the uniform quantizer with least squared error on a unit normal (Max, 1960).
 GAUSSIAN_STEP = {1: 1.596, 2: 0.9957, 3: 0.5860, 4: 0.3352, 5: 0.1881, 6: 0.1041, 8: 0.0308}
@@ -168,8 +169,14 @@ class KeyCodec(Codec):
         ``s = σ (q̃·c + b) + m h + q·μ`` with ``q̃ = [(q @ read)·step, sign·(q @ side_read)·side_step]``.
         """
         dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-        grouped = q.to(dtype).unflatten(1, (self.mean.shape[1], -1)) * scaling  # [B, Hkv, G, S, D]
-        mapped = (grouped @ self.query_map(sign, dtype).unsqueeze(2)).flatten(1, 2)
+        heads, mapping = self.mean.shape[1], self.query_map(sign, dtype)
+        b, hq, s, _ = q.shape
+        grouped = (q.to(dtype) * scaling).reshape(b, heads, -1, q.shape[-1])  # [B, Hkv, G·S, D]
+        if b > 1 and mapping.shape[0] == 1:  # one product for each head: a batched one would copy the mapping
+            mapped = (grouped.transpose(0, 1).flatten(1, 2) @ mapping[0]).unflatten(1, (b, -1)).transpose(0, 1)
+        else:
+            mapped = grouped @ mapping
+        mapped = mapped.reshape(b, hq, s, -1)
         return MappedQuery(mapped[..., :-3], *mapped[..., -3:].unbind(-1))
 
     def query_map(self, sign: int, dtype: torch.dtype) -> Tensor:
@@ -190,7 +197,7 @@ class KeyCodec(Codec):
         """The code that stands for zero, ``[M]`` or ``[Hkv, M]``: 0 where rows store a zero, else the middle level."""
         base = self.read.shape[-1]
         of_heads = [(b,) * base + self.bits[base:] for b in self.head_bits] or [self.bits]
-        middle = (2.0 ** torch.tensor(of_heads, dtype=like.dtype, device=like.device) - 1) / 2
+        middle = (2.0 ** int_tensor(of_heads, like.device).to(like.dtype) - 1) / 2
         if self.weight is None:
             middle[:, :base] = 0.0
         return middle if self.head_bits else middle[0]
@@ -314,7 +321,7 @@ def prompt_visible_codec(config: HeadQConfig, c_q: Tensor, mean: Tensor, varianc
 def whitening(matrix: Tensor, power: float, rotation: Tensor) -> tuple[Tensor, Tensor]:
     """``C^{−τ/2} R`` and ``C^{τ/2} R`` for symmetric matrices ``[.., D, D]`` and an orthogonal ``R``."""
     values, vectors = _eigh(ridged(matrix, SPREAD_RIDGE))
-    values, r = values.clamp(min=1e-30), rotation.double()
+    values, r = values.clamp(min=1e-30), rotation.to(values)
     encode, read = (
         (vectors * values.pow(p / 2)[..., None, :]) @ vectors.transpose(-1, -2) @ r for p in (-power, power)
     )

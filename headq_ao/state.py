@@ -1,6 +1,7 @@
 """Storage of the cache layer: packed rows that grow geometrically, exact rows of a fixed few, and per-row counts."""
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -170,5 +171,13 @@ def storage_bytes(tensors: Sequence[Tensor]) -> int:
 
 
 def int_tensor(values: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """A small int64 tensor on the device."""
-    return torch.tensor(values, dtype=torch.int64, device=device)
+    """A small int64 tensor on the device, not to be written to: the layers of a model ask for the same ones."""
+    if device.type == "cpu":
+        return torch.tensor(values, dtype=torch.int64)
+    return _on_device(tuple(map(tuple, values)), device)
+
+
+@functools.lru_cache(maxsize=32)
+def _on_device(values: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)

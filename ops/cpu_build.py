@@ -68,7 +68,7 @@ def load(source: Path) -> ctypes.CDLL | None:
 
 
 def direct(x: Tensor) -> bool:
-    """Whether to skip the dispatcher, which takes longer than the work on a few rows: plain CPU tensors that no one
-    traces or differentiates."""
-    plain = type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether to skip the dispatcher, which takes longer than the work on a few rows: plain tensors that no one traces
+    or differentiates, on a device that the operators have kernels for."""
+    plain = type(x) is Tensor and x.device.type in ("cpu", "cuda") and not torch.compiler.is_compiling()
     return plain and not (x.requires_grad and torch.is_grad_enabled())

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -87,7 +88,7 @@ def decode_attention(
         ... )
     """
     _check_packed(q, keys, values, start, stop, valid)
-    out, lse = (_cpu if direct(q.codes) else _decode_attention)(
+    out, lse = (KERNELS[q.codes.device.type] if direct(q.codes) else _decode_attention)(
         q.codes, q.bias, q.zero, q.gauge,
         keys.exact, keys.planes, list(keys.bits), keys.scale, keys.zero,
         values.exact, values.planes, values.bits[0] if values.planes else 0, values.scale, values.zero,
@@ -135,7 +136,7 @@ def attend(
             f"exact rows must share their shape and the head_dim of q, got {tuple(exact.k.shape)}, "
             f"{tuple(exact.v.shape)} and {tuple(exact.q.shape)}"
         )
-    out: Tensor = (_attend_cpu if direct(q.codes) else _attend)(
+    out: Tensor = (ATTEND_KERNELS[q.codes.device.type] if direct(q.codes) else _attend)(
         q.codes, q.bias, q.zero, q.gauge, keys.planes, list(keys.bits), keys.scale, keys.zero,
         values.planes, values.bits[0], values.scale, values.zero, start, stop, valid,
         exact.q, exact.k, exact.v, exact.start, exact.stop, exact.read, exact.mean,
@@ -244,6 +245,17 @@ def _attend_cpu(q, bias, zero_query, gauge, key_planes, *rest):
     return cpu_kernel.decode_attention(lib, q, bias, zero_query, gauge, key_planes, *packed, exact=exact)[0]
 
 
+@_attend.register_kernel("cuda")
+def _attend_cuda(q, bias, zero_query, gauge, key_planes, *rest):
+    """Two launches of Triton kernels, on CUDA and HIP; fp64, long chunks and empty stores keep to the parts."""
+    packed, exact = rest[:-7], cpu_kernel.ExactRows(*rest[-7:])
+    known = exact.k.dtype == exact.v.dtype and exact.k.dtype in cpu_kernel.EXACT_DTYPES
+    kernel = _kernel(q, key_planes) if known else None
+    if kernel is None:
+        return _attend_parts(q, bias, zero_query, gauge, key_planes, *rest)
+    return kernel.attend(q, bias, zero_query, gauge, key_planes, *packed, exact)
+
+
 @_attend.register_fake
 def _(q, bias, zero_query, gauge, key_planes, key_bits, key_scale, key_zero, value_planes, *rest):
     return q.new_empty((*q.shape[:3], value_planes[0].shape[3] * CHANNEL_TILE))
@@ -277,13 +289,22 @@ def _cuda(q, bias, zero_query, gauge, k, key_planes, key_bits, key_scale, key_ze
     The operator stays opaque to Inductor: the kernel takes tuples of planes and its grid depends on the device, which
     ``torch.library.triton_op`` does not carry, and there is nothing around it to fuse.
     """
-    served = k is None and v is None and q.dtype == torch.float32
-    kernel = optional("decode_attention.triton_kernel") if served else None
-    if kernel is None or q.shape[2] > KERNEL_QUERIES or not key_planes[0].numel():
+    kernel = _kernel(q, key_planes) if k is None and v is None else None
+    if kernel is None:
         return _tiled(q, bias, zero_query, gauge, k, key_planes, key_bits, key_scale, key_zero, v, value_planes, *rest)
     return kernel.decode_attention(
         q, bias, zero_query, gauge, key_planes, key_bits, key_scale, key_zero, value_planes, *rest
     )
+
+
+KERNELS = {"cpu": _cpu, "cuda": _cuda}  # where nothing is traced, without the dispatcher
+ATTEND_KERNELS = {"cpu": _attend_cpu, "cuda": _attend_cuda}
+
+
+def _kernel(q: Tensor, key_planes: list[Tensor]) -> ModuleType | None:
+    """The Triton kernels where they serve these queries of packed rows."""
+    served = q.dtype == torch.float32 and q.shape[2] <= KERNEL_QUERIES and key_planes[0].numel()
+    return optional("decode_attention.triton_kernel") if served else None
 
 
 def _check_packed(q: MappedQuery, keys: Rows, values: Rows, start: Tensor, stop: Tensor, valid: Tensor | None) -> None:

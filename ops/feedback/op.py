@@ -58,7 +58,8 @@ def feedback_codes(
         factor = reference.unit_factor(metric)
     elif factor.shape != metric.shape:
         raise ValueError(f"factor must be of metric's shape {tuple(metric.shape)}, got {tuple(factor.shape)}")
-    return (_cpu if direct(y) else _feedback_codes)(y, metric, factor, step, bits, unbiased)
+    run = ({"cpu": _cpu, "cuda": _cuda}[y.device.type]) if direct(y) else _feedback_codes
+    return run(y, metric, factor, step, bits, unbiased)
 
 
 @torch.library.custom_op("headq::feedback_codes", mutates_args=())

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from headq_ao.evals import triton_table as table
+from headq_ao.ops.layout import PIECES
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.slow
@@ -23,13 +24,14 @@ def budget(found):
 @pytest.mark.parametrize("case", table.CASES, ids=str)
 @pytest.mark.parametrize("target", table.CHIPS)
 def test_decode_attention(target, case):
-    """The loop's instructions per token stay near what the result file reports (measured 15 to 42)."""
+    """The loop's instructions per token stay near what the result file reports (measured 8 to 38)."""
     chip = table.CHIPS[target]
-    kernel = table.decode_kernel(case, target)
+    kernel, finish = table.decode_kernels(case, target)
     budget(table.resources(kernel, chip))
-    parts = 8 if case.v_bits == 3 else 4
+    budget(table.resources(finish, chip))
+    parts = 8 // min(PIECES[case.v_bits])
     per_token = table.loop_instructions(kernel, chip) * kernel.metadata.num_warps / (16 * parts)
-    assert 10 < per_token < 12 + 0.06 * case.head_dim * (case.k_bits + case.v_bits)
+    assert 6 < per_token < 6 + 0.06 * case.head_dim * (case.k_bits + case.v_bits)
     roof = table.roofline(case, per_token, chip)
     assert 1.5 < roof["over_bf16"] <= roof["byte_ratio"]
 

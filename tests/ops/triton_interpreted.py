@@ -1,11 +1,13 @@
-"""The Triton kernels against the reference, in Triton's interpreter: run by test_triton_interpreter.py.
+"""The Triton kernels against the reference: in Triton's interpreter by test_triton_interpreter.py, and on a GPU.
 
-The interpreter is chosen when Triton is imported, so these run in a process of their own, with TRITON_INTERPRET=1.
+The interpreter is chosen when Triton is imported, so these run in a process of their own, with TRITON_INTERPRET=1;
+``python -m pytest tests/ops/triton_interpreted.py`` without it runs them on the GPU.
 """
 
 import doctest
 import importlib
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from headq_ao.ops import Rows
+from headq_ao.ops import ExactRows, MappedQuery, Rows
 from headq_ao.ops.decode_attention import triton_kernel as decode
 from headq_ao.ops.feedback import reference as feedback_reference
 from headq_ao.ops.feedback import triton_kernel as feedback
@@ -39,6 +41,11 @@ SHAPES = [
 ]
 
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+pytestmark = pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="no GPU, no interpreter")
+
+
 def arguments(q, keys, values, start, stop, valid):
     return (
         q.codes, q.bias, q.zero, q.gauge, keys.planes, list(keys.bits), keys.scale, keys.zero,
@@ -46,11 +53,27 @@ def arguments(q, keys, values, start, stop, valid):
     )  # fmt: skip
 
 
+def moved(x):
+    """Tensors, and what holds them, on the device of the kernels."""
+    if isinstance(x, torch.Tensor):
+        return x.to(DEVICE)
+    if isinstance(x, (MappedQuery, Rows)):
+        return type(x)(**{name: moved(value) for name, value in vars(x).items()})
+    if isinstance(x, (list, tuple)):
+        parts = [moved(y) for y in x]
+        return type(x)(*parts) if hasattr(x, "_fields") else type(x)(parts)
+    return x
+
+
+def make(*shape):
+    return moved(cases.make(*shape))
+
+
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_decode_attention(shape, splits):
     """Relative output error below 1e-3 (measured 1e-4 to 3.3e-4), and exact where nothing is visible."""
-    case = cases.make(*shape)
+    case = make(*shape)
     out, lse = decode.decode_attention(*arguments(*case), splits=splits)
     expected, expected_lse = cases.reference(*case)
     assert (out - expected).norm() <= 1e-3 * expected.norm()
@@ -61,16 +84,38 @@ def test_decode_attention(shape, splits):
 
 
 def test_many_splits_join():
-    case = cases.make(1, 1, 2, 1, 1280, 16, 2, 0, 2, False, 2, 16, False, False)
+    case = make(1, 1, 2, 1, 1280, 16, 2, 0, 2, False, 2, 16, False, False)
     out, _ = decode.decode_attention(*arguments(*case), splits=20)
     expected, _ = cases.reference(*case)
     assert (out - expected).norm() <= 1e-3 * expected.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_attend(shape, dtype):
+    """Packed and exact rows in two launches; what sees neither is 0."""
+    q, keys, values, start, stop, valid = make(*shape)
+    batch, heads, new, d = *q.codes.shape[:3], shape[5]
+    kv_heads, held = keys.scale.shape[1], 39
+    g = torch.Generator().manual_seed(1)
+    draw = lambda *size: torch.randn(*size, generator=g).to(DEVICE)  # noqa: E731
+    k, v = (draw(batch, kv_heads, held + 3, d).to(dtype)[:, :, :held] for _ in range(2))
+    first = torch.randint(0, 8, (batch, new), generator=g).to(DEVICE)
+    last = torch.randint(20, held + 1, (batch, new), generator=g).to(DEVICE)
+    last[0, 0] = first[0, 0] if new > 1 else last[0, 0]
+    read, mean = draw(1, kv_heads, d, d) / d**0.5, draw(1, 1, d) if new == 1 else None
+    exact = ExactRows(draw(batch, heads, new, d) / d**0.5, k, v, first, last, read.transpose(-1, -2), mean)
+    out = decode.attend(*arguments(q, keys, values, start, stop, valid), exact, splits=2)
+    expected = op._attend_parts(*arguments(q, keys, values, start, stop, valid), *exact)
+    assert (out - expected).norm() <= 1e-3 * expected.norm()
+    if new > 1:
+        assert torch.equal(out[0, :, 0], torch.zeros_like(out[0, :, 0]))
+
+
 @pytest.mark.parametrize("group", [64, 32])
 def test_hidden_slots_may_hold_anything(group):
     """Unused capacity is not initialized: scales of NaN and infinity and any bytes change nothing."""
-    q, keys, values, start, stop, _ = cases.make(1, 2, 3, 1, 320, 64, 2, 16, 2, False, 2, group, False, False)
+    q, keys, values, start, stop, _ = make(1, 2, 3, 1, 320, 64, 2, 16, 2, False, 2, group, False, False)
     start[:], stop[:] = 32, 240
     clean = decode.decode_attention(*arguments(q, keys, values, start, stop, None))
     for rows in (keys.scale, values.scale):
@@ -83,7 +128,7 @@ def test_hidden_slots_may_hold_anything(group):
 
 
 def test_views_of_a_larger_store():
-    q, keys, values, start, stop, _ = cases.make(2, 1, 4, 1, 160, 64, 4, 8, 4, True, 4, 32, True, False)
+    q, keys, values, start, stop, _ = make(2, 1, 4, 1, 160, 64, 4, 8, 4, True, 4, 32, True, False)
     start[:], stop[:] = 3, 61
     scales = ("scale", "zero")
     cut = Rows(
@@ -101,9 +146,9 @@ def test_views_of_a_larger_store():
     assert (out - expected).norm() <= 1e-3 * expected.norm()
 
 
-@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")  # the interpreter's own maximum
+@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning", "ignore:invalid value:RuntimeWarning")  # NumPy's
 def test_a_non_finite_query_stays_visible():
-    q, keys, values, start, stop, valid = cases.make(*SHAPES[0])
+    q, keys, values, start, stop, valid = make(*SHAPES[0])
     q.codes[0, 0, 0, 5] = float("nan")
     out, lse = decode.decode_attention(*arguments(q, keys, values, start, stop, valid))
     assert out[0, 0].isnan().all() and lse[0, 0].isnan().all()
@@ -112,7 +157,7 @@ def test_a_non_finite_query_stays_visible():
 
 def test_a_long_chunk_keeps_to_the_reference(monkeypatch):
     """What the operator does on a GPU: the kernel for a few queries, matrix products over unpacked tiles for many."""
-    q, keys, values, start, stop, valid = cases.make(*SHAPES[2])
+    q, keys, values, start, stop, valid = make(*SHAPES[2])
     expected = cases.reference(q, keys, values, start, stop, valid)
     rest = arguments(q, keys, values, start, stop, valid)
     rest = (*rest[:4], None, *rest[4:8], None, *rest[8:])
@@ -137,6 +182,7 @@ def test_feedback_codes(batch, heads, rows, width, bits, own, unbiased):
     seen = torch.randn(*own, width, width // 2, generator=g)
     metric = seen @ seen.mT + 0.2 * torch.eye(width)
     y, step = 3 * torch.randn(batch, heads, rows, width, generator=g), 0.8 + 0.4 * torch.rand(*own, width, generator=g)
+    y, metric, step = moved((y, metric, step))
     arguments = (y, metric, feedback_reference.unit_factor(metric), step, bits, SPREADS, PASSES, unbiased)
     codes, scale = feedback.feedback_codes(*arguments)
     expected, expected_scale = feedback_reference.feedback_codes(*arguments)
@@ -159,7 +205,7 @@ def test_unpacking_in_ptx(width):
         return float(np.array(bits & 0xFFFF, dtype=np.uint16).view(np.float16))
 
     for at in range(0, 8, width):
-        body = decode.spread_ptx(at, width)
+        body = decode.spread_ptx((2**width - 1) << at)
         body = getattr(body, "value", body).strip("{} ")
         for byte in range(256):
             word = byte | (255 - byte) << 8 | 170 << 16 | byte << 24
@@ -174,14 +220,12 @@ def test_unpacking_in_ptx(width):
                     chosen = [(rest[1] >> 4 * i) & 7 for i in range(4)]
                     both = a.to_bytes(4, "little") + rest[0].to_bytes(4, "little")
                     registers[target] = int.from_bytes(bytes(both[i] for i in chosen), "little")
-                elif name == "shl.b32":
-                    registers[target] = a << rest[0] & 0xFFFFFFFF
                 else:
-                    assert name == "lop3.b32" and rest[2] == 0xEA  # a & b | c
-                    registers[target] = a & rest[0] | rest[1]
+                    assert name == "and.b32"
+                    registers[target] = a & rest[0]
             found = [half(registers[x] >> s) for x in ("$0", "$1") for s in (0, 16)]
             codes = [(b >> at) & (2**width - 1) for b in word.to_bytes(4, "little")]
-            assert found == [1024 + c * 2 ** max(at, 1) for c in codes]
+            assert found == [c * 2**at * 2.0**-24 for c in codes]
 
 
 def test_examples():
