@@ -1,10 +1,11 @@
-"""Decode attention on a GPU, packed rows against dense bf16: ``python -m headq_ao.evals.bench_gpu --help``.
+"""Decoding on a GPU, packed rows against dense bf16: ``python -m headq_ao.evals.bench_gpu --help``.
 
 Every kernel is held to the reference on the same device first; where one fails, nothing is timed. Without a CUDA or
 HIP device the command says that it did not run.
 """
 
 import argparse
+import dataclasses
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -14,9 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from tqdm.auto import tqdm
 
+from headq_ao.evals.bench_gpu_model import measure_steps, step_cells
+from headq_ao.evals.bench_result import add_result_options
 from headq_ao.evals.bench_rows import relative_error
 from headq_ao.evals.environment import environment, write_json
+from headq_ao.evals.table import fill_readme, markdown_table
 from headq_ao.evals.triton_table import CASES, Case
 from headq_ao.ops import MappedQuery, Rows, decode_attention, feedback_codes
 from headq_ao.ops.decode_attention.op import _tiled
@@ -26,13 +31,28 @@ from headq_ao.ops.layout import key_plane_shapes, value_plane_shapes
 
 RESULT = Path(__file__).resolve().parents[1] / "recipes" / "results" / "triton" / "bench_gpu.json"
 OUTPUT_ERROR = 1e-3  # relative, of the output
+BF16_ERROR = 1e-2  # of a dense kernel, which rounds its output
 SAME_ROWS = 0.98  # of feedback_codes: a tie may fall either way
+COLD_BYTES = 200e6  # rotated over, so that rows come from memory and not from the cache
+BASELINES = {"bf16": "bf16 Triton", "gqa": "SDPA enable_gqa", "folded": "SDPA folded"}
+EPILOG = """\
+Times are device times of one decoded token in one layer: calls on different rows, more than the caches hold, are
+captured as one CUDA graph, and the median of its replays counts. Baselines read bf16 keys and values: a split-KV kernel
+of our own, SDPA with enable_gqa, and SDPA with the query group folded into the query length. "Steps" decode with a
+model of random weights, eagerly, its packed cache and a DynamicCache in turns: wall time with the device idle at both
+ends.
+
+examples:
+  python -m headq_ao.evals.bench_gpu --json bench_gpu.json
+  python -m headq_ao.evals.bench_gpu --cells 1x131072 --steps none     one length, kernels alone
+  python -m headq_ao.evals.bench_gpu --readme README.md                only fill the README's table
+"""
 
 
-def packed(case: Case, slots: int, device: torch.device, seed: int = 0) -> tuple[Any, ...]:
+def packed(case: Case, slots: int, device: torch.device, seed: int = 0, batch: int = 1) -> tuple[Any, ...]:
     """Arguments of ``decode_attention`` for one token over ``slots`` random packed rows.
 
-    Scores are of a few nats: ``query [1, Hq, 1, D]`` fp32, planes uint8, scales fp16.
+    Scores are of a few nats: ``query [B, Hq, 1, D]`` fp32, planes uint8, scales fp16.
 
     Example:
         >>> q, keys, values, start, stop = packed(Case(4, 2, 64, 2, 2), 64, torch.device("cpu"))
@@ -45,16 +65,16 @@ def packed(case: Case, slots: int, device: torch.device, seed: int = 0) -> tuple
         return (0.5 + torch.rand(*shape, generator=g, device=device)).half()
 
     def planes(shapes: list[tuple[int, ...]]) -> list[Tensor]:
-        return [torch.randint(256, (1, hkv, *s), dtype=torch.uint8, generator=g, device=device) for s in shapes]
+        return [torch.randint(256, (batch, hkv, *s), dtype=torch.uint8, generator=g, device=device) for s in shapes]
 
     bits = [case.k_bits] * d
-    query = torch.randn(1, case.heads, 1, d, generator=g, device=device) / (2**case.k_bits * d**0.5)
-    line = query.new_zeros(1, case.heads, 1)
-    keys = Rows(planes=planes(key_plane_shapes(bits, slots)), bits=bits, scale=scale(1, hkv, slots))
+    query = torch.randn(batch, case.heads, 1, d, generator=g, device=device) / (2**case.k_bits * d**0.5)
+    line = query.new_zeros(batch, case.heads, 1)
+    keys = Rows(planes=planes(key_plane_shapes(bits, slots)), bits=bits, scale=scale(batch, hkv, slots))
     values = Rows(
-        planes=planes(value_plane_shapes(case.v_bits, slots, d)), bits=(case.v_bits,), scale=scale(1, hkv, slots, 1)
+        planes=planes(value_plane_shapes(case.v_bits, slots, d)), bits=(case.v_bits,), scale=scale(batch, hkv, slots, 1)
     )
-    start = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    start = torch.zeros(batch, 1, dtype=torch.int64, device=device)
     return MappedQuery(query, line, line, line), keys, values, start, start + slots
 
 
@@ -69,66 +89,216 @@ def output_error(case: Case, slots: int, device: torch.device) -> float:
     return relative_error(out, expected)
 
 
-def same_rows(width: int, device: torch.device) -> float:
-    """Share of rows whose codes and scale ``feedback_codes`` gives as the reference does."""
+def coding(width: int, device: torch.device, rows: int = 256) -> tuple[Tensor, Tensor, Tensor]:
+    """Random rows ``[1, 4, rows, width]``, a metric and steps, for ``feedback_codes``."""
     g = torch.Generator(device).manual_seed(0)
     seen = torch.randn(1, 4, width, width // 2, generator=g, device=device)
     metric = seen @ seen.mT + 0.2 * torch.eye(width, device=device)
-    y, step = torch.randn(1, 4, 256, width, generator=g, device=device), metric.new_ones(1, 4, width)
+    return torch.randn(1, 4, rows, width, generator=g, device=device), metric, metric.new_ones(1, 4, width)
+
+
+def same_rows(width: int, device: torch.device) -> float:
+    """Share of rows whose codes and scale ``feedback_codes`` gives as the reference does."""
+    y, metric, step = coding(width, device)
     codes, scale = feedback_codes(y, metric, step, 2)
     factor = reference.unit_factor(metric)
     expected, expected_scale = reference.feedback_codes(y, metric, factor, step, 2, SPREADS, PASSES, True)
     return float(((codes == expected).all(-1) & (scale == expected_scale)).float().mean())
 
 
-def microseconds(call: Callable[[], Any], repeats: int, flush: Tensor) -> float:
-    """Median device time of a call whose operands are not in the cache; ``flush`` is larger than it."""
+def microseconds(calls: Sequence[Callable[[], Any]], repeats: int) -> float:
+    """Median device time of one call, from a CUDA graph of all of them in turn: no launch is waited for."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        calls[0]()  # compiles
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
     times = []
-    for i in range(repeats + 5):
+    for _ in range(repeats + 2):
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        flush.zero_()
         before.record()
-        call()
+        graph.replay()
         after.record()
         after.synchronize()
-        if i >= 5:
-            times.append(1e3 * before.elapsed_time(after))
-    return statistics.median(times)
+        times.append(1e3 * before.elapsed_time(after) / len(calls))
+    return statistics.median(times[2:])
 
 
-def compare(case: Case, slots: int, device: torch.device, repeats: int, flush: Tensor) -> dict[str, Any]:
-    """Median microseconds of one decoded token: packed rows, and bf16 rows through SDPA in two forms."""
-    arguments = packed(case, slots, device)
-    hkv, d, group = case.kv_heads, case.head_dim, case.heads // case.kv_heads
-    k, v = (torch.randn(1, hkv, slots, d, dtype=torch.bfloat16, device=device) for _ in range(2))
-    q = torch.randn(1, case.heads, 1, d, dtype=torch.bfloat16, device=device)
-    folded = q.view(1, hkv, group, d)
-    times = {
-        "packed": microseconds(lambda: decode_attention(*arguments), repeats, flush),
-        "sdpa_enable_gqa": microseconds(lambda: scaled_dot_product_attention(q, k, v, enable_gqa=True), repeats, flush),
-        "sdpa_folded": microseconds(lambda: scaled_dot_product_attention(folded, k, v), repeats, flush),
+def cold(n_bytes: float) -> int:
+    """Copies of rows of that size to rotate over."""
+    return max(2, min(32, round(COLD_BYTES / n_bytes + 0.5)))
+
+
+def copy_bandwidth(device: torch.device, repeats: int) -> float:
+    """GB/s of a large copy, bytes read and bytes written."""
+    x = torch.empty(1 << 30, dtype=torch.uint8, device=device)
+    y = torch.empty_like(x)
+    return 2 * x.nbytes / microseconds([lambda: y.copy_(x)], repeats) / 1e3
+
+
+def dense_times(case: Case, batch: int, slots: int, device: torch.device, repeats: int) -> dict[str, float]:
+    """Median microseconds of one decoded token over bf16 rows, by baseline.
+
+    Raises:
+        RuntimeError: when they disagree.
+    """
+    from headq_ao.evals.bench_gpu_dense import bf16_attention
+
+    hkv, d = case.kv_heads, case.head_dim
+    q = torch.randn(batch, case.heads, 1, d, dtype=torch.bfloat16, device=device)
+    folded = q.view(batch, hkv, -1, d)
+    rows = [
+        tuple(torch.randn(batch, hkv, slots, d, dtype=torch.bfloat16, device=device) for _ in range(2))
+        for _ in range(cold(4 * batch * hkv * slots * d))
+    ]
+    methods: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "bf16": lambda k, v: bf16_attention(q, k, v),
+        "gqa": lambda k, v: scaled_dot_product_attention(q, k, v, enable_gqa=True),
+        "folded": lambda k, v: scaled_dot_product_attention(folded, k, v),
     }
-    moved = hkv * slots * case.bytes_per_token
-    return {**vars(case), "slots": slots, "microseconds": times, "packed_gb_per_s": moved / times["packed"] / 1e3}
+    expected = methods["gqa"](*rows[0])
+    for name, method in methods.items():
+        error = relative_error(method(*rows[0]).reshape(expected.shape), expected)
+        if not error <= BF16_ERROR:
+            raise RuntimeError(f"{name} differs from SDPA by {error:.2g}, more than {BF16_ERROR}")
+    return {
+        name: microseconds([lambda k=k, v=v, method=method: method(k, v) for k, v in rows], repeats)
+        for name, method in methods.items()
+    }
+
+
+def compare(case: Case, batch: int, slots: int, device: torch.device, repeats: int) -> dict[str, Any]:
+    """Median microseconds of one decoded token: packed rows, and bf16 rows in three ways."""
+    moved = batch * case.kv_heads * slots * case.bytes_per_token
+    rows = [packed(case, slots, device, seed, batch) for seed in range(cold(moved))]
+    ours = microseconds([lambda a=a: decode_attention(*a) for a in rows], repeats)
+    del rows
+    times = {"packed": ours, **dense_times(case, batch, slots, device, repeats)}
+    torch.cuda.empty_cache()
+    dense = 4e-3 * batch * case.kv_heads * slots * case.head_dim
+    return {
+        **dataclasses.asdict(case), "batch": batch, "slots": slots, "microseconds": times,
+        "packed_gb_per_s": 1e-3 * moved / ours, "bf16_gb_per_s": dense / times["bf16"],
+        "speedup": {name: times[name] / ours for name in BASELINES},
+    }  # fmt: skip
+
+
+def encode_times(device: torch.device, repeats: int) -> list[dict[str, Any]]:
+    """Device time of ``feedback_codes`` at 2 bits, by width, for 4 heads of 4096 rows."""
+    found = []
+    for width in (64, 128):
+        arguments = coding(width, device, 4096)
+        took = microseconds([lambda a=arguments: feedback_codes(*a, 2)], min(repeats, 10))
+        found.append({"width": width, "rows": 4 * 4096, "microseconds": took})
+    return found
+
+
+def readme_table(result: dict[str, Any]) -> str:
+    """The README's lines about a result."""
+    head = ["heads, bits", "batch × rows", "packed, µs", *(f"{x}, µs" for x in BASELINES.values()), "times as fast",
+            "packed / bf16 GB/s"]  # fmt: skip
+    rows = []
+    for r in result["rows"]:
+        us = r["microseconds"]
+        rows.append([
+            f"{r['heads']}/{r['kv_heads']}/{r['head_dim']}, {r['k_bits']}/{r['v_bits']}",
+            f"{r['batch']} × {r['slots']:,}", *(f"{us[name]:.1f}" for name in ("packed", *BASELINES)),
+            " / ".join(f"{r['speedup'][name]:.2f}" for name in BASELINES),
+            f"{r['packed_gb_per_s']:.0f} / {r['bf16_gb_per_s']:.0f}",
+        ])  # fmt: skip
+    text = [markdown_table(head, rows)]
+    if result["steps"]:
+        head = ["model, batch × context", "DynamicCache, ms", "HeadQ, ms", "times as fast", "means", "cache, MB",
+                "peak while decoding, MB"]  # fmt: skip
+        rows = []
+        for c in result["steps"]:
+            dense, ours = c["dense"], c["packed"]
+            rows.append([
+                f"{c['model']}, {c['batch']} × {c['context']:,}", f"{dense['ms']:.1f}", f"{ours['ms']:.1f}",
+                f"{dense['ms'] / ours['ms']:.2f}", f"{dense['ms_mean']:.1f} / {ours['ms_mean']:.1f}",
+                f"{dense['cache_bytes'] / 1e6:.0f} → {ours['cache_bytes'] / 1e6:.0f}",
+                f"{dense['peak_bytes'] / 1e6:.0f} → {ours['peak_bytes'] / 1e6:.0f}",
+            ])  # fmt: skip
+        text.append(markdown_table(head, rows))
+    return "\n\n".join([*text, readme_notes(result)])
+
+
+def readme_notes(result: dict[str, Any]) -> str:
+    """The lines below the tables."""
+    env = result["environment"]
+    versions = env["versions"]
+    text = (
+        f"{env['device']}, torch {versions['torch']}, Triton {versions['triton']}; a copy moves "
+        f"{result['copy_gb_per_s']:.0f} GB/s, read and written. Relative output error at most "
+        f"{max(result['errors'].values()):.1e}; rows coded as by the reference {min(result['same_rows'].values()):.1%}"
+    )
+    for e in result["encode"]:
+        text += f". Coding {e['rows']:,} rows of {e['width']} takes {e['microseconds']:.0f} µs"
+    for c in result["steps"]:
+        text += (
+            f". Prefill of {c['context']:,} tokens, {c['model']}: {c['dense']['prefill_s']:.2f} s, with HeadQ "
+            f"{c['packed']['prefill_s']:.2f} s"
+        )
+    return text + ". `python -m headq_ao.evals.bench_gpu`."
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(
-        description="Time decode attention over packed rows against SDPA in bf16 on a GPU, after checking its results.",
-        epilog="example: python -m headq_ao.evals.bench_gpu --slots 16384 131072",
+        prog="python -m headq_ao.evals.bench_gpu",
+        description="Time decoding from packed rows against bf16 rows on a GPU, after checking its results.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("--slots", type=int, nargs="+", default=[4096, 32768, 131072], help="lengths (default: %(default)s)")
-    p.add_argument("--repeats", type=int, default=50, help="calls of which the median counts (default: %(default)s)")
-    p.add_argument("--json", type=Path, default=RESULT, help="the result (default: %(default)s)")
+    default = "(default: %(default)s)"
+    p.add_argument(
+        "--cells", nargs="+", default=["1x4096", "1x32768", "1x131072", "16x32768"],
+        help=f"BATCHxROWS of the kernels {default}",
+    )  # fmt: skip
+    p.add_argument(
+        "--steps", nargs="+", default=["1x32768", "16x32768"],
+        help=f"BATCHxCONTEXT of the model's decoding steps, or none {default}",
+    )  # fmt: skip
+    p.add_argument("--layers", type=int, default=8, help=f"of the model, Llama-3.1-8B's in shape {default}")
+    p.add_argument("--repeats", type=int, default=20, help=f"replays of which the median counts {default}")
+    add_result_options(p)
     return p
+
+
+def parsed(cells: Sequence[str], unit: int) -> list[tuple[int, int]]:
+    """``BATCHxROWS`` as numbers; ValueError on anything else.
+
+    Example:
+        >>> parsed(["1x64", "8x4096"], 32)
+        [(1, 64), (8, 4096)]
+    """
+    found = []
+    for text in cells:
+        batch, x, rows = text.partition("x")
+        if not (x and batch.isdigit() and rows.isdigit() and int(batch) and int(rows) and int(rows) % unit == 0):
+            raise ValueError(f"cells are BATCHxROWS, rows a multiple of {unit}, like 1x32768, got {text!r}")
+        found.append((int(batch), int(rows)))
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command: 0 when it ran or there is no GPU, 2 for wrong arguments, 1 when a kernel's results are wrong."""
     args = parser().parse_args(argv)
-    if any(slots < 32 or slots % 32 for slots in args.slots) or args.repeats < 1:
-        print(f"error: slots must be multiples of 32 and repeats positive, got {args.slots}", file=sys.stderr)
+    try:
+        if args.readme is not None:
+            args.json = args.json or RESULT
+            fill_readme(args, "bench_gpu", readme_table)
+            return 0
+        cells = parsed(args.cells, 64)
+        steps = [] if args.steps == ["none"] else parsed(args.steps, 1)
+        if min(args.repeats, args.layers) < 1:
+            raise ValueError(f"repeats and layers must be positive, got {args.repeats} and {args.layers}")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
     if not torch.cuda.is_available():
         print("bench_gpu did not run: PyTorch finds no CUDA or HIP device here; nothing was timed")
@@ -142,14 +312,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not (max(errors.values()) <= OUTPUT_ERROR and min(same.values()) >= SAME_ROWS):
         print("error: the kernels do not agree with the reference; nothing was timed", file=sys.stderr)
         return 1
-    flush = torch.empty(1 << 29, dtype=torch.uint8, device=device)
-    rows = []
-    for case in CASES:
-        for slots in args.slots:
-            rows.append(compare(case, slots, device, args.repeats, flush))
-            print(rows[-1])
-    result = {"errors": errors, "same_rows": same, "rows": rows, "environment": environment(device)}
-    write_json(args.json, result)
+    result: dict[str, Any] = {
+        "errors": errors, "same_rows": same, "copy_gb_per_s": copy_bandwidth(device, args.repeats),
+        "encode": encode_times(device, args.repeats), "rows": [], "steps": [], "environment": environment(device),
+    }  # fmt: skip
+    import triton
+
+    result["environment"]["versions"]["triton"] = triton.__version__
+
+    def keep(part: str, found: dict[str, Any]) -> None:
+        result[part].append(found)
+        tqdm.write(str(found), file=sys.stdout)
+        if args.json is not None:
+            write_json(args.json, result)
+
+    for case, (batch, slots) in tqdm([(c, cell) for c in CASES for cell in cells], unit="cell"):
+        keep("rows", compare(case, batch, slots, device, args.repeats))
+    for batch, context, found in step_cells(measure_steps, args.layers, steps, device):
+        keep("steps", {"batch": batch, "context": context, **found})
     return 0
 
 

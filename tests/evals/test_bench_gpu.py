@@ -1,5 +1,7 @@
 """The GPU benchmark: its checks run anywhere, its timings only on a GPU."""
 
+import json
+
 import pytest
 import torch
 
@@ -32,7 +34,19 @@ def test_wrong_results_are_not_timed(monkeypatch, tmp_path, capsys):
     assert "nothing was timed" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "arguments", [["--cells", "4096"], ["--cells", "1x100"], ["--steps", "0x64"], ["--layers", "0"]]
+)
+def test_wrong_arguments_are_refused(arguments, capsys):
+    assert bench_gpu.main(arguments) == 2
+    assert "error:" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_on_a_gpu_it_writes_a_result(tmp_path):
-    assert bench_gpu.main(["--slots", "1024", "--repeats", "3", "--json", str(tmp_path / "bench.json")]) == 0
-    assert (tmp_path / "bench.json").exists()
+    path = tmp_path / "bench.json"
+    cells = ["--cells", "1x1024", "--steps", "2x600", "--layers", "1"]
+    assert bench_gpu.main([*cells, "--repeats", "3", "--json", str(path)]) == 0
+    result = json.loads(path.read_text(encoding="utf-8"))
+    assert len(result["rows"]) == len(bench_gpu.CASES) and len(result["steps"]) == 1
+    assert "HeadQ" in bench_gpu.readme_table(result)

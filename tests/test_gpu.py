@@ -1,0 +1,167 @@
+"""Quantized models on a GPU against the same models on the CPU. Skipped where there is none.
+
+More runs there with ``HEADQ_TEST_DEVICE=cuda``, which moves the tiny models of the other tests, and
+``python -m pytest tests/ops/triton_interpreted.py``, the kernels alone.
+"""
+
+import copy
+
+import pytest
+import torch
+from transformers import CompileConfig
+
+from headq_ao import Calibration, HeadQCache, calibrate, headq_config, quantize_
+from headq_ao.ops import gpu_build
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+PROMPT, STEPS = 90, 80  # the default's first block closes after 96 tokens, the next ones 32 tokens later
+AFFINE = {"key_codec": "affine", "value_codec": "affine"}
+
+
+def relative(found, expected):
+    """Relative error, computed on the CPU in fp64."""
+    found, expected = found.double().cpu(), expected.double().cpu()
+    return float((found - expected).norm() / expected.norm())
+
+
+def run(model, tokens, chunks, **arguments):
+    """Logits of calls of those lengths, and the cache."""
+    cache, logits, at = HeadQCache(model), [], 0
+    tokens = tokens.to(model.device)
+    with torch.no_grad():
+        for n in chunks:
+            logits.append(model(tokens[:, at : at + n], cache=cache, **arguments).logits)
+            at += n
+    return torch.cat(logits, 1), cache
+
+
+def compare(model, config, tokens, chunks, limit=5e-3):
+    """The CPU's numbers on the GPU: tf32 is off, codes may differ where a level is a tie."""
+    on_gpu = copy.deepcopy(model).cuda()
+    for m in (model, on_gpu):
+        quantize_(m, config)
+    expected, cpu = run(model, tokens, chunks)
+    found, gpu = run(on_gpu, tokens, chunks)
+    assert gpu.rows_read == cpu.rows_read and gpu.packed_fraction > 0
+    assert gpu.layers[0].store_k.tensors[0].device.type == "cuda"
+    assert relative(found, expected) <= limit
+
+
+@pytest.fixture
+def cpu_tiny(tiny):
+    """``tiny`` on the CPU, whatever device the tests have."""
+    return lambda *args, **options: tiny(*args, **options).cpu()
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "qwen3", "phi3", "gpt_neox", "gpt2"])
+def test_families(cpu_tiny, token_ids, family):
+    compare(cpu_tiny(family), headq_config(epoch_tokens=32), token_ids(2, PROMPT + STEPS).cpu(), [PROMPT] + [1] * STEPS)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"k_bits": 3, "v_bits": 3},
+        {"k_bits": 4, "v_bits": 2},
+        {"k_bits": 1, "v_bits": 6},
+        {"v_bits": None},
+        {"k_bits": None},
+        {"rank": 8},
+        AFFINE,
+        AFFINE | {"k_zero_point": True, "v_zero_point": True, "v_group_size": 16},
+        {"error_feedback": False},
+    ],
+    ids=str,
+)
+def test_settings(cpu_tiny, token_ids, options):
+    config = headq_config(epoch_tokens=32, **options)
+    compare(cpu_tiny(head_dim=64), config, token_ids(2, PROMPT + STEPS).cpu(), [PROMPT] + [1] * STEPS)
+
+
+@pytest.mark.parametrize("mean_bits", [2.25, 3.0])
+def test_calibrated(cpu_tiny, token_ids, tmp_path, mean_bits):
+    """Calibrated on the GPU, and read back from the file."""
+    model = cpu_tiny(head_dim=64)
+    rows = [r.cpu() for r in token_ids(4, 128, seed=1).split(1)]
+    on_gpu, on_cpu = (calibrate(m, rows, progress=False) for m in (copy.deepcopy(model).cuda(), model))
+    on_gpu.save(tmp_path / "calibration.safetensors")
+    config = headq_config(calibration=str(tmp_path / "calibration.safetensors"), mean_bits=mean_bits)
+    compare(model, config, token_ids(3, PROMPT + STEPS).cpu(), [PROMPT] + [1] * STEPS)
+    loaded = Calibration.load(tmp_path / "calibration.safetensors")
+    assert loaded.meta == {**on_cpu.meta, **{k: loaded.meta[k] for k in loaded.meta if k not in on_cpu.meta}}
+
+
+@pytest.mark.parametrize("chunk", [8, 40])
+def test_chunks_on_history(cpu_tiny, token_ids, chunk):
+    """A few queries at once go to the kernels, many to matrix products over unpacked tiles."""
+    compare(cpu_tiny(head_dim=64), headq_config(epoch_tokens=32), token_ids(2, 290).cpu(), [130] + [chunk] * 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(cpu_tiny, token_ids, dtype):
+    """Near the fp32 model; 2-bit codes near a tie turn its rounding into whole levels."""
+    model = cpu_tiny(head_dim=64).cuda()
+    half = copy.deepcopy(model).to(dtype)
+    for m in (model, half):
+        quantize_(m, headq_config(epoch_tokens=32))
+    tokens, chunks = token_ids(2, PROMPT + STEPS).cuda(), [PROMPT] + [1] * STEPS
+    assert relative(run(half, tokens, chunks)[0], run(model, tokens, chunks)[0]) <= 0.1
+
+
+def test_padded_batch_and_generate(cpu_tiny, token_ids):
+    model = cpu_tiny()
+    on_gpu = copy.deepcopy(model).cuda()
+    tokens = token_ids(2, 150).cpu()
+    mask = torch.ones_like(tokens)
+    mask[0, :13] = 0
+    out = []
+    for m in (model, on_gpu):
+        quantize_(m, headq_config(k_bits=8, v_bits=8, epoch_tokens=32))
+        ids = {"input_ids": tokens.to(m.device), "attention_mask": mask.to(m.device)}
+        out.append(m.generate(**ids, max_new_tokens=24, do_sample=False).cpu())
+        out.append(m.generate(**ids, max_new_tokens=24, num_beams=3).cpu())
+    assert torch.equal(out[0], out[2]) and torch.equal(out[1], out[3])
+
+
+def test_kernels_are_used(cpu_tiny, token_ids, monkeypatch):
+    """Where the kernels are taken away, the numbers change in their last digits."""
+    model = cpu_tiny(head_dim=64).cuda()
+    quantize_(model, headq_config(epoch_tokens=32))
+    tokens = token_ids(2, PROMPT + STEPS)
+    chunks = [PROMPT] + [1] * STEPS
+    found, _ = run(model, tokens, chunks)
+    op = __import__("headq_ao.ops.decode_attention.op", fromlist=["optional"])
+    monkeypatch.setattr(op, "optional", lambda name: None)
+    expected, _ = run(model, tokens, chunks)
+    assert gpu_build.optional("decode_attention.triton_kernel") is not None
+    assert not torch.equal(found, expected)
+    assert relative(found, expected) <= 5e-3
+
+
+def test_a_resting_step_does_not_wait_for_the_gpu(cpu_tiny, token_ids):
+    """Nothing of HeadQ's in a decoding step synchronizes, so launches run ahead of the GPU."""
+    model = cpu_tiny(head_dim=64).cuda()
+    quantize_(model, headq_config(epoch_tokens=32))
+    tokens = token_ids(2, 200).cuda()
+    _, cache = run(model, tokens, [130])
+    with torch.no_grad():
+        model(tokens[:, 130:131], cache=cache)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            model(tokens[:, 131:132], cache=cache)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_compiled_decoding(cpu_tiny, token_ids):
+    """One graph, no recompilation, the eager tokens; through Inductor."""
+    model = cpu_tiny().cuda()
+    quantize_(model, headq_config(k_bits=8, v_bits=8, epoch_tokens=32))
+    for seed in (0, 1):
+        ids = token_ids(1, 120, seed=seed).cuda()
+        eager = model.generate(ids, max_new_tokens=40, do_sample=False)
+        with torch._dynamo.config.patch(error_on_recompile=seed == 1):
+            compiled = model.generate(
+                ids, max_new_tokens=40, do_sample=False, compile_config=CompileConfig(fullgraph=True)
+            )
+        assert torch.equal(eager, compiled)
