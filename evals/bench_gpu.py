@@ -23,7 +23,7 @@ from headq_ao.evals.bench_rows import relative_error
 from headq_ao.evals.environment import environment, write_json
 from headq_ao.evals.table import fill_readme, markdown_table
 from headq_ao.evals.triton_table import CASES, Case
-from headq_ao.ops import MappedQuery, Rows, decode_attention, feedback_codes
+from headq_ao.ops import ExactRows, MappedQuery, Rows, attend, decode_attention, feedback_codes
 from headq_ao.ops.decode_attention.op import _tiled
 from headq_ao.ops.feedback import reference
 from headq_ao.ops.feedback.op import PASSES, SPREADS
@@ -33,12 +33,14 @@ RESULT = Path(__file__).resolve().parents[1] / "recipes" / "results" / "triton" 
 OUTPUT_ERROR = 1e-3  # relative, of the output
 BF16_ERROR = 1e-2  # of a dense kernel, which rounds its output
 SAME_ROWS = 0.98  # of feedback_codes: a tie may fall either way
+EXACT = 84  # rows beside the packed ones
 COLD_BYTES = 200e6  # rotated over, so that rows come from memory and not from the cache
 BASELINES = {"bf16": "bf16 Triton", "gqa": "SDPA enable_gqa", "folded": "SDPA folded"}
 EPILOG = """\
 Times are device times of one decoded token in one layer: calls on different rows, more than the caches hold, are
 captured as one CUDA graph, and the median of its replays counts. Baselines read bf16 keys and values: a split-KV kernel
-of our own, SDPA with enable_gqa, and SDPA with the query group folded into the query length. "Steps" decode with a
+of our own, SDPA with enable_gqa, and SDPA with the query group folded into the query length. "And exact rows" is what
+a layer calls: sinks, window and the way back to the values' basis besides. "Steps" decode with a
 model of random weights, eagerly, its packed cache and a DynamicCache in turns: wall time with the device idle at both
 ends.
 
@@ -76,6 +78,15 @@ def packed(case: Case, slots: int, device: torch.device, seed: int = 0, batch: i
     )
     start = torch.zeros(batch, 1, dtype=torch.int64, device=device)
     return MappedQuery(query, line, line, line), keys, values, start, start + slots
+
+
+def beside(case: Case, batch: int, device: torch.device) -> ExactRows:
+    """Exact rows as a cache holds them beside packed ones: bf16, as many as the default keeps on average."""
+    hkv, d = case.kv_heads, case.head_dim
+    k, v = (torch.randn(batch, hkv, EXACT, d, device=device).bfloat16() for _ in range(2))
+    q, start = torch.randn(batch, case.heads, 1, d, device=device) / d**0.5, torch.zeros(batch, 1, dtype=torch.int64)
+    read, mean = torch.eye(d, device=device).repeat(1, hkv, 1, 1), torch.zeros(1, hkv, d, device=device)
+    return ExactRows(q, k, v, start.to(device), (start + EXACT).to(device), read, mean)
 
 
 def output_error(case: Case, slots: int, device: torch.device) -> float:
@@ -176,8 +187,10 @@ def compare(case: Case, batch: int, slots: int, device: torch.device, repeats: i
     moved = batch * case.kv_heads * slots * case.bytes_per_token
     rows = [packed(case, slots, device, seed, batch) for seed in range(cold(moved))]
     ours = microseconds([lambda a=a: decode_attention(*a) for a in rows], repeats)
+    exact = beside(case, batch, device)
+    whole = microseconds([lambda a=a: attend(*a, None, exact) for a in rows], repeats)
     del rows
-    times = {"packed": ours, **dense_times(case, batch, slots, device, repeats)}
+    times = {"packed": ours, "attend": whole, **dense_times(case, batch, slots, device, repeats)}
     torch.cuda.empty_cache()
     dense = 4e-3 * batch * case.kv_heads * slots * case.head_dim
     return {
@@ -199,14 +212,16 @@ def encode_times(device: torch.device, repeats: int) -> list[dict[str, Any]]:
 
 def readme_table(result: dict[str, Any]) -> str:
     """The README's lines about a result."""
-    head = ["heads, bits", "batch × rows", "packed, µs", *(f"{x}, µs" for x in BASELINES.values()), "times as fast",
-            "packed / bf16 GB/s"]  # fmt: skip
+    head = [
+        "heads, bits", "batch × rows", "packed, µs", "and exact rows", *(f"{x}, µs" for x in BASELINES.values()),
+        "times as fast", "packed / bf16 GB/s",
+    ]  # fmt: skip
     rows = []
     for r in result["rows"]:
         us = r["microseconds"]
         rows.append([
             f"{r['heads']}/{r['kv_heads']}/{r['head_dim']}, {r['k_bits']}/{r['v_bits']}",
-            f"{r['batch']} × {r['slots']:,}", *(f"{us[name]:.1f}" for name in ("packed", *BASELINES)),
+            f"{r['batch']} × {r['slots']:,}", *(f"{us[name]:.1f}" for name in ("packed", "attend", *BASELINES)),
             " / ".join(f"{r['speedup'][name]:.2f}" for name in BASELINES),
             f"{r['packed_gb_per_s']:.0f} / {r['bf16_gb_per_s']:.0f}",
         ])  # fmt: skip
@@ -330,6 +345,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         keep("rows", compare(case, batch, slots, device, args.repeats))
     for batch, context, found in step_cells(measure_steps, args.layers, steps, device):
         keep("steps", {"batch": batch, "context": context, **found})
+    if args.plot is not None:
+        from headq_ao.evals.bench_plot import plot_gpu
+
+        plot_gpu(result, args.plot)
     return 0
 
 

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headq_ao.ops.decode_attention.triton_kernel import JOINED, join_kernel
+from headq_ao.ops.decode_attention import triton_kernel
 
 BLOCK, ROWS = 64, 8
 LOG2E = 1.4426950408889634
@@ -56,8 +56,8 @@ def bf16_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v, parts, part_lse, d**-0.5 * LOG2E, slots, splits, heads // kv_heads,
         D=d, BLOCK=BLOCK, ROWS=ROWS, num_warps=4, num_stages=3,
     )  # fmt: skip
-    join_kernel[(lines, triton.cdiv(d, JOINED))](
+    triton_kernel.join_kernel[(lines, triton.cdiv(d, triton_kernel.BLOCK))](
         parts, part_lse, torch.zeros(1, device=q.device), 0, out, lse, lines, splits,
-        D=d, BLOCK=JOINED, SPLITS=JOINED, num_warps=4,
+        D=d, BLOCK=triton_kernel.BLOCK, SPLITS=triton_kernel.JOINED, num_warps=4,
     )  # fmt: skip
     return out

@@ -12,6 +12,10 @@ COLORS = {
     "external": ("external bf16 C++", "#e69f00"),
 }
 CACHE_COLORS = {"dense": ("DynamicCache", "#8c8c8c"), "packed": ("HeadQ", "#d55e00")}
+GPU_COLORS = {
+    "bf16": ("bf16 Triton", "#0072b2"), "gqa": ("SDPA bf16, enable_gqa", "#8c8c8c"),
+    "folded": ("SDPA bf16, folded", "#009e73"),
+}  # fmt: skip
 RATIOS = [m * 10**e for e in range(-3, 4) for m in (1, 2, 5)]
 STYLES = ("-", "--", ":", "-.")
 
@@ -81,6 +85,42 @@ def plot_generate(result: dict[str, Any], path: str | os.PathLike[str]) -> None:
         )
         tidy(axes, x)
         axes.legend(frameon=False, fontsize=9)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def plot_gpu(result: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """Draw how many times as fast as each baseline packed rows are read, bars by batch and rows, a panel for each layer.
+
+    Needs matplotlib (the extra ``plot``).
+
+    Args:
+        result: of :mod:`headq_ao.evals.bench_gpu`.
+        path: of the PNG.
+    """
+    plt = pyplot()
+    panels: dict[str, list[dict[str, Any]]] = {}
+    for row in result["rows"]:
+        name = f"{row['heads']}/{row['kv_heads']}/{row['head_dim']}, {row['k_bits']}/{row['v_bits']} bits"
+        panels.setdefault(name, []).append(row)
+    figure, all_axes = plt.subplots(
+        1, len(panels), figsize=(max(3.2 * len(panels), 5), 4.2), layout="constrained", sharey=True, squeeze=False
+    )
+    for axes, (name, rows) in zip(all_axes[0], panels.items(), strict=True):
+        for i, baseline in enumerate(rows[0]["speedup"]):
+            label, color = GPU_COLORS[baseline]
+            at = [x + (i - 1) * 0.27 for x in range(len(rows))]
+            axes.bar(at, [r["speedup"][baseline] for r in rows], width=0.25, color=color, label=label)
+        axes.axhline(1, color="black", linewidth=0.8)
+        axes.set(yscale="log", title=name, xlabel="batch × rows")
+        tidy(axes, [])
+        axes.set_xticks(range(len(rows)), [f"{r['batch']} × {r['slots'] // 1024}k" for r in rows], rotation=30)
+    low, high = all_axes[0][0].get_ylim()
+    ticks = [x for x in RATIOS if low <= x <= high]
+    all_axes[0][0].set_yticks(ticks, [f"{x:g}" for x in ticks])
+    all_axes[0][0].set_ylabel("packed rows: times as fast as …")
+    handles, labels = all_axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

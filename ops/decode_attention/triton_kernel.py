@@ -30,7 +30,7 @@ from headq_ao.ops.decode_attention.cpu_kernel import ExactRows
 from headq_ao.ops.layout import PIECES, plane_columns, plane_pieces
 
 MOST_SPLITS, LEAST_SLOTS = 512, 128  # of a split
-JOINED = 32  # splits, coordinates or exact rows that are joined at a time
+JOINED, BLOCK = 128, 32  # splits or exact rows, and coordinates, that are joined at a time
 STAGES = {"cuda": 3, "hip": 1, "interpreter": 1}
 LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 CHUNK_BYTES = 16  # of a key row, loaded together: with 8 rows side by side they fill whole sectors
@@ -574,9 +574,9 @@ def decode_attention(
             q, bias, zero_query, key_planes, key_bits, key_scale, key_zero,
             value_planes, value_bits, value_scale, value_zero, start, stop, valid, splits,
         )  # fmt: skip
-        join_kernel[(lines, triton.cdiv(head_dim, JOINED))](
+        join_kernel[(lines, triton.cdiv(head_dim, BLOCK))](
             parts, part_lse, *_rows(gauge), out, lse, lines, len(parts),
-            D=head_dim, BLOCK=JOINED, SPLITS=JOINED, num_warps=4,
+            D=head_dim, BLOCK=BLOCK, SPLITS=JOINED, num_warps=4,
         )  # fmt: skip
     return out, lse
 
@@ -593,6 +593,7 @@ def attend(
     out = q.new_empty(batch, heads, new, head_dim)
     if not lines:
         return out
+    padded = triton.next_power_of_2(head_dim)
     k, v, read = _dense(exact.k), _dense(exact.v), exact.read.expand(batch, kv_heads, -1, -1)
     mean = None if exact.mean is None else exact.mean.expand(batch, kv_heads, -1)
     with torch.cuda.device_of(q):
@@ -605,8 +606,7 @@ def attend(
             exact.start.contiguous(), exact.stop.contiguous(),
             read, read.stride(), mean, None if mean is None else mean.stride(), out,
             heads, heads // kv_heads, new, lines, len(parts), k.shape[2],
-            D=head_dim, D_PADDED=triton.next_power_of_2(head_dim), BLOCK=JOINED, TILE=JOINED, SPLITS=JOINED,
-            num_warps=4,
+            D=head_dim, D_PADDED=padded, BLOCK=BLOCK, TILE=min(JOINED, 8192 // padded), SPLITS=JOINED, num_warps=8,
         )  # fmt: skip
     return out
 

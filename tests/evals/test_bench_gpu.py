@@ -1,5 +1,6 @@
 """The GPU benchmark: its checks run anywhere, its timings only on a GPU."""
 
+import dataclasses
 import json
 
 import pytest
@@ -40,6 +41,31 @@ def test_wrong_results_are_not_timed(monkeypatch, tmp_path, capsys):
 def test_wrong_arguments_are_refused(arguments, capsys):
     assert bench_gpu.main(arguments) == 2
     assert "error:" in capsys.readouterr().err
+
+
+def test_table_and_plot_of_a_result(tmp_path):
+    pytest.importorskip("matplotlib")
+    from headq_ao.evals.bench_plot import plot_gpu
+
+    times = {"packed": 10.0, "attend": 12.0, "bf16": 40.0, "gqa": 50.0, "folded": 200.0}
+    row = {
+        **dataclasses.asdict(bench_gpu.CASES[0]), "batch": 2, "slots": 4096, "microseconds": times,
+        "packed_gb_per_s": 1000.0, "bf16_gb_per_s": 2000.0, "speedup": {"bf16": 4.0, "gqa": 5.0, "folded": 20.0},
+    }  # fmt: skip
+    kind = {"ms": 2.0, "ms_mean": 2.5, "prefill_s": 1.0, "cache_bytes": 3e6, "peak_bytes": 4e6}
+    result = {
+        "errors": {"x": 1e-4}, "same_rows": {"64": 1.0}, "copy_gb_per_s": 2500.0, "rows": [row],
+        "encode": [{"width": 64, "rows": 8, "microseconds": 5.0}],
+        "steps": [{"model": "m", "batch": 1, "context": 8, "dense": kind, "packed": kind, "kl": 0.0}],
+        "environment": {"device": "chip", "versions": {"torch": "2", "triton": "3"}},
+    }  # fmt: skip
+    text = bench_gpu.readme_table(result)
+    assert (
+        "| 32/8/128, 2/2 | 2 × 4,096 | 10.0 | 12.0 | 40.0 | 50.0 | 200.0 | 4.00 / 5.00 / 20.00 | 1000 / 2000 |" in text
+    )
+    assert "| m, 1 × 8 | 2.0 | 2.0 | 1.00 | 2.5 / 2.5 | 3 → 3 | 4 → 4 |" in text
+    plot_gpu(result, tmp_path / "gpu.png")
+    assert (tmp_path / "gpu.png").stat().st_size > 5000
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
