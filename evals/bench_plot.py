@@ -90,7 +90,7 @@ def plot_generate(result: dict[str, Any], path: str | os.PathLike[str]) -> None:
 
 
 def plot_gpu(result: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """Draw how many times as fast as each baseline packed rows are read, bars by batch and rows, a panel for each layer.
+    """Draw how many times as fast as each baseline packed rows are read: bars by batch and rows, a panel a layer.
 
     Needs matplotlib (the extra ``plot``).
 
