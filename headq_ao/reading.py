@@ -21,28 +21,35 @@ class ReadingLayer(LayerState):
 
     def attend(self, q: Tensor, scaling: float, codec: LayerCodec) -> Tensor:
         """Attention of the new queries ``[B, Hq, S, D]`` over packed and exact rows; ``[B, Hq, S, D]`` in q's dtype."""
-        s = q.shape[2]
-        position = [
-            [r.tokens - sp.length + i - sp.start if sp.start <= i < sp.stop else -1 for i in range(s)]
-            for r, sp in zip(self.rows, self.last_spans, strict=True)
-        ]
-        out = self._attend_rows(q, scaling, codec, position)
-        self._count_reads(position)
+        out = self._attend_token(q, scaling, codec)
+        if out is None:
+            s = q.shape[2]
+            position = [
+                [r.tokens - sp.length + i - sp.start if sp.start <= i < sp.stop else -1 for i in range(s)]
+                for r, sp in zip(self.rows, self.last_spans, strict=True)
+            ]
+            out = self._attend_rows(q, scaling, codec, position)
+            self._count_reads(position)
         return out.to(q.dtype)
+
+    def _attend_token(self, q: Tensor, scaling: float, codec: LayerCodec) -> Tensor | None:
+        """One new token of each sequence over all rows, by the kernel's call that is put together once; None where it
+        does not serve."""
+        if q.shape[2] != 1 or (e := self._one_epoch()) is None or (step := self._step(q, e, codec)) is None:
+            return None
+        key_codec, rows = self._codec(e, codec), self.rows
+        assert key_codec is not None
+        query_map = key_codec.query_map(self.config.sign, torch.float32)
+        out = step(q.float().contiguous(), query_map, scaling, [r.slots for r in rows], [r.exact for r in rows])
+        self.rows_read[0] += sum([r.packed for r in rows])
+        self.rows_read[1] += sum([r.tokens for r in rows])
+        return out
 
     def _attend_rows(self, q: Tensor, scaling: float, codec: LayerCodec, position: list[list[int]]) -> Tensor:
         """In one call where one codec reads all packed rows."""
-        epochs = self._used_epochs()
-        if len(epochs) != 1 or len(self.packed_sides) != 2:
+        e = self._one_epoch()
+        if e is None:
             return self._attend_parts(q, scaling, codec, position)
-        (e,) = epochs
-        key_codec, value_codec = self._codec(e, codec), codec.values
-        assert key_codec is not None and value_codec is not None
-        if q.shape[2] == 1 and (step := self._step(q, e, codec)) is not None:
-            q = q.float().contiguous()
-            grouped = q.view(q.shape[0], key_codec.mean.shape[1], -1, q.shape[3])
-            mapped = (grouped * scaling) @ key_codec.query_map(self.config.sign, torch.float32)
-            return step(q, mapped, scaling, [r.slots for r in self.rows], [r.exact for r in self.rows])
         exact = MappedQuery.exact(q, scaling).codes
         k, v, start, stop = self._exact_rows(q, position)
         outs = []
@@ -53,23 +60,28 @@ class ReadingLayer(LayerState):
             outs.append(attend(*segment, rows))
         return over_heads(outs)
 
+    def _one_epoch(self) -> int | None:
+        """The epoch of all packed rows; None where there are more or none, or where a side is exact."""
+        epochs = self._used_epochs()
+        return epochs[0] if len(epochs) == 1 and len(self.packed_sides) == 2 else None
+
     def _step(self, q: Tensor, e: int, codec: LayerCodec) -> cpu_kernel.Step | None:
         """The kernel's call for one new token of each sequence, where it serves; made anew where rows have moved."""
-        k, v, value_codec = self.exact.k, self.exact.v, codec.values
-        assert k is not None and v is not None and value_codec is not None
-        one_token = all(span.length == 1 for span in self.last_spans)
+        k, v, values = self.exact.k, self.exact.v, codec.values
+        assert k is not None and v is not None and values is not None
         all_slots = self.valid is None and not self.is_sliding and not self.epochs[e].begin
-        served = q.device.type == "cpu" and q.dtype != torch.float64 and k.dtype == v.dtype
+        served = q.is_cpu and q.dtype != torch.float64 and k.dtype == v.dtype
         watched = torch.compiler.is_compiling() or (q.requires_grad and torch.is_grad_enabled())
+        one_token = all([span.length == 1 for span in self.last_spans])
         if not (one_token and all_slots and served) or watched or (lib := cpu_kernel.library()) is None:
             return None
-        parts = (k, v, *self.store_k.tensors, *self.store_v.tensors, value_codec.read)
+        parts = (k, v, *self.store_k.tensors, *self.store_v.tensors, values.read)
         if self.step is None or len(parts) != len(self.step_of) or not all(map(operator.is_, parts, self.step_of)):
             runs = self.packed_rows(e, codec, self.store_k.capacity)
             if not all(cpu_kernel.one_query(tuple(keys.bits)) for _, keys, _ in runs):
                 return None
             rows, groups = [(keys, values) for _, keys, values in runs], q.shape[1] // k.shape[1]
-            self.step = cpu_kernel.Step(lib, rows, k, v, value_codec.read, value_codec.mean, groups)
+            self.step = cpu_kernel.Step(lib, rows, k, v, values.read, values.mean, groups)
             self.step_of = parts
         return self.step
 

@@ -54,6 +54,9 @@ class BaselineLayer(HeadQCacheLayer):
                 frame = replace(frame, span=select(frame.span, index))
             store.write(index, slot, len(self.rows), [rows] if method is None else method.encode(rows, frame), n)
 
+    def _attend_token(self, q: Tensor, scaling: float, codec: LayerCodec) -> None:
+        return None
+
     def _attend_rows(self, q: Tensor, scaling: float, codec: LayerCodec, position: list[list[int]]) -> Tensor:
         return self._attend_parts(q, scaling, codec, position)
 

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <memory>
@@ -55,6 +56,8 @@ struct Args : Run {
   Exact exact;
   const float *read, *mean;                                   // o = read · ŷ + mean, [head_dim, head_dim]; may be null
   int64_t read_batch, read_head, mean_batch, mean_head;
+  const float* map;                                           // [head_dim, M + 3], or null; see map_queries
+  int64_t map_batch, map_head;
 };
 
 inline float half_to_float(uint16_t h) {
@@ -333,6 +336,30 @@ struct Query {
   Query(const Args& a, char* memory) : row(row_bytes(a)), scale((float*)memory), factors((int8_t*)(scale + int64_t(a.key_planes) * a.queries)) {}
   int8_t* of(const Args& a, int p, int q) const { return factors + (int64_t(p) * a.queries + q) * row; }
 };
+
+// With a map the queries are those of the exact rows, and q, bias, zero_query and gauge are columns of their rows times
+// the map: M coordinates, which every plane reads, and three numbers.
+int map_columns(const Args& a) { return a.map ? a.k[0].columns + 3 : 0; }
+
+void point_to_mapped(Args& a, float* mapped) {
+  const int columns = map_columns(a), m = columns - 3;
+  for (int p = 0; p < 3; p++) a.q[p] = mapped, a.q_row[p] = columns;
+  a.bias = mapped + m, a.zero_query = mapped + m + 1, a.gauge = mapped + m + 2, a.scalar_row = columns;
+}
+
+void map_queries(const Args& a, int64_t head, float* mapped) {
+  const int columns = map_columns(a);
+  const float* map = a.map + head / a.kv_heads * a.map_batch + head % a.kv_heads * a.map_head;
+  for (int64_t i = head * a.queries; i < (head + 1) * a.queries; i++) {
+    const float* q = a.exact.q + i * a.exact.q_row;
+    float* to = mapped + i * columns;
+    std::fill(to, to + columns, 0.0f);
+    for (int d = 0; d < a.head_dim; d++) {
+      const float x = a.exact.scaling * q[d];
+      for (int c = 0; c < columns; c++) to[c] += x * map[d * columns + c];
+    }
+  }
+}
 
 void prepare(const Args& a, int64_t head, const Query& query) {
   for (int p = 0; p < a.key_planes; p++)
@@ -661,6 +688,15 @@ extern "C" int headq_best_isa() {
 #endif
 }
 
+// The best path, or a lower one that HEADQ_CPU_ISA names; -1 where it names none of them.
+extern "C" int headq_isa() {
+  const char *names[] = {"portable", "avx2", "avx512"}, *wanted = std::getenv("HEADQ_CPU_ISA");
+  if (!wanted) return headq_best_isa();
+  for (int i = 0; i <= headq_best_isa(); i++)
+    if (!std::strcmp(wanted, names[i])) return i;
+  return -1;
+}
+
 extern "C" int headq_args_size() { return int(sizeof(Args)); }
 
 extern "C" int headq_run_size() { return int(sizeof(Run)); }
@@ -686,12 +722,17 @@ extern "C" int headq_decode_attention(const Args* args, const Run* runs, int n) 
   const int64_t exact_width = a.exact.dtype ? int64_t(a.queries) * (a.head_dim + 1 + a.exact.rows) : 0;
   const std::unique_ptr<float[]> parts(new (std::nothrow) float[heads * (width * chunks + exact_width)]);
   const std::unique_ptr<char[]> memory(new (std::nothrow) char[heads * bytes]);
-  if (!parts || !memory) return 1;
+  const std::unique_ptr<float[]> mapped(new (std::nothrow) float[int64_t(heads) * a.queries * map_columns(forms[0])]);
+  if (!parts || !memory || !mapped) return 1;
+  for (int r = 0; r < std::max(n, 1) && a.map; r++) point_to_mapped(forms[r], mapped.get());
   float* exacts = parts.get() + heads * width * chunks;
 #pragma omp parallel num_threads(a.threads)
   {
 #pragma omp for schedule(static)
-    for (int i = 0; i < heads; i++) prepare(form(i), i, Query(form(i), memory.get() + i * bytes));
+    for (int i = 0; i < heads; i++) {
+      if (a.map) map_queries(form(i), i, mapped.get());
+      prepare(form(i), i, Query(form(i), memory.get() + i * bytes));
+    }
 // neighbouring chunks go to one thread, which has asked for what follows
 #pragma omp for schedule(guided) collapse(2)
     for (int i = 0; i < heads; i++)

@@ -70,6 +70,9 @@ class _Args(ctypes.Structure):
         ("read", _P),
         ("mean", _P),
         *((name, _I64) for name in ["read_batch", "read_head", "mean_batch", "mean_head"]),
+        ("map", _P),
+        ("map_batch", _I64),
+        ("map_head", _I64),
     )
 
 
@@ -100,13 +103,11 @@ def library() -> ctypes.CDLL | None:
 
 def code_path(lib: ctypes.CDLL) -> int:
     """The best path that was compiled, or a lower one that ``HEADQ_CPU_ISA`` names."""
-    best: int = lib.headq_best_isa()
-    wanted = os.environ.get("HEADQ_CPU_ISA")
-    if wanted is None:
-        return best
-    if wanted not in PATHS or PATHS[wanted] > best:
-        raise ValueError(f"HEADQ_CPU_ISA must be one of {[n for n, i in PATHS.items() if i <= best]}, got {wanted!r}")
-    return PATHS[wanted]
+    path: int = lib.headq_isa()
+    if path < 0:
+        known = [name for name, i in PATHS.items() if i <= lib.headq_best_isa()]
+        raise ValueError(f"HEADQ_CPU_ISA must be one of {known}, got {os.environ.get('HEADQ_CPU_ISA')!r}")
+    return path
 
 
 def decode_attention(
@@ -163,8 +164,9 @@ def decode_attention(
 class Step:
     """:func:`headq_ao.ops.attend` for one new token per sequence, with arguments that are put together once.
 
-    What changes from step to step are the query and how many rows there are, so the rows are given whole, with unused
-    capacity: a step over short rows costs more in Python than in the kernel.
+    What changes from step to step are the query, the map that takes it to the codes' coordinates, and how many rows
+    there are. So the rows are given whole, with unused capacity, and the kernel maps the query: a step over short rows
+    costs more in Python than in the kernel.
 
     Args:
         lib: of :func:`library`.
@@ -181,11 +183,11 @@ class Step:
     ) -> None:  # fmt: skip
         self.lib = lib
         batch, kv_heads, _, head_dim = k.shape
-        self.width = m = len(runs[0][0].bits) + 3
         read, mean = read.contiguous(), None if mean is None else mean.contiguous()
         self.start, self.stop, self.exact_stop = ((_I64 * batch)() for _ in range(3))
         start, stop, exact_stop = (ctypes.addressof(x) for x in (self.start, self.stop, self.exact_stop))
-        self.runs, self.kept = (_Run * len(runs))(), [k, v, read, mean]
+        lse = k.new_empty(batch, kv_heads, groups, dtype=torch.float32)
+        self.runs, self.kept = (_Run * len(runs))(), [k, v, read, mean, lse]
         first = 0
         for i, (keys, values) in enumerate(runs):
             scales = (keys.scale, keys.zero, values.scale, values.zero)
@@ -198,29 +200,28 @@ class Step:
             self.runs[i], first = run, first + run.heads
             self.kept += stored
         self.args = args = _Args(batch=batch, kv_heads=kv_heads, queries=groups, new_tokens=1, head_dim=head_dim)
-        args.start, args.stop, args.scalar_row, args.q_row[:] = start, stop, m, [m] * 3
+        args.start, args.stop, args.lse = start, stop, lse.data_ptr()
         args.exact = _Exact(**_exact_store(k, v), q_row=head_dim, start=start, stop=exact_stop)
-        _set_way_back(args, read, mean)
-        self.reference = ctypes.byref(self.args)
+        _set_per_head(args, read=read, mean=mean)
+        self.exact, self.reference = args.exact, ctypes.byref(args)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """None: a copied cache makes one of its own."""
 
     def __call__(
-        self, q: Tensor, mapped: Tensor, scaling: float, slots: Sequence[int], exact_rows: Sequence[int]
+        self, q: Tensor, query_map: Tensor, scaling: float, slots: Sequence[int], exact_rows: Sequence[int]
     ) -> Tensor:
-        """``[B, Hq, 1, D]`` fp32 from contiguous fp32 ``q [B, Hq, 1, D]`` and ``mapped [B, Hkv, G, M + 3]``, where
-        each sequence sees so many rows of either kind."""
-        out, lse = torch.empty_like(q), q.new_empty(q.shape[:3])
-        args, at = self.args, mapped.data_ptr()
-        self.stop[:] = [*slots]
-        self.exact_stop[:] = [*exact_rows]
-        args.slots, args.exact.rows, args.exact.scaling = max(slots), max(exact_rows), scaling
+        """``[B, Hq, 1, D]`` fp32, where each sequence sees so many rows of either kind, from fp32 and contiguous
+        ``q [B, Hq, 1, D]`` and ``query_map [B or 1, Hkv or 1, D, M + 3]``: ``q · scaling`` times it gives ``q̃``, ``b``,
+        ``h`` and ``q·μ``."""
+        assert query_map.is_contiguous()
+        out = torch.empty_like(q)
+        args, exact = self.args, self.exact
+        self.stop[:], self.exact_stop[:] = slots, exact_rows
+        args.slots, exact.rows, exact.scaling = max(slots), max(exact_rows), scaling
         args.threads, args.isa = torch.get_num_threads(), code_path(self.lib)
-        args.q[:] = [at] * 3
-        scalars = at + 4 * (self.width - 3)
-        args.bias, args.zero_query, args.gauge = scalars, scalars + 4, scalars + 8
-        args.exact.q, args.out, args.lse = q.data_ptr(), out.data_ptr(), lse.data_ptr()
+        exact.q, args.out = q.data_ptr(), out.data_ptr()
+        _set_per_head(args, map=query_map)
         if self.lib.headq_decode_attention(self.reference, self.runs, len(self.runs)):
             raise MemoryError(f"decode_attention had no memory for its partial sums over {max(slots)} slots")
         return out
@@ -280,7 +281,7 @@ def _set_exact(args: _Args, x: ExactRows) -> list[Tensor]:
         **_exact_store(k, v), q_row=row, q=q.data_ptr(), start=start.data_ptr(), stop=stop.data_ptr(), rows=k.shape[2],
         scaling=1.0,
     )  # fmt: skip
-    _set_way_back(args, read, mean)
+    _set_per_head(args, read=read, mean=mean)
     return [t for t in (q, k, v, start, stop, read, mean) if t is not None]
 
 
@@ -292,11 +293,14 @@ def _exact_store(k: Tensor, v: Tensor) -> dict[str, int]:
     return fields
 
 
-def _set_way_back(args: _Args, read: Tensor, mean: Tensor | None) -> None:
-    args.read, args.mean = read.data_ptr(), None if mean is None else mean.data_ptr()
-    for name, t in (("read", read), ("mean", mean)):
-        for dim, axis in enumerate(("batch", "head")):
-            setattr(args, f"{name}_{axis}", 0 if t is None or t.shape[dim] == 1 else t.stride(dim))
+def _set_per_head(args: _Args, **tensors: Tensor | None) -> None:
+    """Where tensors ``[B or 1, Hkv or 1, ..]`` lie, contiguous for a head: the fields of ``_Args`` of those names."""
+    for name, t in tensors.items():
+        if t is not None:
+            batch, heads = t.shape[:2]
+            setattr(args, name, t.data_ptr())
+            setattr(args, f"{name}_batch", 0 if batch == 1 else t.stride(0))
+            setattr(args, f"{name}_head", 0 if heads == 1 else t.stride(1))
 
 
 _Form = tuple[tuple[int, ...], tuple[int, ...]]  # shape and stride
