@@ -68,8 +68,8 @@ def headq_attention(
         out, _ = _dense(
             module,
             query,
-            key.new_rows,
-            value.new_rows,
+            key.new_keys,
+            value.new_values,
             attention_mask,
             scaling,
             dropout,

@@ -43,14 +43,14 @@ class HeadQCacheLayer(ClosingLayer, ReadingLayer, CacheLayerMixin):
         spans = self._spans(s)
         self._check_finite(key_states, value_states, spans)
         counts = [r.exact for r in self.rows]
-        self.exact.append("k", key_states, counts, spans, self.exact_capacity)
-        self.exact.append("v", value_states, counts, spans, self.exact_capacity)
+        self.exact.append({"k": key_states, "v": value_states}, counts, spans, self.exact_capacity)
         self.last_spans, self.last_counts, self.last_slots = spans, counts, s
         for row, span in zip(self.rows, spans, strict=True):
             row.tokens += span.length
             row.pads = s - span.stop if span.length else row.pads + s
         self.seen += s
-        return HeadQHistory(self, key_states, self.seen), HeadQHistory(self, value_states, self.seen)
+        history = HeadQHistory(self, key_states, value_states, self.seen)
+        return history, history
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """All slots seen and the new ones; attention over packed rows masks by counts, not by this mask."""
@@ -160,7 +160,7 @@ class HeadQCacheLayer(ClosingLayer, ReadingLayer, CacheLayerMixin):
 
     def _check_finite(self, k: Tensor, v: Tensor, spans: Sequence[Span]) -> None:
         check = self.config.check_finite
-        if k.device.type == "meta" or not (k.device.type == "cpu" if check is None else check):
+        if k.is_meta or not (k.is_cpu if check is None else check):
             return
         for name, x in (("keys", k), ("values", v)):
             if math.isfinite(torch.linalg.vector_norm(x, math.inf)):

@@ -33,7 +33,7 @@ class ClosingLayer(LayerState):
             return
         self.step, self.step_of = None, ()  # it would keep tensors alive that are about to be replaced
         if q is not None and self._awaits_queries():
-            self.exact.append("q", q.detach(), self.last_counts, self.last_spans, self.exact_capacity)
+            self.exact.append({"q": q.detach()}, self.last_counts, self.last_spans, self.exact_capacity)
         groups: dict[tuple[int, ...], list[int]] = {}
         for b, row in enumerate(self.rows):
             groups.setdefault(row.key(), []).append(b)

@@ -111,7 +111,7 @@ class LayerCodec(nn.Module):
     def _current(self, side: str, frame: AnyCodec) -> AnyCodec:
         """A codec over the buffers, put together once; anew where they were moved, or loaded by a hook."""
         codec: Any = self._made.get(side)
-        if codec is None or codec.read is not getattr(self, f"{side}_read"):
+        if codec is None or codec.read is not self._buffers[f"{side}_read"]:
             codec = self._kept(side, frame)
             if isinstance(codec, KeyCodec):
                 codec = dataclasses.replace(codec, mapped=codec.query_map(self.config.sign, torch.float32))

@@ -1,5 +1,6 @@
 """What one layer of the packed cache holds: exact rows, packed rows, epochs of codecs, and counts."""
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -59,13 +60,13 @@ class LayerState:
         self.step: Step | None = None  # and the tensors that it was made for
         self.step_of: tuple[Tensor, ...] = ()
 
-    @property
+    @functools.cached_property
     def packed_sides(self) -> tuple[str, ...]:
         """Which of ``"key"`` and ``"value"`` are coded; the other side's rows are kept as they are."""
         bits = {"key": self.config.k_bits, "value": self.config.v_bits}
         return tuple(side for side, n in bits.items() if n is not None)
 
-    @property
+    @functools.cached_property
     def exact_capacity(self) -> int:
         """Exact rows to hold in the steady state: sinks, window, and one block in the making."""
         return self.config.n_sink + self._kept + self.config.block_size
@@ -93,8 +94,8 @@ class LayerState:
         return min(self.epochs[e].begin, longest), min(self._epoch_end(e), longest)
 
     def _used_epochs(self) -> list[int]:
-        ranges = (self._epoch_range(e) for e in range(len(self.epochs)))
-        return [e for e, (begin, end) in enumerate(ranges) if begin < end]
+        longest = max([r.slots for r in self.rows])
+        return [e for e, epoch in enumerate(self.epochs) if epoch.begin < min(self._epoch_end(e), longest)]
 
     def packed_rows(self, e: int, codec: LayerCodec, end: int | None = None) -> list[tuple[Run, Rows, Rows]]:
         """The rows of epoch ``e`` as :func:`headq_ao.ops.decode_attention` reads them, run by run of heads.

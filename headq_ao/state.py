@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -110,22 +110,29 @@ class ExactRows:
         self.v: Tensor | None = None
         self.q: Tensor | None = None
 
-    def append(self, name: str, new: Tensor, counts: Sequence[int], spans: Sequence[Span], minimum: int) -> None:
-        """Write each row's real new tokens behind its ``counts``; grow to hold them, to at least ``minimum``."""
+    def append(self, new: Mapping[str, Tensor], counts: Sequence[int], spans: Sequence[Span], minimum: int) -> None:
+        """Write each row's real new tokens, ``new`` by name, behind its ``counts``; grow to at least ``minimum``."""
+        ends = [c + s.stop - s.start for c, s in zip(counts, spans, strict=True)]
+        need, first = max(ends), counts[0]
+        for name, rows in new.items():
+            stored: Tensor | None = getattr(self, name)
+            slots = rows.shape[2]
+            if stored is None or stored.shape[2] < need:
+                stored = self._grow(name, rows, max(need, minimum))
+            if max(counts) == first and min(ends) == first + slots:  # all slots are real, and behind the same count
+                stored.narrow(2, first, slots).copy_(rows)
+                continue
+            for b, (c, s) in enumerate(zip(counts, spans, strict=True)):
+                stored[b, :, c : c + s.length] = rows[b, :, s.start : s.stop]
+
+    def _grow(self, name: str, new: Tensor, capacity: int) -> Tensor:
+        """Room for so many rows, in the form of ``new``."""
         stored: Tensor | None = getattr(self, name)
-        need = max(c + s.length for c, s in zip(counts, spans, strict=True))
-        uniform = len(set(counts)) == 1 and all(s == Span(0, new.shape[2]) for s in spans)
-        if stored is None or stored.shape[2] < need:
-            larger = new.new_zeros((*new.shape[:2], max(need, minimum), new.shape[3]))
-            if stored is not None:
-                larger[:, :, : stored.shape[2]] = stored
-            stored = larger
-            setattr(self, name, stored)
-        if uniform:
-            stored.narrow(2, counts[0], new.shape[2]).copy_(new)
-            return
-        for b, (c, s) in enumerate(zip(counts, spans, strict=True)):
-            stored[b, :, c : c + s.length] = new[b, :, s.start : s.stop]
+        larger = new.new_zeros((*new.shape[:2], capacity, new.shape[3]))
+        if stored is not None:
+            larger[:, :, : stored.shape[2]] = stored
+        setattr(self, name, larger)
+        return larger
 
     def shift(self, rows: Tensor | None, first: int, removed: int, count: int) -> None:
         """Remove ``removed`` entries behind ``first`` from rows that hold ``count``."""

@@ -247,19 +247,21 @@ class HeadQValueTensor(_PackedTensor):
 
 
 class HeadQHistory(torch.Tensor):
-    """What :meth:`HeadQCacheLayer.update` hands to attention: the cached rows of one side, readable by "headq" only.
+    """What :meth:`HeadQCacheLayer.update` hands to attention, as keys and as values: all cached rows, readable by
+    "headq" only.
 
-    ``layer`` is the cache layer, ``new_rows`` the exact rows of this call ``[B, Hkv, S, D]``.
+    ``layer`` is the cache layer, ``new_keys`` and ``new_values`` the exact rows of this call ``[B, Hkv, S, D]``.
     """
 
     layer: "HeadQCacheLayer"
-    new_rows: Tensor
+    new_keys: Tensor
+    new_values: Tensor
 
     @staticmethod
-    def __new__(cls, layer: "HeadQCacheLayer", new: Tensor, tokens: int) -> "HeadQHistory":
-        shape = (*new.shape[:2], tokens, new.shape[3])
-        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=new.dtype, device=new.device)
-        self.layer, self.new_rows = layer, new
+    def __new__(cls, layer: "HeadQCacheLayer", keys: Tensor, values: Tensor, tokens: int) -> "HeadQHistory":
+        shape = (*keys.shape[:2], tokens, keys.shape[3])
+        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=keys.dtype, device=keys.device)
+        self.layer, self.new_keys, self.new_values = layer, keys, values
         return self
 
     def __init__(self, *args: Any) -> None:
