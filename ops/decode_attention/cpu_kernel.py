@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from headq_ao.ops import cpu_build
-from headq_ao.ops.layout import PIECES, granule, plane_pieces, query_planes
+from headq_ao.ops.layout import PIECES, granule, plane_columns, plane_pieces, query_planes
 
 PATHS = {"portable": 0, "avx2": 1, "avx512": 2}
 _P, _I64, _I32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
@@ -132,31 +132,27 @@ def decode_attention(
 ) -> tuple[Tensor, Tensor]:
     """:func:`headq_ao.ops.decode_attention` for fp32 queries over packed keys and packed values; with ``exact``,
     :func:`headq_ao.ops.attend`."""
-    batch, heads, new, _ = q.shape
-    kv_heads, slots = key_scale.shape[1:]
-    planes, strides, weights = _query_planes(q, tuple(key_bits))
-    scalars, scalar_row = _rows(bias, zero_query, gauge)
-    rows = [start.contiguous(), stop.contiguous()]
-    mask = None if valid is None else valid if valid.stride(1) == 1 else valid.contiguous()
-    columns = tuple([x.shape[-1] for x in planes])
-    scales = [key_scale, key_zero, value_scale, value_zero]
-    run, stored = _stored(tuple(key_bits), columns, value_bits, key_planes, value_planes, scales)
-    args = _Args(run=run, head_dim=run.v[0].columns)
-    out = q.new_empty(batch, heads, new, args.head_dim)
-    lse = q.new_empty(batch, heads, new)
-    args.heads = args.kv_heads = kv_heads
-    args.batch, args.queries, args.slots = batch, heads // kv_heads * new, slots
-    args.new_tokens, args.threads, args.isa = new, torch.get_num_threads(), code_path(lib)
-    for i, (x, stride, weight) in enumerate(zip(planes, strides, weights, strict=True)):
-        args.q[i], args.q_row[i], args.q_weight[i] = x.data_ptr(), stride, weight
-    args.bias, args.zero_query, args.gauge = [x.data_ptr() for x in scalars]
-    args.start, args.stop, args.scalar_row = rows[0].data_ptr(), rows[1].data_ptr(), scalar_row
-    if mask is not None:
-        args.valid, args.valid_stride = mask.data_ptr(), mask.stride(0)
+    _, heads, new, _ = q.shape
+    bits = tuple(key_bits)
+    direct, planes, strides = _query_planes(q, bits)
+    (bias, zero_query, gauge), scalar_row = _rows(bias, zero_query, gauge)
+    start, stop = start.contiguous(), stop.contiguous()
+    scales = (key_scale, key_zero, value_scale, value_zero)
+    args, stored = _stored(bits, direct, value_bits, key_planes, value_planes, scales)
+    batch = args.batch
+    out, lse = q.new_empty(batch, heads, new, args.head_dim), q.new_empty(batch, heads, new)
+    args.queries, args.new_tokens = heads // args.kv_heads * new, new
+    args.threads, args.isa = torch.get_num_threads(), code_path(lib)
+    args.q[:], args.q_row[:] = [x.data_ptr() for x in planes], strides
+    args.bias, args.zero_query, args.gauge = bias.data_ptr(), zero_query.data_ptr(), gauge.data_ptr()
+    args.start, args.stop, args.scalar_row = start.data_ptr(), stop.data_ptr(), scalar_row
+    if valid is not None:
+        valid = valid if valid.stride(1) == 1 else valid.contiguous()
+        args.valid, args.valid_stride = valid.data_ptr(), valid.stride(0)
     args.out, args.lse = out.data_ptr(), lse.data_ptr()
     kept = [] if exact is None else _set_exact(args, exact)
     if lib.headq_decode_attention(ctypes.byref(args), None, 0):
-        raise MemoryError(f"decode_attention had no memory for its partial sums over {slots} slots")
+        raise MemoryError(f"decode_attention had no memory for its partial sums over {args.slots} slots")
     del stored, kept  # what was made contiguous lives until here
     return out, lse
 
@@ -191,13 +187,11 @@ class Step:
         first = 0
         for i, (keys, values) in enumerate(runs):
             scales = (keys.scale, keys.zero, values.scale, values.zero)
-            columns = (len(keys.bits),) * len(keys.planes)
-            run, stored = _stored(tuple(keys.bits), columns, values.bits[0], keys.planes, values.planes, scales)
+            form, stored = _stored(tuple(keys.bits), True, values.bits[0], keys.planes, values.planes, scales)
             given = (*keys.planes, *values.planes, *scales)
             assert all(map(operator.is_, stored, given)), "a cache's planes lie as the kernel reads them"
-            run.first, run.heads = first, keys.scale.shape[1]
-            run.q_weight = (ctypes.c_float * 3)(*_weights(keys.bits))
-            self.runs[i], first = run, first + run.heads
+            form.first, form.heads = first, form.kv_heads
+            self.runs[i], first = form.run, first + form.heads
             self.kept += stored
         self.args = args = _Args(batch=batch, kv_heads=kv_heads, queries=groups, new_tokens=1, head_dim=head_dim)
         args.start, args.stop, args.lse = start, stop, lse.data_ptr()
@@ -235,22 +229,16 @@ def one_query(bits: tuple[int, ...]) -> bool:
     return same and all(len(bits) % granule(w) == 0 for w in pieces)
 
 
-def _query_planes(q: Tensor, bits: tuple[int, ...]) -> tuple[list[Tensor], list[int], list[float]]:
-    """The query of each plane, the distance of its rows, and what the plane's codes count.
+def _query_planes(q: Tensor, bits: tuple[int, ...]) -> tuple[bool, list[Tensor], list[int]]:
+    """Whether all planes read the query as it is, the query of each, and the distance of its rows; three of each.
 
-    Where all coordinates have the same bits and fill whole granules, that is the query itself, times a power of two.
+    As it is where all coordinates have the same bits and fill whole granules: a plane then weighs by a power of two.
     """
     if one_query(bits) and (row := _row_stride(q.shape, q.stride())) is not None:
-        weights = _weights(bits)
-        return [q] * len(weights), [row] * len(weights), weights
+        return True, [q] * 3, [row] * 3
     planes = [p.contiguous() for p in query_planes(q, bits)]
-    return planes, [p.shape[-1] for p in planes], [1.0] * len(planes)
-
-
-def _weights(bits: tuple[int, ...]) -> list[float]:
-    """What the codes of each plane count where :func:`one_query` holds."""
-    pieces = PIECES[bits[0]]
-    return [float(1 << sum(pieces[:i])) for i in range(len(pieces))]
+    planes += planes[:1] * (3 - len(planes))
+    return False, planes, [p.shape[-1] for p in planes]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -262,11 +250,13 @@ def _row_stride(shape: tuple[int, ...], stride: tuple[int, ...]) -> int | None:
     return row if even and (n == 1 or stride[3] == 1) else None
 
 
-def _rows(*tensors: Tensor) -> tuple[list[Tensor], int]:
-    """``[B, H, S]`` tensors whose entries all lie one distance apart."""
-    strides = {_row_stride((*x.shape, 1), (*x.stride(), 1)) for x in tensors}
-    if len(strides) == 1 and (row := strides.pop()) is not None:
-        return list(tensors), row
+def _rows(*tensors: Tensor) -> tuple[Sequence[Tensor], int]:
+    """``[B, H, S]`` tensors of one shape whose entries all lie one distance apart."""
+    first, *others = [x.stride() for x in tensors]
+    if all([stride == first for stride in others]):
+        row = _row_stride((*tensors[0].shape, 1), (*first, 1))
+        if row is not None:
+            return tensors, row
     return [x.contiguous() for x in tensors], 1
 
 
@@ -307,52 +297,54 @@ _Form = tuple[tuple[int, ...], tuple[int, ...]]  # shape and stride
 
 
 def _stored(
-    key_bits: tuple[int, ...], columns: tuple[int, ...], value_bits: int, key_planes: Sequence[Tensor],
+    key_bits: tuple[int, ...], direct: bool, value_bits: int, key_planes: Sequence[Tensor],
     value_planes: Sequence[Tensor], scales: Sequence[Tensor | None],
-) -> tuple[_Run, list[Tensor | None]]:  # fmt: skip
-    """``_Run`` of packed rows, and the tensors that it points to; ``scales``: scale and zero of keys, then of values.
+) -> tuple[_Args, list[Tensor | None]]:  # fmt: skip
+    """``_Args`` of packed rows, and the tensors that it points to; ``scales``: scale and zero of keys, then of values;
+    ``direct``: of :func:`_query_planes`.
 
     Everything but addresses is kept for the next call with rows of this form.
     """
     stored, n = [*key_planes, *value_planes, *scales], len(key_planes)
     forms = tuple([None if x is None else (x.shape, x.stride()) for x in stored])
-    layout = _layout(key_bits, columns, value_bits, forms)
+    layout = _layout(key_bits, direct, value_bits, forms)
     if layout is None:
         keys, values = ([x.contiguous() for x in planes] for planes in (key_planes, value_planes))
         dense = [None if x is None else x.contiguous() for x in scales]
-        return _stored(key_bits, columns, value_bits, keys, values, dense)
-    run = _Run.from_buffer_copy(layout)
+        return _stored(key_bits, direct, value_bits, keys, values, dense)
+    args = _Args.from_buffer_copy(layout)
     addresses = [None if x is None else x.data_ptr() for x in stored]
-    for i, at in enumerate(addresses[:n]):
-        run.k[i].data = at
-    for i, at in enumerate(addresses[n:-4]):
-        run.v[i].data = at
-    run.k_scale.data, run.k_zero.data, run.v_scale.data, run.v_zero.data = addresses[-4:]
-    return run, stored
+    for plane, at in zip((*args.k[:n], *args.v[: len(value_planes)]), addresses[:-4], strict=True):
+        plane.data = at
+    args.k_scale.data, args.k_zero.data, args.v_scale.data, args.v_zero.data = addresses[-4:]
+    return args, stored
 
 
 @functools.lru_cache(maxsize=1024)
-def _layout(
-    key_bits: tuple[int, ...], columns: tuple[int, ...], value_bits: int, forms: tuple[_Form | None, ...]
-) -> _Run | None:
-    """``_Run`` of packed rows without addresses; None where the entries of a token tile do not lie together.
+def _layout(key_bits: tuple[int, ...], direct: bool, value_bits: int, forms: tuple[_Form | None, ...]) -> _Args | None:
+    """``_Args`` of packed rows without addresses; None where the entries of a token tile do not lie together.
 
     ``forms`` are those of the planes of keys, of the planes of values, and of four scales, of which some may lack.
     """
-    n, planes = len(plane_pieces(key_bits)), [f for f in forms[:-4] if f is not None]
+    pieces, planes = plane_pieces(key_bits), [f for f in forms[:-4] if f is not None]
     k_scale, k_zero, v_scale, v_zero = forms[-4:]
     if not all(_dense(f) for f in (*planes, v_scale, v_zero) if f is not None):
         return None
-    assert v_scale is not None
+    assert k_scale is not None and v_scale is not None
+    n, (batch, kv_heads, slots) = len(pieces), k_scale[0]
     head_dim = planes[n][0][3] * planes[n][0][4]
-    key = zip(planes[:n], plane_pieces(key_bits), columns, strict=True)
+    columns = [len(key_bits) if direct else plane_columns(width, len(x)) for width, x in pieces.items()]
+    weights = [float(1 << x[0][1]) if direct else 1.0 for x in pieces.values()]  # else the query has them
+    key = zip(planes[:n], pieces, columns, strict=True)
     value = zip(planes[n:], PIECES[value_bits], strict=True)
-    return _Run(
+    run = _Run(
         key_planes=n, value_planes=len(planes) - n, value_bits=value_bits, groups=v_scale[0][3],
         k=(_Plane * 3)(*(_Plane(None, *f[1][:3], width, columns) for f, width, columns in key)),
         v=(_Plane * 2)(*(_Plane(None, *f[1][:3], width, head_dim) for f, width in value)),
         k_scale=_scale(k_scale), k_zero=_scale(k_zero), v_scale=_scale(v_scale), v_zero=_scale(v_zero),
+        q_weight=(ctypes.c_float * 3)(*weights),
     )  # fmt: skip
+    return _Args(run, batch=batch, kv_heads=kv_heads, slots=slots, head_dim=head_dim)
 
 
 def _dense(form: _Form) -> bool:

@@ -338,23 +338,23 @@ def _check_operands(
     rows: tuple[int, int, int],
 ) -> None:
     """Every operand has the rows' ``[B, Hkv, T]`` and its dtype: compiled kernels read them by address."""
+    of_q, dtype, lead = q.codes.shape[:-1], q.codes.dtype, rows[:2]
     for name, x in (("bias", q.bias), ("zero", q.zero), ("gauge", q.gauge)):
-        if x.dtype != q.codes.dtype or x.shape != q.codes.shape[:-1]:
-            what = f"{tuple(x.shape)} {x.dtype}"
-            raise ValueError(f"q.{name} must be {tuple(q.codes.shape[:-1])} {q.codes.dtype}, got {what}")
+        if x.dtype != dtype or x.shape != of_q:
+            raise ValueError(f"q.{name} must be {tuple(of_q)} {dtype}, got {tuple(x.shape)} {x.dtype}")
     for side, operand in (("keys", keys), ("values", values)):
         for plane in operand.planes:
-            if plane.shape[:2] != rows[:2] or plane.dtype != torch.uint8:
+            if plane.shape[:2] != lead or plane.dtype != torch.uint8:
                 what = f"{tuple(plane.shape[:2])} {plane.dtype}"
-                raise ValueError(f"{side} planes must be uint8 with [B, Hkv] = {rows[:2]}, got {what}")
+                raise ValueError(f"{side} planes must be uint8 with [B, Hkv] = {lead}, got {what}")
         for name, row in (("scale", operand.scale), ("zero", operand.zero)):
             if row is not None and (row.shape[:3] != rows or row.dtype != torch.float16):
                 what = f"{tuple(row.shape)} {row.dtype}"
                 raise ValueError(f"{side} {name} must be fp16 with [B, Hkv, T] = {rows}, got {what}")
         if operand.planes and operand.scale is None:
             raise ValueError(f"packed {side} need their scale")
-        if operand.exact is not None and operand.exact.shape[:2] != rows[:2]:
-            raise ValueError(f"exact {side} must have [B, Hkv] = {rows[:2]}, got {tuple(operand.exact.shape[:2])}")
+        if operand.exact is not None and operand.exact.shape[:2] != lead:
+            raise ValueError(f"exact {side} must have [B, Hkv] = {lead}, got {tuple(operand.exact.shape[:2])}")
     if start.dtype != torch.int64 or stop.dtype != torch.int64:
         raise ValueError(f"start and stop must be int64, got {start.dtype} and {stop.dtype}")
     if valid is not None and (valid.shape != rows[::2] or valid.dtype != torch.bool):
