@@ -8,7 +8,7 @@ of one width form one plane. A plane byte holds ``P = 8 / width`` pieces. Readin
 - values, ``[T/(4P), D/16, 16, 4]``: 16 channels, and for each 4P tokens, so a weighted sum over tokens needs none.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import torch
@@ -67,17 +67,26 @@ def value_bytes_per_token(bits: int, head_dim: int) -> int:
 def pack_keys(codes: Tensor, bits: Sequence[int]) -> list[Tensor]:
     """Pack ``codes [..., T, M]`` (uint8, ``codes[..., i] < 2**bits[i]``) into planes ``[..., T/16, N/(4P), 16, 4]``."""
     planes = []
-    for width, pieces in plane_pieces(tuple(bits)).items():
+    for width, piece in _key_pieces(codes, tuple(bits)):
+        split = piece.unflatten(-1, (-1, 8 // width, 4)).unflatten(-4, (-1, TOKEN_TILE))  # [..., T/16, 16, g, P, 4]
+        planes.append(_fold(split, width).transpose(-3, -2).contiguous())
+    return planes
+
+
+def _key_pieces(codes: Tensor, bits: tuple[int, ...]) -> Iterator[tuple[int, Tensor]]:
+    """For each plane its width and its pieces ``[..., T, N]``."""
+    planes = plane_pieces(bits)
+    if len(planes) == 1 and set(bits) == planes.keys() and plane_columns(bits[0], len(bits)) == len(bits):
+        yield bits[0], codes  # each code is its only piece
+        return
+    for width, pieces in planes.items():
         shift = pieces[0][1]
         if all(piece == (i, shift) for i, piece in enumerate(pieces)):
             piece = (codes[..., : len(pieces)] >> shift) & (2**width - 1)
         else:
             coordinates, shifts = (torch.tensor(x, device=codes.device) for x in zip(*pieces, strict=True))
             piece = (codes[..., coordinates] >> shifts.to(torch.uint8)) & (2**width - 1)
-        piece = torch.nn.functional.pad(piece, (0, plane_columns(width, len(pieces)) - len(pieces)))
-        split = piece.unflatten(-1, (-1, 8 // width, 4)).unflatten(-4, (-1, TOKEN_TILE))  # [..., T/16, 16, g, P, 4]
-        planes.append(_fold(split, width).transpose(-3, -2).contiguous())
-    return planes
+        yield width, torch.nn.functional.pad(piece, (0, plane_columns(width, len(pieces)) - len(pieces)))
 
 
 def unpack_keys(planes: Sequence[Tensor], bits: Sequence[int]) -> Tensor:
@@ -119,7 +128,7 @@ def pack_values(codes: Tensor, bits: int) -> list[Tensor]:
     """Pack ``codes [..., T, D]`` (uint8 < 2**bits) into planes ``[..., T/(4P), D/16, 16, 4]``."""
     planes, shift = [], 0
     for width in PIECES[bits]:
-        piece = (codes >> shift) & (2**width - 1)
+        piece = codes if width == bits else (codes >> shift) & (2**width - 1)
         split = piece.unflatten(-2, (-1, 8 // width, 4)).unflatten(-1, (-1, CHANNEL_TILE))  # [..., t, P, 4, D/16, 16]
         split = split.movedim((-4, -3), (-2, -1))  # [..., t, D/16, 16, P, 4]
         planes.append(_fold(split, width).contiguous())

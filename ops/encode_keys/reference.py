@@ -26,13 +26,15 @@ def encode_keys(
 ) -> list[Tensor]:
     dtype = torch.float64 if k.dtype == torch.float64 else torch.float32
     k, mean, encode, read, step = (x.to(dtype) for x in (k, mean, encode, read, step))
-    top = torch.tensor([2**b - 1 for b in bits], dtype=dtype, device=k.device)
-    top, side_top = top[: read.shape[-1]], top[read.shape[-1] :]
     k = k - mean.unsqueeze(-2)
     y, rows = k @ encode, []  # [B, Hkv, T, M0]
-    if metric is not None:  # symmetric, rounded with error feedback
-        codes, scale = feedback_codes(y, metric, step, bits[0], factor=factor, unbiased=unbiased)
-        codes, scale = codes.to(dtype), scale.to(dtype).unsqueeze(-1)
+    found = None if metric is None else feedback_codes(y, metric, step, bits[0], factor=factor, unbiased=unbiased)
+    if found is not None and side_encode is None:
+        return [*pack_keys(found[0], bits), found[1]]
+    top = torch.tensor([2**b - 1 for b in bits], dtype=dtype, device=k.device)
+    top, side_top = top[: read.shape[-1]], top[read.shape[-1] :]
+    if found is not None:  # symmetric, rounded with error feedback
+        codes, scale = found[0].to(dtype), found[1].to(dtype).unsqueeze(-1)
         y_hat = scale * step.unsqueeze(-2) * (codes - top / 2)
     elif weight is None:  # affine: min-max
         low, high = y.amin(-1, keepdim=True), y.amax(-1, keepdim=True)
