@@ -213,14 +213,11 @@ def _requested(model: PreTrainedModel, kwargs: dict[str, Any]) -> tuple[str, Hea
     """
     name = next((n for n in CACHE_NAMES if kwargs.get(n) is not None), CACHE_NAMES[0])
     cache = kwargs.get(name)
-    use_cache = kwargs.get("use_cache")
-    if use_cache is None:
-        use_cache = getattr(model.config.get_text_config(decoder=True), "use_cache", True)
     if kwargs.get("output_attentions"):
         raise ValueError("output_attentions is not available from a packed cache; restore_(model) first")
     if model.training and isinstance(cache, HeadQCache):
         raise ValueError("a packed cache keeps no gradients and the model is in train mode; call model.eval() first")
-    if model.training or (not use_cache and cache is None):
+    if model.training or (cache is None and not _uses_cache(model, kwargs)):
         return name, None, False
     if cache is None or isinstance(cache, HeadQCache):
         return name, cache, True
@@ -231,6 +228,12 @@ def _requested(model: PreTrainedModel, kwargs: dict[str, Any]) -> tuple[str, Hea
         f"a model with HeadQ needs a HeadQCache, got a {type(cache).__name__}{filled}; "
         "pass no cache, an empty DynamicCache or HeadQCache(model)"
     )
+
+
+def _uses_cache(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
+    """Whether a call that brings no cache makes one."""
+    asked = kwargs.get("use_cache")
+    return bool(getattr(model.config.get_text_config(decoder=True), "use_cache", True) if asked is None else asked)
 
 
 def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -120,7 +120,7 @@ class ExactRows:
             if stored is None or stored.shape[2] < need:
                 stored = self._grow(name, rows, max(need, minimum))
             if max(counts) == first and min(ends) == first + slots:  # all slots are real, and behind the same count
-                stored.narrow(2, first, slots).copy_(rows)
+                stored[:, :, first : first + slots] = rows
                 continue
             for b, (c, s) in enumerate(zip(counts, spans, strict=True)):
                 stored[b, :, c : c + s.length] = rows[b, :, s.start : s.stop]

@@ -211,7 +211,8 @@ class Step:
         assert query_map.is_contiguous()
         out = torch.empty_like(q)
         args, exact = self.args, self.exact
-        self.stop[:], self.exact_stop[:] = slots, exact_rows
+        self.stop[:] = [*slots]
+        self.exact_stop[:] = [*exact_rows]
         args.slots, exact.rows, exact.scaling = max(slots), max(exact_rows), scaling
         args.threads, args.isa = torch.get_num_threads(), code_path(self.lib)
         exact.q, args.out = q.data_ptr(), out.data_ptr()
