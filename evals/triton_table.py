@@ -133,11 +133,9 @@ def decode_kernels(case: Case, target: str) -> tuple[Any, Any]:
     start = torch.zeros(1, 1, dtype=torch.int64)
     exact = torch.zeros(1, hkv, EXACT, d, dtype=torch.bfloat16)
     rows = ExactRows(q, exact, exact, start, start + EXACT, torch.zeros(1, hkv, d, d), torch.zeros(1, hkv, d))
+    run = triton_kernel.Run(0, planes, bits, scale, None, value_planes, case.v_bits, scale[..., None], None)
     with compiling(target) as kernels:
-        triton_kernel.attend(
-            q, line, line, line, planes, bits, scale, None, value_planes, case.v_bits, scale[..., None], None,
-            start, start + SLOTS, None, rows, splits=8,
-        )  # fmt: skip
+        triton_kernel.attend(q, line, line, line, [run], start, start + SLOTS, None, rows, splits=8)
     return kernels[0], kernels[1]
 
 

@@ -1,19 +1,15 @@
 """Reading the cache: attention over packed rows and exact rows, joined by log-sum-exp."""
 
 import operator
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from headq_ao.codec import Run
 from headq_ao.layer_codec import LayerCodec
 from headq_ao.layer_state import LayerState, over_heads
-from headq_ao.ops import ExactRows, MappedQuery, Rows, attend, decode_attention, merge_segments
+from headq_ao.ops import ExactRows, MappedQuery, Rows, attend_runs, decode_attention, merge_segments
 from headq_ao.ops.decode_attention import cpu_kernel
 from headq_ao.state import int_tensor
-
-Segment = tuple[MappedQuery, Rows, Rows, Tensor, Tensor, Tensor | None]
 
 
 class ReadingLayer(LayerState):
@@ -50,15 +46,11 @@ class ReadingLayer(LayerState):
         e = self._one_epoch()
         if e is None:
             return self._attend_parts(q, scaling, codec, position)
-        exact = MappedQuery.exact(q, scaling).codes
-        k, v, start, stop = self._exact_rows(q, position)
-        outs = []
-        for run, of_q, segment in self._packed_segments(q, scaling, codec, e, position):
-            assert run.values is not None
-            h = run.heads
-            rows = ExactRows(exact[:, of_q], k[:, h], v[:, h], start, stop, run.values.read, run.values.mean)
-            outs.append(attend(*segment, rows))
-        return over_heads(outs)
+        scaled, values = MappedQuery.scaled(q, scaling), codec.values
+        assert values is not None
+        exact = ExactRows(scaled, *self._exact_rows(q, position), values.read, values.mean)
+        runs = [(run.heads, *rows) for run, *rows in self.packed_rows(e, codec)]
+        return attend_runs(*self._packed_query(scaled, 1.0, codec, e, position), runs, exact)
 
     def _one_epoch(self) -> int | None:
         """The epoch of all packed rows; None where there are more or none, or where a side is exact."""
@@ -96,30 +88,28 @@ class ReadingLayer(LayerState):
     ) -> tuple[Tensor, Tensor]:
         parts = []
         for e in self._used_epochs():
-            segments = self._packed_segments(q, scaling, codec, e, position)
-            outs, lses = zip(*(decode_attention(*segment) for _, _, segment in segments), strict=True)
+            query, *seen = self._packed_query(q, scaling, codec, e, position)
+            group, outs, lses = q.shape[1] // self.shape.n_kv_heads, [], []
+            for run, keys, values in self.packed_rows(e, codec):
+                first, last, _ = run.heads.indices(self.shape.n_kv_heads)
+                of_run = query.of_heads(slice(first * group, last * group))
+                out, lse = decode_attention(of_run, keys, values, *seen)
+                outs.append(out)
+                lses.append(lse)
             parts.append((over_heads(outs), over_heads(lses)))
         out, lse = merge_segments(parts)
-        values = codec.values
-        return (out if values is None else values.readout(out)), lse
+        of_values = codec.values
+        return (out if of_values is None else of_values.readout(out)), lse
 
-    def _packed_segments(
+    def _packed_query(
         self, q: Tensor, scaling: float, codec: LayerCodec, e: int, position: list[list[int]]
-    ) -> Iterator[tuple[Run, slice, Segment]]:
-        """The rows of epoch ``e``, run by run of KV heads: the run, its query heads, and what
-        :func:`headq_ao.ops.decode_attention` takes."""
+    ) -> tuple[MappedQuery, Tensor, Tensor, Tensor | None]:
+        """Queries for the packed rows of epoch ``e``, the slots that they see, and which of those are no holes."""
         begin, end = self._epoch_range(e)
         start, stop = (int_tensor(x, q.device) for x in self._visible_slots(begin, end, position))
-        key_codec = self._codec(e, codec)
-        query = (
-            MappedQuery.exact(q, scaling) if key_codec is None else key_codec.map_query(q, scaling, self.config.sign)
-        )
-        valid = None if self.valid is None else self.valid[:, begin:end]
-        group = q.shape[1] // self.shape.n_kv_heads
-        for run, keys, values in self.packed_rows(e, codec):
-            first, last, _ = run.heads.indices(self.shape.n_kv_heads)
-            of_q = slice(first * group, last * group)
-            yield run, of_q, (query.of_heads(of_q), keys, values, start, stop, valid)
+        key_codec, sign = self._codec(e, codec), self.config.sign
+        query = MappedQuery.exact(q, scaling) if key_codec is None else key_codec.map_query(q, scaling, sign)
+        return query, start, stop, None if self.valid is None else self.valid[:, begin:end]
 
     def _visible_slots(
         self, begin: int, end: int, position: list[list[int]]

@@ -1,6 +1,14 @@
 """Packed-row operators: plain tensors in, plain tensors out, each beside a reference that defines it."""
 
-from headq_ao.ops.decode_attention.op import ExactRows, MappedQuery, Rows, attend, decode_attention, merge_segments
+from headq_ao.ops.decode_attention.op import (
+    ExactRows,
+    MappedQuery,
+    Rows,
+    attend,
+    attend_runs,
+    decode_attention,
+    merge_segments,
+)
 from headq_ao.ops.encode_keys.op import encode_keys
 from headq_ao.ops.encode_values.op import encode_values
 from headq_ao.ops.feedback.op import feedback_codes
@@ -11,6 +19,7 @@ __all__ = [
     "MappedQuery",
     "Rows",
     "attend",
+    "attend_runs",
     "decode_attention",
     "encode_keys",
     "encode_values",

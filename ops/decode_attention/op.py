@@ -32,10 +32,15 @@ class MappedQuery:
     zero: Tensor
     gauge: Tensor
 
+    @staticmethod
+    def scaled(q: Tensor, scaling: float) -> Tensor:
+        """``q · scaling``, fp32 or fp64."""
+        return q.to(torch.float64 if q.dtype == torch.float64 else torch.float32) * scaling
+
     @classmethod
     def exact(cls, q: Tensor, scaling: float) -> "MappedQuery":
         """``q [B, Hq, S, D]`` for keys that are read as they are."""
-        q = q.to(torch.float64 if q.dtype == torch.float64 else torch.float32) * scaling
+        q = cls.scaled(q, scaling)
         nothing = q.new_zeros(q.shape[:-1])
         return cls(q, nothing, nothing, nothing)
 
@@ -131,17 +136,57 @@ def attend(
         torch.Size([1, 2, 1, 16])
     """
     _check_packed(q, keys, values, start, stop, valid)
-    if exact.k.shape != exact.v.shape or exact.q.shape[-1] != exact.k.shape[-1]:
-        raise ValueError(
-            f"exact rows must share their shape and the head_dim of q, got {tuple(exact.k.shape)}, "
-            f"{tuple(exact.v.shape)} and {tuple(exact.q.shape)}"
-        )
+    _check_exact(exact)
     out: Tensor = (ATTEND_KERNELS[q.codes.device.type] if direct(q.codes) else _attend)(
         q.codes, q.bias, q.zero, q.gauge, keys.planes, list(keys.bits), keys.scale, keys.zero,
         values.planes, values.bits[0], values.scale, values.zero, start, stop, valid,
         exact.q, exact.k, exact.v, exact.start, exact.stop, exact.read, exact.mean,
     )  # fmt: skip
     return out
+
+
+def attend_runs(
+    q: MappedQuery,
+    start: Tensor,
+    stop: Tensor,
+    valid: Tensor | None,
+    runs: Sequence[tuple[slice, Rows, Rows]],
+    exact: ExactRows,
+) -> Tensor:
+    """:func:`attend` where KV heads may differ in bits.
+
+    Args:
+        q, start, stop, valid, exact: of all heads, as in :func:`attend`.
+        runs: neighbouring KV heads of the same bits, in order: which they are, their keys and their values.
+
+    Returns:
+        ``[B, Hq, S, D]`` in the mapped queries' dtype; 0 where no row is visible.
+
+    Raises:
+        ValueError: when shapes do not fit each other.
+    """
+    served = direct(q.codes) and q.codes.is_cuda and exact.k.dtype == exact.v.dtype
+    kernel = _kernel(q.codes, runs[0][1].planes) if served and exact.k.dtype in cpu_kernel.EXACT_DTYPES else None
+    kv_heads = exact.k.shape[1]
+    if kernel is not None:
+        _check_exact(exact)
+        of_kernel = []
+        for heads, keys, values in runs:
+            _check_rows(q, keys, values, start, stop, valid)
+            of_keys, of_values = (keys.planes, keys.bits, keys.scale, keys.zero), (values.scale, values.zero)
+            first = heads.indices(kv_heads)[0]
+            of_kernel.append(kernel.Run(first, *of_keys, values.planes, values.bits[0], *of_values))
+        out: Tensor = kernel.attend(q.codes, q.bias, q.zero, q.gauge, of_kernel, start, stop, valid, exact)
+        return out
+    group, outs = q.codes.shape[1] // kv_heads, []
+    for heads, keys, values in runs:
+        first, last, _ = heads.indices(kv_heads)
+        of_q = slice(first * group, last * group)
+        read, mean = (x if x is None or x.shape[1] == 1 else x[:, heads] for x in (exact.read, exact.mean))
+        assert read is not None
+        of_run = ExactRows(exact.q[:, of_q], exact.k[:, heads], exact.v[:, heads], exact.start, exact.stop, read, mean)
+        outs.append(attend(q.of_heads(of_q), keys, values, start, stop, valid, of_run))
+    return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
 
 
 def merge_segments(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -248,12 +293,14 @@ def _attend_cpu(q, bias, zero_query, gauge, key_planes, *rest):
 @_attend.register_kernel("cuda")
 def _attend_cuda(q, bias, zero_query, gauge, key_planes, *rest):
     """Two launches of Triton kernels, on CUDA and HIP; fp64, long chunks and empty stores keep to the parts."""
-    packed, exact = rest[:-7], cpu_kernel.ExactRows(*rest[-7:])
+    *packed, start, stop, valid = rest[:-7]
+    exact = cpu_kernel.ExactRows(*rest[-7:])
     known = exact.k.dtype == exact.v.dtype and exact.k.dtype in cpu_kernel.EXACT_DTYPES
     kernel = _kernel(q, key_planes) if known else None
     if kernel is None:
         return _attend_parts(q, bias, zero_query, gauge, key_planes, *rest)
-    return kernel.attend(q, bias, zero_query, gauge, key_planes, *packed, exact)
+    runs = [kernel.Run(0, key_planes, *packed)]
+    return kernel.attend(q, bias, zero_query, gauge, runs, start, stop, valid, exact)
 
 
 @_attend.register_fake
@@ -292,9 +339,10 @@ def _cuda(q, bias, zero_query, gauge, k, key_planes, key_bits, key_scale, key_ze
     kernel = _kernel(q, key_planes) if k is None and v is None else None
     if kernel is None:
         return _tiled(q, bias, zero_query, gauge, k, key_planes, key_bits, key_scale, key_zero, v, value_planes, *rest)
-    return kernel.decode_attention(
-        q, bias, zero_query, gauge, key_planes, key_bits, key_scale, key_zero, value_planes, *rest
-    )
+    value_bits, value_scale, value_zero, *seen = rest
+    of_keys, of_values = (key_planes, key_bits, key_scale, key_zero), (value_bits, value_scale, value_zero)
+    run = kernel.Run(0, *of_keys, value_planes, *of_values)
+    return kernel.decode_attention(q, bias, zero_query, gauge, run, *seen)
 
 
 KERNELS = {"cpu": _cpu, "cuda": _cuda}  # where nothing is traced, without the dispatcher
@@ -312,6 +360,21 @@ def _check_packed(q: MappedQuery, keys: Rows, values: Rows, start: Tensor, stop:
     hkv = (keys.exact if keys.exact is not None else keys.planes[0]).shape[1]
     if q.codes.shape[1] % hkv:
         raise ValueError(f"query heads must be a multiple of the {hkv} KV heads, got {q.codes.shape[1]}")
+    _check_rows(q, keys, values, start, stop, valid)
+
+
+def _check_exact(exact: ExactRows) -> None:
+    """Raise ValueError where exact rows do not fit each other."""
+    if exact.k.shape != exact.v.shape or exact.q.shape[-1] != exact.k.shape[-1]:
+        raise ValueError(
+            f"exact rows must share their shape and the head_dim of q, got {tuple(exact.k.shape)}, "
+            f"{tuple(exact.v.shape)} and {tuple(exact.q.shape)}"
+        )
+
+
+def _check_rows(q: MappedQuery, keys: Rows, values: Rows, start: Tensor, stop: Tensor, valid: Tensor | None) -> None:
+    """Raise ValueError where queries of these or more heads do not fit the rows and ranges."""
+    hkv = (keys.exact if keys.exact is not None else keys.planes[0]).shape[1]
     if q.codes.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"mapped queries must be float32 or float64, got {q.codes.dtype}")
     width = keys.exact.shape[-1] if keys.exact is not None else len(keys.bits)

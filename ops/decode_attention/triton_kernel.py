@@ -19,7 +19,7 @@ running maximum of ``s_j + log2 a_j`` less a headroom: weights fill fp16 to 2^14
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -287,20 +287,26 @@ def _absorb(
     return new_top, total, shift, acc
 
 
-@triton.jit(do_not_specialize=["q_stride", "line_stride", "kv_heads", "new", "rows", "slots", "splits", "valid_stride"])
+@triton.jit(
+    do_not_specialize=[
+        "q_stride", "line_stride", "first_head", "kv_heads", "all_heads", "new", "rows", "slots", "splits", "lines",
+        "valid_stride",
+    ]
+)  # fmt: skip
 def partial_kernel(
     q, q_stride, bias, zero_query, line_stride, columns,
     key_planes, key_plane_strides, key_scale, key_scale_strides, key_zero, key_zero_strides,
     value_planes, value_plane_strides, value_scale, value_scale_strides, value_zero, value_zero_strides,
     start, stop, valid, valid_stride, out, out_lse,
-    kv_heads, new, rows, slots, splits,
+    first_head, kv_heads, all_heads, new, rows, slots, splits, lines,
     CHUNKS: tl.constexpr, M: tl.constexpr, VALUE_BITS: tl.constexpr, VALUE_WIDTHS: tl.constexpr, PARTS: tl.constexpr,
     D: tl.constexpr, D_PADDED: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """Attention over one split: ``out [splits, B·Hkv·rows, D]`` fp32, and ``log2 Σ 2^s`` without the gauge.
+    """Attention over one split: ``out [splits, lines, D]`` fp32, and ``log2 Σ 2^s`` without the gauge.
 
-    ``q [B·Hkv·rows, M]`` fp32; ``bias``, ``zero_query`` ``[B·Hkv·rows]``, row ``g·S + i``, each with the distance of
-    its rows; ``start``, ``stop`` ``[B, S]``. Strides are those of batch and head. Grid: heads, splits, blocks.
+    Rows are those of ``kv_heads`` heads from ``first_head`` on. Of all heads, a line for each head's row ``g·S + i``:
+    ``q [lines, M]`` fp32, ``bias``, ``zero_query`` ``[lines]``, each with the distance of its lines. ``start``,
+    ``stop`` ``[B, S]``. Strides are those of batch and head. Grid: heads, splits, blocks.
     """
     SLOTS: tl.constexpr = PARTS * 16
     UNIT: tl.constexpr = unit(PTX)
@@ -312,7 +318,8 @@ def partial_kernel(
     b = head // kv_heads
     h = head % kv_heads
     row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
-    line = head * rows + row
+    top_line = (b * all_heads + first_head + h) * rows
+    line = top_line + row
     live = row < rows
     d = tl.arange(0, D_PADDED)
 
@@ -331,7 +338,7 @@ def partial_kernel(
         valid += b * valid_stride
         whole_end = whole_begin
 
-    q += head * rows * q_stride
+    q += top_line * q_stride
     m = tl.arange(0, triton.next_power_of_2(M))
     whole = tl.load(q + m[:, None] + row[None, :] * q_stride, mask=(m < M)[:, None] & live[None, :], other=0.0)
     largest = tl.maximum(tl.max(tl.abs(whole), 0), 1e-30)
@@ -413,7 +420,7 @@ def partial_kernel(
         acc = acc / UNIT + (tl.sum(shift, 0) * of_shift)[None, :]
     mass = tl.sum(total, 0)
     some = tl.where(mass == 0, 1.0, mass)
-    line += split.to(tl.int64) * tl.num_programs(0) * rows
+    line += split.to(tl.int64) * lines
     tl.store(out + d[:, None] + line[None, :] * D, acc / some[None, :], mask=(d < D)[:, None] & live[None, :])
     tl.store(out_lse + line, tl.where(mass == 0, float("-inf"), top + tl.log2(some)), mask=live)
 
@@ -463,7 +470,7 @@ def join_kernel(
         tl.store(lse + line, joined * LN2 + tl.load(gauge + line * gauge_stride))
 
 
-@triton.jit(do_not_specialize=["gauge_stride", "heads", "group", "new", "lines", "splits", "held"])
+@triton.jit(do_not_specialize=["gauge_stride", "heads", "group", "new", "lines", "held"])
 def finish_kernel(
     parts, part_lse, gauge, gauge_stride, q, k, k_strides, v, v_strides, start, stop,
     read, read_strides, mean, mean_strides, out,
@@ -472,13 +479,14 @@ def finish_kernel(
 ):  # fmt: skip
     """One query row: splits joined and taken back by ``o @ readᵀ + mean``, and merged with attention over exact rows.
 
-    ``q``, ``out`` ``[B, Hq, S, D]`` fp32; ``k``, ``v`` ``[B, Hkv, held, D]``; ``read [B, Hkv, D, D]``, ``mean
-    [B, Hkv, D]`` with four and three strides.
+    ``splits [Hkv]``, of each head. ``q``, ``out`` ``[B, Hq, S, D]`` fp32; ``k``, ``v`` ``[B, Hkv, held, D]``;
+    ``read [B, Hkv, D, D]``, ``mean [B, Hkv, D]`` with four and three strides.
     """
     line = tl.program_id(0).to(tl.int64)
     b = line // new // heads
     h = line // new % heads // group
     d = tl.arange(0, D_PADDED)
+    splits = tl.load(splits + h)
     joined = _joined_lse(part_lse, line, lines, splits, SPLITS)
     packed_lse = joined + tl.load(gauge + line * gauge_stride) * LOG2E
     packed = tl.zeros([D_PADDED], tl.float32)
@@ -554,10 +562,22 @@ def specialization(
     }
 
 
+class Run(NamedTuple):
+    """Packed rows of neighbouring KV heads of the same bits, from the head ``first`` on."""
+
+    first: int
+    key_planes: Sequence[Tensor]
+    key_bits: Sequence[int]
+    key_scale: Tensor
+    key_zero: Tensor | None
+    value_planes: Sequence[Tensor]
+    value_bits: int
+    value_scale: Tensor
+    value_zero: Tensor | None
+
+
 def decode_attention(
-    q: Tensor, bias: Tensor, zero_query: Tensor, gauge: Tensor,
-    key_planes: Sequence[Tensor], key_bits: Sequence[int], key_scale: Tensor, key_zero: Tensor | None,
-    value_planes: Sequence[Tensor], value_bits: int, value_scale: Tensor, value_zero: Tensor | None,
+    q: Tensor, bias: Tensor, zero_query: Tensor, gauge: Tensor, run: Run,
     start: Tensor, stop: Tensor, valid: Tensor | None, splits: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """:func:`headq_ao.ops.decode_attention` for fp32 queries over packed keys and packed values.
@@ -565,31 +585,26 @@ def decode_attention(
     ``splits`` cuts the visible slots for more programs; None chooses it from the store's length and the device.
     """
     batch, heads, new, _ = q.shape
-    head_dim, lines = value_planes[0].shape[3] * 16, batch * heads * new
+    head_dim, lines = run.value_planes[0].shape[3] * 16, batch * heads * new
     out, lse = q.new_empty(batch, heads, new, head_dim), q.new_empty(batch, heads, new)
     if not lines:
         return out, lse
     with torch.cuda.device_of(q):
-        parts, part_lse = _partial(
-            q, bias, zero_query, key_planes, key_bits, key_scale, key_zero,
-            value_planes, value_bits, value_scale, value_zero, start, stop, valid, splits,
-        )  # fmt: skip
+        parts, part_lse, (splits,) = partial_attention(q, bias, zero_query, [run], start, stop, valid, splits)
         join_kernel[(lines, triton.cdiv(head_dim, BLOCK))](
-            parts, part_lse, *_rows(gauge), out, lse, lines, len(parts),
+            parts, part_lse, *_rows(gauge), out, lse, lines, splits,
             D=head_dim, BLOCK=BLOCK, SPLITS=JOINED, num_warps=4,
         )  # fmt: skip
     return out, lse
 
 
 def attend(
-    q: Tensor, bias: Tensor, zero_query: Tensor, gauge: Tensor,
-    key_planes: Sequence[Tensor], key_bits: Sequence[int], key_scale: Tensor, key_zero: Tensor | None,
-    value_planes: Sequence[Tensor], value_bits: int, value_scale: Tensor, value_zero: Tensor | None,
+    q: Tensor, bias: Tensor, zero_query: Tensor, gauge: Tensor, runs: Sequence[Run],
     start: Tensor, stop: Tensor, valid: Tensor | None, exact: ExactRows, splits: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """:func:`headq_ao.ops.attend` for fp32 queries; two launches."""
+    """:func:`headq_ao.ops.attend_runs` for fp32 queries: a launch for each run, and one that joins all."""
     batch, heads, new, head_dim = exact.q.shape
-    kv_heads, lines = key_scale.shape[1], batch * heads * new
+    kv_heads, lines = exact.k.shape[1], batch * heads * new
     out = q.new_empty(batch, heads, new, head_dim)
     if not lines:
         return out
@@ -597,50 +612,60 @@ def attend(
     k, v, read = _dense(exact.k), _dense(exact.v), exact.read.expand(batch, kv_heads, -1, -1)
     mean = None if exact.mean is None else exact.mean.expand(batch, kv_heads, -1)
     with torch.cuda.device_of(q):
-        parts, part_lse = _partial(
-            q, bias, zero_query, key_planes, key_bits, key_scale, key_zero,
-            value_planes, value_bits, value_scale, value_zero, start, stop, valid, splits,
-        )  # fmt: skip
+        parts, part_lse, of_runs = partial_attention(q, bias, zero_query, runs, start, stop, valid, splits)
+        of_heads = tuple(n for run, n in zip(runs, of_runs, strict=True) for _ in range(run.key_scale.shape[1]))
         finish_kernel[(lines,)](
             parts, part_lse, *_rows(gauge), exact.q.contiguous(), k, k.stride()[:2], v, v.stride()[:2],
             exact.start.contiguous(), exact.stop.contiguous(),
             read, read.stride(), mean, None if mean is None else mean.stride(), out,
-            heads, heads // kv_heads, new, lines, len(parts), k.shape[2],
+            heads, heads // kv_heads, new, lines, counts(of_heads, q.device), k.shape[2],
             D=head_dim, D_PADDED=padded, BLOCK=BLOCK, TILE=min(JOINED, 8192 // padded), SPLITS=JOINED, num_warps=8,
         )  # fmt: skip
     return out
 
 
-def _partial(
-    q: Tensor, bias: Tensor, zero_query: Tensor,
-    key_planes: Sequence[Tensor], key_bits: Sequence[int], key_scale: Tensor, key_zero: Tensor | None,
-    value_planes: Sequence[Tensor], value_bits: int, value_scale: Tensor, value_zero: Tensor | None,
-    start: Tensor, stop: Tensor, valid: Tensor | None, splits: int | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """What :func:`partial_kernel` writes: ``[splits, B·Hq·S, D]`` and ``[splits, B·Hq·S]``."""
+def partial_attention(
+    q: Tensor, bias: Tensor, zero_query: Tensor, runs: Sequence[Run],
+    start: Tensor, stop: Tensor, valid: Tensor | None, splits: int | None = None,
+) -> tuple[Tensor, Tensor, list[int]]:  # fmt: skip
+    """What :func:`partial_kernel` writes, ``[splits, B·Hq·S, D]`` and ``[splits, B·Hq·S]``, and the splits of each
+    run."""
     batch, heads, new, _ = q.shape
-    kv_heads, slots = key_scale.shape[1:]
-    head_dim, rows, lines = value_planes[0].shape[3] * 16, heads // kv_heads * new, batch * heads * new
-    target = backend()
-    constants = specialization(tuple(key_bits), value_bits, head_dim, value_scale.shape[3], rows, target)
-    blocks = triton.cdiv(rows, constants["ROWS"])
-    options, held = launch(head_dim, value_bits, target)
-    splits = splits or split_count(slots, batch * kv_heads * blocks, held, q.device)
+    all_heads, slots = sum(run.key_scale.shape[1] for run in runs), runs[0].key_scale.shape[2]
+    head_dim, rows, lines = runs[0].value_planes[0].shape[3] * 16, heads // all_heads * new, batch * heads * new
     (q, q_stride), (bias, line_stride), (zero_query, other) = (_rows(x) for x in (q, bias, zero_query))
     if line_stride != other:
         bias, zero_query, line_stride = bias.contiguous(), zero_query.contiguous(), 1
     start, stop = start.contiguous(), stop.contiguous()
-    keys, values = (tuple(_dense(p) for p in planes) for planes in (key_planes, value_planes))
     mask = None if valid is None else (valid if valid.stride(1) == 1 else valid.contiguous()).view(torch.uint8)
-    parts, part_lse = q.new_empty(splits, lines, head_dim), q.new_empty(splits, lines)
-    partial_kernel[(batch * kv_heads, splits, blocks)](
-        q, q_stride, bias, zero_query, line_stride, query_columns(tuple(key_bits), q.device),
-        keys, tuple(p.stride()[:2] for p in keys), *_strided(key_scale), *_strided(key_zero),
-        values, tuple(p.stride()[:2] for p in values), *_strided(value_scale), *_strided(value_zero),
-        start, stop, mask, 0 if mask is None else mask.stride(0), parts, part_lse,
-        kv_heads, new, rows, slots, splits, **constants, **options,
-    )  # fmt: skip
-    return parts, part_lse
+    target, launches, of_runs = backend(), [], []
+    for run in runs:
+        kv_heads = run.key_scale.shape[1]
+        constants = specialization(
+            tuple(run.key_bits), run.value_bits, head_dim, run.value_scale.shape[3], rows, target
+        )
+        options, held = launch(head_dim, run.value_bits, target)
+        blocks = triton.cdiv(rows, constants["ROWS"])
+        of_runs.append(splits or split_count(slots, batch * kv_heads * blocks, held, q.device))
+        launches.append(((batch * kv_heads, of_runs[-1], blocks), constants | options))
+    parts, part_lse = q.new_empty(max(of_runs), lines, head_dim), q.new_empty(max(of_runs), lines)
+    for run, n, (grid, options) in zip(runs, of_runs, launches, strict=True):
+        keys, values = (tuple(_dense(p) for p in planes) for planes in (run.key_planes, run.value_planes))
+        partial_kernel[grid](
+            q, q_stride, bias, zero_query, line_stride, query_columns(tuple(run.key_bits), q.device),
+            keys, tuple(p.stride()[:2] for p in keys), *_strided(run.key_scale), *_strided(run.key_zero),
+            values, tuple(p.stride()[:2] for p in values), *_strided(run.value_scale), *_strided(run.value_zero),
+            start, stop, mask, 0 if mask is None else mask.stride(0), parts, part_lse,
+            run.first, run.key_scale.shape[1], all_heads, new, rows, slots, n, lines, **options,
+        )  # fmt: skip
+    return parts, part_lse, of_runs
+
+
+@functools.lru_cache(maxsize=64)
+def counts(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """Small numbers on the device, int32; layers and steps ask for the same ones."""
+    with torch.inference_mode(False):
+        return torch.tensor(numbers, dtype=torch.int32).to(device, non_blocking=True)
 
 
 @functools.lru_cache(maxsize=256)

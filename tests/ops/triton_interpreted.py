@@ -46,11 +46,21 @@ DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 pytestmark = pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="no GPU, no interpreter")
 
 
-def arguments(q, keys, values, start, stop, valid):
-    return (
-        q.codes, q.bias, q.zero, q.gauge, keys.planes, list(keys.bits), keys.scale, keys.zero,
-        values.planes, values.bits[0], values.scale, values.zero, start, stop, valid,
+def run_of(keys, values, first=0):
+    return decode.Run(
+        first, keys.planes, list(keys.bits), keys.scale, keys.zero,
+        values.planes, values.bits[0], values.scale, values.zero,
     )  # fmt: skip
+
+
+def arguments(q, keys, values, start, stop, valid):
+    """Of the kernels."""
+    return q.codes, q.bias, q.zero, q.gauge, run_of(keys, values), start, stop, valid
+
+
+def operands(q, keys, values, start, stop, valid):
+    """Of the operators behind ``torch.library``."""
+    return q.codes, q.bias, q.zero, q.gauge, *run_of(keys, values)[1:], start, stop, valid
 
 
 def moved(x):
@@ -105,11 +115,41 @@ def test_attend(shape, dtype):
     last[0, 0] = first[0, 0] if new > 1 else last[0, 0]
     read, mean = draw(1, kv_heads, d, d) / d**0.5, draw(1, 1, d) if new == 1 else None
     exact = ExactRows(draw(batch, heads, new, d) / d**0.5, k, v, first, last, read.transpose(-1, -2), mean)
-    out = decode.attend(*arguments(q, keys, values, start, stop, valid), exact, splits=2)
-    expected = op._attend_parts(*arguments(q, keys, values, start, stop, valid), *exact)
+    query = (q.codes, q.bias, q.zero, q.gauge)
+    out = decode.attend(*query, [run_of(keys, values)], start, stop, valid, exact, splits=2)
+    expected = op._attend_parts(*operands(q, keys, values, start, stop, valid), *exact)
     assert (out - expected).norm() <= 1e-3 * expected.norm()
     if new > 1:
         assert torch.equal(out[0, :, 0], torch.zeros_like(out[0, :, 0]))
+
+
+def test_attend_runs_of_heads():
+    """Heads of other bits beside each other, and a batch whose queries lie in any order."""
+    shapes = [
+        (2, 1, 3, 1, 160, 64, 2, 0, 2, False, 3, 64, False, False),
+        (2, 2, 3, 1, 160, 64, 4, 0, 2, False, 2, 64, False, False),
+    ]
+    parts = [make(*shape) for shape in shapes]
+    q = MappedQuery(*(torch.cat([getattr(p[0], x) for p in parts], 1) for x in ("codes", "bias", "zero", "gauge")))
+    q = MappedQuery(q.codes.transpose(0, 1).contiguous().transpose(0, 1), q.bias, q.zero, q.gauge)
+    start, stop, g = *parts[0][3:5], torch.Generator().manual_seed(2)
+    draw = lambda *size: torch.randn(*size, generator=g).to(DEVICE)  # noqa: E731
+    seen = moved((torch.tensor([[0], [3]]), torch.tensor([[20], [17]])))
+    exact = ExactRows(
+        draw(2, 9, 1, 64) / 8, draw(2, 3, 20, 64), draw(2, 3, 20, 64), *seen, draw(1, 3, 64, 64) / 8, None
+    )
+    runs = [run_of(*parts[0][1:3]), run_of(*parts[1][1:3], first=1)]
+    out = decode.attend(q.codes, q.bias, q.zero, q.gauge, runs, start, stop, None, exact)
+    heads = [(slice(0, 1), *parts[0][1:3]), (slice(1, 3), *parts[1][1:3])]
+    expected = []
+    for rows, (keys, values) in ((slice(0, 1), parts[0][1:3]), (slice(1, 3), parts[1][1:3])):
+        of_q = slice(rows.start * 3, rows.stop * 3)
+        own = exact._replace(q=exact.q[:, of_q], k=exact.k[:, rows], v=exact.v[:, rows], read=exact.read[:, rows])
+        expected.append(op._attend_parts(*operands(q.of_heads(of_q), keys, values, start, stop, None), *own))
+    expected = torch.cat(expected, 1)
+    assert (out - expected).norm() <= 1e-3 * expected.norm()
+    whole = op.attend_runs(q, start, stop, None, heads, exact)
+    assert (whole - expected).norm() <= 1e-3 * expected.norm()
 
 
 @pytest.mark.parametrize("group", [64, 32])
@@ -159,7 +199,7 @@ def test_a_long_chunk_keeps_to_the_reference(monkeypatch):
     """What the operator does on a GPU: the kernel for a few queries, matrix products over unpacked tiles for many."""
     q, keys, values, start, stop, valid = make(*SHAPES[2])
     expected = cases.reference(q, keys, values, start, stop, valid)
-    rest = arguments(q, keys, values, start, stop, valid)
+    rest = operands(q, keys, values, start, stop, valid)
     rest = (*rest[:4], None, *rest[4:8], None, *rest[8:])
     few = op._cuda(*rest)
     assert not torch.equal(few[0], expected[0])
