@@ -214,6 +214,9 @@ def test_a_long_chunk_keeps_to_the_reference(monkeypatch):
         (1, 2, 40, 16, 2, (1, 2), True),
         (2, 1, 8, 24, 3, (2, 1), False),
         (1, 1, 32, 64, 2, (1, 1), True),
+        (2, 2, 33, 96, 1, (1, 2), True),
+        (1, 1, 20, 80, 8, (1, 1), True),
+        (1, 1, 16, 8, 4, (1, 1), False),
     ],
 )
 def test_feedback_codes(batch, heads, rows, width, bits, own, unbiased):
@@ -222,6 +225,25 @@ def test_feedback_codes(batch, heads, rows, width, bits, own, unbiased):
     seen = torch.randn(*own, width, width // 2, generator=g)
     metric = seen @ seen.mT + 0.2 * torch.eye(width)
     y, step = 3 * torch.randn(batch, heads, rows, width, generator=g), 0.8 + 0.4 * torch.rand(*own, width, generator=g)
+    feedback_as_the_reference(y, metric, step, bits, unbiased)
+
+
+def test_feedback_codes_of_an_ill_conditioned_metric():
+    """Eigenvalues over five decades, as queries have them, where errors pull each other the most."""
+    g = torch.Generator().manual_seed(0)
+    basis, _ = torch.linalg.qr(torch.randn(1, 2, 128, 128, dtype=torch.float64, generator=g))
+    metric = (basis * torch.logspace(0, -5, 128, dtype=torch.float64)) @ basis.mT
+    y, step = torch.randn(1, 2, 50, 128, generator=g), torch.full((1, 1, 128), 0.9)
+    feedback_as_the_reference(y, metric.float(), step, 2, unbiased=True)
+
+
+def test_no_feedback_codes_of_no_rows():
+    y, metric, step = moved((torch.empty(1, 2, 0, 24), torch.eye(24).expand(1, 2, 24, 24), torch.ones(1, 2, 24)))
+    codes, scale = feedback.feedback_codes(y, metric, metric, step, 2, SPREADS, PASSES, True)
+    assert codes.shape == (1, 2, 0, 24) and scale.shape == (1, 2, 0)
+
+
+def feedback_as_the_reference(y, metric, step, bits, unbiased):
     y, metric, step = moved((y, metric, step))
     arguments = (y, metric, feedback_reference.unit_factor(metric), step, bits, SPREADS, PASSES, unbiased)
     codes, scale = feedback.feedback_codes(*arguments)
