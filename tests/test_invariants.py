@@ -591,13 +591,13 @@ def test_reads_of_a_window_by_hand():
 
 @pytest.mark.parametrize("case", ["uncalibrated", "prompt", "window"])
 def test_counted_reads_are_visible_slots(case, monkeypatch):
-    """What is counted is what ``decode_attention`` and ``attend`` were asked to read."""
+    """What is counted is what ``decode_attention`` and ``attend_runs`` were asked to read."""
     options, calibrated, window = CASES[case]
     layer, codec = make(options, calibrated, window)
     asked = [0, 0]
     from headq_ao import reading
 
-    decode, attend = reading.decode_attention, reading.attend
+    decode, attend = reading.decode_attention, reading.attend_runs
 
     def count(slots, start, stop, packed):
         n = int(((torch.arange(slots) >= start[..., None]) & (torch.arange(slots) < stop[..., None])).sum())
@@ -609,13 +609,13 @@ def test_counted_reads_are_visible_slots(case, monkeypatch):
         count(slots, start, stop, keys.exact is None)
         return decode(query, keys, values, start, stop, valid)
 
-    def spy_attend(query, keys, values, start, stop, valid, exact):
-        count(keys.scale.shape[2], start, stop, True)
+    def spy_attend(query, start, stop, valid, runs, exact):
+        count(runs[0][1].scale.shape[2], start, stop, True)
         count(exact.k.shape[2], exact.start, exact.stop, False)
-        return attend(query, keys, values, start, stop, valid, exact)
+        return attend(query, start, stop, valid, runs, exact)
 
     monkeypatch.setattr(reading, "decode_attention", spy)
-    monkeypatch.setattr(reading, "attend", spy_attend)
+    monkeypatch.setattr(reading, "attend_runs", spy_attend)
     feed(layer, codec, *stream(2), chunks(7), attend=True, spans=[(0, T), (77, T)])
     assert layer.rows_read == asked
     assert asked[0] > 0
