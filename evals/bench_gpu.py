@@ -9,6 +9,7 @@ import dataclasses
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -176,19 +177,18 @@ def dense_times(case: Case, batch: int, slots: int, device: torch.device, repeat
         error = relative_error(method(*rows[0]).reshape(expected.shape), expected)
         if not error <= BF16_ERROR:
             raise RuntimeError(f"{name} differs from SDPA by {error:.2g}, more than {BF16_ERROR}")
-    return {
-        name: microseconds([lambda k=k, v=v, method=method: method(k, v) for k, v in rows], repeats)
-        for name, method in methods.items()
-    }
+    return {name: microseconds([partial(method, k, v) for k, v in rows], repeats) for name, method in methods.items()}
 
 
 def compare(case: Case, batch: int, slots: int, device: torch.device, repeats: int) -> dict[str, Any]:
     """Median microseconds of one decoded token: packed rows, and bf16 rows in three ways."""
     moved = batch * case.kv_heads * slots * case.bytes_per_token
     rows = [packed(case, slots, device, seed, batch) for seed in range(cold(moved))]
-    ours = microseconds([lambda a=a: decode_attention(*a) for a in rows], repeats)
+    ours = microseconds([partial(decode_attention, *a) for a in rows], repeats)
     exact = beside(case, batch, device)
-    whole = microseconds([lambda a=a: attend(*a, None, exact) for a in rows], repeats)
+    beside_packed = [partial(attend, q, k, v, start, stop, None, exact) for q, k, v, start, stop in rows]
+    whole = microseconds(beside_packed, repeats)
+    del beside_packed
     del rows
     times = {"packed": ours, "attend": whole, **dense_times(case, batch, slots, device, repeats)}
     torch.cuda.empty_cache()
@@ -204,8 +204,7 @@ def encode_times(device: torch.device, repeats: int) -> list[dict[str, Any]]:
     """Device time of ``feedback_codes`` at 2 bits, by width, for 4 heads of 4096 rows."""
     found = []
     for width in (64, 128):
-        arguments = coding(width, device, 4096)
-        took = microseconds([lambda a=arguments: feedback_codes(*a, 2)], min(repeats, 10))
+        took = microseconds([partial(feedback_codes, *coding(width, device, 4096), 2)], min(repeats, 10))
         found.append({"width": width, "rows": 4 * 4096, "microseconds": took})
     return found
 

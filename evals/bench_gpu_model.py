@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ def measure_steps(models: dict[str, Any], ids: Tensor, batch: int) -> dict[str, 
     for kind, model in models.items():
         model(ids[:, :512], cache=new_cache(kind, model), logits_to_keep=1)  # compiles
         caches[kind] = new_cache(kind, model)
-        seconds = synchronized(lambda m=model, c=caches[kind]: m(ids, cache=c, logits_to_keep=1))
+        seconds = synchronized(partial(model, ids, cache=caches[kind], logits_to_keep=1))
         result[kind] = {"prefill_s": seconds}
     if batch > 1:
         for cache in caches.values():
@@ -80,7 +81,7 @@ def measure_steps(models: dict[str, Any], ids: Tensor, batch: int) -> dict[str, 
         for kind, model in models.items():
             others = torch.cuda.memory_allocated() - held_bytes(caches[kind])
             torch.cuda.reset_peak_memory_stats()
-            times[kind].append(1e3 * synchronized(lambda m=model, c=caches[kind]: m(token, cache=c, logits_to_keep=1)))
+            times[kind].append(1e3 * synchronized(partial(model, token, cache=caches[kind], logits_to_keep=1)))
             peaks[kind] = max(peaks[kind], torch.cuda.max_memory_allocated() - others)
     for kind in CACHES:
         steps = times[kind][WARM_UP:]

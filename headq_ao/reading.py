@@ -49,7 +49,7 @@ class ReadingLayer(LayerState):
         scaled, values = MappedQuery.scaled(q, scaling), codec.values
         assert values is not None
         exact = ExactRows(scaled, *self._exact_rows(q, position), values.read, values.mean)
-        runs = [(run.heads, *rows) for run, *rows in self.packed_rows(e, codec)]
+        runs = [(run.heads, keys, rows) for run, keys, rows in self.packed_rows(e, codec)]
         return attend_runs(*self._packed_query(scaled, 1.0, codec, e, position), runs, exact)
 
     def _one_epoch(self) -> int | None:
@@ -88,12 +88,12 @@ class ReadingLayer(LayerState):
     ) -> tuple[Tensor, Tensor]:
         parts = []
         for e in self._used_epochs():
-            query, *seen = self._packed_query(q, scaling, codec, e, position)
+            query, start, stop, valid = self._packed_query(q, scaling, codec, e, position)
             group, outs, lses = q.shape[1] // self.shape.n_kv_heads, [], []
             for run, keys, values in self.packed_rows(e, codec):
                 first, last, _ = run.heads.indices(self.shape.n_kv_heads)
                 of_run = query.of_heads(slice(first * group, last * group))
-                out, lse = decode_attention(of_run, keys, values, *seen)
+                out, lse = decode_attention(of_run, keys, values, start, stop, valid)
                 outs.append(out)
                 lses.append(lse)
             parts.append((over_heads(outs), over_heads(lses)))
