@@ -142,7 +142,7 @@ def microseconds(calls: Sequence[Callable[[], Any]], repeats: int) -> float:
 
 def cold(n_bytes: float) -> int:
     """Copies of rows of that size to rotate over."""
-    return max(2, min(32, round(COLD_BYTES / n_bytes + 0.5)))
+    return max(2, min(64, round(COLD_BYTES / n_bytes + 0.5)))
 
 
 def copy_bandwidth(device: torch.device, repeats: int) -> float:
