@@ -6,6 +6,7 @@ HIP device the command says that it did not run.
 
 import argparse
 import dataclasses
+import json
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -48,7 +49,7 @@ ends.
 examples:
   python -m headq_ao.evals.bench_gpu --json bench_gpu.json
   python -m headq_ao.evals.bench_gpu --cells 1x131072 --steps none     one length, kernels alone
-  python -m headq_ao.evals.bench_gpu --readme README.md                only fill the README's table
+  python -m headq_ao.evals.bench_gpu --readme README.md --plot gpu.png only fill the README's table and draw the figure
 """
 
 
@@ -306,6 +307,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.readme is not None:
             args.json = args.json or RESULT
             fill_readme(args, "bench_gpu", readme_table)
+            if args.plot is not None:
+                draw(json.loads(args.json.read_text(encoding="utf-8")), args.plot)
             return 0
         cells = parsed(args.cells, 64)
         steps = [] if args.steps == ["none"] else parsed(args.steps, 1)
@@ -345,10 +348,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     for batch, context, found in step_cells(measure_steps, args.layers, steps, device):
         keep("steps", {"batch": batch, "context": context, **found})
     if args.plot is not None:
-        from headq_ao.evals.bench_plot import plot_gpu
-
-        plot_gpu(result, args.plot)
+        draw(result, args.plot)
     return 0
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """The figure; needs matplotlib."""
+    from headq_ao.evals.bench_plot import plot_gpu
+
+    plot_gpu(result, path)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import transformers
 from headq_ao import attention
 
 VOCAB = 128
-DEVICE = os.environ.get("HEADQ_TEST_DEVICE", "cpu")  # of the tiny models and their tokens
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -85,7 +84,7 @@ def build_tiny(family="llama", head_dim=32, heads=4, kv_heads=2, layers=2, seed=
     model = (model_class or transformers.AutoModelForCausalLM).from_config(config).eval()
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.eos_token_id = None  # random models stop anywhere
-    return model.to(DEVICE)
+    return model
 
 
 @pytest.fixture
@@ -93,6 +92,6 @@ def token_ids():
     """``token_ids(batch, length, seed=0)``: random ids, special tokens left out."""
 
     def make(batch, length, seed=0):
-        return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+        return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
 
     return make

@@ -1,10 +1,10 @@
 """Quantized models on a GPU against the same models on the CPU. Skipped where there is none.
 
-More runs there with ``HEADQ_TEST_DEVICE=cuda``, which moves the tiny models of the other tests, and
-``python -m pytest tests/ops/triton_interpreted.py``, the kernels alone.
+The kernels alone run there with ``python -m pytest tests/ops/triton_interpreted.py``.
 """
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -47,15 +47,9 @@ def compare(model, config, tokens, chunks, limit=5e-3):
     assert relative(found, expected) <= limit
 
 
-@pytest.fixture
-def cpu_tiny(tiny):
-    """``tiny`` on the CPU, whatever device the tests have."""
-    return lambda *args, **options: tiny(*args, **options).cpu()
-
-
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "qwen3", "phi3", "gpt_neox", "gpt2"])
-def test_families(cpu_tiny, token_ids, family):
-    compare(cpu_tiny(family), headq_config(epoch_tokens=32), token_ids(2, PROMPT + STEPS).cpu(), [PROMPT] + [1] * STEPS)
+def test_families(tiny, token_ids, family):
+    compare(tiny(family), headq_config(epoch_tokens=32), token_ids(2, PROMPT + STEPS), [PROMPT] + [1] * STEPS)
 
 
 @pytest.mark.parametrize(
@@ -73,34 +67,34 @@ def test_families(cpu_tiny, token_ids, family):
     ],
     ids=str,
 )
-def test_settings(cpu_tiny, token_ids, options):
+def test_settings(tiny, token_ids, options):
     config = headq_config(epoch_tokens=32, **options)
-    compare(cpu_tiny(head_dim=64), config, token_ids(2, PROMPT + STEPS).cpu(), [PROMPT] + [1] * STEPS)
+    compare(tiny(head_dim=64), config, token_ids(2, PROMPT + STEPS), [PROMPT] + [1] * STEPS)
 
 
 @pytest.mark.parametrize("mean_bits", [2.25, 3.0])
-def test_calibrated(cpu_tiny, token_ids, tmp_path, mean_bits):
+def test_calibrated(tiny, token_ids, tmp_path, mean_bits):
     """Calibrated on the GPU, and read back from the file."""
-    model = cpu_tiny(head_dim=64)
-    rows = [r.cpu() for r in token_ids(4, 128, seed=1).split(1)]
+    model = tiny(head_dim=64)
+    rows = list(token_ids(4, 128, seed=1).split(1))
     on_gpu, on_cpu = (calibrate(m, rows, progress=False) for m in (copy.deepcopy(model).cuda(), model))
     on_gpu.save(tmp_path / "calibration.safetensors")
     config = headq_config(calibration=str(tmp_path / "calibration.safetensors"), mean_bits=mean_bits)
-    compare(model, config, token_ids(3, PROMPT + STEPS).cpu(), [PROMPT] + [1] * STEPS)
+    compare(model, config, token_ids(3, PROMPT + STEPS), [PROMPT] + [1] * STEPS)
     loaded = Calibration.load(tmp_path / "calibration.safetensors")
     assert loaded.meta == {**on_cpu.meta, **{k: loaded.meta[k] for k in loaded.meta if k not in on_cpu.meta}}
 
 
 @pytest.mark.parametrize("chunk", [8, 40])
-def test_chunks_on_history(cpu_tiny, token_ids, chunk):
+def test_chunks_on_history(tiny, token_ids, chunk):
     """A few queries at once go to the kernels, many to matrix products over unpacked tiles."""
-    compare(cpu_tiny(head_dim=64), headq_config(epoch_tokens=32), token_ids(2, 290).cpu(), [130] + [chunk] * 4)
+    compare(tiny(head_dim=64), headq_config(epoch_tokens=32), token_ids(2, 290), [130] + [chunk] * 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(cpu_tiny, token_ids, dtype):
+def test_half_precision(tiny, token_ids, dtype):
     """Near the fp32 model; 2-bit codes near a tie turn its rounding into whole levels."""
-    model = cpu_tiny(head_dim=64).cuda()
+    model = tiny(head_dim=64).cuda()
     half = copy.deepcopy(model).to(dtype)
     for m in (model, half):
         quantize_(m, headq_config(epoch_tokens=32))
@@ -108,10 +102,10 @@ def test_half_precision(cpu_tiny, token_ids, dtype):
     assert relative(run(half, tokens, chunks)[0], run(model, tokens, chunks)[0]) <= 0.1
 
 
-def test_padded_batch_and_generate(cpu_tiny, token_ids):
-    model = cpu_tiny()
+def test_padded_batch_and_generate(tiny, token_ids):
+    model = tiny()
     on_gpu = copy.deepcopy(model).cuda()
-    tokens = token_ids(2, 150).cpu()
+    tokens = token_ids(2, 150)
     mask = torch.ones_like(tokens)
     mask[0, :13] = 0
     out = []
@@ -123,14 +117,14 @@ def test_padded_batch_and_generate(cpu_tiny, token_ids):
     assert torch.equal(out[0], out[2]) and torch.equal(out[1], out[3])
 
 
-def test_kernels_are_used(cpu_tiny, token_ids, monkeypatch):
+def test_kernels_are_used(tiny, token_ids, monkeypatch):
     """Where the kernels are taken away, the numbers change in their last digits."""
-    model = cpu_tiny(head_dim=64).cuda()
+    model = tiny(head_dim=64).cuda()
     quantize_(model, headq_config(epoch_tokens=32))
     tokens = token_ids(2, PROMPT + STEPS)
     chunks = [PROMPT] + [1] * STEPS
     found, _ = run(model, tokens, chunks)
-    op = __import__("headq_ao.ops.decode_attention.op", fromlist=["optional"])
+    op = importlib.import_module("headq_ao.ops.decode_attention.op")
     monkeypatch.setattr(op, "optional", lambda name: None)
     expected, _ = run(model, tokens, chunks)
     assert gpu_build.optional("decode_attention.triton_kernel") is not None
@@ -138,9 +132,9 @@ def test_kernels_are_used(cpu_tiny, token_ids, monkeypatch):
     assert relative(found, expected) <= 5e-3
 
 
-def test_a_resting_step_does_not_wait_for_the_gpu(cpu_tiny, token_ids):
+def test_a_resting_step_does_not_wait_for_the_gpu(tiny, token_ids):
     """Nothing of HeadQ's in a decoding step synchronizes, so launches run ahead of the GPU."""
-    model = cpu_tiny(head_dim=64).cuda()
+    model = tiny(head_dim=64).cuda()
     quantize_(model, headq_config(epoch_tokens=32))
     tokens = token_ids(2, 200).cuda()
     _, cache = run(model, tokens, [130])
@@ -153,9 +147,9 @@ def test_a_resting_step_does_not_wait_for_the_gpu(cpu_tiny, token_ids):
             torch.cuda.set_sync_debug_mode("default")
 
 
-def test_compiled_decoding(cpu_tiny, token_ids):
+def test_compiled_decoding(tiny, token_ids):
     """One graph, no recompilation, the eager tokens; through Inductor."""
-    model = cpu_tiny().cuda()
+    model = tiny().cuda()
     quantize_(model, headq_config(k_bits=8, v_bits=8, epoch_tokens=32))
     for seed in (0, 1):
         ids = token_ids(1, 120, seed=seed).cuda()
