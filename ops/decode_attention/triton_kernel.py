@@ -13,7 +13,7 @@ instructions multiply those exactly. Each piece feeds one ``tl.dot`` with fp16 o
 
 Where ``c0`` belongs to the sums it is taken off afterwards, times the sum of the same rounded factors. ``M`` is the
 running maximum of ``s_j + log2 a_j`` less a headroom: weights fill fp16 to 2^14, and its normal numbers reach down to
-4e-7 of the largest. Tiles that all rows see whole, nearly all, are read without masks, their scales one tile ahead.
+1e-6 of the largest. Tiles that all rows see whole, nearly all, are read without masks, their scales one tile ahead.
 """
 
 import functools
