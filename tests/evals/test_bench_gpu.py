@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,6 +68,15 @@ def test_table_and_plot_of_a_result(tmp_path):
     assert "| m, 1 × 8 | 2.0 | 2.0 | 1.00 | 2.5 / 2.5 | 3 → 3 | 4 → 4 |" in text
     plot_gpu(result, tmp_path / "gpu.png")
     assert (tmp_path / "gpu.png").stat().st_size > 5000
+
+
+def test_readme_shows_the_stored_result(tmp_path):
+    readme = Path(__file__).resolve().parents[2] / "README.md"
+    copy = tmp_path / "README.md"
+    begin, end = "<!-- bench_gpu -->", "<!-- /bench_gpu -->"
+    copy.write_text(re.sub(f"{begin}.*{end}", begin + end, readme.read_text(), flags=re.DOTALL))
+    assert bench_gpu.main(["--readme", str(copy)]) == 0
+    assert copy.read_text() == readme.read_text()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
