@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -78,7 +79,7 @@ class HeadQConfig(AOBaseConfig):
     n_sink: int = 4
     residual_length: int = 64
     block_size: int = 32
-    calibration: Calibration | str | None = None
+    calibration: Calibration | str | os.PathLike[str] | None = None
     adapt: Adapt = "off"
     prior_tokens: int = 256
     epoch_tokens: int | None = None
@@ -87,6 +88,8 @@ class HeadQConfig(AOBaseConfig):
     version: int = CONFIG_VERSION
 
     def __post_init__(self) -> None:
+        if isinstance(self.calibration, os.PathLike):
+            self.calibration = os.fspath(self.calibration)
         for name in ("k_bits", "v_bits"):
             bits = getattr(self, name)
             if bits is not None and not _whole(bits, PIECES):

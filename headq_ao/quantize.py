@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -91,7 +92,7 @@ def _handle(model: nn.Module, config: HeadQConfig) -> nn.Module:
     shapes = layer_shapes(model.config)
     modules = attention_modules(model, len(shapes))
     calibration = config.calibration
-    if isinstance(calibration, str):
+    if isinstance(calibration, (str, os.PathLike)):
         calibration = Calibration.load(calibration)
     print_ = fingerprint(model)
     if calibration is not None:

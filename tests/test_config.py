@@ -229,6 +229,12 @@ def test_a_calibration_object_has_no_json():
     assert "Only a path fits into JSON" in HeadQConfig.__doc__
 
 
+def test_a_path_becomes_text(tmp_path):
+    config = headq_config(calibration=tmp_path / "calibration.safetensors")
+    assert config.calibration == str(tmp_path / "calibration.safetensors")
+    assert config_to_dict(config)["_data"]["calibration"] == config.calibration
+
+
 def test_each_field_is_documented():
     arguments = HeadQConfig.__doc__.split("Args:")[1]
     missing = [
