@@ -1,5 +1,7 @@
 """Flash-decoding of dense bf16 rows in Triton: the yardstick of ``bench_gpu``, near to full bandwidth."""
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -44,11 +46,17 @@ def _partial_kernel(
     tl.store(out_lse + line, tl.where(total == 0, float("-inf"), top + tl.log2(some)), mask=r < group)
 
 
+@functools.cache
+def _zero(device: torch.device) -> Tensor:
+    return torch.zeros(1, device=device)
+
+
 def bf16_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """``softmax(q kᵀ / √D) v`` fp32 for one token: ``q [B, Hq, 1, D]``, ``k``, ``v`` ``[B, Hkv, T, D]``, bf16."""
     batch, kv_heads, slots, d = k.shape
     heads, lines = q.shape[1], batch * q.shape[1]
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count
+    assert heads // kv_heads <= ROWS, "a program takes one group of query heads"
     splits = max(1, min(4 * processors // (batch * kv_heads), slots // 256))
     parts, part_lse = (torch.empty(splits, lines, *size, device=q.device) for size in ((d,), ()))
     out, lse = torch.empty(batch, heads, 1, d, device=q.device), torch.empty(batch, heads, 1, device=q.device)
@@ -57,7 +65,7 @@ def bf16_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         D=d, BLOCK=BLOCK, ROWS=ROWS, num_warps=4, num_stages=3,
     )  # fmt: skip
     triton_kernel.join_kernel[(lines, triton.cdiv(d, triton_kernel.BLOCK))](
-        parts, part_lse, torch.zeros(1, device=q.device), 0, out, lse, lines, splits,
+        parts, part_lse, _zero(q.device), 0, out, lse, lines, splits,
         D=d, BLOCK=triton_kernel.BLOCK, SPLITS=triton_kernel.JOINED, num_warps=4,
     )  # fmt: skip
     return out

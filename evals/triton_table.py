@@ -207,7 +207,7 @@ def loop_instructions(kernel: Any, chip: Chip) -> int:
             body = lines[labels[found[1]] : i + 1]
             if any(re.search(product, x) for x in body):
                 spans.append(sum(bool(re.match(counted, x)) for x in body))
-    return min(spans)
+    return min(spans, default=0)
 
 
 def roofline(case: Case, instructions: float, chip: Chip) -> dict[str, Any]:

@@ -171,7 +171,8 @@ class KeyCodec(Codec):
         dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         heads, mapping = self.mean.shape[1], self.query_map(sign, dtype)
         b, hq, s, _ = q.shape
-        grouped = (q.to(dtype) * scaling).reshape(b, heads, -1, q.shape[-1])  # [B, Hkv, G·S, D]
+        scaled = q.to(dtype) if scaling == 1 else q.to(dtype) * scaling
+        grouped = scaled.reshape(b, heads, -1, q.shape[-1])  # [B, Hkv, G·S, D]
         if b > 1 and mapping.shape[0] == 1:  # one product for each head: a batched one would copy the mapping
             mapped = (grouped.transpose(0, 1).flatten(1, 2) @ mapping[0]).unflatten(1, (b, -1)).transpose(0, 1)
         else:

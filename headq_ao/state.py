@@ -1,13 +1,14 @@
 """Storage of the cache layer: packed rows that grow geometrically, exact rows of a fixed few, and per-row counts."""
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from headq_ao.ops.gpu_build import numbers_on
 
 
 @dataclass
@@ -178,13 +179,7 @@ def storage_bytes(tensors: Sequence[Tensor]) -> int:
 
 
 def int_tensor(values: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """A small int64 tensor on the device, not to be written to: the layers of a model ask for the same ones."""
+    """A small int64 tensor on the device, not to be written to."""
     if device.type == "cpu":
         return torch.tensor(values, dtype=torch.int64)
-    return _on_device(tuple(map(tuple, values)), device)
-
-
-@functools.lru_cache(maxsize=32)
-def _on_device(values: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)
+    return numbers_on(tuple(map(tuple, values)), torch.int64, device)

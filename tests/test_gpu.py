@@ -14,7 +14,7 @@ from headq_ao import Calibration, HeadQCache, calibrate, headq_config, quantize_
 from headq_ao.ops import gpu_build
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-PROMPT, STEPS = 90, 80  # the default's first block closes after 96 tokens, the next ones 32 tokens later
+PROMPT, STEPS = 90, 80  # the default's first block closes after 100 tokens, the next ones 32 tokens later
 AFFINE = {"key_codec": "affine", "value_codec": "affine"}
 
 

@@ -549,18 +549,24 @@ def test_wrong_shapes_are_refused():
 # (c) packed_fraction counts real reads
 
 
-def test_reads_are_counted_by_hand():
-    """n_sink 4, residual 32, blocks of 16, 100 tokens: 4 + 48 packed (three blocks) + 48 exact."""
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_reads_are_counted_by_hand(dtype):
+    """n_sink 4, residual 32, blocks of 16, 100 tokens: 64 packed (four blocks) and 36 exact; one token has a path of
+    its own in float32."""
     layer, codec = make({"epoch_tokens": 16})
-    q, k, v = stream(1, 103)
+    q, k, v = stream(1, 104, dtype=dtype)
     layer.update(k[:, :, :100], v[:, :, :100])
     layer.count_exact_reads()
     layer.commit(q[:, :, :100], codec)
     assert layer.rows_read == [0, 100 * 101 // 2]
     assert layer.rows[0].packed == (100 - 4 - 32) // 16 * 16 == 64
-    layer.update(k[:, :, 100:], v[:, :, 100:])
-    layer.attend(q[:, :, 100:], 1.0, codec)
+    layer.update(k[:, :, 100:103], v[:, :, 100:103])
+    layer.attend(q[:, :, 100:103], 1.0, codec)
     assert layer.rows_read == [3 * 64, 5050 + 101 + 102 + 103]
+    layer.commit(q[:, :, 100:103], codec)
+    layer.update(k[:, :, 103:], v[:, :, 103:])
+    layer.attend(q[:, :, 103:], 1.0, codec)
+    assert layer.rows_read == [4 * 64, 5050 + 101 + 102 + 103 + 104]
 
 
 def test_reads_of_padded_rows_by_hand():

@@ -317,11 +317,12 @@ def test_other_ops_are_refused_by_name(packed, op):
 
 @pytest.fixture
 def history():
-    return HeadQHistory(object(), randn(2, 3, 1, 16), randn(2, 3, 1, 16), 100)
+    return HeadQHistory(object(), randn(2, 3, 1, 16), torch.zeros(2, 3, 1, 16), 100)
 
 
 def test_history_shows_the_shape_of_all_rows(history):
     assert (tuple(history.shape), history.dtype, history.new_keys.shape[2]) == ((2, 3, 100, 16), torch.float32, 1)
+    assert history.new_keys.any() and not history.new_values.any()
     assert repr(history) == "HeadQHistory(shape=(2, 3, 100, 16), dtype=torch.float32)"
     assert (history.ndim, history.size(2), len(history)) == (4, 100, 2)
 

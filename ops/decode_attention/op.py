@@ -136,7 +136,7 @@ def attend(
         torch.Size([1, 2, 1, 16])
     """
     _check_packed(q, keys, values, start, stop, valid)
-    _check_exact(exact)
+    _check_exact(q, exact)
     out: Tensor = (ATTEND_KERNELS[q.codes.device.type] if direct(q.codes) else _attend)(
         q.codes, q.bias, q.zero, q.gauge, keys.planes, list(keys.bits), keys.scale, keys.zero,
         values.planes, values.bits[0], values.scale, values.zero, start, stop, valid,
@@ -165,19 +165,15 @@ def attend_runs(
     Raises:
         ValueError: when shapes do not fit each other.
     """
-    served = direct(q.codes) and q.codes.is_cuda and exact.k.dtype == exact.v.dtype
-    kernel = _kernel(q.codes, runs[0][1].planes) if served and exact.k.dtype in cpu_kernel.EXACT_DTYPES else None
+    _check_exact(q, exact)
+    _check_runs(runs, exact.k.shape[1])
+    for _, keys, values in runs:
+        _check_rows(q, keys, values, start, stop, valid)
+    if direct(q.codes) and q.codes.is_cuda and known_dtype(exact):
+        kernel = _kernel(q.codes, runs[0][1].planes)
+        if kernel is not None:
+            return launch_runs(kernel, q, start, stop, valid, runs, exact)
     kv_heads = exact.k.shape[1]
-    if kernel is not None:
-        _check_exact(exact)
-        of_kernel = []
-        for heads, keys, values in runs:
-            _check_rows(q, keys, values, start, stop, valid)
-            of_keys, of_values = (keys.planes, keys.bits, keys.scale, keys.zero), (values.scale, values.zero)
-            first = heads.indices(kv_heads)[0]
-            of_kernel.append(kernel.Run(first, *of_keys, values.planes, values.bits[0], *of_values))
-        out: Tensor = kernel.attend(q.codes, q.bias, q.zero, q.gauge, of_kernel, start, stop, valid, exact)
-        return out
     group, outs = q.codes.shape[1] // kv_heads, []
     for heads, keys, values in runs:
         first, last, _ = heads.indices(kv_heads)
@@ -187,6 +183,20 @@ def attend_runs(
         of_run = ExactRows(exact.q[:, of_q], exact.k[:, heads], exact.v[:, heads], exact.start, exact.stop, read, mean)
         outs.append(attend(q.of_heads(of_q), keys, values, start, stop, valid, of_run))
     return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
+
+
+def launch_runs(
+    kernel: ModuleType, q: MappedQuery, start: Tensor, stop: Tensor, valid: Tensor | None,
+    runs: Sequence[tuple[slice, Rows, Rows]], exact: ExactRows,
+) -> Tensor:  # fmt: skip
+    """:func:`attend_runs` by the module of Triton kernels, of arguments that were checked."""
+    of_kernel = []
+    for heads, keys, values in runs:
+        of_keys, of_values = (keys.planes, keys.bits, keys.scale, keys.zero), (values.scale, values.zero)
+        first = heads.indices(exact.k.shape[1])[0]
+        of_kernel.append(kernel.Run(first, *of_keys, values.planes, values.bits[0], *of_values))
+    out: Tensor = kernel.attend(q.codes, q.bias, q.zero, q.gauge, of_kernel, start, stop, valid, exact)
+    return out
 
 
 def merge_segments(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -283,8 +293,7 @@ _attend = torch.library.custom_op("headq::attend", _attend_parts, mutates_args=(
 @_attend.register_kernel("cpu")
 def _attend_cpu(q, bias, zero_query, gauge, key_planes, *rest):
     packed, exact = rest[:-7], cpu_kernel.ExactRows(*rest[-7:])
-    known = exact.k.dtype == exact.v.dtype and exact.k.dtype in cpu_kernel.EXACT_DTYPES
-    lib = cpu_kernel.library() if known and q.dtype == torch.float32 else None
+    lib = cpu_kernel.library() if known_dtype(exact) and q.dtype == torch.float32 else None
     if lib is None or q.shape[2] > QUERY_TILE:
         return _attend_parts(q, bias, zero_query, gauge, key_planes, *rest)
     return cpu_kernel.decode_attention(lib, q, bias, zero_query, gauge, key_planes, *packed, exact=exact)[0]
@@ -295,8 +304,7 @@ def _attend_cuda(q, bias, zero_query, gauge, key_planes, *rest):
     """Two launches of Triton kernels, on CUDA and HIP; fp64, long chunks and empty stores keep to the parts."""
     *packed, start, stop, valid = rest[:-7]
     exact = cpu_kernel.ExactRows(*rest[-7:])
-    known = exact.k.dtype == exact.v.dtype and exact.k.dtype in cpu_kernel.EXACT_DTYPES
-    kernel = _kernel(q, key_planes) if known else None
+    kernel = _kernel(q, key_planes) if known_dtype(exact) else None
     if kernel is None:
         return _attend_parts(q, bias, zero_query, gauge, key_planes, *rest)
     runs = [kernel.Run(0, key_planes, *packed)]
@@ -363,13 +371,53 @@ def _check_packed(q: MappedQuery, keys: Rows, values: Rows, start: Tensor, stop:
     _check_rows(q, keys, values, start, stop, valid)
 
 
-def _check_exact(exact: ExactRows) -> None:
-    """Raise ValueError where exact rows do not fit each other."""
-    if exact.k.shape != exact.v.shape or exact.q.shape[-1] != exact.k.shape[-1]:
+def _check_exact(q: MappedQuery, exact: ExactRows) -> None:
+    """Raise ValueError where exact rows do not fit each other or the queries: compiled kernels read them by address."""
+    batch, heads, new = of_q = q.codes.shape[:3]
+    if exact.k.shape != exact.v.shape or exact.q.shape[-1] != exact.k.shape[-1] or exact.k.shape[0] != batch:
         raise ValueError(
-            f"exact rows must share their shape and the head_dim of q, got {tuple(exact.k.shape)}, "
+            f"exact rows must share their shape, the batch {batch} and the head_dim of q, got {tuple(exact.k.shape)}, "
             f"{tuple(exact.v.shape)} and {tuple(exact.q.shape)}"
         )
+    kv_heads, head_dim = exact.k.shape[1], exact.k.shape[3]
+    if exact.q.shape[:3] != of_q or exact.q.dtype != q.codes.dtype or heads % kv_heads:
+        raise ValueError(
+            f"the exact rows' queries must be {tuple(of_q)} {q.codes.dtype}, of a multiple of {kv_heads} heads, "
+            f"got {tuple(exact.q.shape)} {exact.q.dtype}"
+        )
+    for name, x in (("start", exact.start), ("stop", exact.stop)):
+        if x.shape != (batch, new) or x.dtype != torch.int64:
+            raise ValueError(f"exact {name} must be int64 {(batch, new)}, got {x.dtype} {tuple(x.shape)}")
+    for name, y, trailing in (("read", exact.read, (head_dim, head_dim)), ("mean", exact.mean, (head_dim,))):
+        if y is None:
+            continue
+        fits = y.shape[0] in (1, batch) and y.shape[1] in (1, kv_heads) and y.shape[2:] == trailing
+        if not fits or y.dtype not in (torch.float32, q.codes.dtype):
+            raise ValueError(
+                f"{name} must be float32 [{batch} or 1, {kv_heads} or 1, {', '.join(map(str, trailing))}], "
+                f"got {y.dtype} {tuple(y.shape)}"
+            )
+
+
+def _check_runs(runs: Sequence[tuple[slice, Rows, Rows]], kv_heads: int) -> None:
+    """Raise ValueError where packed runs do not cover the KV heads in order, or differ in slots."""
+    covered, slots = 0, set()
+    for heads, keys, values in runs:
+        first, last, _ = heads.indices(kv_heads)
+        if not keys.planes or not values.planes or first != covered or keys.planes[0].shape[1] != last - first:
+            break
+        covered = last
+        slots.add(keys.planes[0].shape[2])
+    if covered != kv_heads or len(slots) != 1:
+        shown = [(heads, tuple(keys.planes[0].shape) if keys.planes else None) for heads, keys, _ in runs]
+        raise ValueError(
+            f"runs must be packed rows of all {kv_heads} KV heads in order, of the same slots, got {shown}"
+        )
+
+
+def known_dtype(exact: ExactRows) -> bool:
+    """Whether the kernels read exact rows of this dtype."""
+    return exact.k.dtype == exact.v.dtype and exact.k.dtype in cpu_kernel.EXACT_DTYPES
 
 
 def _check_rows(q: MappedQuery, keys: Rows, values: Rows, start: Tensor, stop: Tensor, valid: Tensor | None) -> None:

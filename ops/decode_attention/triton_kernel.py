@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from headq_ao.ops.decode_attention.cpu_kernel import ExactRows
+from headq_ao.ops.gpu_build import numbers_on
 from headq_ao.ops.layout import PIECES, plane_columns, plane_pieces
 
 MOST_SPLITS, LEAST_SLOTS = 512, 128  # of a split
@@ -180,8 +181,8 @@ def _number(x, strides, b, h, t, here):
 
 @triton.jit
 def _log2(x):
-    """``log2 |x|``, up to 0.09 too small: exponent and mantissa of an fp32, read as one number."""
-    return tl.abs(x).to(tl.int32, bitcast=True).to(tl.float32) * 2.0**-23 - 127.0
+    """``log2 |x|``, up to 0.09 too small, of at least 2^-24: exponent and mantissa of an fp32, read as one number."""
+    return tl.maximum(tl.abs(x), 2.0**-24).to(tl.int32, bitcast=True).to(tl.float32) * 2.0**-23 - 127.0
 
 
 @triton.jit
@@ -618,7 +619,7 @@ def attend(
             parts, part_lse, *_rows(gauge), exact.q.contiguous(), k, k.stride()[:2], v, v.stride()[:2],
             exact.start.contiguous(), exact.stop.contiguous(),
             read, read.stride(), mean, None if mean is None else mean.stride(), out,
-            heads, heads // kv_heads, new, lines, counts(of_heads, q.device), k.shape[2],
+            heads, heads // kv_heads, new, lines, numbers_on(of_heads, torch.int32, q.device), k.shape[2],
             D=head_dim, D_PADDED=padded, BLOCK=BLOCK, TILE=min(JOINED, 8192 // padded), SPLITS=JOINED, num_warps=8,
         )  # fmt: skip
     return out
@@ -661,18 +662,11 @@ def partial_attention(
     return parts, part_lse, of_runs
 
 
-@functools.lru_cache(maxsize=64)
-def counts(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    """Small numbers on the device, int32; layers and steps ask for the same ones."""
-    with torch.inference_mode(False):
-        return torch.tensor(numbers, dtype=torch.int32).to(device, non_blocking=True)
-
-
 @functools.lru_cache(maxsize=256)
 def launch(head_dim: int, value_bits: int, backend: str) -> tuple[dict[str, Any], int]:
-    """Options of :func:`partial_kernel`'s launch, and how many of its programs an NVIDIA processor holds at a time.
+    """Options of :func:`partial_kernel`'s launch, and how many of its programs a processor holds at a time at least.
 
-    One warp a program where its registers suffice, for it waits for no other. Threads use 170 to 255 registers.
+    One warp a program where its registers suffice, for it waits for no other. Threads use 130 to 255 registers.
     """
     planes = len(PIECES[value_bits])
     warps = (2 if head_dim > 128 or planes == 2 else 1) * (2 if backend == "hip" else 1)

@@ -182,7 +182,8 @@ def feedback_codes(
     y, metric, feedback, step = (x.float() for x in (y, metric, feedback, step))
     padded = max(BLOCK.value, triton.next_power_of_2(width))
     blocks = triton.cdiv(width, BLOCK.value)
-    tile = tiling(padded)
+    with torch.cuda.device_of(y):
+        tile = tiling(padded)
     in_tiles = (triton.cdiv(rows, tile["ROWS"]), tile["ROWS"])
     spare, spare_rows = blocks * BLOCK.value - width, -rows % tile["ROWS"]
 

@@ -15,6 +15,7 @@ from headq_ao.ops import (
     MappedQuery,
     Rows,
     attend,
+    attend_runs,
     cpu_build,
     decode_attention,
     encode_keys,
@@ -338,5 +339,31 @@ def test_attend_opcheck(shape):
 def test_attend_refuses_rows_that_do_not_fit():
     case = make(*SHAPES[0])
     rows = exact_rows(case)
-    with pytest.raises(ValueError, match="exact rows must share their shape"):
-        attend(*case, rows._replace(v=rows.v[:, :, :5]))
+    for part, message in [
+        ({"v": rows.v[:, :, :5]}, "exact rows must share their shape"),
+        ({"k": rows.k[:, :, :, :8], "v": rows.v[:, :, :, :8]}, "exact rows must share their shape"),
+        ({"q": rows.q[:, :3]}, "the exact rows' queries must be"),
+        ({"q": rows.q.double()}, "the exact rows' queries must be"),
+        ({"start": rows.start.int()}, "exact start must be int64"),
+        ({"stop": rows.stop[:, :0]}, "exact stop must be int64"),
+        ({"read": rows.read[..., :8]}, "read must be float32"),
+        ({"read": rows.read.double()}, "read must be float32"),
+        ({"mean": rows.mean[:, :1, :8]}, "mean must be float32"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            attend(*case, rows._replace(**part))
+
+
+def test_attend_runs_is_attend_run_by_run():
+    q, keys, values, start, stop, valid = case = make(*SHAPES[0])
+    rows = exact_rows(case)
+    cut = [
+        (part, *(dataclasses.replace(r, planes=[p[:, part] for p in r.planes], scale=r.scale[:, part]) for r in sides))
+        for part in (slice(0, 1), slice(1, 3))
+        for sides in [(keys, values)]
+    ]
+    whole = attend(*case, rows)
+    torch.testing.assert_close(attend_runs(q, start, stop, valid, cut, rows), whole, rtol=0, atol=1e-6)
+    for runs in ([], cut[:1], cut[::-1], [cut[0], (slice(1, 2), *cut[1][1:])]):
+        with pytest.raises(ValueError, match="runs must be packed rows of all 3 KV heads in order"):
+            attend_runs(q, start, stop, valid, runs, rows)

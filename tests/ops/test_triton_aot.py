@@ -11,7 +11,7 @@ from headq_ao.ops.layout import PIECES
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.slow
-LEAST_WARPS = 8  # on a processor: four blocks, each with a tile of loads in flight
+LEAST_WARPS = 8  # on a processor: two for each of its schedulers
 
 
 def budget(found):
