@@ -666,12 +666,16 @@ def partial_attention(
 def launch(head_dim: int, value_bits: int, backend: str) -> tuple[dict[str, Any], int]:
     """Options of :func:`partial_kernel`'s launch, and how many of its programs a processor holds at a time at least.
 
-    One warp a program where its registers suffice, for it waits for no other. Threads use 130 to 255 registers.
+    One warp a program where its registers suffice, for it waits for no other; on CUDA threads make do with as many as
+    65536 leave to each of the warps that are held.
     """
     planes = len(PIECES[value_bits])
     warps = (2 if head_dim > 128 or planes == 2 else 1) * (2 if backend == "hip" else 1)
-    options = {"num_warps": warps, "num_stages": STAGES[backend], "enable_fp_fusion": True}
-    return options, (8 if planes == 2 or 64 < head_dim <= 128 else 10) // warps
+    held = 8 if planes == 2 or 64 < head_dim <= 128 else 10
+    options: dict[str, Any] = {"num_warps": warps, "num_stages": STAGES[backend], "enable_fp_fusion": True}
+    if backend == "cuda":
+        options["maxnreg"] = min(65536 // (32 * held) // 8 * 8, 255)
+    return options, held // warps
 
 
 def split_count(slots: int, programs: int, held: int, device: torch.device) -> int:
