@@ -62,10 +62,10 @@ def bf16_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     out, lse = torch.empty(batch, heads, 1, d, device=q.device), torch.empty(batch, heads, 1, device=q.device)
     _partial_kernel[(batch * kv_heads, splits)](
         q, k, v, parts, part_lse, d**-0.5 * LOG2E, slots, splits, heads // kv_heads,
-        D=d, BLOCK=BLOCK, ROWS=ROWS, num_warps=4, num_stages=3,
+        D=d, BLOCK=BLOCK, ROWS=ROWS, num_warps=4, num_stages=3, enable_fp_fusion=True,
     )  # fmt: skip
     triton_kernel.join_kernel[(lines, triton.cdiv(d, triton_kernel.BLOCK))](
         parts, part_lse, _zero(q.device), 0, out, lse, lines, splits,
-        D=d, BLOCK=triton_kernel.BLOCK, SPLITS=triton_kernel.JOINED, num_warps=4,
+        D=d, BLOCK=triton_kernel.BLOCK, SPLITS=triton_kernel.JOINED, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return out

@@ -594,7 +594,7 @@ def decode_attention(
         parts, part_lse, (splits,) = partial_attention(q, bias, zero_query, [run], start, stop, valid, splits)
         join_kernel[(lines, triton.cdiv(head_dim, BLOCK))](
             parts, part_lse, *_rows(gauge), out, lse, lines, splits,
-            D=head_dim, BLOCK=BLOCK, SPLITS=JOINED, num_warps=4,
+            D=head_dim, BLOCK=BLOCK, SPLITS=JOINED, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return out, lse
 
@@ -620,7 +620,8 @@ def attend(
             exact.start.contiguous(), exact.stop.contiguous(),
             read, read.stride(), mean, None if mean is None else mean.stride(), out,
             heads, heads // kv_heads, new, lines, numbers_on(of_heads, torch.int32, q.device), k.shape[2],
-            D=head_dim, D_PADDED=padded, BLOCK=BLOCK, TILE=min(JOINED, 8192 // padded), SPLITS=JOINED, num_warps=8,
+            D=head_dim, D_PADDED=padded, BLOCK=BLOCK, TILE=min(JOINED, 8192 // padded), SPLITS=JOINED,
+            num_warps=8, enable_fp_fusion=True,
         )  # fmt: skip
     return out
 
