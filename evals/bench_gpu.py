@@ -20,7 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from tqdm.auto import tqdm
 
 from headq_ao.evals.bench_gpu_model import measure_steps, step_cells
-from headq_ao.evals.bench_result import add_result_options, check_whole
+from headq_ao.evals.bench_result import add_result_options, check_whole, speedup
 from headq_ao.evals.bench_rows import relative_error
 from headq_ao.evals.environment import environment, write_json
 from headq_ao.evals.table import fill_readme, markdown_table
@@ -198,8 +198,7 @@ def compare(case: Case, batch: int, slots: int, device: torch.device, repeats: i
     exact = beside(case, batch, device)
     beside_packed = [partial(attend, q, k, v, start, stop, None, exact) for q, k, v, start, stop in rows]
     whole = microseconds(beside_packed, repeats)
-    del beside_packed
-    del rows
+    del beside_packed, rows
     times = {"packed": ours, "attend": whole, **dense_times(case, batch, slots, device, repeats)}
     torch.cuda.empty_cache()
     dense = 4e-3 * batch * case.kv_heads * slots * case.head_dim
@@ -207,11 +206,6 @@ def compare(case: Case, batch: int, slots: int, device: torch.device, repeats: i
         **dataclasses.asdict(case), "batch": batch, "slots": slots, "microseconds": times,
         "packed_gb_per_s": 1e-3 * moved / ours, "bf16_gb_per_s": dense / times["bf16"],
     }  # fmt: skip
-
-
-def speedup(row: dict[str, Any]) -> dict[str, float]:
-    """How many times as fast as each baseline packed and exact rows are read."""
-    return {name: row["microseconds"][name] / row["microseconds"]["attend"] for name in BASELINES}
 
 
 def encode_times(device: torch.device, repeats: int) -> list[dict[str, Any]]:
@@ -243,7 +237,7 @@ def readme_table(result: dict[str, Any]) -> str:
         rows.append([
             f"{r['heads']}/{r['kv_heads']}/{r['head_dim']}, {r['k_bits']}/{r['v_bits']}",
             f"{r['batch']} × {r['slots']:,}", *(f"{us[name]:.1f}" for name in ("packed", "attend", *BASELINES)),
-            " / ".join(f"{x:.2f}" for x in speedup(r).values()),
+            " / ".join(f"{speedup(r)[name]:.2f}" for name in BASELINES),
             f"{r['packed_gb_per_s']:.0f} / {r['bf16_gb_per_s']:.0f}",
         ])  # fmt: skip
     text = [markdown_table(head, rows)]

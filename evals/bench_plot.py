@@ -3,6 +3,8 @@
 import os
 from typing import Any
 
+from headq_ao.evals.bench_result import speedup
+
 # colours that stay apart for colour-blind readers (Okabe and Ito)
 COLORS = {
     "bf16": ("bf16 C++", "#0072b2"),
@@ -12,10 +14,7 @@ COLORS = {
     "external": ("external bf16 C++", "#e69f00"),
 }
 CACHE_COLORS = {"dense": ("DynamicCache", "#8c8c8c"), "packed": ("HeadQ", "#d55e00")}
-GPU_COLORS = {
-    "bf16": ("bf16 Triton", "#0072b2"), "gqa": ("SDPA bf16, enable_gqa", "#8c8c8c"),
-    "folded": ("SDPA bf16, folded", "#009e73"),
-}  # fmt: skip
+GPU_COLORS = {"bf16": ("bf16 Triton", COLORS["bf16"][1]), "gqa": COLORS["gqa"], "folded": COLORS["folded"]}
 RATIOS = [m * 10**e for e in range(-3, 4) for m in (1, 2, 5)]
 STYLES = ("-", "--", ":", "-.")
 
@@ -46,12 +45,7 @@ def plot_decode(result: dict[str, Any], path: str | os.PathLike[str]) -> None:
         axes.axhline(1, color="black", linewidth=0.8)
         axes.set(xscale="log", yscale="log", xlabel="context (tokens)", title=f"heads {shape}")
         tidy(axes, sorted({c["context"] for c in result["cells"]}))
-    low, high = panels[0][0].get_ylim()
-    ticks = [x for x in RATIOS if low <= x <= high]
-    panels[0][0].set_yticks(ticks, [f"{x:g}" for x in ticks])
-    panels[0][0].set_ylabel(f"packed rows ({setting}): times as fast as …")
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(shapes) + 1, frameon=False, fontsize=9)
+    finish_ratios(figure, panels[0][0], f"packed rows ({setting}): times as fast as …", len(shapes) + 1)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -108,20 +102,25 @@ def plot_gpu(result: dict[str, Any], path: str | os.PathLike[str]) -> None:
     )
     for axes, (name, rows) in zip(all_axes[0], panels.items(), strict=True):
         for i, (baseline, (label, color)) in enumerate(GPU_COLORS.items()):
-            at, times = [x + (i - 1) * 0.27 for x in range(len(rows))], [r["microseconds"] for r in rows]
-            axes.bar(at, [us[baseline] / us["attend"] for us in times], width=0.25, color=color, label=label)
+            at = [x + (i - 1) * 0.27 for x in range(len(rows))]
+            axes.bar(at, [speedup(r)[baseline] for r in rows], width=0.25, color=color, label=label)
         axes.axhline(1, color="black", linewidth=0.8)
         axes.set(yscale="log", title=name, xlabel="batch × rows")
         tidy(axes, [])
         axes.set_xticks(range(len(rows)), [f"{r['batch']} × {r['slots'] // 1024}k" for r in rows], rotation=30)
-    low, high = all_axes[0][0].get_ylim()
-    ticks = [x for x in RATIOS if low <= x <= high]
-    all_axes[0][0].set_yticks(ticks, [f"{x:g}" for x in ticks])
-    all_axes[0][0].set_ylabel("packed and exact rows: times as fast as …")
-    handles, labels = all_axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    finish_ratios(figure, all_axes[0][0], "packed and exact rows: times as fast as …", 3)
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def finish_ratios(figure: Any, first: Any, label: str, columns: int) -> None:
+    """Ticks and label of the ratios that all panels share, on the first of them, and one legend for all."""
+    low, high = first.get_ylim()
+    ticks = [x for x in RATIOS if low <= x <= high]
+    first.set_yticks(ticks, [f"{x:g}" for x in ticks])
+    first.set_ylabel(label)
+    handles, labels = first.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
 
 
 def pyplot() -> Any:

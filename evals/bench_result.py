@@ -24,6 +24,12 @@ def check_whole(result: dict[str, Any]) -> None:
         raise ValueError(f"the result is not whole: {result.get('refused') or 'the run was interrupted'}")
 
 
+def speedup(row: dict[str, Any]) -> dict[str, float]:
+    """Of a row of :mod:`headq_ao.evals.bench_gpu`: how many times as fast as in each other way all rows are read."""
+    times = row["microseconds"]
+    return {name: us / times["attend"] for name, us in times.items()}
+
+
 def each(found: Sequence[Any], show: Callable[[Any], str]) -> str:
     """What each number of threads gave, beside each other; a dash for None."""
     return " / ".join("–" if x is None else show(x) for x in found)

@@ -168,11 +168,9 @@ class KeyCodec(Codec):
         ``k_hat = mean + zero·1 + σ·step·(c − c0)`` in the base and ``(q @ P)·z`` for the side code give
         ``s = σ (q̃·c + b) + m h + q·μ`` with ``q̃ = [(q @ read)·step, sign·(q @ side_read)·side_step]``.
         """
-        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-        heads, mapping = self.mean.shape[1], self.query_map(sign, dtype)
-        b, hq, s, _ = q.shape
-        scaled = q.to(dtype) if scaling == 1 else q.to(dtype) * scaling
-        grouped = scaled.reshape(b, heads, -1, q.shape[-1])  # [B, Hkv, G·S, D]
+        q = MappedQuery.scaled(q, scaling)
+        mapping, (b, hq, s, head_dim) = self.query_map(sign, q.dtype), q.shape
+        grouped = q.reshape(b, self.mean.shape[1], -1, head_dim)  # [B, Hkv, G·S, D]
         if b > 1 and mapping.shape[0] == 1:  # one product for each head: a batched one would copy the mapping
             mapped = (grouped.transpose(0, 1).flatten(1, 2) @ mapping[0]).unflatten(1, (b, -1)).transpose(0, 1)
         else:

@@ -235,7 +235,7 @@ def _query_planes(q: Tensor, bits: tuple[int, ...]) -> tuple[bool, list[Tensor],
 
     As it is where all coordinates have the same bits and fill whole granules: a plane then weighs by a power of two.
     """
-    if one_query(bits) and (row := _row_stride(q.shape, q.stride())) is not None:
+    if one_query(bits) and (row := row_stride(q.shape, q.stride())) is not None:
         return True, [q] * 3, [row] * 3
     planes = [p.contiguous() for p in query_planes(q, bits)]
     planes += planes[:1] * (3 - len(planes))
@@ -243,7 +243,7 @@ def _query_planes(q: Tensor, bits: tuple[int, ...]) -> tuple[bool, list[Tensor],
 
 
 @functools.lru_cache(maxsize=1024)
-def _row_stride(shape: tuple[int, ...], stride: tuple[int, ...]) -> int | None:
+def row_stride(shape: tuple[int, ...], stride: tuple[int, ...]) -> int | None:
     """The distance of rows ``[.., n]`` of ``[B, H, S, n]`` that lie evenly, None where they do not."""
     b, h, s, n = shape
     row = stride[2] if s > 1 else stride[1] if h > 1 else stride[0] if b > 1 else n
@@ -255,7 +255,7 @@ def _rows(*tensors: Tensor) -> tuple[Sequence[Tensor], int]:
     """``[B, H, S]`` tensors of one shape whose entries all lie one distance apart."""
     first, *others = [x.stride() for x in tensors]
     if all([stride == first for stride in others]):
-        row = _row_stride((*tensors[0].shape, 1), (*first, 1))
+        row = row_stride((*tensors[0].shape, 1), (*first, 1))
         if row is not None:
             return tensors, row
     return [x.contiguous() for x in tensors], 1
@@ -263,7 +263,7 @@ def _rows(*tensors: Tensor) -> tuple[Sequence[Tensor], int]:
 
 def _set_exact(args: _Args, x: ExactRows) -> list[Tensor]:
     """Fill in exact rows; returns the tensors that must live until the call returns."""
-    row = _row_stride(x.q.shape, x.q.stride())
+    row = row_stride(x.q.shape, x.q.stride())
     q, row = (x.q, row) if row is not None else (x.q.contiguous(), x.q.shape[-1])
     k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (x.k, x.v))
     start, stop, read = x.start.contiguous(), x.stop.contiguous(), x.read.contiguous()

@@ -35,7 +35,8 @@ class MappedQuery:
     @staticmethod
     def scaled(q: Tensor, scaling: float) -> Tensor:
         """``q · scaling``, fp32 or fp64."""
-        return q.to(torch.float64 if q.dtype == torch.float64 else torch.float32) * scaling
+        q = q.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
+        return q if scaling == 1 else q * scaling
 
     @classmethod
     def exact(cls, q: Tensor, scaling: float) -> "MappedQuery":
@@ -137,6 +138,13 @@ def attend(
     """
     _check_packed(q, keys, values, start, stop, valid)
     _check_exact(q, exact)
+    return _attend_run(q, keys, values, start, stop, valid, exact)
+
+
+def _attend_run(
+    q: MappedQuery, keys: Rows, values: Rows, start: Tensor, stop: Tensor, valid: Tensor | None, exact: ExactRows
+) -> Tensor:
+    """:func:`attend` of arguments that were checked."""
     out: Tensor = (ATTEND_KERNELS[q.codes.device.type] if direct(q.codes) else _attend)(
         q.codes, q.bias, q.zero, q.gauge, keys.planes, list(keys.bits), keys.scale, keys.zero,
         values.planes, values.bits[0], values.scale, values.zero, start, stop, valid,
@@ -181,7 +189,7 @@ def attend_runs(
         read, mean = (x if x is None or x.shape[1] == 1 else x[:, heads] for x in (exact.read, exact.mean))
         assert read is not None
         of_run = ExactRows(exact.q[:, of_q], exact.k[:, heads], exact.v[:, heads], exact.start, exact.stop, read, mean)
-        outs.append(attend(q.of_heads(of_q), keys, values, start, stop, valid, of_run))
+        outs.append(_attend_run(q.of_heads(of_q), keys, values, start, stop, valid, of_run))
     return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
 
 

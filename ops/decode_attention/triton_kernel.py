@@ -17,7 +17,6 @@ running maximum of ``s_j + log2 a_j`` less a headroom: weights fill fp16 to 2^14
 """
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -26,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headq_ao.ops.decode_attention.cpu_kernel import ExactRows
+from headq_ao.ops.decode_attention.cpu_kernel import ExactRows, row_stride
 from headq_ao.ops.gpu_build import numbers_on
 from headq_ao.ops.layout import PIECES, plane_columns, plane_pieces
 
@@ -687,18 +686,9 @@ def split_count(slots: int, programs: int, held: int, device: torch.device) -> i
 
 def _rows(x: Tensor) -> tuple[Tensor, int]:
     """Rows ``[B, Hq, S, ...]`` of which each lies equally far behind the one before, and how far."""
-    stride, apart = None, 1
-    for size, step in zip(reversed(x.shape[:3]), reversed(x.stride()[:3]), strict=True):
-        if size > 1:
-            stride = step // apart if stride is None else stride
-            if step != stride * apart:
-                stride = None
-                break
-        apart *= size
-    if stride is None or (x.ndim > 3 and x.stride(3) != 1):
-        x = x.contiguous()
-        return x, math.prod(x.shape[3:])
-    return x, stride
+    shape, stride = (x.shape, x.stride()) if x.ndim == 4 else ((*x.shape, 1), (*x.stride(), 1))
+    row = row_stride(shape, stride)
+    return (x.contiguous(), shape[3]) if row is None else (x, row)
 
 
 def _strided(x: Tensor | None) -> tuple[Tensor | None, tuple[int, ...] | None]:

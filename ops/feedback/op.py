@@ -58,7 +58,7 @@ def feedback_codes(
         factor = reference.unit_factor(metric)
     elif factor.shape != metric.shape:
         raise ValueError(f"factor must be of metric's shape {tuple(metric.shape)}, got {tuple(factor.shape)}")
-    run = ({"cpu": _cpu, "cuda": _cuda}[y.device.type]) if direct(y) else _feedback_codes
+    run = KERNELS[y.device.type] if direct(y) else _feedback_codes
     return run(y, metric, factor, step, bits, unbiased)
 
 
@@ -86,6 +86,9 @@ def _cuda(
     if kernel is None:
         return reference.feedback_codes(y, metric, feedback, step, bits, SPREADS, PASSES, unbiased)
     return kernel.feedback_codes(y, metric, feedback, step, bits, SPREADS, PASSES, unbiased)
+
+
+KERNELS = {"cpu": _cpu, "cuda": _cuda}  # where nothing is traced, without the dispatcher
 
 
 @_feedback_codes.register_fake
