@@ -35,13 +35,13 @@ class Recorder:
     def __init__(self, n_layers: int, n_rows: int, n_sink: int, seed: int) -> None:
         self.layers = [MomentAccumulator(n_rows) for _ in range(n_layers)]
         self.n_sink = n_sink
-        self.generator = torch.Generator().manual_seed(seed)
-        self.priority = torch.empty(0)
+        self.generator = torch.Generator("cpu").manual_seed(seed)
+        self.priority = torch.empty(0, dtype=torch.float32, device="cpu")
 
     def begin(self, batch: Tensor) -> None:
         """Draw the sampling priorities of a batch ``[B, T]``; all layers and heads keep the same tokens."""
         tokens = batch.shape[0] * max(batch.shape[1] - self.n_sink, 0)
-        self.priority = torch.rand(tokens, generator=self.generator)
+        self.priority = torch.rand(tokens, generator=self.generator, dtype=torch.float32, device="cpu")
 
     def record(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None) -> None:
         """Fold one layer's ``[B, H, T, D]`` states, sinks left out."""
@@ -125,7 +125,7 @@ def calibrate(
     """
     shapes = layer_shapes(model.config)
     attention_modules(model, len(shapes))
-    batches = [torch.as_tensor(b) for b in token_batches]
+    batches = [torch.as_tensor(b, device="cpu") for b in token_batches]
     batches = [b[None] if b.ndim == 1 else b for b in batches]
     if not batches or any(b.ndim != 2 or b.is_floating_point() or b.shape[1] <= n_sink for b in batches):
         raise ValueError(
@@ -143,7 +143,8 @@ def calibrate(
         for batch in tqdm(batches, desc="calibrate", unit="batch", disable=not progress):
             recorder.begin(batch)
             own, starts = starts[: len(batch)], starts[len(batch) :]
-            positions = (own[:, None] + torch.arange(batch.shape[1])).to(device) if bool(own.any()) else None
+            at = torch.arange(batch.shape[1], device=own.device)
+            positions = (own[:, None] + at).to(device) if bool(own.any()) else None
             model(input_ids=batch.to(device), position_ids=positions, use_cache=False)
         moments = [layer.moments() for layer in recorder.layers]
         longest = max(batches, key=lambda batch: batch.shape[1])[:1, :PROFILED_TOKENS]
@@ -179,9 +180,9 @@ def spread_starts(model: PreTrainedModel, lengths: list[int], context_length: in
         limit = "" if most is None else f" and at most {most}, the model's positions"
         raise ValueError(f"context_length must be a whole number of at least 1{limit}, got {context_length!r}")
     rotary = rotary_embedding(model) is not None
-    room = (context_length - torch.tensor(lengths)).clamp(min=0) if rotary else torch.zeros(len(lengths))
-    share = torch.arange(len(lengths)) / max(len(lengths) - 1, 1)
-    return context_length, (room * share).long()
+    room = [max(context_length - n, 0) if rotary else 0 for n in lengths]
+    starts = [r * i // max(len(lengths) - 1, 1) for i, r in enumerate(room)]
+    return context_length, torch.tensor(starts, dtype=torch.int64, device="cpu")
 
 
 def gathered(model: PreTrainedModel, moments: LayerMoments) -> LayerMoments:

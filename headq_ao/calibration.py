@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headq_ao.ambient import mode_neutral
 from headq_ao.files import FileKind
 from headq_ao.seen import UNIFORM
 
@@ -81,7 +82,7 @@ class LayerMoments:
         A quarter of the weight is uniform (:data:`headq_ao.seen.UNIFORM`), all of it where nothing was seen.
         """
         weight, n = getattr(self, f"{side}_seen"), max(self.tokens, 1)
-        share = torch.where(weight > 0, 1 - UNIFORM, 0.0)
+        share = (weight > 0).to(weight.dtype) * (1 - UNIFORM)
 
         def mix(name: str) -> Tensor:
             plain, seen = getattr(self, f"{side}_{name}"), getattr(self, f"{side}_seen_{name}")
@@ -238,6 +239,7 @@ class MomentAccumulator:
         keep = priority.topk(min(self.n_rows, len(priority))).indices.sort().values
         self.rows, self.priority = rows[keep], priority[keep]
 
+    @mode_neutral
     def moments(self) -> LayerMoments:
         """The sums so far, on the CPU in fp32."""
         assert self.rows is not None

@@ -10,6 +10,7 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import Tensor
 
+from headq_ao.ambient import mode_neutral
 from headq_ao.config import HeadQConfig
 from headq_ao.ops import MappedQuery, encode_keys, encode_values, unit_factor
 from headq_ao.ops.decode_attention.reference import dequantize_values, read_back
@@ -196,7 +197,7 @@ class KeyCodec(Codec):
         """The code that stands for zero, ``[M]`` or ``[Hkv, M]``: 0 where rows store a zero, else the middle level."""
         base = self.read.shape[-1]
         of_heads = [(b,) * base + self.bits[base:] for b in self.head_bits] or [self.bits]
-        middle = (2.0 ** int_tensor(of_heads, like.device).to(like.dtype) - 1) / 2
+        middle = (2 ** int_tensor(of_heads, like.device) - 1).to(like.dtype) / 2
         if self.weight is None:
             middle[:, :base] = 0.0
         return middle if self.head_bits else middle[0]
@@ -220,6 +221,7 @@ class KeyCodec(Codec):
 
 
 @functools.lru_cache(maxsize=32)
+@mode_neutral
 def rotation_matrix(head_dim: int, hadamard: bool = True) -> Tensor:
     """Orthogonal ``[D, D]`` fp32 that mixes all coordinates: Hadamard ⊗ DCT of the odd part of D; or the identity.
 
@@ -230,13 +232,14 @@ def rotation_matrix(head_dim: int, hadamard: bool = True) -> Tensor:
         True
     """
     if not hadamard:
-        return torch.eye(head_dim)
+        return torch.eye(head_dim, dtype=torch.float32, device="cpu")
     odd = head_dim
-    h = torch.ones(1, 1, dtype=torch.float64)
+    double: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+    h = torch.ones(1, 1, **double)
     while odd % 2 == 0:
-        h = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), h) / 2**0.5
+        h = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], **double), h) / 2**0.5
         odd //= 2
-    n = torch.arange(odd, dtype=torch.float64)
+    n = torch.arange(odd, **double)
     dct = torch.cos(torch.pi / odd * (n[None] + 0.5) * n[:, None]) * (2 / odd) ** 0.5
     dct[0] /= 2**0.5
     return torch.kron(h, dct).float()
@@ -488,8 +491,8 @@ def side_basis(config: HeadQConfig, rank: int, c_q: Tensor, rows: Tensor, k_err:
     ``C_q^{1/2} C_e C_q^{1/2}``, the rank-R pair of least ``E[(q·(k_err − P Eᵀ k_err))²]``.
     """
     if config.basis == "random":
-        g = torch.Generator().manual_seed(config.seed)
-        u = torch.linalg.qr(torch.randn(c_q.shape[-3:], generator=g, dtype=torch.float64))[0][..., :rank]
+        g = torch.Generator("cpu").manual_seed(config.seed)
+        u = torch.linalg.qr(torch.randn(c_q.shape[-3:], generator=g, dtype=torch.float64, device="cpu"))[0][..., :rank]
         u = u.to(c_q.device, c_q.dtype).expand(c_q.shape[0], -1, -1, -1)
         return u, u
     if config.basis == "key_pca":

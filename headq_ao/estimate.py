@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from headq_ao.allocate import head_bits
+from headq_ao.ambient import mode_neutral
 from headq_ao.cache_layer import HeadQCacheLayer
 from headq_ao.calibration import TENSORS, Calibration, LayerMoments, tensor_shapes
 from headq_ao.config import HeadQConfig
@@ -17,6 +18,7 @@ from headq_ao.report import BitsReport
 META = torch.device("meta")
 
 
+@mode_neutral
 def estimate_memory(
     model_or_config: Any, config: HeadQConfig, tokens: int, batch_size: int = 1, dtype: torch.dtype | None = None
 ) -> BitsReport:
@@ -71,4 +73,4 @@ def estimate_memory(
 def _no_moments(shape: LayerShape) -> LayerMoments:
     """Moments without data."""
     shapes = tensor_shapes(shape.n_kv_heads, shape.head_dim, TOKEN_TILE)
-    return LayerMoments(1, 1, **{name: torch.empty(shapes[name], device=META) for name in TENSORS})
+    return LayerMoments(1, 1, **{name: torch.empty(shapes[name], dtype=torch.float32, device=META) for name in TENSORS})

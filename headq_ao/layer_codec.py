@@ -93,7 +93,7 @@ class LayerCodec(nn.Module):
         """Register the tensors of a codec as buffers; what is left of it without them."""
         for name, tensor in codec.tensors().items():
             self.register_buffer(f"{side}_{name}", tensor.to(device), persistent=False)
-        return codec.replace({name: torch.empty(0) for name in codec.tensors()})
+        return codec.replace({name: torch.empty(0, dtype=torch.float32, device="cpu") for name in codec.tensors()})
 
     def _kept(self, side: str, frame: AnyCodec) -> AnyCodec:
         return frame.replace({name: getattr(self, f"{side}_{name}") for name in frame.tensors()})
@@ -192,7 +192,8 @@ class LayerCodec(nn.Module):
         numbers = []
         for tensor in self.buffers() if self.has_moments else ():
             x = tensor[0].detach().cpu().double().flatten(1)
-            direction = torch.randn(x.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+            generator = torch.Generator("cpu").manual_seed(0)
+            direction = torch.randn(x.shape[1], generator=generator, dtype=torch.float64, device="cpu")
             numbers += (x @ direction / x.norm(dim=1).clamp(min=1e-30)).tolist()
         return numbers
 

@@ -60,18 +60,19 @@ def rotary_turns(embedding: nn.Module | None, attention: nn.Module, shape: Layer
     apply: Any = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
     if embedding is None or apply is None or not _turns_always(attention):
         return None
-    positions, head_dim = torch.tensor([1, 2, 3, *TURNED]), shape.head_dim
+    positions, head_dim = torch.tensor([1, 2, 3, *TURNED], device="cpu"), shape.head_dim
+    one = torch.eye(head_dim, dtype=torch.float32, device="cpu")
     try:
         matrices = _turned_units(copy.deepcopy(embedding), apply, positions, shape)
     except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError):
         return None  # of another form
-    (one, two, three), matrices = matrices[:3], matrices[3:]
-    if not torch.allclose(one @ two, three, atol=TOLERANCE):
+    (by_1, by_2, by_3), matrices = matrices[:3], matrices[3:]
+    if not torch.allclose(by_1 @ by_2, by_3, atol=TOLERANCE):
         return None
-    partner = (matrices.abs().sum(0) * (1 - torch.eye(head_dim))).argmax(0)
-    every = torch.arange(head_dim)
+    partner = (matrices.abs().sum(0) * (1 - one)).argmax(0)
+    every = torch.arange(head_dim, device="cpu")
     turns = Turns(matrices[:, every, every], matrices[:, partner, every], partner)
-    rebuilt = torch.stack(turns.turned(torch.eye(head_dim)))
+    rebuilt = torch.stack(turns.turned(one))
     return turns if torch.allclose(rebuilt, matrices, atol=TOLERANCE) else None
 
 
@@ -90,14 +91,15 @@ def _turns_always(attention: nn.Module) -> bool:
 
 def _turned_units(embedding: nn.Module, apply: Any, positions: Tensor, shape: LayerShape) -> Tensor:
     """``[P, D, D]``: the unit vectors, as rows, at each of the positions."""
+    plain: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
     embedding = embedding.to("cpu")
     layer_type = "full_attention" if shape.sliding_window is None else "sliding_attention"
     extra = {"layer_type": layer_type} if "layer_type" in inspect.signature(embedding.forward).parameters else {}
-    cos, sin = embedding(torch.zeros(1, len(positions), 1), positions[None], **extra)
+    cos, sin = embedding(torch.zeros(1, len(positions), 1, **plain), positions[None], **extra)
     at_0 = positions.tolist().index(0)
     cos, sin = (x.float() / cos[:, at_0 : at_0 + 1, :1].float() for x in (cos, sin))  # some scale what they turn
     part = cos.shape[-1]
-    units = torch.eye(part)[None, :, None].expand(1, part, len(positions), part)
-    whole = torch.eye(shape.head_dim).repeat(len(positions), 1, 1)
+    units = torch.eye(part, **plain)[None, :, None].expand(1, part, len(positions), part)
+    whole = torch.eye(shape.head_dim, **plain).repeat(len(positions), 1, 1)
     whole[:, :part, :part] = apply(units, units, cos, sin)[0][0].transpose(0, 1)
     return whole

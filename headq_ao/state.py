@@ -67,12 +67,13 @@ class RowStore:
             self.units = [tokens // t.shape[2] for t in new]
             self.tensors = [t.new_empty((batch, t.shape[1], 0, *t.shape[3:])) for t in new]
         self._reserve(slot + tokens)
+        self.tensors = [widened(stored, part.dtype) for stored, part in zip(self.tensors, new, strict=True)]
         for stored, unit, part in zip(self.tensors, self.units, new, strict=True):
             at = slice(slot // unit, (slot + tokens) // unit)
             if rows is None:
                 stored[:, :, at] = part
             else:
-                stored[rows, :, at] = part
+                stored[rows, :, at] = part.to(stored.dtype)
 
     def _reserve(self, slots: int) -> None:
         if slots <= self.capacity:
@@ -120,6 +121,9 @@ class ExactRows:
             slots = rows.shape[2]
             if stored is None or stored.shape[2] < need:
                 stored = self._grow(name, rows, max(need, minimum))
+            elif stored.dtype != rows.dtype:
+                stored = widened(stored, rows.dtype)
+                setattr(self, name, stored)
             if max(counts) == first and min(ends) == first + slots:  # all slots are real, and behind the same count
                 stored[:, :, first : first + slots] = rows
                 continue
@@ -129,7 +133,8 @@ class ExactRows:
     def _grow(self, name: str, new: Tensor, capacity: int) -> Tensor:
         """Room for so many rows, in the form of ``new``."""
         stored: Tensor | None = getattr(self, name)
-        larger = new.new_zeros((*new.shape[:2], capacity, new.shape[3]))
+        dtype = new.dtype if stored is None else torch.promote_types(stored.dtype, new.dtype)
+        larger = new.new_zeros((*new.shape[:2], capacity, new.shape[3]), dtype=dtype)
         if stored is not None:
             larger[:, :, : stored.shape[2]] = stored
         setattr(self, name, larger)
@@ -172,6 +177,14 @@ def call_spans(first: int, length: int, chunk: int) -> Iterator[tuple[int, int]]
     return itertools.pairwise(sorted({0, *range(first, length, chunk), length}))
 
 
+def widened(stored: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor itself where rows of ``dtype`` can be written into it without loss, else a copy where they can.
+
+    Calls may bring rows of different dtypes, as with and without autocast.
+    """
+    return stored.to(torch.promote_types(stored.dtype, dtype))
+
+
 def storage_bytes(tensors: Sequence[Tensor]) -> int:
     """Bytes of the distinct storages behind tensors (data pointers do not tell them apart on the meta device)."""
     storages = {s._cdata: s.nbytes() for s in (t.untyped_storage() for t in tensors)}
@@ -181,5 +194,5 @@ def storage_bytes(tensors: Sequence[Tensor]) -> int:
 def int_tensor(values: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     """A small int64 tensor on the device, not to be written to."""
     if device.type == "cpu":
-        return torch.tensor(values, dtype=torch.int64)
+        return torch.tensor(values, dtype=torch.int64, device=device)
     return numbers_on(tuple(map(tuple, values)), torch.int64, device)

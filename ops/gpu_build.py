@@ -22,7 +22,7 @@ def numbers_on(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device
 @functools.lru_cache(maxsize=128)
 def _numbers_on(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device, stream: int) -> Tensor:
     with torch.inference_mode(False):
-        return torch.tensor(values, dtype=dtype).to(device, non_blocking=device.type == "cuda")
+        return torch.tensor(values, dtype=dtype, device="cpu").to(device, non_blocking=device.type == "cuda")
 
 
 @functools.cache

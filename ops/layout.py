@@ -114,7 +114,8 @@ def _query_index(bits: tuple[int, ...]) -> tuple[tuple[Tensor, Tensor], ...]:
     for width, pieces in plane_pieces(bits).items():
         padding = [(len(bits), 0)] * (plane_columns(width, len(pieces)) - len(pieces))
         coordinates, shifts = zip(*pieces, *padding, strict=True)
-        index.append((torch.tensor(coordinates), 2.0 ** torch.tensor(shifts)))
+        weights = torch.tensor([2.0**s for s in shifts], dtype=torch.float32, device="cpu")
+        index.append((torch.tensor(coordinates, device="cpu"), weights))
     return tuple(index)
 
 

@@ -41,8 +41,8 @@ def feedback_codes(
     feedback = feedback.float().contiguous()
     step = step.float().expand(*own, width).contiguous()
     spread = _fp32(tuple(spreads))
-    codes = torch.empty(y.shape, dtype=torch.uint8)
-    scale = torch.empty(y.shape[:-1], dtype=torch.float32)
+    codes = torch.empty(y.shape, dtype=torch.uint8, device="cpu")
+    scale = torch.empty(y.shape[:-1], dtype=torch.float32, device="cpu")
     pointers = zip(_POINTERS.split(), (y, metric, feedback, step, index, spread, codes, scale), strict=True)
     args = _Args(
         matrices=own.numel(), heads=heads, batch=batch, rows=rows, width=width, bits=bits, spreads=len(spreads),
@@ -57,9 +57,9 @@ def feedback_codes(
 @functools.lru_cache(maxsize=64)
 def _matrix_of(own: torch.Size, batch: int, heads: int) -> Tensor:
     """Which matrix each head of each sequence uses."""
-    return torch.arange(own.numel(), dtype=torch.int32).view(own).expand(batch, heads).contiguous()
+    return torch.arange(own.numel(), dtype=torch.int32, device="cpu").view(own).expand(batch, heads).contiguous()
 
 
 @functools.lru_cache(maxsize=8)
 def _fp32(numbers: tuple[float, ...]) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.float32)
+    return torch.tensor(numbers, dtype=torch.float32, device="cpu")
