@@ -9,12 +9,17 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from headq_ao.ambient import neutral_modes
 from headq_ao.calibrate import RECORDER
 from headq_ao.compiled import PendingRows, step
 from headq_ao.layer_codec import LayerCodec
 from headq_ao.tensors import HeadQHistory
 
 NAME = "headq"
+NO_GRADIENTS = (
+    "a call that reads packed tokens has no gradients to give, and gradients are wanted: call it under "
+    "torch.no_grad() or torch.inference_mode(), or pass use_cache=False"
+)
 # What models pass along that does not change the scores.
 HARMLESS = frozenset({"position_ids", "cache_position", "position_embeddings", "token_type_ids", "input_ids"})
 
@@ -30,65 +35,69 @@ def headq_attention(
     is_causal: bool | None = None,
     sliding_window: int | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """Attention over a HeadQ cache; over plain keys and values, transformers' SDPA attention.
 
     Args:
         module: the attention module; its ``headq`` submodule is the layer's codec.
         query, key, value: ``[B, Hq, S, D]``, and what the cache's ``update`` returned.
-        attention_mask: used for the first call, which attends exactly; packed history masks by counts.
+        attention_mask: bool or additive. The first call attends exactly under any mask; later ones apply any mask
+            among their new tokens, and of the cached ones it may show a contiguous range (:mod:`headq_ao.masks`).
         scaling: of the scores; ``head_dim ** -0.5`` when None.
 
     Returns:
-        ``[B, S, Hq, D]`` and None.
+        ``[B, S, Hq, D]`` and, with ``output_attentions=True``, the weights ``[B, Hq, S, T]`` over all slots, else None.
 
     Raises:
-        ValueError: on an argument that changes the scores in a way HeadQ does not know.
+        ValueError: on an argument that changes the scores in a way HeadQ does not know, on a mask that cannot be
+            served, where packed tokens would have to give gradients; the layer then holds what it held before.
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if isinstance(key, PendingRows):
         assert isinstance(value, PendingRows)
-        return step(query, key, value, scale, _unknown(kwargs)), None
+        problem = _unknown(kwargs) or _graph_problem(kwargs, query, key.rows, value.rows)
+        return step(query, key, value, scale, problem, attention_mask if query.shape[2] > 1 else None), None
     assert isinstance(value, Tensor)
+    weights = kwargs.pop("output_attentions", False)
+    dense = (dropout, is_causal, sliding_window, kwargs)
     if not isinstance(key, HeadQHistory):
         recorder = None if torch.compiler.is_compiling() else RECORDER.get()
         if recorder is not None:
-            recorder.record(module.layer_idx, query, key, value, scale, sliding_window)  # type: ignore[arg-type]
+            with neutral_modes():
+                recorder.record(module.layer_idx, query, key, value, scale, sliding_window)  # type: ignore[arg-type]
         elif hasattr(module, "headq"):
             bypassed = "use_cache is False, or the call did not go through the model that quantize_ was given"
-            warn_dense("the model is in train mode" if module.training else bypassed)
-        return _dense(module, query, key, value, attention_mask, scaling, dropout, is_causal, sliding_window, kwargs)
-    problem = _unknown(kwargs)
-    if problem is not None:
-        raise ValueError(problem)
+            warn_dense("gradients are wanted in train mode" if module.training else bypassed)
+        out = _dense(module, query, key, value, attention_mask, scaling, *dense)
+        return out, exact_weights(query, key, attention_mask, scale, is_causal) if weights else None
     assert isinstance(value, HeadQHistory)
     codec, layer = module.headq, key.layer
     assert isinstance(codec, LayerCodec)
-    if layer.first_call:
-        out, _ = _dense(
-            module,
-            query,
-            key.new_keys,
-            value.new_values,
-            attention_mask,
-            scaling,
-            dropout,
-            is_causal,
-            sliding_window,
-            kwargs,
-        )
-        layer.count_exact_reads()
-    else:
-        layer.check_mask(attention_mask)
-        out = layer.attend(query, scale, codec).transpose(1, 2).contiguous()
+    shown, weights = None, weights or layer.incoming.weights
+    try:
+        if (problem := _unknown(kwargs)) is not None:
+            raise ValueError(problem)
+        if layer.first_call:
+            out = _dense(module, query, key.new_keys, value.new_values, attention_mask, scaling, *dense)
+            shown = exact_weights(query, key.new_keys, attention_mask, scale, is_causal) if weights else None
+            layer.count_exact_reads()
+        else:
+            _check_readable(query, key.new_keys, value.new_values, dropout)
+            view = layer.view(attention_mask, is_causal)
+            shown = layer.attention_weights(query, scale, codec, view) if weights else None
+            out = layer.attend(query, scale, codec, (key.new_keys, value.new_values), view)
+            out = out.transpose(1, 2).contiguous()
+    except BaseException:
+        layer.undo_update()
+        raise
     layer.commit(query, codec, scale)
-    return out, None
+    return out, shown
 
 
 def _dense(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None,
     dropout: float, is_causal: bool | None, sliding_window: int | None, kwargs: dict[str, Any],
-) -> tuple[Tensor, None]:  # fmt: skip
+) -> Tensor:  # fmt: skip
     groups = query.shape[1] // key.shape[1]
     if groups > 1 and getattr(module, "num_key_value_groups", 1) != groups:
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
@@ -96,15 +105,46 @@ def _dense(
         module, query, key, value, attention_mask,
         dropout=dropout, scaling=scaling, is_causal=is_causal, sliding_window=sliding_window, **kwargs,
     )  # fmt: skip
-    return out, None
+    return out
+
+
+def exact_weights(
+    query: Tensor, key: Tensor, attention_mask: Tensor | None, scaling: float, is_causal: bool | None
+) -> Tensor:
+    """Attention weights ``[B, Hq, S, T]`` of ``query [B, Hq, S, D]`` over ``key [B, Hkv, T, D]``, in query's dtype."""
+    scores = query.unflatten(1, (key.shape[1], -1)) @ key.transpose(-1, -2).unsqueeze(2) * scaling
+    scores = scores.flatten(1, 2).float()
+    if attention_mask is None and is_causal is not False:
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
+        scores = scores.masked_fill(hidden.triu(scores.shape[-1] - scores.shape[-2] + 1), float("-inf"))
+    elif attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, float("-inf"))
+    elif attention_mask is not None:
+        scores = scores + attention_mask
+    return scores.softmax(-1).nan_to_num(0.0).to(query.dtype)  # a query of padding may see nothing
+
+
+def _check_readable(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> None:
+    """Raise ValueError where a call wants of packed tokens what they cannot give: gradients, or dropout."""
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        raise ValueError(NO_GRADIENTS)
+    if dropout:
+        raise ValueError(f"attention dropout of {dropout} cannot be applied to a packed cache; call model.eval() first")
+
+
+def _graph_problem(kwargs: dict[str, Any], query: Tensor, key: Tensor, value: Tensor) -> str | None:
+    """Why a compiled call cannot be served, None where it can."""
+    if kwargs.get("output_attentions"):
+        return "a compiled call returns no attention weights; call the model itself with output_attentions=True"
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        return "a compiled call on a packed cache has no gradients; call it under torch.no_grad()"
+    return None
 
 
 def _unknown(kwargs: dict[str, Any]) -> str | None:
     """Why an attention call cannot be served from packed rows, None where it can."""
     for name, value in kwargs.items():
         number = isinstance(value, (torch.Tensor, float)) or (isinstance(value, int) and not isinstance(value, bool))
-        if name == "output_attentions" and value:
-            return "output_attentions is not available from a packed cache; restore_(model) first"
         if number and name not in HARMLESS:
             shown = "a tensor" if isinstance(value, torch.Tensor) else value
             return (

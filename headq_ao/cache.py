@@ -1,5 +1,6 @@
 """``HeadQCache``: the packed cache that a quantized model reads and writes."""
 
+import copy
 import dataclasses
 import os
 import weakref
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from headq_ao import compiled
+from headq_ao.ambient import mode_neutral, neutral_modes
 from headq_ao.cache_layer import HeadQCacheLayer
 from headq_ao.calibration import Calibration
 from headq_ao.compiled import Handled, PendingRows
@@ -34,6 +36,7 @@ class HeadQState(Handled):
     calibration: Calibration | None = None  # what config.calibration is, or names
     fingerprint: dict[str, Any] = dataclasses.field(default_factory=dict)
     codecs: list[LayerCodec] = dataclasses.field(default_factory=list)  # the modules' ``headq``
+    attention_configs: list[Any] = dataclasses.field(default_factory=list)  # whose ``_attn_implementation`` counts
 
     def __post_init__(self) -> None:
         self.register()
@@ -81,15 +84,33 @@ class HeadQCache(Handled, Cache):
     def _new_layer(self, index: int, shape: LayerShape) -> HeadQCacheLayer:
         return HeadQCacheLayer(self.config, shape, self.incoming)
 
-    def announce(self, length: int, spans: list[Span] | None) -> None:
-        """Tell the layers which of the next call's ``length`` slots hold real tokens; None: all."""
-        held = sorted({layer.seen for layer in self.layers})
+    def announce(self, length: int, spans: list[Span] | None, layers: int | None = None) -> None:
+        """Tell the layers which of the next call's ``length`` slots hold real tokens; None: all.
+
+        ``layers``: how many of them the call runs, from the first on; None: all. Those must agree.
+        """
+        held = sorted({layer.seen for layer in self.layers[:layers]})
         if len(held) > 1:
             raise RuntimeError(
-                f"an earlier call failed part-way: layers hold {held[0]} to {held[-1]} tokens; "
-                "call reset() on this cache or start a new one"
+                f"the layers of this cache hold {held[0]} to {held[-1]} tokens: an earlier call failed part-way or ran "
+                "fewer layers; call reset() on this cache or start a new one"
             )
-        self.incoming.seen, self.incoming.length, self.incoming.spans = self.get_seq_length(), length, spans
+        incoming = self.incoming
+        incoming.seen, incoming.length, incoming.spans = self.get_seq_length(), length, spans
+        incoming.weights = False
+        incoming.views.clear()
+
+    @property
+    def holds_tokens(self) -> bool:
+        """Whether any layer holds tokens."""
+        return any(layer.seen for layer in self.layers)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "HeadQCache":
+        new: HeadQCache = type(self).__new__(type(self))
+        memo[id(self)] = new
+        with neutral_modes():  # tensors copied in inference mode could not be written outside it
+            new.__setstate__(copy.deepcopy(dict(vars(self)), memo))
+        return new
 
     def check_made_for(self, state: HeadQState) -> None:
         """Raise ValueError where the cache does not fit the model that ``state`` stands for."""
@@ -98,15 +119,18 @@ class HeadQCache(Handled, Cache):
         if [layer.shape for layer in self.layers] != state.shapes:
             raise ValueError("this HeadQCache was made for another model; make a new one with HeadQCache(model)")
 
-    def expect(self, state: HeadQState, batch: int, length: int, mask: Any, position_ids: Any) -> None:
-        """Note what the next call brings, from the model of ``state``: ``length`` slots of ``batch`` sequences.
+    def expect(
+        self, state: HeadQState, batch: int, length: int, mask: Any, position_ids: Any, layers: int | None = None
+    ) -> None:
+        """Note what the next call brings, from the model of ``state``: ``length`` slots of ``batch`` sequences, for
+        the first ``layers`` layers or all.
 
         Raises:
             ValueError: when the cache was made for another model, or the mask or positions are not supported.
         """
         self.check_made_for(state)
         check_positions(position_ids, mask)
-        self.announce(length, real_spans(mask, batch, length, self.get_seq_length()))
+        self.announce(length, real_spans(mask, batch, length, self.get_seq_length()), layers)
         self.caller = weakref.ref(state)
 
     def update(
@@ -140,6 +164,7 @@ class HeadQCache(Handled, Cache):
             layer.check_crop(tokens_to_remove)
         super().crop(tokens_to_remove)
 
+    @mode_neutral
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write what the cache holds to one safetensors file, so that a prompt need not be computed again.
 
@@ -172,6 +197,7 @@ class HeadQCache(Handled, Cache):
         save_cache(self, model, path)
 
     @classmethod
+    @mode_neutral
     def load(cls, path: str | os.PathLike[str], model: PreTrainedModel) -> "HeadQCache":
         """Read :meth:`save`'s file; the next token's logits are bit for bit those of the cache that was saved.
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from headq_ao.ambient import mode_neutral
 from headq_ao.closing import ClosingLayer
 from headq_ao.reading import ReadingLayer
 from headq_ao.state import RowCounts, Span
@@ -28,13 +29,18 @@ class HeadQCacheLayer(ClosingLayer, ReadingLayer, CacheLayerMixin):
                 f"this layer caches {self.shape.n_kv_heads} heads of {self.shape.head_dim}, got keys "
                 f"{tuple(key_states.shape)} and values {tuple(value_states.shape)}; use a cache made for this model"
             )
-        self.dtype, self.device = key_states.dtype, key_states.device
+        self.dtype, self.device = torch.promote_types(key_states.dtype, value_states.dtype), key_states.device
         self.rows = [RowCounts() for _ in range(b)]
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append exact rows ``[B, Hkv, S, D]``; packing waits for :meth:`commit`, which attention calls."""
-        key_states, value_states = key_states.detach(), value_states.detach()
+        self._append(key_states.detach(), value_states.detach())
+        history = HeadQHistory(self, key_states, value_states, self.seen)
+        return history, history
+
+    @mode_neutral
+    def _append(self, key_states: Tensor, value_states: Tensor) -> None:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         b, _, s, _ = key_states.shape
@@ -43,14 +49,29 @@ class HeadQCacheLayer(ClosingLayer, ReadingLayer, CacheLayerMixin):
         spans = self._spans(s)
         self._check_finite(key_states, value_states, spans)
         counts = [r.exact for r in self.rows]
+        if key_states.dtype != value_states.dtype or key_states.dtype != self.dtype:
+            both = torch.promote_types(key_states.dtype, value_states.dtype)
+            self.dtype = torch.promote_types(self.dtype, both)
+            key_states, value_states = key_states.to(self.dtype), value_states.to(self.dtype)
         self.exact.append({"k": key_states, "v": value_states}, counts, spans, self.exact_capacity)
         self.last_spans, self.last_counts, self.last_slots = spans, counts, s
         for row, span in zip(self.rows, spans, strict=True):
             row.tokens += span.length
             row.pads = s - span.stop if span.length else row.pads + s
         self.seen += s
-        history = HeadQHistory(self, key_states, value_states, self.seen)
-        return history, history
+        self.pending = True
+
+    def undo_update(self) -> None:
+        """Take back an update whose call failed before :meth:`commit`: the cache is then as it was before the call."""
+        if not self.pending:
+            return
+        self.pending = False
+        self.seen -= self.last_slots
+        if self.seen == 0:
+            return self._clear()
+        for row, span in zip(self.rows, self.last_spans, strict=True):
+            row.tokens -= span.length
+            row.pads = 0 if span.length else row.pads - self.last_slots  # real tokens follow no pads
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """All slots seen and the new ones; attention over packed rows masks by counts, not by this mask."""
@@ -79,8 +100,9 @@ class HeadQCacheLayer(ClosingLayer, ReadingLayer, CacheLayerMixin):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each sequence."""
-        self.batch_select_indices(torch.arange(len(self.rows)).repeat_interleave(repeats))
+        self.batch_select_indices(torch.arange(len(self.rows), device="cpu").repeat_interleave(repeats))
 
+    @mode_neutral
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep those sequences, in that order."""
         if not self.is_initialized:
@@ -103,6 +125,7 @@ class HeadQCacheLayer(ClosingLayer, ReadingLayer, CacheLayerMixin):
                 epoch.ready = [epoch.ready[i] for i in order]
         self.rows = [self.rows[i].copy() for i in order]
 
+    @mode_neutral
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last ``-tokens_to_remove`` tokens. Packed rows are invalidated, never encoded again."""
         self.check_crop(tokens_to_remove)

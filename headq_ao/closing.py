@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from headq_ao.ambient import mode_neutral
 from headq_ao.codec import KeyCodec, runs_of
 from headq_ao.layer_codec import Epoch, LayerCodec
 from headq_ao.layer_state import LayerState
@@ -18,6 +19,7 @@ class ClosingLayer(LayerState):
     fixed slots, only with tokens older than ``residual_length``, and statistics are taken at fixed slots.
     """
 
+    @mode_neutral
     def commit(self, q: Tensor | None, codec: LayerCodec, scaling: float | None = None) -> None:
         """Close every block whose tokens have all left the window. Called once after each update.
 
@@ -26,6 +28,7 @@ class ClosingLayer(LayerState):
             codec: of this layer.
             scaling: of its scores; ``head_dim ** -0.5`` when None.
         """
+        self.pending = False
         self.scaling = self.shape.head_dim**-0.5 if scaling is None else scaling
         if not self.epochs:
             self.epochs = codec.plan(len(self.rows))
@@ -39,7 +42,9 @@ class ClosingLayer(LayerState):
             groups.setdefault(row.key(), []).append(b)
         for members in groups.values():
             blocks = self._closable(self.rows[members[0]], members[0])
-            index = None if len(members) == len(self.rows) else torch.tensor(members, device=self.device)
+            index = (
+                None if len(members) == len(self.rows) else torch.tensor(members, dtype=torch.int64, device=self.device)
+            )
             if blocks and self._never_packs:
                 self._let_go(index, members, blocks)
             elif blocks:

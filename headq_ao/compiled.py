@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from headq_ao.ambient import mode_neutral
+from headq_ao.masks import custom, visible_slots
+
 if TYPE_CHECKING:
     from headq_ao.cache import HeadQCache, HeadQState
     from headq_ao.cache_layer import HeadQCacheLayer
@@ -72,14 +75,17 @@ def _announce(
 
 @torch.library.custom_op("headq::seen", mutates_args=(), tags=_TAGS)
 def _seen(handle: Tensor) -> Tensor:
-    return torch.tensor(owner(handle).get_seq_length(), dtype=torch.int64)
+    return torch.tensor(owner(handle).get_seq_length(), dtype=torch.int64, device=handle.device)
 
 
 @torch.library.custom_op("headq::step", mutates_args=("handle",), tags=_TAGS)
-def _step(handle: Tensor, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, problem: str | None) -> Tensor:
+def _step(
+    handle: Tensor, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, problem: str | None,
+    mask: Tensor | None,
+) -> Tensor:  # fmt: skip
     if problem is not None:  # found while tracing, where an error would not reach the caller as it is
         raise ValueError(problem)
-    return _run(owner(handle), layer, q, k, v, scaling)
+    return _run(owner(handle), layer, q, k, v, scaling, mask)
 
 
 @_announce.register_fake
@@ -95,7 +101,10 @@ def _(handle: Tensor) -> Tensor:
 
 
 @_step.register_fake
-def _(handle: Tensor, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, problem: str | None) -> Tensor:
+def _(
+    handle: Tensor, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, problem: str | None,
+    mask: Tensor | None,
+) -> Tensor:  # fmt: skip
     b, hq, s, d = q.shape
     return q.new_empty((b, s, hq, d))
 
@@ -105,13 +114,18 @@ def seen(cache: "HeadQCache") -> Tensor:
     return torch.ops.headq.seen(cache.handle)
 
 
-def step(q: Tensor, k: PendingRows, v: PendingRows, scaling: float, problem: str | None = None) -> Tensor:
-    """Append, attend and commit in one layer, when the graph runs: ``[B, S, Hq, D]``. No gradients flow.
+def step(
+    q: Tensor, k: PendingRows, v: PendingRows, scaling: float, problem: str | None = None, mask: Tensor | None = None
+) -> Tensor:
+    """Append, attend and commit in one layer, when the graph runs: ``[B, S, Hq, D]``.
+
+    ``mask``: among the new slots ``[B or 1, 1, S, S]``; None: causal.
 
     Raises:
         ValueError: with ``problem``, when the graph runs.
     """
-    return torch.ops.headq.step(k.handle, k.layer, q.detach(), k.rows.detach(), v.rows.detach(), scaling, problem)
+    q, keys, values = (x.detach() for x in (q, k.rows, v.rows))
+    return torch.ops.headq.step(k.handle, k.layer, q, keys, values, scaling, problem, mask)
 
 
 def announce(cache: "HeadQCache", state: "HeadQState", kwargs: dict[str, Any], tokens: Tensor) -> None:
@@ -121,6 +135,8 @@ def announce(cache: "HeadQCache", state: "HeadQState", kwargs: dict[str, Any], t
         ValueError: when the graph runs, as :meth:`HeadQCache.expect` does.
     """
     mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    if custom(mask):
+        raise ValueError("a compiled call takes a 2-D attention_mask; call the model itself with a 4-D one")
     batch, length = tokens.shape[:2]
     if length == 1 or not isinstance(position_ids, Tensor):
         position_ids = None
@@ -128,7 +144,10 @@ def announce(cache: "HeadQCache", state: "HeadQState", kwargs: dict[str, Any], t
 
 
 @torch.no_grad()
-def _run(cache: "HeadQCache", index: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+@mode_neutral
+def _run(
+    cache: "HeadQCache", index: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, mask: Tensor | None
+) -> Tensor:
     state, layer = cache.caller(), cache.layers[index]
     if state is None or (cache.incoming.seen, cache.incoming.length) != (layer.seen, q.shape[2]):
         raise RuntimeError(
@@ -137,25 +156,34 @@ def _run(cache: "HeadQCache", index: int, q: Tensor, k: Tensor, v: Tensor, scali
         )
     codec = state.codecs[index]
     layer.update(k, v)
-    if layer.first_call:
-        out = _attend_first(layer, q, k, v, scaling)
-        layer.count_exact_reads()
-    else:
-        out = layer.attend(q, scaling, codec)
+    try:
+        if layer.first_call:
+            out = _attend_first(layer, q, k, v, scaling, mask)
+            layer.count_exact_reads()
+        else:
+            out = layer.attend(q, scaling, codec, (k, v), layer.view(mask))
+    except BaseException:
+        layer.undo_update()
+        raise
     layer.commit(q, codec, scaling)
     return out.transpose(1, 2).contiguous()
 
 
-def _attend_first(layer: "HeadQCacheLayer", q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
-    """Exact attention over the new rows alone, masked as the eager path masks it: causal, window, padding."""
+def _attend_first(
+    layer: "HeadQCacheLayer", q: Tensor, k: Tensor, v: Tensor, scaling: float, mask: Tensor | None
+) -> Tensor:
+    """Exact attention over the new rows alone, under the model's mask, or as the eager path masks: causal, window,
+    padding."""
     s, window = q.shape[2], layer.sliding_window
-    mask = None
+    if mask is not None:
+        mask = visible_slots(mask)[:, None]
     if any(span.length != s for span in layer.last_spans) or (window is not None and window < s):
         at = torch.arange(s, device=q.device)
         age = at[:, None] - at
-        mask = (age >= 0) if window is None else (age >= 0) & (age < window)
+        causal = (age >= 0) if window is None else (age >= 0) & (age < window)
         real = [(at >= span.start) & (at < span.stop) for span in layer.last_spans]
-        mask = mask & torch.stack(real)[:, None, None]
+        mask = (causal if mask is None else mask) & torch.stack(real)[:, None, None]
+    k, v = k.to(q.dtype), v.to(q.dtype)  # under autocast they may differ
     return nn.functional.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None and s > 1, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
     )

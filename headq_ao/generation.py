@@ -8,7 +8,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate as default_masks
 
 from headq_ao.cache import HeadQCache
-from headq_ao.masks import real_spans
+from headq_ao.masks import check_left_padded, custom, real_spans
 from headq_ao.state import Span
 
 
@@ -26,12 +26,17 @@ def detach(model: PreTrainedModel) -> None:
 
 
 def prepare_cache(model: PreTrainedModel, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
-    """Where a ``compile_config`` is given, start with a packed cache that is compileable; else change nothing.
+    """Where a ``compile_config`` is given, start with a packed cache that is compileable.
 
     generate decides before the first call of the model whether to compile the others.
+
+    Raises:
+        ValueError: on a prompt that is padded on the right.
     """
     type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, *args)
     cache: Any = model_kwargs.get("cache")
+    if isinstance(cache, (DynamicCache, HeadQCache)):
+        check_left_padded(model_kwargs.get("attention_mask"))  # before the prompt is paid for
     asked = generation_config.compile_config is not None
     if asked and type(cache) is DynamicCache and cache.get_seq_length() == 0:
         cache = model_kwargs["cache"] = HeadQCache(model)
@@ -48,7 +53,7 @@ def masks_for_generate(
     Raises:
         ValueError: on a mask that does not fit or has holes.
     """
-    if not isinstance(cache, HeadQCache):
+    if not isinstance(cache, HeadQCache) or custom(attention_mask):
         make = getattr(type(model), "create_masks_for_generate", default_masks)
         return make(config, inputs_embeds, attention_mask, cache=cache, **kwargs)
     batch, length = inputs_embeds.shape[:2]

@@ -3,7 +3,8 @@
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,11 @@ class Incoming:
     seen: int = 0
     length: int = 0
     spans: list[Span] | None = None
+    weights: bool = False  # attention weights are wanted; some models do not tell their attention
+    views: dict[Any, Any] = field(default_factory=dict)  # what attention found in the call's masks, for all layers
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"views": {}}  # copies start without: they refer to the masks
 
 
 class LayerState:
@@ -57,6 +63,7 @@ class LayerState:
         self.epochs: list[Epoch] = []
         self.k_sum: Tensor | None = None
         self.rows_read = [0, 0]  # packed, all
+        self.pending = False  # an update that no commit has followed
         self.step: Step | None = None  # and the tensors that it was made for
         self.step_of: tuple[Tensor, ...] = ()
 

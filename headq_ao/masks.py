@@ -1,26 +1,60 @@
-"""What a 2-D attention mask and position ids say about the rows of one call."""
+"""What attention masks and position ids say about the tokens of one call.
 
+A cache keeps counts, not masks. A 2-D mask tells which slots of a call are padding (:func:`real_spans`), before the
+call. What the model makes of it, or a 4-D mask of the caller's own, reaches attention: there :func:`mask_view` compares
+it with the counts. New tokens are in full precision in their own call, so any mask among them is applied as it is; of
+the cached tokens a query may see any contiguous range.
+"""
+
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from headq_ao.state import Span
+from headq_ao.state import RowCounts, Span, int_tensor
+
+
+@dataclass(frozen=True)
+class MaskView:
+    """What each query of a call sees, where that is not simply every token up to its own.
+
+    ``low``, ``high``: by sequence and query, the range of cached tokens that it sees, as positions in the sequence;
+    ``new``: bool ``[B or 1, S, S]``, which new slots it sees.
+    """
+
+    low: list[list[int]]
+    high: list[list[int]]
+    new: Tensor
+
+
+def custom(mask: Any) -> bool:
+    """Whether a call's ``attention_mask`` is one that transformers hands to attention as it is: 4-D, or a dict of
+    masks by layer type."""
+    return isinstance(mask, dict) or (isinstance(mask, Tensor) and mask.ndim == 4)
 
 
 def real_spans(mask: Any, batch: int, length: int, seen: int) -> list[Span] | None:
-    """Which of the ``length`` new slots hold real tokens, per row; None: all.
+    """Which of the ``length`` new slots hold real tokens, per row; None: all, as under a 4-D mask.
 
     Raises:
-        ValueError: on a mask that is not 2-D over all slots, or has a hole within a row.
+        ValueError: on a mask that does not cover all slots, or a 2-D one with a hole within a row.
     """
     if mask is None:
+        return None
+    if custom(mask):
+        for one in mask.values() if isinstance(mask, dict) else (mask,):
+            if one is not None and (one.ndim != 4 or one.shape[-2:] != (length, seen + length)):
+                raise ValueError(
+                    f"a 4-D attention_mask must be [{batch} or 1, 1, {length}, {seen + length}], new tokens by all "
+                    f"cached and new ones, got {tuple(one.shape)}"
+                )
         return None
     if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape != (batch, seen + length):
         what = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
         raise ValueError(
-            f"attention_mask must be 2-D over all cached and new tokens, ({batch}, {seen + length}), got {what}; "
-            "custom 4-D masks are not supported on a packed cache"
+            f"attention_mask must be 2-D over all cached and new tokens, ({batch}, {seen + length}), or 4-D, "
+            f"({batch}, 1, {length}, {seen + length}), got {what}"
         )
     real = mask != 0
     if bool(real.all()):
@@ -34,12 +68,123 @@ def real_spans(mask: Any, batch: int, length: int, seen: int) -> list[Span] | No
     return [Span(clamp(f), clamp(f + n)) if n else Span(0, 0) for f, n in zip(first, count, strict=True)]
 
 
+def check_left_padded(mask: Any) -> None:
+    """Raise ValueError where a prompt of ``generate`` is padded on the right: its next token would follow the pads."""
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] == 0:
+        return
+    ends_in_pad = (mask[:, -1] == 0) & (mask != 0).any(1)
+    if bool(ends_in_pad.any()):
+        row = int(ends_in_pad.nonzero()[0])
+        raise ValueError(
+            f"attention_mask row {row} ends in padding, and generated tokens would follow it; pad prompts on the left "
+            "(tokenizer.padding_side = 'left')"
+        )
+
+
 def check_positions(position_ids: Any, mask: Any) -> None:
     """Raise ValueError where the tokens of a row do not follow each other."""
     if not isinstance(position_ids, Tensor) or mask is not None or position_ids.ndim != 2:
         return
     if not bool((position_ids.diff(dim=1) == 1).all()):
         raise ValueError(
-            "position_ids must count up by one within each row (packed sequences are not supported on this cache); "
-            "run the sequences as a batch"
+            "position_ids must count up by one within each row, or come with a 4-D attention_mask that says what each "
+            "token sees; run the sequences as a batch"
         )
+
+
+def mask_view(mask: Tensor, rows: list[RowCounts], spans: list[Span], seen: int, window: int | None) -> MaskView | None:
+    """How a mask ``[B or 1, 1 or Hq, S, T]`` differs from what the counts say; None where it does not.
+
+    Args:
+        mask: bool, True where a slot is seen, or additive, 0 or very negative; over the ``seen`` cached slots and the
+            S new ones, or over the new ones alone.
+        rows: counts of each sequence, the new tokens included.
+        spans: which new slots of each sequence are real.
+        seen: cached slots.
+        window: of a sliding layer.
+
+    Raises:
+        ValueError: where the mask differs between heads, adds a bias, or does not show one contiguous range of the
+            cached tokens. Padding that an earlier call's 2-D mask named is not in the cache, whatever this one says.
+
+    Example:
+        >>> import torch
+        >>> from headq_ao.masks import mask_view
+        >>> from headq_ao.state import RowCounts, Span
+        >>> causal = torch.ones(1, 1, 2, 5).tril(3).bool()  # two new tokens behind three cached ones
+        >>> given = ([RowCounts(tokens=5)], [Span(0, 2)], 3, None)
+        >>> mask_view(causal, *given) is None, mask_view(torch.ones_like(causal), *given).new.tolist()
+        (True, [[[True, True], [True, True]]])
+    """
+    visible, device = visible_slots(mask), mask.device
+    new_slots = visible.shape[1]
+    cached, new = visible[..., :-new_slots], visible[..., -new_slots:]
+    if cached.shape[2] not in (0, seen):
+        raise ValueError(
+            f"the attention mask must cover {seen} cached and {new_slots} new slots, got {tuple(mask.shape)}"
+        )
+    at = torch.arange(new_slots, device=device)
+    age = at[:, None] - at
+    causal = (age >= 0) if window is None else (age >= 0) & (age < window)
+    real = torch.stack([(at >= span.start) & (at < span.stop) for span in spans])  # [B, S]
+    both = real[:, :, None] & real[:, None]
+    held = torch.tensor([row.tokens - span.length for row, span in zip(rows, spans, strict=True)], device=device)[
+        :, None
+    ]
+    start = torch.tensor([span.start for span in spans], device=device)[:, None]
+    low = torch.zeros_like(held) if window is None else (held + at - start - window + 1).clamp(min=0).minimum(held)
+    usual = (low.expand_as(real), held.expand_as(real))
+    ranges = usual if cached.shape[2] == 0 else _cached_ranges(cached, rows, spans, held, real, usual)
+    if all(map(torch.equal, ranges, usual)) and not bool(((new != causal) & both).any()):
+        return None
+    begins, ends = (torch.where(real, x, 0) for x in ranges)  # padding sees nothing
+    return MaskView(begins.tolist(), ends.tolist(), new & both)
+
+
+def visible_slots(mask: Tensor) -> Tensor:
+    """An attention mask ``[B or 1, 1 or Hq, S, T]`` as bool ``[B or 1, S, T]``.
+
+    Raises:
+        ValueError: where it differs between heads, or adds a bias to the scores.
+    """
+    if mask.ndim != 4 or (mask.shape[1] > 1 and bool((mask != mask[:, :1]).any())):
+        raise ValueError(
+            f"the attention mask must be the same for all heads, [B, 1, S, T], got {tuple(mask.shape)}; "
+            "restore_(model) and use another cache for this model"
+        )
+    mask = mask[:, 0]
+    if mask.dtype == torch.bool:
+        return mask
+    hidden = mask <= torch.finfo(torch.float16).min / 2  # what models write to hide a slot is at least that low
+    if bool(((mask != 0) & ~hidden).any()):
+        raise ValueError(
+            "the attention mask adds a bias to the scores, which a packed cache does not know; "
+            "restore_(model) and use another cache for this model"
+        )
+    return ~hidden
+
+
+def _cached_ranges(
+    cached: Tensor, rows: list[RowCounts], spans: list[Span], held: Tensor, real: Tensor, usual: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """First cached token that each query sees and their end ``[B, S]``, by a mask ``[B or 1, S, cached slots]``.
+
+    Queries of padding see what is usual, whatever the mask says of them.
+    """
+    slots, new_slots = cached.shape[2], real.shape[1]
+    pads = [0 if span.length else row.pads - new_slots for row, span in zip(rows, spans, strict=True)]
+    first_slot = slots - int_tensor([[n] for n in pads], held.device) - held
+    at = torch.arange(slots, device=held.device)
+    shown = cached & ((at >= first_slot) & (at < first_slot + held))[:, None]  # padding is not in the cache
+    count, first = shown.sum(2), shown.int().argmax(2) - first_slot
+    last = slots - 1 - shown.flip(2).int().argmax(2) - first_slot
+    some = count > 0
+    broken = real & some & (last - first + 1 != count)
+    if bool(broken.any()):
+        raise ValueError(
+            f"the attention mask of sequence {int(broken.any(1).nonzero()[0])} hides cached tokens between others that "
+            "it shows; a packed cache serves one contiguous range of cached tokens for each new token, and any mask "
+            "among the new ones: crop the cache, or start a new one"
+        )
+    low, high = torch.where(some, first, held), torch.where(some, first + count, held)
+    return torch.where(real, low, usual[0]), torch.where(real, high, usual[1])

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import os
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -15,11 +16,13 @@ from transformers import DynamicCache, PreTrainedModel
 
 from headq_ao import attention, compiled, generation, hf_quantizer
 from headq_ao.allocate import head_bits
+from headq_ao.ambient import mode_neutral
 from headq_ao.cache import HeadQCache, HeadQState
 from headq_ao.calibrate import RECORDER
 from headq_ao.calibration import Calibration
 from headq_ao.config import HeadQConfig
 from headq_ao.layer_codec import LayerCodec
+from headq_ao.masks import custom
 from headq_ao.models import (
     LayerShape,
     attention_modules,
@@ -80,6 +83,7 @@ def quantize_(
 
 
 @register_quantize_module_handler(HeadQConfig)
+@mode_neutral
 def _handle(model: nn.Module, config: HeadQConfig) -> nn.Module:
     """torchao's handler: everything that can fail comes before the first change."""
     if not isinstance(model, PreTrainedModel):
@@ -106,7 +110,9 @@ def _handle(model: nn.Module, config: HeadQConfig) -> nn.Module:
         moments = None if calibration is None else calibration.layers[i]
         turns = rotary_turns(embedding, module, shape)
         codecs.append(LayerCodec(config, shape, moments, execution_device(module), heads, bits[i], turns))
-    state = HeadQState(config, shapes, model.config._attn_implementation, calibration, print_, codecs)
+    of_attention = {id(c): c for module in modules if (c := getattr(module, "config", None)) is not None}
+    configs = [*({id(model.config): model.config} | of_attention).values()]
+    state = HeadQState(config, shapes, model.config._attn_implementation, calibration, print_, codecs, configs)
     model.set_attn_implementation(attention.NAME)
     for module, codec in zip(modules, codecs, strict=True):
         module.headq = codec
@@ -177,14 +183,19 @@ def supply_cache(
     name, cache, packed = _requested(model, kwargs)
     if not packed:
         return args, kwargs
+    keep_attention(model)
     cache = HeadQCache(model) if cache is None else cache
     tokens = _tokens(args, kwargs)
     if tokens is None:
         cache.check_made_for(model._headq)
         return args, {**kwargs, name: cache}
     batch, length = tokens.shape[:2]
-    cache.expect(model._headq, batch, length, kwargs.get("attention_mask"), kwargs.get("position_ids"))
-    if cache.incoming.seen and kwargs.get("position_ids") is not None:
+    cache.expect(
+        model._headq, batch, length, kwargs.get("attention_mask"), kwargs.get("position_ids"), layers_run(model)
+    )
+    cache.incoming.weights = bool(kwargs.get("output_attentions"))
+    by_counts = not custom(kwargs.get("attention_mask"))
+    if cache.incoming.seen and by_counts and kwargs.get("position_ids") is not None:
         kwargs["attention_mask"] = None  # the cache knows it, and a mask that grows is a new shape at each step
     return args, {**kwargs, name: cache}
 
@@ -214,12 +225,15 @@ def _requested(model: PreTrainedModel, kwargs: dict[str, Any]) -> tuple[str, Hea
     """
     name = next((n for n in CACHE_NAMES if kwargs.get(n) is not None), CACHE_NAMES[0])
     cache = kwargs.get(name)
-    if kwargs.get("output_attentions"):
-        raise ValueError("output_attentions is not available from a packed cache; restore_(model) first")
-    if model.training and isinstance(cache, HeadQCache):
-        raise ValueError("a packed cache keeps no gradients and the model is in train mode; call model.eval() first")
-    if model.training or (cache is None and not _uses_cache(model, kwargs)):
+    if cache is None and not _uses_cache(model, kwargs):
         return name, None, False
+    if torch.compiler.is_compiling():  # a graph must not depend on counts: attention tells of gradients there
+        return name, cache if isinstance(cache, HeadQCache) else None, not (model.training and cache is None)
+    if torch.is_grad_enabled() and wants_gradients(model, kwargs):
+        if isinstance(cache, HeadQCache) and cache.holds_tokens:
+            raise ValueError(attention.NO_GRADIENTS)
+        if cache is None and model.training:  # a training step reads no cache: packing one would be for nothing
+            return name, None, False
     if cache is None or isinstance(cache, HeadQCache):
         return name, cache, True
     if type(cache) is DynamicCache and cache.get_seq_length() == 0:
@@ -228,6 +242,38 @@ def _requested(model: PreTrainedModel, kwargs: dict[str, Any]) -> tuple[str, Hea
     raise ValueError(
         f"a model with HeadQ needs a HeadQCache, got a {type(cache).__name__}{filled}; "
         "pass no cache, an empty DynamicCache or HeadQCache(model)"
+    )
+
+
+def wants_gradients(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
+    """Whether a call with gradients enabled would record any through attention: for its embeddings, or for a parameter
+    of the decoder; what lies behind it (an output head) asks nothing of the cache."""
+    embeds = kwargs.get("inputs_embeds")
+    if isinstance(embeds, torch.Tensor) and embeds.requires_grad:
+        return True
+    return any(p.requires_grad for p in model.base_model.parameters())
+
+
+def layers_run(model: PreTrainedModel) -> int | None:
+    """How many of its layers a model runs, None: all; self-speculation (``assistant_early_exit``) drafts with fewer."""
+    return getattr(model.base_model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+
+
+def keep_attention(model: PreTrainedModel) -> None:
+    """Put ``"headq"`` back where a user has set another attention implementation: packed rows are read by it alone.
+
+    What was set is what :func:`restore_` leaves behind.
+    """
+    state: HeadQState = model._headq
+    changed = [c._attn_implementation for c in state.attention_configs if c._attn_implementation != attention.NAME]
+    if not changed:
+        return
+    state.previous_attention = changed[0]
+    model.set_attn_implementation(attention.NAME)
+    warnings.warn(
+        f"HeadQ: attn_implementation was set to {changed[0]!r}, and stays 'headq' while the model has a packed cache; "
+        "restore_(model) puts the other one in place",
+        stacklevel=4,
     )
 
 

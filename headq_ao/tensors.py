@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torchao.utils import TorchAOBaseTensor
 
 from headq_ao.codec import KeyCodec, ValueCodec, dequantize_value_rows
@@ -272,6 +273,9 @@ class HeadQHistory(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        for history in tree_leaves((args, kwargs)):
+            if isinstance(history, HeadQHistory):
+                history.layer.undo_update()
         raise RuntimeError(
             f"{func} was called on the packed HeadQ cache, which only the 'headq' attention can read; "
             "keep attn_implementation='headq' while the cache is in use, or call restore_(model) and start a new cache"

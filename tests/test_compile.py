@@ -209,5 +209,5 @@ def test_operators(tiny, token_ids):
     for check in once:
         cache.reset()
         torch.ops.headq.announce(*arguments)
-        torch.library.opcheck(torch.ops.headq.step, (cache.handle, 0, q, k, k, 0.2, None), test_utils=check)
+        torch.library.opcheck(torch.ops.headq.step, (cache.handle, 0, q, k, k, 0.2, None, None), test_utils=check)
     assert cache.get_seq_length() == 5

@@ -15,6 +15,7 @@ from headq_ao.evals.baselines.methods import Method
 from headq_ao.layer_codec import Epoch, LayerCodec
 from headq_ao.layer_state import Incoming
 from headq_ao.models import LayerShape
+from headq_ao.reading import Ranges
 
 
 class BaselineLayer(HeadQCacheLayer):
@@ -57,14 +58,12 @@ class BaselineLayer(HeadQCacheLayer):
     def _attend_token(self, q: Tensor, scaling: float, codec: LayerCodec) -> None:
         return None
 
-    def _attend_rows(self, q: Tensor, scaling: float, codec: LayerCodec, position: list[list[int]]) -> Tensor:
-        return self._attend_parts(q, scaling, codec, position)
+    def _attend_rows(self, q: Tensor, scaling: float, codec: LayerCodec, ranges: Ranges) -> Tensor:
+        return self._attend_parts(q, scaling, codec, ranges)
 
-    def _attend_packed(
-        self, q: Tensor, scaling: float, codec: LayerCodec, position: list[list[int]]
-    ) -> tuple[Tensor, Tensor]:
+    def _attend_packed(self, q: Tensor, scaling: float, codec: LayerCodec, ranges: Ranges) -> tuple[Tensor, Tensor]:
         end = max(r.slots for r in self.rows)
-        start, stop = self._visible_slots(0, end, position)
+        start, stop = self._visible_slots(0, end, ranges)
         keys, values = self.store_k.view(0, end), self.store_v.view(0, end)
         grouped = q.float().unflatten(1, (self.shape.n_kv_heads, -1)) * scaling
         if self.method.keys is None:
