@@ -56,7 +56,8 @@ def headq_attention(
             recorder.record(module.layer_idx, query, key, value, scale, sliding_window)  # type: ignore[arg-type]
         elif hasattr(module, "headq"):
             bypassed = "use_cache is False, or the call did not go through the model that quantize_ was given"
-            warn_dense("the model is in train mode" if module.training else bypassed)
+            number = module.headq.model.number  # type: ignore[union-attr]
+            warn_dense("the model is in train mode" if module.training else bypassed, number)
         return _dense(module, query, key, value, attention_mask, scaling, dropout, is_causal, sliding_window, kwargs)
     problem = _unknown(kwargs)
     if problem is not None:
@@ -121,11 +122,11 @@ def register() -> None:
 
 
 @torch.compiler.assume_constant_result  # a traced call warns while it is compiled
-def warn_dense(why: str) -> None:
-    """Say, once per reason, that a call does not use the packed cache."""
-    if why not in _warned:
-        _warned.add(why)
+def warn_dense(why: str, model: int) -> None:
+    """Say, once per model (:class:`headq_ao.layer_codec.ModelNumber`) and reason, that a call uses no packed cache."""
+    if (model, why) not in _warned:
+        _warned.add((model, why))
         warnings.warn(f"HeadQ: {why}; this call runs on dense keys and values", stacklevel=3)
 
 
-_warned: set[str] = set()
+_warned: set[tuple[int, str]] = set()

@@ -64,10 +64,11 @@ class PendingRows:
 
 @torch.library.custom_op("headq::announce", mutates_args=("handle",), tags=_TAGS)
 def _announce(
-    handle: Tensor, model: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, batch: int, length: int
-) -> None:
+    handle: Tensor, model: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, batch: int, length: int,
+    tokens: Tensor | None = None,
+) -> None:  # fmt: skip
     cache: HeadQCache = owner(handle)
-    cache.expect(owner(model), batch, length, attention_mask, position_ids)
+    cache.expect(owner(model), batch, length, attention_mask, position_ids, tokens)
 
 
 @torch.library.custom_op("headq::seen", mutates_args=(), tags=_TAGS)
@@ -84,8 +85,9 @@ def _step(handle: Tensor, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: 
 
 @_announce.register_fake
 def _(
-    handle: Tensor, model: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, batch: int, length: int
-) -> None:
+    handle: Tensor, model: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, batch: int, length: int,
+    tokens: Tensor | None = None,
+) -> None:  # fmt: skip
     return None
 
 
@@ -124,7 +126,7 @@ def announce(cache: "HeadQCache", state: "HeadQState", kwargs: dict[str, Any], t
     batch, length = tokens.shape[:2]
     if length == 1 or not isinstance(position_ids, Tensor):
         position_ids = None
-    torch.ops.headq.announce(cache.handle, state.handle, mask, position_ids, batch, length)
+    torch.ops.headq.announce(cache.handle, state.handle, mask, position_ids, batch, length, tokens.detach())
 
 
 @torch.no_grad()

@@ -110,6 +110,7 @@ def _handle(model: nn.Module, config: HeadQConfig) -> nn.Module:
     model.set_attn_implementation(attention.NAME)
     for module, codec in zip(modules, codecs, strict=True):
         module.headq = codec
+        codec.model = codecs[0].model
     model._headq = state
     model.register_forward_pre_hook(supply_cache, with_kwargs=True)
     generation.attach(model)
@@ -183,7 +184,7 @@ def supply_cache(
         cache.check_made_for(model._headq)
         return args, {**kwargs, name: cache}
     batch, length = tokens.shape[:2]
-    cache.expect(model._headq, batch, length, kwargs.get("attention_mask"), kwargs.get("position_ids"))
+    cache.expect(model._headq, batch, length, kwargs.get("attention_mask"), kwargs.get("position_ids"), tokens)
     if cache.incoming.seen and kwargs.get("position_ids") is not None:
         kwargs["attention_mask"] = None  # the cache knows it, and a mask that grows is a new shape at each step
     return args, {**kwargs, name: cache}
