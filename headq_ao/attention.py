@@ -1,5 +1,6 @@
 """The attention function that reads packed rows, registered as ``"headq"`` with transformers."""
 
+import sys
 import warnings
 from typing import Any
 
@@ -126,7 +127,10 @@ def warn_dense(why: str, model: int) -> None:
     """Say, once per model (:class:`headq_ao.layer_codec.ModelNumber`) and reason, that a call uses no packed cache."""
     if (model, why) not in _warned:
         _warned.add((model, why))
-        warnings.warn(f"HeadQ: {why}; this call runs on dense keys and values", stacklevel=3)
+        place, text = sys._getframe(2), f"HeadQ: {why}; this call runs on dense keys and values"
+        module = place.f_globals.get("__name__", "sys")
+        # with a registry of its own, for warnings.warn would leave out the same words for another model
+        warnings.warn_explicit(text, UserWarning, place.f_code.co_filename, place.f_lineno, module, registry={})
 
 
 _warned: set[tuple[int, str]] = set()

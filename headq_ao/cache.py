@@ -242,7 +242,7 @@ class HeadQCache(Handled, Cache):
 
     def __copy__(self) -> "HeadQCache":
         made = type(self).__new__(type(self))
-        made.__setstate__(vars(self))
+        made.__setstate__(dict(vars(self)))
         return made
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "HeadQCache":
@@ -292,7 +292,8 @@ class HeadQCache(Handled, Cache):
         the entries of the model's config, and of the input embedding the rows of the prompt's token ids: other rows may
         change freely. Where calls passed embeddings nothing of the embedding is compared; where they did not go through
         the model, and the ids are not known, all of it is. Then the first tokens are computed again and compared with
-        the stored sinks, within rounding. Offloaded weights are not compared, which a warning says.
+        the stored sinks, within rounding, unless weights are offloaded. The head of the file lists offloaded weights
+        that could not be read and compared.
 
         Args:
             path: of the file.
@@ -306,7 +307,7 @@ class HeadQCache(Handled, Cache):
         if not isinstance(path, (str, os.PathLike)):
             raise ValueError(f"HeadQCache.load takes a path, then the model; got a {type(path).__name__} as the path")
         cache = cls(model)
-        load_cache(cache, model, path)
+        load_cache(cache, quantized_model(model)[0], path)
         return cache
 
     @property
@@ -366,6 +367,6 @@ def quantized_model(model: Any) -> tuple[PreTrainedModel, HeadQState]:
 
 def same_print(one: HeadQState, other: HeadQState) -> bool:
     """Whether two states are of models with equal fingerprints, in whatever dtype."""
-    a, b = ({**x.fingerprint, "weights": None} for x in (one, other))
-    numbers = [x.fingerprint.get("weights") for x in (one, other)]
-    return a == b and (None in numbers or alike(*numbers, tolerance=5e-3))
+    a, b = (dict(x.fingerprint) for x in (one, other))
+    numbers, others = a.pop("weights", None), b.pop("weights", None)
+    return a == b and (None in (numbers, others) or alike(numbers, others, tolerance=5e-3))

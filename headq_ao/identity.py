@@ -9,6 +9,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ WRAPPERS = frozenset(
 IDLE_ENTRIES = re.compile(
     r"_.*|.*token_id|use_cache|output_.*|return_dict.*|dtype|torch_dtype|transformers_version|name_or_path|id2label"
     r"|label2id|architectures|tie_.*|vocab_size|problem_type|initializer_.*|.*p?drop(out)?.*|quantization_config"
-    r"|distributed_config|.*_attn_implementation|gradient_checkpointing|pretraining_tp"
+    r"|distributed_config|.*attn_implementation.*|gradient_checkpointing|pretraining_tp"
 )
 
 
@@ -42,30 +43,50 @@ def model_identity(model: nn.Module, ids: Tensor | None) -> dict[str, Any]:
     embedding that the ids use, all rows where some are unknown. ``numbers``: of buffers that checkpoints do not hold,
     such as rotary frequencies, which may differ in rounding between machines; and floats that modules keep as
     attributes, such as scales. ``adapters``: which act, with their scaling. ``model_config``: of the model.
-    ``offloaded``: weights that were not there to be read.
+    ``offloaded``: weights that are elsewhere, and could not be read.
     """
     found: dict[str, Any] = {"weights": {}, "numbers": {}, "adapters": {}, "offloaded": []}
     table, seen = embedding_table(model), set()
+    whole: dict[str, Tensor] = {}
     for path, module, tensors in acting_modules(model):
         if is_tuner(module) and (state := adapter_state(module)):
             found["adapters"][common_name(path)] = state
         found["numbers"] |= {common_name(f"{path}.{n}"): [x] for n, x in float_attributes(module).items()}
-        for name, tensor in tensors.items():
-            if id(tensor) in seen:
+        for name, held in tensors.items():
+            if id(held) in seen:
                 continue
-            seen.add(id(tensor))
-            full, numbers = common_name(f"{path}.{name}"), tensor.is_floating_point() or tensor.is_complex()
-            if any(t.device.type == "meta" for t in plain_tensors(tensor)):
+            seen.add(id(held))
+            full, tensor = common_name(f"{path}.{name}"), brought(module, name, held)
+            if tensor is None:
                 found["offloaded"].append(full)
-            elif tensor is table:
+            elif held is table:
                 found["weights"] |= embedding_rows(full, tensor, ids)
-            elif name in module._non_persistent_buffers_set and numbers:
-                if not moves_with_length(module, name):
-                    found["numbers"][full] = few_numbers(tensor)
-            else:
-                found["weights"][full] = checksum(tensor)
-    found["model_config"] = acting_entries(model.config.to_dict()) if hasattr(model, "config") else {}
+            elif name not in module._non_persistent_buffers_set or not has_fractions(tensor):
+                whole[full] = tensor
+            elif not moves_with_length(module, name):
+                found["numbers"][full] = few_numbers(tensor)
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        found["weights"] |= dict(zip(whole, pool.map(checksum, whole.values()), strict=True))
+    config: Any = getattr(model, "config", None)
+    found["model_config"] = {} if config is None else acting_entries(config.to_dict())
     return found
+
+
+def brought(module: nn.Module, name: str, tensor: Tensor) -> Tensor | None:
+    """A tensor of a module or, where accelerate offloads it, what its hook would bring; None where that is not told."""
+    if not any(t.device.type == "meta" for t in plain_tensors(tensor)):
+        return tensor
+    hook: Any = getattr(module, "_hf_hook", None)
+    for one in getattr(hook, "hooks", [hook]):
+        held = getattr(one, "weights_map", None)
+        if held is not None and name in held:
+            return torch.as_tensor(held[name])
+    return None
+
+
+def has_fractions(tensor: Tensor) -> bool:
+    """Whether it holds floating-point or complex numbers."""
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def identity_problem(here: dict[str, Any], there: dict[str, Any]) -> str | None:
@@ -134,7 +155,7 @@ def acting_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, dict[str,
         if id(module) in left_out or "headq" in path.split(".") or not idle.isdisjoint(path_and_owners(path)):
             continue
         if is_tuner(module):
-            resting = set(module._get_available_adapters()) - set(adapters_at_work(module))  # type: ignore[operator]
+            resting = set(module._get_available_adapters()) - set(adapters_at_work(module))
             containers = [name for name, child in module.named_children() if hasattr(child, "keys")]
             idle |= {f"{path}.{container}.{name}" for container in containers for name in resting}
         own = {name: t for name, t in (*module._parameters.items(), *module._buffers.items()) if t is not None}

@@ -100,8 +100,7 @@ def load_cache(cache: "HeadQCache", model: PreTrainedModel, path: str | os.PathL
     modules = attention_modules(model, len(cache.layers))
     ids = tensors.pop(IDS, None)
     with PROMPT_CACHE.refusing(path):
-        here = model_head(model, cache.config, ids)
-        check_same(here, head)
+        check_same(model_head(model, cache.config, ids), head)
         for i, (layer, module, description) in enumerate(zip(cache.layers, modules, head["layers"], strict=True)):
             own = {n.removeprefix(f"{i}."): t for n, t in tensors.items() if n.startswith(f"{i}.")}
             try:
@@ -113,13 +112,6 @@ def load_cache(cache: "HeadQCache", model: PreTrainedModel, path: str | os.PathL
         put_ids(cache, ids, head["ids_capacity"], embedding_device(model, cache))
         check_sinks(cache, model, head["sinks"])
     cache.filled = stamp(model)
-    offloaded = sorted({*here["identity"]["offloaded"], *head["identity"]["offloaded"]})
-    if offloaded:
-        warnings.warn(
-            f"HeadQ: {len(offloaded)} weights are offloaded, here or where {os.fspath(path)!r} was saved, and were not "
-            f"compared: {', '.join(offloaded[:2])}{' and others' if len(offloaded) > 2 else ''}",
-            stacklevel=3,
-        )
 
 
 def put_ids(cache: "HeadQCache", ids: Tensor | None, capacity: int, device: torch.device) -> None:

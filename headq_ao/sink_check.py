@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
 
 from headq_ao.calibrate import RECORDER
 
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 ROUNDING = 1e-2  # relative error that is no other model, at least; of 16-bit floats the root of their epsilon
 
 
-def sink_error(cache: "HeadQCache", model: PreTrainedModel) -> float | None:
+def sink_error(cache: "HeadQCache", model: nn.Module) -> float | None:
     """The relative error of keys and values of a cache's sinks as the model computes them now: the largest of a layer.
 
     Only sequences count that start unpadded with known ids. None where there is none, or where weights are offloaded or
@@ -68,18 +67,20 @@ def tolerance(cache: "HeadQCache") -> float:
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Call a model in between: in eval mode, eagerly, without gradients or recorders, and all attributes as before."""
-    kept = [(m, dict(vars(m)), dict(m._buffers)) for m in model.modules()]
+    """Call a model in between: in eval mode, eagerly, without gradients or recorders, and all attributes as before.
+
+    Hooks that others have put on it run: they may be what changes keys.
+    """
+    kept = [(space, dict(space)) for m in model.modules() for space in (vars(m), m._buffers)]
     recorder = RECORDER.set(None)
     try:
-        if any(m.training for m, _, _ in kept):
+        if any(m.training for m in model.modules()):
             model.eval()
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         RECORDER.reset(recorder)
-        for module, attributes, buffers in kept:
-            vars(module).clear()
-            vars(module).update(attributes)
-            module._buffers.clear()
-            module._buffers.update(buffers)
+        for space, before in kept:
+            for name in space.keys() - before.keys():
+                del space[name]
+            space.update({name: x for name, x in before.items() if name not in space or space[name] is not x})
