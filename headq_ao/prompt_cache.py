@@ -19,7 +19,7 @@ from headq_ao.files import FileKind
 from headq_ao.identity import embedding_table, identity_problem, model_identity, stamp
 from headq_ao.layer_codec import Epoch, LayerCodec
 from headq_ao.models import attention_modules, execution_device
-from headq_ao.sink_check import sink_error, tolerance
+from headq_ao.sink_check import TELLING, sink_error, tolerance
 from headq_ao.state import RowCounts, RowStore
 from headq_ao.token_ids import EMBEDDED, PAD, UNKNOWN
 
@@ -79,11 +79,13 @@ def sinks_at_saving(cache: "HeadQCache", model: PreTrainedModel) -> float | None
     """:func:`~headq_ao.sink_check.sink_error` for the file; None, with a warning, where it says nothing."""
     try:
         error = sink_error(cache, model)
-    except (ValueError, TypeError, LookupError) as problem:  # it needs more than ids, such as an image
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, TypeError, LookupError, RuntimeError) as problem:  # it needs more than ids, such as an image
         why, error = str(problem), math.inf
     else:
         why = f"they are {error} off"
-    if error is None or error <= tolerance(cache):
+    if error is None or error <= TELLING:
         return error
     warnings.warn(
         f"HeadQ: the first tokens of this cache do not come out again when the model computes them alone ({why}): "
