@@ -21,7 +21,7 @@ from headq_ao.identity import alike, stamp
 from headq_ao.layer_codec import LayerCodec
 from headq_ao.layer_state import Incoming
 from headq_ao.masks import check_positions, real_spans
-from headq_ao.models import LayerShape
+from headq_ao.models import LayerShape, layer_shapes, tensor_parallel
 from headq_ao.prompt_cache import load_cache, save_cache
 from headq_ao.report import BitsReport
 from headq_ao.state import Span, storage_bytes
@@ -69,6 +69,7 @@ class HeadQCache(Handled, Cache):
     """
 
     is_compileable = False  # only where generate is asked to compile: see headq_ao.generation
+    keeps_ids = True  # of the tokens, for save
 
     def __init__(self, model: PreTrainedModel) -> None:
         model, state = quantized_model(model)
@@ -76,6 +77,7 @@ class HeadQCache(Handled, Cache):
         self._model = weakref.ref(model)
         self.incoming = Incoming()
         self.ids = TokenIds()
+        self.keeps_ids = self.keeps_ids and holds_first_heads(model, state)
         self.filled: int | None = None  # the stamp of the model that computed the first tokens, where known
         self.foreign = False  # whether another model than that of this cache has computed tokens
         super().__init__(layers=[self._new_layer(i, shape) for i, shape in enumerate(state.shapes)])
@@ -124,7 +126,8 @@ class HeadQCache(Handled, Cache):
         self.announce(length, real_spans(mask, batch, length, self.get_seq_length()))
         self.caller = weakref.ref(state)
         self._note_origin(state)
-        self.ids.note(tokens, batch, length, self.incoming.seen, self.incoming.spans)
+        if self.keeps_ids:
+            self.ids.note(tokens, batch, length, self.incoming.seen, self.incoming.spans)
 
     def _note_origin(self, state: HeadQState) -> None:
         """Remember which model computes what the cache holds, and in which state: a file will name it."""
@@ -291,9 +294,9 @@ class HeadQCache(Handled, Cache):
         buffer but the output head's, the adapters at work and their scaling (adapters that are off may come and go),
         the entries of the model's config, and of the input embedding the rows of the prompt's token ids: other rows may
         change freely. Where calls passed embeddings nothing of the embedding is compared; where they did not go through
-        the model, and the ids are not known, all of it is. Then the first tokens are computed again and compared with
-        the stored sinks, within rounding, unless weights are offloaded. The head of the file lists offloaded weights
-        that could not be read and compared.
+        the model, or on the later ranks of a tensor-parallel one, all of it is. Then the first tokens are computed
+        again and compared with the stored sinks, within rounding, unless weights are offloaded. The head of the file
+        lists offloaded weights that could not be read and compared.
 
         Args:
             path: of the file.
@@ -363,6 +366,12 @@ def quantized_model(model: Any) -> tuple[PreTrainedModel, HeadQState]:
             f"{type(model).__name__} {what}; call quantize_(model, headq_config()) first, and pass that model"
         )
     return found[0], vars(found[0])["_headq"]
+
+
+def holds_first_heads(model: PreTrainedModel, state: HeadQState) -> bool:
+    """Whether this process holds the first KV heads: of those that share a tensor-parallel cache, one keeps the ids."""
+    rank, size = tensor_parallel(model)
+    return size == 1 or rank == 0 or state.shapes[0].n_kv_heads == layer_shapes(model.config)[0].n_kv_heads
 
 
 def same_print(one: HeadQState, other: HeadQState) -> bool:

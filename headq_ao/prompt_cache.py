@@ -145,7 +145,7 @@ def check_sinks(cache: "HeadQCache", model: PreTrainedModel, at_saving: float | 
 def embedding_told(ids: Tensor | None) -> str:
     """What of the input embedding a file's checksums cover, in words for who reads its head."""
     if ids is None or bool((ids == UNKNOWN).any()):
-        return "all rows: some calls did not say their token ids"
+        return "all rows: not all token ids are known"
     embedded = int((ids == EMBEDDED).sum())
     return "rows of its token ids" + (f"; {embedded} slots came as embeddings, nothing is checked" if embedded else "")
 
