@@ -1,5 +1,6 @@
 """The attention function that reads packed rows, registered as ``"headq"`` with transformers."""
 
+import sys
 import warnings
 from typing import Any
 
@@ -56,7 +57,9 @@ def headq_attention(
     if isinstance(key, PendingRows):
         assert isinstance(value, PendingRows)
         problem = _unknown(kwargs) or _graph_problem(kwargs, query, key.rows, value.rows)
-        return step(query, key, value, scale, problem, attention_mask if query.shape[2] > 1 else None), None
+        # one new token sees all of itself: a mask counts where it speaks of cached tokens
+        told = attention_mask is not None and (query.shape[2] > 1 or attention_mask.shape[-1] > 1)
+        return step(query, key, value, scale, problem, attention_mask if told else None), None
     assert isinstance(value, Tensor)
     weights = kwargs.pop("output_attentions", False)
     dense = (dropout, is_causal, sliding_window, kwargs)
@@ -67,7 +70,8 @@ def headq_attention(
                 recorder.record(module.layer_idx, query, key, value, scale, sliding_window)  # type: ignore[arg-type]
         elif hasattr(module, "headq"):
             bypassed = "use_cache is False, or the call did not go through the model that quantize_ was given"
-            warn_dense("gradients are wanted in train mode" if module.training else bypassed)
+            number = module.headq.model.number  # type: ignore[union-attr]
+            warn_dense("gradients are wanted in train mode" if module.training else bypassed, number)
         out = _dense(module, query, key, value, attention_mask, scaling, *dense)
         return out, exact_weights(query, key, attention_mask, scale, is_causal) if weights else None
     assert isinstance(value, HeadQHistory)
@@ -161,11 +165,14 @@ def register() -> None:
 
 
 @torch.compiler.assume_constant_result  # a traced call warns while it is compiled
-def warn_dense(why: str) -> None:
-    """Say, once per reason, that a call does not use the packed cache."""
-    if why not in _warned:
-        _warned.add(why)
-        warnings.warn(f"HeadQ: {why}; this call runs on dense keys and values", stacklevel=3)
+def warn_dense(why: str, model: int) -> None:
+    """Say, once per model (:class:`headq_ao.layer_codec.ModelNumber`) and reason, that a call uses no packed cache."""
+    if (model, why) not in _warned:
+        _warned.add((model, why))
+        place, text = sys._getframe(2), f"HeadQ: {why}; this call runs on dense keys and values"
+        module = place.f_globals.get("__name__", "sys")
+        # with a registry of its own, for warnings.warn would leave out the same words for another model
+        warnings.warn_explicit(text, UserWarning, place.f_code.co_filename, place.f_lineno, module, registry={})
 
 
-_warned: set[str] = set()
+_warned: set[tuple[int, str]] = set()

@@ -143,7 +143,10 @@ class HeadQCacheLayer(ClosingLayer, ReadingLayer, CacheLayerMixin):
     def check_crop(self, tokens_to_remove: int) -> None:
         """Raise where :meth:`crop` cannot be done: a window layer has let go of what it would need."""
         if tokens_to_remove > 0:
-            raise ValueError(f"crop takes a negative number, the tokens to remove, got {tokens_to_remove}")
+            raise ValueError(
+                f"crop takes a negative number, the tokens to remove, got {tokens_to_remove}; "
+                f"crop(-{tokens_to_remove}) removes the last {tokens_to_remove}"
+            )
         if self.sliding_window is None:
             return
         n = min(-tokens_to_remove, self.seen)

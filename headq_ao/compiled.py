@@ -67,10 +67,15 @@ class PendingRows:
 
 @torch.library.custom_op("headq::announce", mutates_args=("handle",), tags=_TAGS)
 def _announce(
-    handle: Tensor, model: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, batch: int, length: int
-) -> None:
+    handle: Tensor, model: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, batch: int, length: int,
+    tokens: Tensor | None = None,
+) -> None:  # fmt: skip
     cache: HeadQCache = owner(handle)
-    cache.expect(owner(model), batch, length, attention_mask, position_ids)
+    if custom(attention_mask):
+        raise ValueError(
+            "a call within a compiled function takes a 2-D attention_mask; compile the model, not its caller"
+        )
+    cache.expect(owner(model), batch, length, attention_mask, position_ids, tokens=tokens)
 
 
 @torch.library.custom_op("headq::seen", mutates_args=(), tags=_TAGS)
@@ -90,8 +95,9 @@ def _step(
 
 @_announce.register_fake
 def _(
-    handle: Tensor, model: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, batch: int, length: int
-) -> None:
+    handle: Tensor, model: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, batch: int, length: int,
+    tokens: Tensor | None = None,
+) -> None:  # fmt: skip
     return None
 
 
@@ -135,12 +141,12 @@ def announce(cache: "HeadQCache", state: "HeadQState", kwargs: dict[str, Any], t
         ValueError: when the graph runs, as :meth:`HeadQCache.expect` does.
     """
     mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
-    if custom(mask):
-        raise ValueError("a compiled call takes a 2-D attention_mask; call the model itself with a 4-D one")
+    if isinstance(mask, dict):
+        mask = next((m for m in mask.values() if m is not None), None)
     batch, length = tokens.shape[:2]
     if length == 1 or not isinstance(position_ids, Tensor):
         position_ids = None
-    torch.ops.headq.announce(cache.handle, state.handle, mask, position_ids, batch, length)
+    torch.ops.headq.announce(cache.handle, state.handle, mask, position_ids, batch, length, tokens.detach())
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from headq_ao.layer_codec import LayerCodec
 from headq_ao.models import LayerShape, layer_shapes
 from headq_ao.ops.layout import TOKEN_TILE
 from headq_ao.report import BitsReport
+from headq_ao.token_ids import TokenIds
 
 META = torch.device("meta")
 
@@ -67,7 +68,9 @@ def estimate_memory(
         layer.update(k, k)
         layer.commit(q, codec)
         layers.append(layer)
-    return BitsReport.of(layers)
+    ids = TokenIds()
+    ids.note(torch.empty(batch_size, tokens, dtype=torch.int64, device=META), batch_size, tokens, 0, None)
+    return BitsReport.of(layers, ids)
 
 
 def _no_moments(shape: LayerShape) -> LayerMoments:

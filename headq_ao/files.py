@@ -1,6 +1,7 @@
 """safetensors files with a JSON head: written whole or not at all, and checked before anything in them is believed."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -48,7 +49,9 @@ class FileKind:
             ValueError: when there is none, or it is of an older or newer version.
         """
         if self.entry not in metadata:
-            raise ValueError(f"its header has no {self.entry} entry; {self.remedy}")
+            others = [key.removeprefix("headq_").replace("_", " ") for key in metadata if key.startswith("headq_")]
+            other = next((f": it is a {name}" for name in others if name != CHECKSUM.removeprefix("headq_")), "")
+            raise ValueError(f"its header has no {self.entry} entry{other}; {self.remedy}")
         head = json.loads(metadata[self.entry])
         version = head.get("version") if isinstance(head, dict) else None
         if not isinstance(version, int) or isinstance(version, bool):
@@ -91,6 +94,8 @@ class FileKind:
             FileNotFoundError: when there is no such file.
             ValueError: when it is of another kind or version, truncated, or changed.
         """
+        if os.path.isdir(path):
+            raise FileNotFoundError(f"{os.fspath(path)!r} is a folder, not a {self.name} file; name the file in it")
         if not os.path.isfile(path):
             raise FileNotFoundError(f"no {self.name} file at {os.fspath(path)!r}; {self.remedy}")
         with self.refusing(path), safetensors.safe_open(path, "pt") as f:
@@ -107,6 +112,8 @@ class FileKind:
             yield
         except (safetensors.SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
             missing = f"it has no {error}" if isinstance(error, KeyError) else error
+            if isinstance(error, safetensors.SafetensorError):
+                missing = f"it is no whole safetensors file ({error}); {self.remedy}"
             raise ValueError(f"{os.fspath(path)!r} is not a usable headq_ao {self.name}: {missing}") from error
 
 
@@ -129,21 +136,48 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[str]:
     """A temporary path beside ``path`` that replaces it on success and is removed on failure.
 
     The content is on the disk before the name changes, so a kill or a power cut leaves the old file or the new one; a
-    kill also leaves the temporary file, ``.headq-….tmp``.
+    kill also leaves the temporary file, ``.headq-….tmp``. A symbolic link is followed, and kept: the file that it names
+    is replaced or made.
+
+    Raises:
+        FileNotFoundError: when there is no folder to write to.
+        IsADirectoryError: when ``path`` is a folder.
+        OSError: when links lead in a circle, or nothing can be written to the folder.
     """
-    folder = os.path.dirname(os.path.abspath(path))
-    if not os.path.isdir(folder):
-        raise FileNotFoundError(f"no folder {folder!r} to write {os.path.basename(path)!r} to; create it first")
+    target = link_target(path)
+    folder = os.path.dirname(target)
     temporary = os.path.join(folder, f".headq-{secrets.token_hex(8)}.tmp")
     try:
         with open(temporary, "xb") as f:
             mode = os.fstat(f.fileno()).st_mode
+    except OSError as error:
+        raise type(error)(
+            error.errno, f"cannot write {os.fspath(path)!r}: no file can be made in {folder!r} ({error.strerror})"
+        ) from error
+    try:
         yield temporary
         os.chmod(temporary, mode)  # safetensors leaves the file to its owner alone
         with open(temporary, "rb") as f:
             os.fsync(f.fileno())
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
+
+
+def link_target(path: str | os.PathLike[str]) -> str:
+    """The absolute path that is written to: ``path``, or what its links lead to, whether that file is there or not."""
+    name = os.fspath(path)
+    target = os.path.realpath(name)
+    if os.path.islink(target):
+        raise OSError(errno.ELOOP, f"cannot write {name!r}: it is a symbolic link that leads in a circle")
+    if os.path.isdir(target) or name.endswith(os.sep):
+        raise IsADirectoryError(errno.EISDIR, f"cannot write {name!r}: it is a folder; name a file in it")
+    folder = os.path.dirname(target)
+    if not os.path.isdir(folder):
+        through = f" (which {name!r} links to)" if os.path.islink(name) else ""
+        raise FileNotFoundError(
+            f"no folder {folder!r} to write {os.path.basename(target)!r}{through} to; create it first"
+        )
+    return target

@@ -1,6 +1,7 @@
 """What one attention layer needs to write and read rows: lives on the attention module, so that it moves with it."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -42,6 +43,19 @@ class Epoch:
     ready: list[bool] = field(default_factory=list)
 
 
+class ModelNumber:
+    """Tells apart, in this process, the models that HeadQ was put on; a copy of a model gets a number of its own."""
+
+    def __init__(self) -> None:
+        self.number = next(_numbers)
+
+    def __reduce__(self) -> tuple[type["ModelNumber"], tuple[()]]:
+        return ModelNumber, ()
+
+
+_numbers = itertools.count()
+
+
 class LayerCodec(nn.Module):
     """Calibrated key codec and value codec of one layer, as non-persistent buffers in fp32.
 
@@ -72,6 +86,7 @@ class LayerCodec(nn.Module):
         super().__init__()
         config.check_head_dim(shape.head_dim)
         self.config = config
+        self.model = ModelNumber()  # of this layer alone, until quantize_ gives all layers of a model the same
         self.head_dim, self.has_moments = shape.head_dim, moments is not None
         self.frame: KeyCodec | None = None
         self._made: dict[str, KeyCodec | ValueCodec] = {}

@@ -1,6 +1,5 @@
 """What a Hugging Face model looks like to the cache: its attention layers, their shapes, and what is not supported."""
 
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,10 +11,6 @@ from torch.distributed.tensor import DTensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.distributed.tensor_parallel import get_kv_heads_per_rank
-
-from headq_ao.files import tensor_bytes
-
-SAMPLE = 4096  # elements of each parameter that identify it
 
 
 @dataclass(frozen=True)
@@ -161,26 +156,6 @@ def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
         slices = weight.detach()[: weight.shape[0] // 16 * 16].unflatten(0, (16, -1))[:, :64]
         print_["weights"] = slices.float().square().mean((1, 2)).sqrt().tolist()
     return print_
-
-
-def weight_digests(model: nn.Module) -> dict[str, str]:
-    """A short SHA-256 of up to 4096 evenly spaced elements of each parameter, as stored; offloaded ones are left out.
-
-    Unlike the numbers of :func:`fingerprint` it tells models apart that differ in dtype, weight quantization or a
-    fine-tune.
-    """
-    digests = {}
-    for name, parameter in model.named_parameters():
-        parts = list(plain_tensors(parameter))
-        if any(t.device.type == "meta" for t in parts):
-            continue
-        digest = hashlib.sha256()
-        for t in parts:
-            flat = t.detach().reshape(-1)
-            digest.update(f"{t.dtype} {tuple(t.shape)} ".encode())
-            digest.update(tensor_bytes(flat[:: max(len(flat) // SAMPLE, 1)]))
-        digests[name] = digest.hexdigest()[:16]
-    return digests
 
 
 def plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -116,6 +116,7 @@ def _handle(model: nn.Module, config: HeadQConfig) -> nn.Module:
     model.set_attn_implementation(attention.NAME)
     for module, codec in zip(modules, codecs, strict=True):
         module.headq = codec
+        codec.model = codecs[0].model
     model._headq = state
     model.register_forward_pre_hook(supply_cache, with_kwargs=True)
     generation.attach(model)
@@ -190,12 +191,10 @@ def supply_cache(
         cache.check_made_for(model._headq)
         return args, {**kwargs, name: cache}
     batch, length = tokens.shape[:2]
-    cache.expect(
-        model._headq, batch, length, kwargs.get("attention_mask"), kwargs.get("position_ids"), layers_run(model)
-    )
+    mask = kwargs.get("attention_mask")
+    cache.expect(model._headq, batch, length, mask, kwargs.get("position_ids"), layers_run(model), tokens)
     cache.incoming.weights = bool(kwargs.get("output_attentions"))
-    by_counts = not custom(kwargs.get("attention_mask"))
-    if cache.incoming.seen and by_counts and kwargs.get("position_ids") is not None:
+    if cache.incoming.seen and not custom(mask) and kwargs.get("position_ids") is not None:
         kwargs["attention_mask"] = None  # the cache knows it, and a mask that grows is a new shape at each step
     return args, {**kwargs, name: cache}
 

@@ -10,8 +10,9 @@ from headq_ao.state import storage_bytes
 
 if TYPE_CHECKING:
     from headq_ao.cache_layer import HeadQCacheLayer
+    from headq_ao.token_ids import TokenIds
 
-KINDS = ("codes", "scales", "packed_exact_side", "bases", "moments", "exact_rows", "unused")
+KINDS = ("codes", "scales", "packed_exact_side", "bases", "moments", "exact_rows", "token_ids", "unused")
 
 
 class NothingPackedError(RuntimeError):
@@ -31,7 +32,7 @@ class BitsReport:
         packed_rows: mean packed rows per sequence and layer.
         tokens: mean tokens per sequence.
         bytes: by kind: codes, scales, rows of a side that is kept exact, per-sequence bases, moments (with the queries
-            kept for them), exact rows, unused capacity (with
+            kept for them), exact rows, token ids (of the prompt cache's check), unused capacity (with
             the mask of holes after a deep crop). Their sum is ``get_memory_footprint()``.
     """
 
@@ -51,13 +52,15 @@ class BitsReport:
         return asdict(self)
 
     @classmethod
-    def of(cls, layers: "Sequence[HeadQCacheLayer]") -> "BitsReport":
-        """Count the tensors of cache layers."""
+    def of(cls, layers: "Sequence[HeadQCacheLayer]", ids: "TokenIds | None" = None) -> "BitsReport":
+        """Count the tensors of cache layers, and the token ids kept beside them."""
         count = _Counts()
         for layer in layers:
             if layer.is_initialized:
                 count.add(layer)
-        held = storage_bytes([t for layer in layers for t in layer.tensors()])
+        held = storage_bytes([t for layer in layers for t in layer.tensors()] + ([] if ids is None else ids.tensors()))
+        if ids is not None:
+            count.kinds["token_ids"] = ids.nbytes(max([layer.seen for layer in layers], default=0))
         return count.report(held)
 
 

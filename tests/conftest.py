@@ -29,7 +29,7 @@ def load_recipe(name):
 
 @pytest.fixture(autouse=True)
 def warn_again():
-    """Warnings that are given once per process are given once per test."""
+    """Warnings that are given once per model are given once per test."""
     attention._warned.clear()
 
 

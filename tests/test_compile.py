@@ -155,13 +155,28 @@ def test_generate_with_inductor(tiny, token_ids):
     generate_both(quantized(tiny, layers=1), "inductor", token_ids, 80)
 
 
-def test_gradients_stop_at_the_cache(tiny, token_ids):
-    model = quantized(tiny, layers=1)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    with torch.enable_grad():
-        logits = compiled(token_ids(1, 8), cache=HeadQCache(model)).logits
-        logits.sum().backward()
-    assert model.lm_head.weight.grad is not None and model.model.layers[0].self_attn.q_proj.weight.grad is None
+def test_masks_of_the_callers_own(tiny, token_ids):
+    """A compiled model takes a 4-D mask in any call, of many tokens or one."""
+    model, ids = quantized(tiny, layers=2), token_ids(1, 120)
+    tree = torch.ones(1, 1, 9, 109, dtype=torch.bool).tril(100)
+    tree[..., 101:104] &= torch.eye(9, dtype=torch.bool)[:, 1:4]
+    hidden = torch.ones(1, 1, 1, 110, dtype=torch.bool)
+    hidden[..., :50] = False
+
+    def run(forward):
+        cache = HeadQCache(model)
+        first = forward(ids[:, :100], cache=cache).logits
+        second = forward(ids[:, 100:109], attention_mask=tree, cache=cache).logits
+        return torch.cat([first, second, forward(ids[:, 109:110], attention_mask=hidden, cache=cache).logits], 1)
+
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=False):
+        torch.testing.assert_close(run(torch.compile(model, backend="eager")), run(model))
+
+
+def test_gradients_are_refused(tiny, token_ids):
+    compiled = torch.compile(quantized(tiny, layers=1), fullgraph=True, backend="aot_eager")
+    with torch.enable_grad(), pytest.raises(ValueError, match=r"has no gradients; call it under torch\.no_grad"):
+        compiled(token_ids(1, 8))
 
 
 def test_refusals(tiny, token_ids):
@@ -176,10 +191,10 @@ def test_refusals(tiny, token_ids):
 
     custom = torch.ones(1, 1, 8, 8, dtype=torch.bool)
     holes = torch.tensor([[1, 1, 0, 0, 1, 1, 1, 1]])
-    refuses(model, "custom 4-D masks", attention_mask=custom)
+    refuses(model, r"a 4-D attention_mask must be", attention_mask=custom[..., 1:])
     refuses(model, "output_attentions", output_attentions=True)
     refuses(model, "softcap=30.0", cache=HeadQCache(model), softcap=30.0)
-    refuses(function, "custom 4-D masks", cache=HeadQCache(model), attention_mask=custom)
+    refuses(function, "takes a 2-D attention_mask", cache=HeadQCache(model), attention_mask=custom)
     refuses(function, "has a hole", cache=HeadQCache(model), attention_mask=holes)
     refuses(function, "cannot make its cache", torch._dynamo.exc.Unsupported)
     refuses(model.forward, "pre-hook was bypassed", RuntimeError, cache=HeadQCache(model))

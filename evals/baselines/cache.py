@@ -128,6 +128,8 @@ class BaselineCache(HeadQCache):
         (2.5, 3.0)
     """
 
+    keeps_ids = False  # it is never saved
+
     def __init__(self, model: PreTrainedModel, method: Method) -> None:
         self.method = method
         super().__init__(model)
