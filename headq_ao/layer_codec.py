@@ -182,7 +182,8 @@ class LayerCodec(nn.Module):
         if "side_encode" in own:
             own = {"side_read": own["side_encode"]} | own
             codec = dataclasses.replace(codec, bits=self.config.key_bits(own["mean"].shape[-1]))
-        return dataclasses.replace(codec, **own, own=frozenset(own))  # type: ignore[arg-type]
+        # the map that is kept is that of the calibration's mean
+        return dataclasses.replace(codec, **own, own=frozenset(own), mapped=None)  # type: ignore[arg-type]
 
     def sketch(self) -> list[float]:
         """A few numbers that tell calibrated codecs apart: a random projection of each head's unit-norm tensors.
