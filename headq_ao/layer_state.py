@@ -160,8 +160,12 @@ class LayerState:
     def own_bases(self) -> list[Tensor]:
         """Tensors of codecs that belong to the sequences."""
         codecs = [e.codec for e in self.epochs if e.codec is not None]
-        of_values = [] if self.value_codec is None else self.value_codec.own_tensors()
-        return [t for codec in codecs for name, t in codec.tensors().items() if name in codec.own] + of_values
+        of_keys = [t for codec in codecs for name, t in codec.tensors().items() if name in codec.own]
+        return of_keys + self.own_of_values()
+
+    def own_of_values(self) -> list[Tensor]:
+        """Those of them that serve the values."""
+        return [] if self.value_codec is None else self.value_codec.own_tensors()
 
     def moments(self) -> list[Tensor]:
         """Running sums, and the queries kept while a sequence's own statistics are awaited."""

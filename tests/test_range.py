@@ -29,6 +29,7 @@ from tests.test_invariants import (
     stored,
     stream,
 )
+from tests.test_memory import walked
 
 SCALING, NEW = D**-0.5, 8
 FACTORS = [1e-6, 4e4, 1e7]
@@ -314,6 +315,11 @@ def test_units_are_counted_saved_and_copied(resized, token_ids, tmp_path):
                 parts = more.split([9] + [1] * 21, 1)
                 want, *got = [torch.cat([model(x, cache=c).logits for x in parts], 1) for c in (cache, *others)]
             assert all(torch.equal(x, want) for x in got)
+            with torch.no_grad():
+                model(token_ids(2, 40, seed=5), cache=cache)
+            assert walked(cache, model) == cache.get_memory_footprint()
+            report = cache.bits_report()
+            assert report.value_bits_at_t > report.value_body_bits == 2.5
     heads, layers = 2, 2
     unit = 2 * heads * layers * 4  # bytes
     reader = 2 * heads * 32 * 32 * layers * 4  # a rotation by the unit, once rows are read
