@@ -1,5 +1,6 @@
 """Bits where they matter: how a budget is shared between layers and heads, and between keys and values."""
 
+import dataclasses
 import heapq
 import itertools
 from collections.abc import Hashable, Mapping, Sequence
@@ -37,7 +38,8 @@ def output_errors(
     Returns:
         ``[Hkv, 2, 4]``, keys then values, and ``[Hkv]``.
     """
-    tokens = k.shape[2] // WHOLE * WHOLE
+    tokens, units, moments = k.shape[2] // WHOLE * WHOLE, [moments.unit(side) for side in "kv"], moments.in_units()
+    k_unit, v_unit = (None if unit is None else unit.to(k.device) for unit in units)
     q, k, v = (x[:, :, :tokens].float() for x in (q, k, v))
     (k_mean, k_outer), (v_mean, v_outer), c_q = (
         *((x.to(k.device)[None] for x in moments.seen(side)) for side in "kv"), moments.seen_c_q.to(k.device)[None]
@@ -46,8 +48,10 @@ def output_errors(
     for bits in PROFILED_BITS:
         config = HeadQConfig(k_bits=bits, v_bits=bits)
         codec = visible_codec(config, c_q, k_mean, centred_moment(k_mean, k_outer))
+        codec = dataclasses.replace(codec, unit=k_unit)
         keys.append(codec.dequantize(*codec.encode_rows(k, config.unbiased_scale)) - k)
         of_values = visible_value_codec(config, v_mean, v_outer)
+        of_values = of_values if v_unit is None else of_values.in_unit(v_unit)
         values.append(of_values.dequantize(*of_values.encode_rows(v)) - v)
     errors, energy = k.new_zeros(k.shape[1], 2, len(PROFILED_BITS)), k.new_zeros(k.shape[1])
     for _, query, s, packed in score_tiles(q, k, scaling, n_sink=n_sink, window=window, every=every):

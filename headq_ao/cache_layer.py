@@ -119,6 +119,8 @@ class HeadQCacheLayer(ClosingLayer, ReadingLayer, CacheLayerMixin):
             self.valid = self.valid.index_select(0, indices.to(self.valid.device))
         if self.k_sum is not None:
             self.k_sum = self.k_sum.index_select(0, indices.to(self.k_sum.device))
+        if self.value_codec is not None:
+            self.value_codec = self.value_codec.index(indices)
         for epoch in self.epochs:
             if epoch.per_sequence:
                 epoch.codec = None if epoch.codec is None else epoch.codec.index(indices)

@@ -1,5 +1,6 @@
 """``Calibration``: raw moments of queries, keys and values, independent of any config."""
 
+import dataclasses
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ from torch import Tensor
 from headq_ao.ambient import mode_neutral
 from headq_ao.files import FileKind
 from headq_ao.seen import UNIFORM
+from headq_ao.units import unit_of, unless_plain
 
 CALIBRATION = FileKind("calibration", 3, "make one with calibrate(...).save(path)")
 TENSORS = (
@@ -95,6 +97,22 @@ class LayerMoments:
         """Share of the layer's energy that 1, 2, 3 and 4 bits of the keys (0) or the values (1) of each head change."""
         assert self.errors is not None and self.energy is not None
         return (self.errors[:, side] / self.energy.sum().clamp(min=1e-30)).tolist()
+
+    def unit(self, side: str) -> Tensor | None:
+        """The unit of ``"q"``, ``"k"`` or ``"v"`` of each head, ``[1, Hkv, 1]``; None where all are 1."""
+        terms = max(self.tokens * (self.groups if side == "q" else 1), 1)
+        square = getattr(self, f"{side}_outer").diagonal(dim1=-2, dim2=-1).mean(-1) / terms
+        return None if square.is_meta else unless_plain(unit_of(square.sqrt())[None, :, None])
+
+    def in_units(self) -> "LayerMoments":
+        """The moments of rows in their units: no floor of what is derived from them then depends on their size."""
+        units = {side: unit[0] for side in "qkv" if (unit := self.unit(side)) is not None}
+        scaled = {}
+        for name, x in self.tensors().items():
+            kind, unit = name.rpartition("_")[2], units.get(name[0])
+            if unit is not None and kind in ("sum", "outer", "rows") and name in TENSORS:
+                scaled[name] = x / unit[..., None] ** 2 if kind == "outer" else x / unit
+        return dataclasses.replace(self, **scaled)  # type: ignore[arg-type]
 
     def tensors(self) -> dict[str, Tensor]:
         """Its tensors by field name."""

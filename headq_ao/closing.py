@@ -1,5 +1,7 @@
 """Closing blocks: exact rows that left the window become packed rows, once."""
 
+import dataclasses
+
 import torch
 from torch import Tensor, nn
 
@@ -8,6 +10,7 @@ from headq_ao.codec import KeyCodec, runs_of
 from headq_ao.layer_codec import Epoch, LayerCodec
 from headq_ao.layer_state import LayerState
 from headq_ao.state import RowCounts
+from headq_ao.units import unit_of_rows
 
 ENCODE_TOKENS = 2048  # tokens encoded at a time: bounds the transient memory of closing blocks after a long prefill
 
@@ -104,6 +107,8 @@ class ClosingLayer(LayerState):
         count, taken = row.exact, n_sink
 
         assert self.exact.k is not None and self.exact.v is not None
+        if codec.own_value_unit and slot + row.dropped == 0:
+            self._take_value_unit(select(self.exact.v, index)[:, :, n_sink : n_sink + block], index, codec)
         while slot < end:
             e = max(i for i, epoch in enumerate(self.epochs) if epoch.begin <= slot)
             stop = min(end, self._epoch_end(e), slot + ENCODE_TOKENS)
@@ -132,7 +137,7 @@ class ClosingLayer(LayerState):
     ) -> None:
         new_k: list[Tensor] = []
         new_v: list[Tensor] = []
-        for run in runs_of(key_codec, codec.values):
+        for run in runs_of(key_codec, self._values(codec, index)):
             of_k, of_v = k[:, run.heads], v[:, run.heads]
             new_k += [of_k] if run.keys is None else flat(*run.keys.encode_rows(of_k, self.config.unbiased_scale))
             new_v += [of_v] if run.values is None else flat(*run.values.encode_rows(of_v))
@@ -149,18 +154,30 @@ class ClosingLayer(LayerState):
         else:
             assert self.k_sum is not None
             new = codec.from_prior(select(self.k_sum, index), self.rows[members[0]].folded)
-        half = {name: t.half().contiguous() for name, t in new.tensors().items() if name in new.own}
-        new = new.replace(half)
+        kept = {n: (t if n == "unit" else t.half()).contiguous() for n, t in new.tensors().items() if n in new.own}
+        new = new.replace(kept)
         if index is None:
             epoch.codec = new
         else:
             if epoch.codec is None:
                 b = len(self.rows)
-                epoch.codec = new.replace({name: t.new_zeros((b, *t.shape[1:])) for name, t in half.items()})
-            for name, t in half.items():
+                epoch.codec = new.replace({name: t.new_zeros((b, *t.shape[1:])) for name, t in kept.items()})
+            epoch.codec = with_own_unit(epoch.codec, kept.get("unit"), index)
+            for name, t in kept.items():
                 epoch.codec.tensors()[name][index] = t
         for b in members:
             epoch.ready[b] = True
+
+    def _take_value_unit(self, v: Tensor, index: Tensor | None, codec: LayerCodec) -> None:
+        """The unit of some rows' values, of their first packed block ``v``; held once one of the batch is not 1."""
+        unit, values = unit_of_rows(v), self._values(codec)
+        assert values is not None
+        if unit is None and values.unit is None:
+            return
+        ones = v.new_ones(len(self.rows), v.shape[1], 1, dtype=torch.float32)
+        whole = ones if values.unit is None else values.unit.clone()
+        whole[slice(None) if index is None else index] = 1.0 if unit is None else unit
+        self.value_codec = dataclasses.replace(values, unit=whole)
 
     def _fold(self, k: Tensor, index: Tensor | None, members: list[int], e: int) -> None:
         """Add keys to the moments of a later epoch, block by block: the order of additions never depends on calls."""
@@ -196,6 +213,18 @@ class ClosingLayer(LayerState):
             epoch.begin = max(epoch.begin - low, 0)
         while len(self.epochs) > 1 and self.epochs[1].begin == 0:
             self.epochs.pop(0)
+
+
+def with_own_unit(codec: KeyCodec, unit: Tensor | None, index: Tensor) -> KeyCodec:
+    """``codec`` of all sequences with room for ``unit`` of those of ``index``, who are new to it."""
+    if codec.unit is None and unit is not None:
+        batch = codec.mean.shape[0]
+        ones = unit.new_ones(batch, *unit.shape[1:])
+        return dataclasses.replace(codec, unit=ones, own=codec.own | {"unit"})
+    if unit is None and "unit" in codec.own:
+        assert codec.unit is not None
+        codec.unit[index] = 1.0
+    return codec
 
 
 def select(x: Tensor, index: Tensor | None) -> Tensor:

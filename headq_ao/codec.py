@@ -75,6 +75,7 @@ class KeyCodec(Codec):
     ``metric [.., M0, M0]``, how an error of the coordinates is seen, turns error feedback on. The visible basis of a
     prompt's own statistics comes without matrices of its own: ``spread [.., D]`` stretches the basis
     (``diag(spread) @ read``, ``diag(1/spread) @ encode``), and ``seen [.., D, r]`` stands for ``C_q ∝ I + seen seenᵀ``.
+    ``unit [.., 1]`` (:mod:`headq_ao.units`): all this is of ``k / unit``; None: of the keys as they are.
     ``own`` names the tensors that belong to the sequences of a batch: indexed with it, and charged to it.
     ``head_bits``: of the base of each KV head, where they differ; ``bits`` are then those of the first.
     """
@@ -92,6 +93,7 @@ class KeyCodec(Codec):
     metric: Tensor | None = None
     spread: Tensor | None = None
     seen: Tensor | None = None
+    unit: Tensor | None = None
     mapped: Tensor | None = None  # query_map, where it is kept
     head_bits: tuple[int, ...] = ()
     parts: dict[tuple[int, int], Any] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -125,6 +127,7 @@ class KeyCodec(Codec):
     def encode_rows(self, k: Tensor, unbiased: bool) -> tuple[list[Tensor], Tensor, Tensor | None]:
         """:func:`headq_ao.ops.encode_keys` with this codec, whose heads have the same bits."""
         encode = self.encode if self.spread is None else self.encode / self.spread.float().unsqueeze(-1)
+        k = k if self.unit is None else k / self.unit.unsqueeze(-1)
         return encode_keys(
             k, self.mean, encode, self.reader, self.step, self.bits, weight=self.weight, metric=self.error_metric(),
             factor=self.factor, side_encode=self.side_encode, side_step=self.side_step, unbiased=unbiased,
@@ -152,7 +155,7 @@ class KeyCodec(Codec):
 
     @property
     def reader(self) -> Tensor:
-        """``[.., D, M0]``: ``(q @ reader)·ŷ`` is what the coordinates ``ŷ`` add to a score."""
+        """``[.., D, M0]``: ``(q @ reader)·ŷ`` is what the coordinates ``ŷ`` add to a score, by the unit."""
         return self.read if self.spread is None else self.read * self.spread.float().unsqueeze(-1)
 
     def error_metric(self) -> Tensor | None:
@@ -191,7 +194,8 @@ class KeyCodec(Codec):
         lead = torch.broadcast_shapes(mean.shape[:2], *(c.shape[:2] for c in columns))
         codes = torch.cat([c.expand(*lead, -1, -1) for c in columns], -1)
         rest = [-codes @ self.centre(codes).unsqueeze(-1), read.sum(-1, keepdim=True), mean]
-        return torch.cat([codes, *(x.expand(*lead, -1, -1) for x in rest)], -1)
+        mapping = torch.cat([codes, *(x.expand(*lead, -1, -1) for x in rest)], -1)
+        return mapping if self.unit is None else mapping * self.unit.to(dtype).unsqueeze(-1)
 
     def centre(self, like: Tensor) -> Tensor:
         """The code that stands for zero, ``[M]`` or ``[Hkv, M]``: 0 where rows store a zero, else the middle level."""
@@ -217,7 +221,7 @@ class KeyCodec(Codec):
         if side and self.side_read is not None and self.side_step is not None:
             z = codes[..., base:] * (side * self.side_step.float()).unsqueeze(-2)
             k_hat = k_hat + z @ self.side_read.float().transpose(-1, -2)
-        return k_hat
+        return k_hat if self.unit is None else k_hat * self.unit.unsqueeze(-1)
 
 
 @functools.lru_cache(maxsize=32)
@@ -347,6 +351,8 @@ class ValueCodec(Codec):
 
     ``metric [1, Hkv, D, D]``, how an error of the coordinates reaches the output, turns error feedback on.
     ``head_bits``: of each KV head, where they differ; ``bits`` and ``step`` are then those of the first.
+    ``unit [B, Hkv, 1]`` (:mod:`headq_ao.units`), of sequences without a mean: all this is of ``v / unit``; None: of the
+    values as they are.
     """
 
     encode: Tensor
@@ -357,8 +363,15 @@ class ValueCodec(Codec):
     unbiased: bool
     mean: Tensor | None = None
     metric: Tensor | None = None
+    unit: Tensor | None = None
     head_bits: tuple[int, ...] = ()
     parts: dict[tuple[int, int], Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def in_unit(self, unit: Tensor) -> "ValueCodec":
+        """The codec of values ``unit [1, Hkv, 1]`` times as large, in the same codes and scales."""
+        by = unit[..., None]
+        mean = None if self.mean is None else self.mean * unit
+        return dataclasses.replace(self, encode=self.encode / by, read=self.read * by, mean=mean)
 
     def with_bits(self, head_bits: tuple[int, ...]) -> "ValueCodec":
         """A copy with those bits, by KV head, and the steps that go with them."""
@@ -370,6 +383,7 @@ class ValueCodec(Codec):
 
     def encode_rows(self, v: Tensor) -> tuple[list[Tensor], Tensor, Tensor | None]:
         """:func:`headq_ao.ops.encode_values` with this codec, whose heads have the same bits."""
+        v = v if self.unit is None else v / self.unit.unsqueeze(-1)
         return encode_values(
             v, self.encode, self.bits, group_size=self.group_size, mean=self.mean, metric=self.metric,
             factor=self.factor, step=self.step, unbiased=self.unbiased,
@@ -395,13 +409,29 @@ class ValueCodec(Codec):
         """:func:`headq_ao.ops.unit_factor` of the metric, kept."""
         return None if self.metric is None else unit_factor(self.metric)
 
+    @functools.cached_property
+    def reader(self) -> Tensor:
+        """``read`` by the unit, kept: ``[B or 1, Hkv or 1, D, D]``."""
+        return self.read if self.unit is None else self.read * self.unit.unsqueeze(-1)
+
+    def index(self, rows: Tensor) -> "ValueCodec":
+        """The codec of those batch rows."""
+        unit = self.unit
+        return self if unit is None else self.replace({"unit": unit.index_select(0, rows.to(unit.device))})
+
+    def own_tensors(self) -> list[Tensor]:
+        """Those that belong to the sequences of a batch: the unit, and ``reader`` once it was asked for."""
+        if self.unit is None:
+            return []
+        return [self.unit, self.reader] if "reader" in vars(self) else [self.unit]
+
     def dequantize(self, planes: list[Tensor], scale: Tensor, zero: Tensor | None) -> Tensor:
         """``v_hat`` of packed rows in the model's basis, ``[B, Hkv, T, D]`` fp32."""
-        return dequantize_value_rows(planes, self.bits, scale, zero, self.read, self.mean)
+        return dequantize_value_rows(planes, self.bits, scale, zero, self.reader, self.mean)
 
     def readout(self, out: Tensor) -> Tensor:
         """``Σ_j a_j v̂_j`` from ``Σ_j a_j ŷ_j`` ``[B, Hq, S, D]``, the weights of these rows summing to one."""
-        return read_back(out, self.read, self.mean)
+        return read_back(out, self.reader, self.mean)
 
 
 @dataclass(frozen=True)

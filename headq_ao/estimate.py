@@ -26,6 +26,7 @@ def estimate_memory(
     """The :meth:`HeadQCache.bits_report` that one prefill of ``tokens`` tokens would leave, without running the model.
 
     The cache's own code runs on shapes alone (PyTorch's meta device), so the counts are those of the real cache.
+    Only sequences whose keys or values are far from ordinary size (:mod:`headq_ao.units`) hold a little more.
 
     Args:
         model_or_config: a transformers model, or its config.

@@ -29,6 +29,7 @@ from headq_ao.models import LayerShape
 from headq_ao.ops.layout import TOKEN_TILE
 from headq_ao.rotary import Turns
 from headq_ao.seen import mixed, seen_weights
+from headq_ao.units import unit_of_rows
 
 AnyCodec = TypeVar("AnyCodec", KeyCodec, ValueCodec)
 
@@ -119,6 +120,11 @@ class LayerCodec(nn.Module):
         return None if self.value_frame is None else self._current("value", self.value_frame)
 
     @property
+    def own_value_unit(self) -> bool:
+        """Whether values are coded in a unit that each sequence brings: there is no calibration to tell it."""
+        return self.value_frame is not None and not self.has_moments
+
+    @property
     def calibrated(self) -> KeyCodec | None:
         """The codec of epoch 0 under a calibration, its query map kept from step to step."""
         return None if self.frame is None else self._current("key", self.frame)
@@ -151,6 +157,9 @@ class LayerCodec(nn.Module):
         dtype = torch.float64 if k.dtype == torch.float64 else torch.float32
         q, k = q.to(dtype), k.to(dtype)
         grouped, rows = q[:, :, n_sink:].unflatten(1, (k.shape[1], -1)).flatten(2, 3), k[:, :, n_sink:]
+        unit, of_queries = unit_of_rows(rows), unit_of_rows(grouped)
+        rows = rows if unit is None else rows / unit.unsqueeze(-1)
+        grouped = grouped if of_queries is None else grouped / of_queries.unsqueeze(-1)
         if config.key_codec == "affine":
             c_q = grouped.transpose(-1, -2) @ grouped / grouped.shape[-2]
             codec = affine_codec(config, c_q, rows.mean(-2), rows)
@@ -159,7 +168,8 @@ class LayerCodec(nn.Module):
             of_q = mixed(of_q[..., n_sink:].unflatten(1, (k.shape[1], -1)).flatten(2, 3))
             c_q, mean, variance = self._spread_moments(grouped, of_q, rows, mixed(of_k[..., n_sink:]))
             codec = with_side_code(config, prompt_visible_codec(config, c_q, mean, variance), c_q, rows)
-        names = {"mean", "side_encode", "side_read", "side_step", "spread", "seen"}
+        codec = dataclasses.replace(codec, unit=unit)
+        names = {"mean", "side_encode", "side_read", "side_step", "spread", "seen", "unit"}
         return dataclasses.replace(codec, own=frozenset(names & codec.tensors().keys()))
 
     def _spread_moments(self, q: Tensor, of_q: Tensor, k: Tensor, of_k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -182,6 +192,7 @@ class LayerCodec(nn.Module):
         codec = self.calibrated
         assert codec is not None
         prior = self.config.prior_tokens
+        k_sum = k_sum if codec.unit is None else k_sum / codec.unit
         mean = (codec.mean * prior + k_sum) / (prior + tokens)
         return dataclasses.replace(codec, mean=mean, own=frozenset({"mean"}))
 
@@ -197,7 +208,8 @@ class LayerCodec(nn.Module):
         if "side_encode" in own:
             own = {"side_read": own["side_encode"]} | own
             codec = dataclasses.replace(codec, bits=self.config.key_bits(own["mean"].shape[-1]))
-        return dataclasses.replace(codec, **own, own=frozenset(own))  # type: ignore[arg-type]
+        # the map that is kept is that of the calibration's mean
+        return dataclasses.replace(codec, **own, own=frozenset(own), mapped=None)  # type: ignore[arg-type]
 
     def sketch(self) -> list[float]:
         """A few numbers that tell calibrated codecs apart: a random projection of each head's unit-norm tensors.
@@ -224,10 +236,13 @@ class LayerCodec(nn.Module):
 
 def key_codec(config: HeadQConfig, moments: LayerMoments, bits: tuple[int, ...] = ()) -> KeyCodec:
     """The key codec of a calibrated layer; ``bits`` of each head, none: those of the config."""
-    if not bits:
-        return _key_codec(config, moments)
-    alike = {b: _key_codec(dataclasses.replace(config, k_bits=b), moments) for b in set(bits)}
-    return by_head(alike, bits)
+    unit, moments = moments.unit("k"), moments.in_units()
+    if bits:
+        alike = {b: _key_codec(dataclasses.replace(config, k_bits=b), moments) for b in set(bits)}
+        codec = by_head(alike, bits)
+    else:
+        codec = _key_codec(config, moments)
+    return dataclasses.replace(codec, unit=unit)
 
 
 def _key_codec(config: HeadQConfig, moments: LayerMoments) -> KeyCodec:
@@ -245,7 +260,12 @@ def _key_codec(config: HeadQConfig, moments: LayerMoments) -> KeyCodec:
 
 
 def value_codec(config: HeadQConfig, shape: LayerShape, moments: LayerMoments | None) -> ValueCodec:
-    """The value codec of a layer."""
-    if moments is None or config.value_codec == "affine":
+    """The value codec of a layer; without a calibration, sequences bring a unit of their own."""
+    if moments is None:
         return rotated_value_codec(config, shape.head_dim)
-    return visible_value_codec(config, *(x[None] for x in moments.seen("v")))
+    unit, moments = moments.unit("v"), moments.in_units()
+    if config.value_codec == "affine":
+        codec = rotated_value_codec(config, shape.head_dim)
+    else:
+        codec = visible_value_codec(config, *(x[None] for x in moments.seen("v")))
+    return codec if unit is None else codec.in_unit(unit)

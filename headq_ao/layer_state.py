@@ -62,6 +62,7 @@ class LayerState:
         self.valid: Tensor | None = None
         self.epochs: list[Epoch] = []
         self.k_sum: Tensor | None = None
+        self.value_codec: ValueCodec | None = None  # with the sequences' own unit, where they need one
         self.rows_read = [0, 0]  # packed, all
         self.pending = False  # an update that no commit has followed
         self.step: Step | None = None  # and the tensors that it was made for
@@ -93,6 +94,11 @@ class LayerState:
         key_codec = self.epochs[e].codec if self.epochs[e].per_sequence else codec.calibrated
         return key_codec if key_codec is None or index is None else key_codec.index(index)
 
+    def _values(self, codec: LayerCodec, index: Tensor | None = None) -> ValueCodec | None:
+        if self.value_codec is None:
+            return codec.values
+        return self.value_codec if index is None else self.value_codec.index(index)
+
     def _epoch_end(self, e: int) -> int:
         return self.epochs[e + 1].begin if e + 1 < len(self.epochs) else 2**62
 
@@ -113,7 +119,7 @@ class LayerState:
         end = in_use if end is None else end
         k, v = (iter(store.view(begin, end)) for store in (self.store_k, self.store_v))
         found = []
-        for run in runs_of(self._codec(e, codec), codec.values):
+        for run in runs_of(self._codec(e, codec), self._values(codec)):
             keys, values = packed(k, run.keys), packed(v, run.values)
             found.append((run, keys, values))
         return found
@@ -159,9 +165,14 @@ class LayerState:
         return rows + self.store_k.tensors + self.store_v.tensors + self.own_bases() + self.moments() + rest
 
     def own_bases(self) -> list[Tensor]:
-        """Tensors of key codecs that belong to the sequences."""
+        """Tensors of codecs that belong to the sequences."""
         codecs = [e.codec for e in self.epochs if e.codec is not None]
-        return [t for codec in codecs for name, t in codec.tensors().items() if name in codec.own]
+        of_keys = [t for codec in codecs for name, t in codec.tensors().items() if name in codec.own]
+        return of_keys + self.own_of_values()
+
+    def own_of_values(self) -> list[Tensor]:
+        """Those of them that serve the values."""
+        return [] if self.value_codec is None else self.value_codec.own_tensors()
 
     def moments(self) -> list[Tensor]:
         """Running sums, and the queries kept while a sequence's own statistics are awaited."""

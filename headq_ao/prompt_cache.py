@@ -202,6 +202,8 @@ def layer_to_file(layer: HeadQCacheLayer) -> tuple[dict[str, Tensor], dict[str, 
             own.pop("side_read", None)
         tensors |= {f"epoch{e}.{n}": t for n, t in own.items()}
         epochs.append({"begin": epoch.begin, "per_sequence": epoch.per_sequence, "ready": epoch.ready, "own": [*own]})
+    if layer.value_codec is not None and layer.value_codec.unit is not None:
+        tensors["value_unit"] = layer.value_codec.unit
     if layer.valid is not None:
         tensors["valid"] = layer.valid
     if layer.k_sum is not None:
@@ -242,6 +244,8 @@ def layer_from_file(
         own = {name: tensors[f"epoch{e}.{name}"] for name in about["own"]}
         key_codec = codec.with_own(own, layer.dtype) if own else None
         layer.epochs.append(Epoch(about["begin"], about["per_sequence"], key_codec, list(about["ready"])))
+    if "value_unit" in tensors and codec.values is not None:
+        layer.value_codec = dataclasses.replace(codec.values, unit=tensors["value_unit"])
     layer.valid, layer.k_sum = tensors.get("valid"), tensors.get("k_sum")
     layer.is_initialized = True
 
@@ -263,6 +267,7 @@ def check_layer(
     batch, heads, dim = len(rows), layer.shape.n_kv_heads, layer.shape.head_dim
     exact, slots = max(row.exact for row in rows), max(row.slots for row in rows)
     expected = {f"exact.{n}": (batch, heads, exact, dim) for n in "kv"} | {"k_sum": (batch, heads, dim)}
+    expected["value_unit"] = (batch, heads, 1)
     expected["exact.q"] = (batch, layer.shape.n_heads, exact, dim)
     if "exact.k" not in tensors or "exact.v" not in tensors or description["exact_capacity"] < exact:
         raise ValueError("it lacks exact rows")

@@ -121,9 +121,9 @@ class ReadingLayer(LayerState):
         e = self._one_epoch()
         if e is None:
             return self._attend_parts(q, scaling, codec, ranges)
-        scaled, values = MappedQuery.scaled(q, scaling), codec.values
+        scaled, values = MappedQuery.scaled(q, scaling), self._values(codec)
         assert values is not None
-        exact = ExactRows(scaled, *self._exact_rows(q, ranges), values.read, values.mean)
+        exact = ExactRows(scaled, *self._exact_rows(q, ranges), values.reader, values.mean)
         runs = [(run.heads, keys, rows) for run, keys, rows in self.packed_rows(e, codec)]
         return attend_runs(*self._packed_query(scaled, 1.0, codec, e, ranges), runs, exact)
 
@@ -134,7 +134,7 @@ class ReadingLayer(LayerState):
 
     def _step(self, q: Tensor, e: int, codec: LayerCodec) -> cpu_kernel.Step | None:
         """The kernel's call for one new token of each sequence, where it serves; made anew where rows have moved."""
-        k, v, values = self.exact.k, self.exact.v, codec.values
+        k, v, values = self.exact.k, self.exact.v, self._values(codec)
         assert k is not None and v is not None and values is not None
         all_slots = self.valid is None and not self.is_sliding and not self.epochs[e].begin
         served = q.is_cpu and q.dtype != torch.float64 and k.dtype in cpu_kernel.EXACT_DTYPES
@@ -142,13 +142,13 @@ class ReadingLayer(LayerState):
         one_token = all([span.length == 1 for span in self.last_spans])
         if not (one_token and all_slots and served) or watched or (lib := cpu_kernel.library()) is None:
             return None
-        parts = (k, v, *self.store_k.tensors, *self.store_v.tensors, values.read)
+        parts = (k, v, *self.store_k.tensors, *self.store_v.tensors, values.reader)
         if self.step is None or len(parts) != len(self.step_of) or not all(map(operator.is_, parts, self.step_of)):
             runs = self.packed_rows(e, codec, self.store_k.capacity)
             if not all(cpu_kernel.one_query(tuple(keys.bits)) for _, keys, _ in runs):
                 return None
             rows, groups = [(keys, values) for _, keys, values in runs], q.shape[1] // k.shape[1]
-            self.step = cpu_kernel.Step(lib, rows, k, v, values.read, values.mean, groups)
+            self.step = cpu_kernel.Step(lib, rows, k, v, values.reader, values.mean, groups)
             self.step_of = parts
         return self.step
 
@@ -172,7 +172,7 @@ class ReadingLayer(LayerState):
                 lses.append(lse)
             parts.append((over_heads(outs), over_heads(lses)))
         out, lse = merge_segments(parts)
-        of_values = codec.values
+        of_values = self._values(codec)
         return (out if of_values is None else of_values.readout(out)), lse
 
     def _packed_query(

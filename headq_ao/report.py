@@ -70,6 +70,7 @@ class _Counts:
 
     kinds: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
     body: dict[str, int] = field(default_factory=dict)
+    own: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("key", "value"), 0))
     packed_elements: int = 0
     elements: int = 0
     tokens: int = 0
@@ -95,8 +96,11 @@ class _Counts:
                 else:
                     self.kinds["codes" if stored.dtype == torch.uint8 else "scales"] += n
                     self.body[side] = self.body.get(side, 0) + n
-        self.kinds["bases"] += storage_bytes(layer.own_bases())
-        self.kinds["moments"] += storage_bytes(layer.moments())
+        bases, moments, of_values = map(storage_bytes, (layer.own_bases(), layer.moments(), layer.own_of_values()))
+        self.kinds["bases"] += bases
+        self.kinds["moments"] += moments
+        self.own["key"] += bases - of_values + moments
+        self.own["value"] += of_values
         if layer.exact.k is not None:
             entry = layer.exact.k[:1, :, :1].numel() * layer.exact.k.element_size()
             self.kinds["exact_rows"] += 2 * entry * sum(row.exact for row in layer.rows)
@@ -104,9 +108,7 @@ class _Counts:
     def report(self, held: int) -> BitsReport:
         self.kinds["unused"] = held - sum(self.kinds.values())
         body = {side: 8 * n / self.packed_elements for side, n in self.body.items() if self.packed_elements}
-        at_t = dict(body)
-        if "key" in at_t:  # bases and moments serve the keys
-            at_t["key"] += 8 * (self.kinds["bases"] + self.kinds["moments"]) / self.elements
+        at_t = {side: bits + 8 * self.own[side] / self.elements for side, bits in body.items()}
         n = max(self.sequences, 1)
         return BitsReport(
             key_body_bits=body.get("key"),

@@ -118,6 +118,7 @@ class HeadQKeyTensor(_PackedTensor):
         "metric",
         "spread",
         "seen",
+        "unit",
     ]
     tensor_attribute_names: ClassVar = ["bits", "dtype"]
 
@@ -176,6 +177,7 @@ class HeadQKeyTensor(_PackedTensor):
             metric=self.metric,
             spread=self.spread,
             seen=self.seen,
+            unit=self.unit,
         )
 
     def rows(self) -> Rows:
@@ -224,7 +226,7 @@ class HeadQValueTensor(_PackedTensor):
     ) -> "HeadQValueTensor":
         """Wrap planes that ``codec`` made."""
         high = planes[1] if len(planes) > 1 else None
-        return cls(scale, codec.read, planes[0], codec.bits, dtype, high, zero, codec.mean)
+        return cls(scale, codec.reader, planes[0], codec.bits, dtype, high, zero, codec.mean)
 
     @property
     def planes(self) -> list[Tensor]:

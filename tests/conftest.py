@@ -35,9 +35,10 @@ def warn_again():
 
 @pytest.fixture
 def reference_ops(monkeypatch):
-    """No compiled kernel: packed rows are read by the reference, in fp32 throughout."""
-    kernel = importlib.import_module("headq_ao.ops.decode_attention.cpu_kernel")
-    monkeypatch.setattr(kernel, "library", lambda: None)
+    """No compiled kernel: packed rows are written and read by the references, in fp32 throughout."""
+    for operator in ("decode_attention", "feedback"):
+        kernel = importlib.import_module(f"headq_ao.ops.{operator}.cpu_kernel")
+        monkeypatch.setattr(kernel, "library", lambda: None)
 
 
 @pytest.fixture

@@ -399,8 +399,9 @@ def test_tensors_names_what_there_is(packed):
     }
     for name, want in wanted.items():
         assert set(packed(16, **CODECS[name])[0].tensors()) == want, name
+    in_unit = dataclasses.replace(packed(16)[0], unit=torch.ones(1, 2, 1)).tensors()
     names = {f.name for f in dataclasses.fields(KeyCodec)}
-    assert set().union(*wanted.values()) == names - {"bits", "head_bits", "own", "mapped", "parts"}
+    assert set(in_unit).union(*wanted.values()) == names - {"bits", "head_bits", "own", "mapped", "parts"}
 
 
 @pytest.mark.parametrize("options", [AFFINE, {}, {"prompt": True}], ids=["affine", "visible", "prompt"])

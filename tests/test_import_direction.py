@@ -37,6 +37,7 @@ LAYERS = ("headq_ao.ops", "headq_ao", "headq_ao.evals", "recipes")
 FOLDERS = {"ops": "headq_ao.ops", "headq_ao": "headq_ao", "evals": "headq_ao.evals", "recipes": "recipes"}
 OPS_THIRD_PARTY = {"torch"}
 TRITON_FILE = "triton_kernel.py"
+KERNEL_FILES = {"op", "cpu_kernel", "triton_kernel", "cpu_build", "gpu_build"}  # what no reference may reach
 IMPORT_CALLS = {"__import__", "import_module", "importlib.import_module"}
 
 
@@ -53,7 +54,10 @@ def module_name(path: Path, root: Path) -> str:
 
 
 def imported_modules(path: Path, root: Path) -> Iterator[tuple[int, str]]:
-    """Line and absolute name of each import, also those inside functions and importlib's with a literal name."""
+    """Line and absolute name of each import, also those inside functions and importlib's with a literal name.
+
+    A module that is imported from a package, ``from headq_ao.ops.feedback import op``, is named with it.
+    """
     package = module_name(path, root).split(".")
     if path.name != "__init__.py":
         package.pop()
@@ -66,11 +70,35 @@ def imported_modules(path: Path, root: Path) -> Iterator[tuple[int, str]]:
             # `from headq_ao import ops` names a module, `from headq_ao import quantize_` does not
             for alias in node.names:
                 full = f"{target}.{alias.name}"
-                yield node.lineno, full if full in LAYERS else target
+                yield node.lineno, full if full in LAYERS or source_of(full, root) else target
         elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
             name = node.args[0].value
             if isinstance(name, str) and not name.startswith(".") and ast.unparse(node.func) in IMPORT_CALLS:
                 yield node.lineno, name
+
+
+def source_of(module: str, root: Path) -> Path | None:
+    """The source file of one of our modules; None for packages and other people's modules."""
+    layer = layer_of(module)
+    if layer is None:
+        return None
+    folder = next(name for name, owner in FOLDERS.items() if owner == layer)
+    path = root.joinpath(folder, *module.removeprefix(layer).split(".")).with_suffix(".py")
+    return path if path.is_file() else None
+
+
+def kernels_reached(path: Path, root: Path) -> list[str]:
+    """What a source imports of :data:`KERNEL_FILES`, itself or by what it imports."""
+    found, seen, left = [], {path}, [path]
+    while left:
+        here = left.pop()
+        for line, module in imported_modules(here, root):
+            if module.split(".")[-1] in KERNEL_FILES or module == "headq_ao.ops":
+                found.append(f"{here.relative_to(root).as_posix()}:{line}: {module}")
+            elif (source := source_of(module, root)) is not None and source not in seen:
+                seen.add(source)
+                left.append(source)
+    return found
 
 
 def violation(module: str, path: Path, root: Path) -> str | None:
@@ -111,6 +139,33 @@ def violations(root: Path) -> list[str]:
 def test_imports_go_down():
     assert any(path.is_relative_to(ROOT / "ops") for path in sources(ROOT)), "no sources found to check"
     assert violations(ROOT) == []
+
+
+def test_references_are_plain_pytorch():
+    """Nothing that has kernels: a reference that ran them would agree with them whatever they do."""
+    references = sorted((ROOT / "ops").glob("*/reference.py"))
+    assert len(references) == len(list((ROOT / "ops").glob("*/op.py")))
+    assert [found for path in references for found in kernels_reached(path, ROOT)] == []
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("from headq_ao.ops.b.op import codes", ["ops/a/reference.py:1: headq_ao.ops.b.op"]),
+        ("from headq_ao.ops.b import cpu_kernel", ["ops/a/reference.py:1: headq_ao.ops.b.cpu_kernel"]),
+        ("def f():\n    from ..b import op", ["ops/a/reference.py:2: headq_ao.ops.b.op"]),
+        ("from headq_ao.ops import codes", ["ops/a/reference.py:1: headq_ao.ops"]),
+        ("from headq_ao.ops.b.reference import codes", ["ops/b/reference.py:2: headq_ao.ops.b.cpu_kernel"]),
+        ("from headq_ao.ops.layout import pack", []),
+    ],
+)
+def test_kernels_of_a_reference_are_found(tmp_path, source, found):
+    files = {"a/reference.py": source, "b/reference.py": "import torch\nfrom headq_ao.ops.b import cpu_kernel"}
+    files |= {"b/op.py": "", "b/cpu_kernel.py": "", "layout.py": "import torch"}
+    for name, text in files.items():
+        (tmp_path / "ops" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "ops" / name).write_text(text, encoding="utf-8")
+    assert kernels_reached(tmp_path / "ops/a/reference.py", tmp_path) == found
 
 
 @pytest.mark.parametrize(

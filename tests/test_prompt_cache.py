@@ -79,7 +79,7 @@ OPTIONS = [
     {"k_bits": 3, "v_bits": 5, "value_codec": "affine", "v_group_size": 16, "v_zero_point": True, "block_size": 32},
     {"error_feedback": False, "whitening": 0.5},
     {"key_gauge": False, "rotation": False},
-    {"adapt": "off"},
+    {"adapt": "prompt"},
 ]
 
 

@@ -55,6 +55,9 @@ class BaselineLayer(HeadQCacheLayer):
                 frame = replace(frame, span=select(frame.span, index))
             store.write(index, slot, len(self.rows), [rows] if method is None else method.encode(rows, frame), n)
 
+    def _take_value_unit(self, v: Tensor, index: Tensor | None, codec: LayerCodec) -> None:
+        """None: HeadQ's codec of values is not used."""
+
     def _attend_token(self, q: Tensor, scaling: float, codec: LayerCodec) -> None:
         return None
 

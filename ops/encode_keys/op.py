@@ -7,6 +7,7 @@ from torch import Tensor
 
 from headq_ao.ops.cpu_build import direct
 from headq_ao.ops.encode_keys import reference
+from headq_ao.ops.feedback.op import feedback_codes
 from headq_ao.ops.layout import PIECES, TOKEN_TILE, key_plane_shapes
 
 
@@ -91,15 +92,14 @@ def encode_keys(
     for name, (x, shape) in trailing.items():
         if x is not None and x.shape[-len(shape) :] != shape:
             raise ValueError(f"{name} must end in {shape} for keys of {head_dim}, got {tuple(x.shape)}")
-    run = reference.encode_keys if direct(k) else _encode_keys
+    run = _with_kernels if direct(k) else _encode_keys
     out = run(k, mean, encode, read, step, weight, metric, factor, side_encode, side_step, list(bits), unbiased)
     if weight is None:
         return out[:-2], out[-2], out[-1]
     return out[:-1], out[-1], None
 
 
-@torch.library.custom_op("headq::encode_keys", mutates_args=())
-def _encode_keys(
+def _with_kernels(
     k: Tensor,
     mean: Tensor,
     encode: Tensor,
@@ -113,9 +113,13 @@ def _encode_keys(
     bits: list[int],
     unbiased: bool,
 ) -> list[Tensor]:
+    """The reference, but for the codes of error feedback, which have kernels."""
     return reference.encode_keys(
-        k, mean, encode, read, step, weight, metric, factor, side_encode, side_step, bits, unbiased
+        k, mean, encode, read, step, weight, metric, factor, side_encode, side_step, bits, unbiased, feedback_codes
     )
+
+
+_encode_keys = torch.library.custom_op("headq::encode_keys", _with_kernels, mutates_args=())
 
 
 @_encode_keys.register_fake

@@ -1,11 +1,11 @@
 """Writing a key row, as the paper reads: a base code, its actual error, and a low-rank code of that error."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from headq_ao.ops.feedback.op import feedback_codes
+from headq_ao.ops.feedback.reference import plain_codes
 from headq_ao.ops.layout import pack_keys
 from headq_ao.ops.rounding import half, half_signed, unbiased_scale
 
@@ -23,7 +23,9 @@ def encode_keys(
     side_step: Tensor | None,
     bits: Sequence[int],
     unbiased: bool,
+    feedback_codes: Callable[..., tuple[Tensor, Tensor]] = plain_codes,
 ) -> list[Tensor]:
+    """``feedback_codes``: codes and scales with error feedback; the operator gives the one that has kernels."""
     dtype = torch.float64 if k.dtype == torch.float64 else torch.float32
     k, mean, encode, read, step = (x.to(dtype) for x in (k, mean, encode, read, step))
     k = k - mean.unsqueeze(-2)

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from headq_ao.ops.cpu_build import direct
 from headq_ao.ops.encode_values import reference
+from headq_ao.ops.feedback.op import feedback_codes
 from headq_ao.ops.layout import CHANNEL_TILE, PIECES, granule, value_plane_shapes
 
 
@@ -68,13 +69,12 @@ def encode_values(
         raise ValueError("error feedback (metric) needs a symmetric code (step > 0) and one scale per row")
     if v.shape[-1] % group_size:
         raise ValueError(f"group_size must divide head_dim {v.shape[-1]}, got {group_size}")
-    run = reference.encode_values if direct(v) else _encode_values
+    run = _with_kernels if direct(v) else _encode_values
     out = run(v, encode, mean, metric, factor, bits, group_size, float(step), unbiased)
     return (out[:-1], out[-1], None) if step else (out[:-2], out[-2], out[-1])
 
 
-@torch.library.custom_op("headq::encode_values", mutates_args=())
-def _encode_values(
+def _with_kernels(
     v: Tensor,
     encode: Tensor,
     mean: Tensor | None,
@@ -85,7 +85,11 @@ def _encode_values(
     step: float,
     unbiased: bool,
 ) -> list[Tensor]:
-    return reference.encode_values(v, encode, mean, metric, factor, bits, group_size, step, unbiased)
+    """The reference, but for the codes of error feedback, which have kernels."""
+    return reference.encode_values(v, encode, mean, metric, factor, bits, group_size, step, unbiased, feedback_codes)
+
+
+_encode_values = torch.library.custom_op("headq::encode_values", _with_kernels, mutates_args=())
 
 
 @_encode_values.register_fake

@@ -1,9 +1,11 @@
 """Writing a value row: a basis, then per-token groups of small integers with a scale and, optionally, a zero."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from headq_ao.ops.feedback.op import feedback_codes
+from headq_ao.ops.feedback.reference import plain_codes
 from headq_ao.ops.layout import pack_values
 from headq_ao.ops.rounding import half, half_signed, unbiased_scale
 
@@ -18,7 +20,9 @@ def encode_values(
     group_size: int,
     step: float,
     unbiased: bool,
+    feedback_codes: Callable[..., tuple[Tensor, Tensor]] = plain_codes,
 ) -> list[Tensor]:
+    """``feedback_codes``: codes and scales with error feedback; the operator gives the one that has kernels."""
     dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
     v = v.to(dtype) if mean is None else v.to(dtype) - mean.to(dtype).unsqueeze(-2)
     y = (v @ encode.to(dtype)).unflatten(-1, (-1, group_size))  # [B, Hkv, T, D/g, g]

@@ -5,11 +5,9 @@ from torch import Tensor
 
 from headq_ao.ops.cpu_build import direct
 from headq_ao.ops.feedback import cpu_kernel, reference
+from headq_ao.ops.feedback.reference import PASSES, SPREADS
 from headq_ao.ops.gpu_build import optional
 from headq_ao.ops.layout import PIECES
-
-SPREADS = (0.7, 0.85, 1.0, 1.15, 1.3)  # scales that are tried, in units of the row's RMS
-PASSES = 2
 
 
 def feedback_codes(

@@ -7,6 +7,17 @@ from torch import Tensor
 
 from headq_ao.ops.rounding import gained, half
 
+SPREADS = (0.7, 0.85, 1.0, 1.15, 1.3)  # scales that are tried, in units of the row's RMS
+PASSES = 2
+
+
+def plain_codes(
+    y: Tensor, metric: Tensor, step: Tensor, bits: int, *, factor: Tensor | None = None, unbiased: bool = True
+) -> tuple[Tensor, Tensor]:
+    """:func:`headq_ao.ops.feedback_codes` by the function below, whatever the device."""
+    factor = unit_factor(metric) if factor is None else factor
+    return feedback_codes(y, metric, factor, step, bits, SPREADS, PASSES, unbiased)
+
 
 def feedback_codes(
     y: Tensor, metric: Tensor, feedback: Tensor, step: Tensor, bits: int, spreads: Sequence[float], passes: int,

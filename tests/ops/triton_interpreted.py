@@ -123,6 +123,24 @@ def test_attend(shape, dtype):
         assert torch.equal(out[0, :, 0], torch.zeros_like(out[0, :, 0]))
 
 
+@pytest.mark.parametrize("by", [2.0**-20, 2.0**23])
+@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[2]])
+def test_attend_of_rows_of_any_size(shape, by):
+    """Exact rows that are so many times as large, packed ones in a unit of each sequence: as large an output."""
+    q, keys, values, start, stop, valid = make(*shape)
+    batch, heads, new, d = *q.codes.shape[:3], shape[5]
+    kv_heads, held = keys.scale.shape[1], 39
+    g = torch.Generator().manual_seed(1)
+    draw = lambda *size: torch.randn(*size, generator=g).to(DEVICE)  # noqa: E731
+    k, v, of_exact = draw(batch, kv_heads, held, d), draw(batch, kv_heads, held, d), draw(batch, heads, new, d) / d**0.5
+    read, first = draw(batch, kv_heads, d, d) / d**0.5, torch.zeros(batch, new, dtype=torch.int64, device=DEVICE)
+    query, outs = (q.codes, q.bias, q.zero, q.gauge), []
+    for size in (1.0, by):
+        exact = ExactRows(of_exact / size, k * size, v * size, first, first + held, read * size, None)
+        outs.append(decode.attend(*query, [run_of(keys, values)], start, stop, valid, exact, splits=2))
+    assert torch.equal(outs[0] * by, outs[1])
+
+
 def test_attend_runs_of_heads(monkeypatch):
     """Heads of other bits beside each other, and a batch whose queries lie in any order."""
     shapes = [

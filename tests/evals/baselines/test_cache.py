@@ -167,3 +167,13 @@ def test_refuses(tiny):
         BaselineCache(model, build("kivi", SIDES | {"k_group": 64, "v_group": 32}))
     with pytest.raises(ValueError, match="must divide head_dim 32, got 64"):
         BaselineCache(model, build("kivi", SIDES | {"k_group": 32, "v_group": 64}))
+
+
+def test_large_values_have_no_unit_of_headq(quantized, token_ids):
+    model, make_cache = quantized("per_token", SIDES | {"group": 32})
+    for layer in model.model.layers:
+        layer.self_attn.v_proj.weight.data *= 1e4
+    cache = make_cache()
+    model(token_ids(2, 140), cache=cache)
+    assert all(layer.value_codec is None and layer.rows[0].packed for layer in cache.layers)
+    assert sum(cache.bits_report().bytes.values()) == cache.get_memory_footprint()
