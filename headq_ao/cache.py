@@ -30,7 +30,6 @@ class HeadQState(Handled):
 
     config: HeadQConfig
     shapes: list[LayerShape]
-    previous_attention: Any
     calibration: Calibration | None = None  # what config.calibration is, or names
     fingerprint: dict[str, Any] = dataclasses.field(default_factory=dict)
     codecs: list[LayerCodec] = dataclasses.field(default_factory=list)  # the modules' ``headq``

@@ -47,6 +47,9 @@ def quantize_(
     With a HeadQ config the weights stay as they are; every later call that uses a cache keeps it packed. Any other
     torchao config is handed to ``torchao.quantize_`` with the same arguments.
 
+    Nothing but the model is changed: other models may hold its config object, so ``model.config`` becomes a copy, the
+    model's own in all its modules, until :func:`restore_`.
+
     Args:
         model: a transformers causal LM (for a HeadQ config).
         config: from :func:`headq_ao.headq_config`, or any torchao config.
@@ -106,14 +109,18 @@ def _handle(model: nn.Module, config: HeadQConfig) -> nn.Module:
         moments = None if calibration is None else calibration.layers[i]
         turns = rotary_turns(embedding, module, shape)
         codecs.append(LayerCodec(config, shape, moments, execution_device(module), heads, bits[i], turns))
-    state = HeadQState(config, shapes, model.config._attn_implementation, calibration, print_, codecs)
-    model.set_attn_implementation(attention.NAME)
+    state = HeadQState(config, shapes, calibration, print_, codecs)
+    hf_quantizer.attach(model, config)
+    try:
+        model.set_attn_implementation(attention.NAME)
+    except Exception:
+        hf_quantizer.detach(model)
+        raise
     for module, codec in zip(modules, codecs, strict=True):
         module.headq = codec
     model._headq = state
     model.register_forward_pre_hook(supply_cache, with_kwargs=True)
     generation.attach(model)
-    hf_quantizer.attach(model, config)
     return model
 
 
@@ -136,6 +143,8 @@ def shapes_here(
 def restore_(model: nn.Module) -> None:
     """Take HeadQ off a model; its outputs are again bit for bit what they were.
 
+    ``model.config`` is again the object that it was, or stays the model's own where it was changed since.
+
     Raises:
         ValueError: when there is no HeadQ on the model.
 
@@ -154,7 +163,6 @@ def restore_(model: nn.Module) -> None:
     state = getattr(model, "_headq", None)
     if not isinstance(state, HeadQState) or not isinstance(model, PreTrainedModel):
         raise ValueError(f"{type(model).__name__} has no HeadQ cache to take off")
-    model.set_attn_implementation(state.previous_attention)
     for module in attention_modules(model, len(state.shapes)):
         del module.headq
     for key in [k for k, hook in model._forward_pre_hooks.items() if hook is supply_cache]:
