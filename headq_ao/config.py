@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import os
-from collections.abc import Container
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -262,18 +262,18 @@ class HeadQConfig(AOBaseConfig):
             raise ValueError(f"rank must be at most head_dim {head_dim}, got {self.rank}")
 
 
+_KINDS: tuple[tuple[Any, Callable[[Any], Any]], ...] = (
+    ((bool, np.bool_), bool),
+    ((int, np.integer), int),
+    ((float, np.floating), float),
+    (str, str.__str__),
+    (os.PathLike, os.fspath),
+)
+
+
 def _plain(value: Any) -> Any:
     """numpy's numbers, subclasses of Python's and paths as what JSON has; anything else as it is."""
-    for kinds, make in (
-        ((bool, np.bool_), bool),
-        ((int, np.integer), int),
-        ((float, np.floating), float),
-        (str, str.__str__),
-        (os.PathLike, os.fspath),
-    ):
-        if isinstance(value, kinds):  # type: ignore[arg-type]
-            return make(value)
-    return value
+    return next((make(value) for kinds, make in _KINDS if isinstance(value, kinds)), value)
 
 
 def _whole(value: Any, among: Container[int] | None = None) -> bool:
