@@ -15,7 +15,7 @@ import pytest
 import torch
 from torchao.core.config import config_from_dict, config_to_dict
 
-from headq_ao import Calibration, HeadQConfig, headq_config
+from headq_ao import Calibration, HeadQCache, HeadQConfig, headq_config, quantize_, state
 from headq_ao.calibration import TENSORS, LayerMoments
 from headq_ao.config import PRESETS
 
@@ -397,3 +397,18 @@ def test_each_field_is_documented():
         f.name for f in dataclasses.fields(HeadQConfig) if not re.search(rf"^\s+.*\b{f.name}\b.*:", arguments, re.M)
     ]
     assert missing == ["version"]
+
+
+@pytest.mark.parametrize("name", ["residual_length", "n_sink", "epoch_tokens"])
+@pytest.mark.parametrize("room", [32, 4096])
+def test_lengths_of_any_size(tiny, token_ids, monkeypatch, name, room):
+    """More exact tokens than there is memory: nothing is packed, and room is made for what comes."""
+    monkeypatch.setattr(state, "ROOM", room)
+    model, ids = tiny(), token_ids(2, 150)
+    with torch.no_grad():
+        expected = model(ids).logits
+        quantize_(model, headq_config(**{name: 2**31 - 1}))
+        cache = HeadQCache(model)
+        logits = torch.cat([model(part, cache=cache).logits for part in ids.split([90] + [1] * 60, 1)], 1)
+    assert cache.packed_fraction == 0 and (logits - expected).abs().max() < 1e-4
+    assert max(t.shape[2] for t in cache.layers[0].exact.tensors()) <= max(room, 150 + 150 // 8)
