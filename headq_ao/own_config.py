@@ -36,12 +36,11 @@ class OwnConfigs:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        held = [x for module in model.modules() for x in vars(module).values() if isinstance(x, PreTrainedConfig)]
+        held = _held(model)
         shared = [vars(x).get("quantization_config") for x in held]  # replaced as a whole, and large when calibrated
         memo, again = ({id(x): x for x in shared if x is not None} for _ in range(2))
-        distinct = {id(x): x for x in held}.values()
-        self.configs = [(copy.deepcopy(x, memo), x) for x in distinct]
-        self.as_taken = [copy.deepcopy(x, again) for x in distinct]
+        self.configs = [(copy.deepcopy(x, memo), x) for x in held]
+        self.as_taken = [copy.deepcopy(x, again) for x in held]
         _exchange(model, {id(original): own for own, original in self.configs})
 
     def put_back(self, model: nn.Module) -> None:
@@ -51,15 +50,27 @@ class OwnConfigs:
     def give_up(self, model: nn.Module, keep: bool = False) -> None:
         """End what HeadQ needed them for: the original configs again, or the copies without HeadQ's marks.
 
-        The copies stay where the model's user has changed one (``model.config.use_cache = False``), for another model
-        may hold the original, or where the caller says so.
+        The copies stay where the model's user has changed one (``model.config.use_cache = False``) or put another in
+        its place, for another model may hold the original, or where the caller says so.
         """
         pairs = [(own, taken) for (own, _), taken in zip(self.configs, self.as_taken, strict=True)]
-        if not keep and all(_same(own, taken) for own, taken in pairs):
+        known = {id(x) for pair in self.configs for x in pair}
+        others = [x for x in _held(model) if id(x) not in known]
+        if not keep and not others and all(_same(own, taken) for own, taken in pairs):
             self.put_back(model)
             return
         for own, taken in pairs:
             _unmark(own, taken)
+        for other in others:
+            for taken in self.as_taken:
+                if type(taken) is type(other):
+                    _unmark(other, taken)
+
+
+def _held(model: nn.Module) -> list[PreTrainedConfig]:
+    """The configs that a model's modules hold, each once."""
+    found = [x for module in model.modules() for x in vars(module).values() if isinstance(x, PreTrainedConfig)]
+    return list({id(x): x for x in found}.values())
 
 
 def _exchange(model: nn.Module, new: dict[int, PreTrainedConfig]) -> None:

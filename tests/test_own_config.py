@@ -128,6 +128,17 @@ def test_what_a_user_changes_stays_the_model_s(two):
     assert not hasattr(model.config, "quantization_config")
 
 
+def test_a_config_that_a_user_puts_in_its_place(tiny, tmp_path):
+    model = tiny()
+    quantize_(model, headq_config(**FAST))
+    mine = model.config = copy.deepcopy(model.config)
+    restore_(model)
+    assert model.config is mine and mine._attn_implementation == "sdpa" and not hasattr(mine, "quantization_config")
+    assert model.model.config._attn_implementation == "sdpa"
+    model.save_pretrained(tmp_path)
+    assert not hasattr(AutoModelForCausalLM.from_pretrained(tmp_path), "_headq")
+
+
 def test_a_copied_model_is_apart(tiny, token_ids):
     model, ids = tiny(), token_ids(1, 120)
     holder = model.config
