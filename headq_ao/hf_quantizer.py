@@ -26,11 +26,7 @@ OF_THE_WEIGHTS = (  # what loading asks of a quantizer about weights: HeadQ leav
     "param_needs_quantization", "get_quantize_ops", "get_load_operations", "get_weight_conversions",
     "update_weight_conversions", "validate_environment", "update_attn_implementation",
 )  # fmt: skip
-MARKS = (
-    "hf_quantizer",
-    "is_quantized",
-    "quantization_method",
-)  # attributes by which transformers knows a quantized model
+MARKS = ("hf_quantizer", "is_quantized", "quantization_method")  # by which transformers knows a quantized model
 IGNORED_KEYS = "_keys_to_ignore_on_load_unexpected"
 
 
