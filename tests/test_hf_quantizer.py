@@ -279,8 +279,11 @@ def test_smollm2(tmp_path, weights):
     quantize_(model, headq_config(calibration=calibration, residual_length=32))
     before = logits_of(model, ids)
     model.save_pretrained(tmp_path)
+    marks = [getattr(model, name, None) for name in ("is_quantized", "quantization_method")]
     del model
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(logits_of(loaded, ids), before)
+    assert [getattr(loaded, name, None) for name in ("is_quantized", "quantization_method")] == marks
+    assert marks == ([True, "torchao"] if weights else [None, None])  # not those of the GGUF file, which was unpacked
