@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from headq_ao.attention import NAME
 from headq_ao.calibrate import RECORDER
 from headq_ao.layer_codec import LayerCodec
+from headq_ao.own_config import OwnConfigs
 
 PROJECTIONS = ("o_proj", "dense", "c_proj", "out_proj")
 
@@ -32,16 +33,14 @@ def each_layer(model: Any, ids: Tensor, receive: Callable[[int, Tensor, Tensor, 
 
     With or without HeadQ on the model, which is left as it was; nothing is kept between layers.
     """
-    previous = model.config._attn_implementation
-    if previous != NAME:
-        model.set_attn_implementation(NAME)
+    configs = OwnConfigs(model)
     token = RECORDER.set(_Listener(receive))  # type: ignore[arg-type]
     try:
+        model.set_attn_implementation(NAME)
         model(input_ids=ids.to(model.device), use_cache=False, logits_to_keep=1)
     finally:
         RECORDER.reset(token)
-        if previous != NAME:
-            model.set_attn_implementation(previous)
+        configs.put_back(model)
 
 
 class _Listener:

@@ -58,8 +58,7 @@ class Subject:
         self.config: HeadQConfig | None = None
         self.baseline: methods.Method | None = None
         if self.kind == "headq":
-            self.config = headq_config(**{"seed": self.seed} | self.options)
-            self.config.calibration = self.calibration
+            self.config = headq_config(**{"seed": self.seed} | self.options | {"calibration": self.calibration})
         elif self.kind == "baseline":
             own = {name: x for name, x in self.options.items() if name not in CACHE_OPTIONS}
             self.baseline = methods.build(self.method, own, self.calibration)

@@ -97,7 +97,7 @@ def head_bits(config: HeadQConfig, calibration: Calibration | None, shapes: Sequ
         for side in sides
         for h, errors in enumerate(layer.relative_errors("kv".index(side)))
     }
-    levels = {"k": list(PIECES), "v": [b for b, w in PIECES.items() if not config.block_size % max(map(granule, w))]}
+    levels = {side: config.levels(side) for side in sides}
     bits = share_bits(damage, {part: levels[part[1]] for part in damage}, config.mean_bits)
     of = {
         (i, side): tuple(bits[i, side, h] for h in range(s.n_kv_heads)) for i, s in enumerate(shapes) for side in sides

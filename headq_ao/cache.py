@@ -35,11 +35,11 @@ class HeadQState(Handled):
 
     config: HeadQConfig
     shapes: list[LayerShape]
-    previous_attention: Any
     calibration: Calibration | None = None  # what config.calibration is, or names
     fingerprint: dict[str, Any] = dataclasses.field(default_factory=dict)
     codecs: list[LayerCodec] = dataclasses.field(default_factory=list)  # the modules' ``headq``
     attention_configs: list[Any] = dataclasses.field(default_factory=list)  # whose ``_attn_implementation`` counts
+    chosen_attention: Any = None  # what a user has set since, for restore_
 
     def __post_init__(self) -> None:
         self.register()

@@ -21,6 +21,7 @@ from headq_ao.models import (
     rotary_embedding,
     tensor_parallel,
 )
+from headq_ao.own_config import OwnConfigs
 from headq_ao.seen import seen_weights
 
 CONTEXT_LENGTH = 4096
@@ -134,7 +135,7 @@ def calibrate(
         )
     context, starts = spread_starts(model, [b.shape[1] for b in batches for _ in b], context_length)
     recorder = Recorder(len(shapes), n_rows, n_sink, seed)
-    previous, training = model.config._attn_implementation, [m for m in model.modules() if m.training]
+    configs, training = OwnConfigs(model), [m for m in model.modules() if m.training]
     token = RECORDER.set(recorder)
     try:
         model.eval()
@@ -153,7 +154,7 @@ def calibrate(
             model(input_ids=longest.to(device), use_cache=False)
     finally:
         RECORDER.reset(token)
-        model.set_attn_implementation(previous)
+        configs.put_back(model)
         for module in training:
             module.training = True
     meta = {

@@ -3,10 +3,11 @@
 import dataclasses
 import math
 import os
-from collections.abc import Container
+from collections.abc import Callable, Container
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+import numpy as np
 from torchao.core.config import ALLOWED_AO_MODULES, AOBaseConfig
 
 from headq_ao.calibration import Calibration
@@ -18,16 +19,47 @@ Adapt = Literal["off", "prompt"]
 
 CONFIG_VERSION = 1
 ALLOWED_AO_MODULES.add("headq_ao")  # where torchao's config_from_dict looks for HeadQConfig
+BLOCKS = (16, 32, 64, 128)
+MOST = 2**31 - 1  # tokens and sizes
+MOST_SEED = 2**63 - 1
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "headq_paper": {
+        "key_codec": "affine",
+        "value_codec": "affine",
+        "k_zero_point": True,
+        "v_zero_point": True,
+        "rank": 8,
+        "side_bits": 4,
+        "basis": "query_pca",
+        "adapt": "off",
+    },
+    "balanced": {"mean_bits": 2.25},
+    "quality": {"mean_bits": 2.75, "k_bits": 3},
+    "near_lossless": {"mean_bits": 4.0, "k_bits": 4, "v_bits": 4},
+}
+DEFAULT = "balanced"
+UNIFORM_ONLY = ("k_bits", "v_bits", "key_codec", "value_codec")  # given one of these, no bits are shared by default
 
 
-@dataclass
+def _default(value: Any) -> Any:
+    """``value`` as the default of a field, told apart from an equal one that a caller gives."""
+    kind = type(value)
+    return type(kind.__name__, (kind,), {})(value)
+
+
+@dataclass(frozen=True)
 class HeadQConfig(AOBaseConfig):
-    """A packed KV cache with HeadQ keys, for :func:`headq_ao.quantize_`. Build it with :func:`headq_config`.
+    """A packed KV cache with HeadQ keys, for :func:`headq_ao.quantize_`. :func:`headq_config` knows presets too.
+
+    Fields are checked when a config is made and cannot be assigned afterwards; ``dataclasses.replace`` makes a changed
+    one, which is checked as well. numpy's numbers are taken as Python's.
 
     Args:
         k_bits, v_bits: code bits per coordinate, 1 to 6 or 8; ``None`` keeps that side exact.
         mean_bits: code bits per coordinate, as a mean over KV heads and packed sides, shared by what each head does
-            with errors; needs a calibration, ``k_bits`` and ``v_bits`` hold without one.
+            with errors; needs a calibration, ``k_bits`` and ``v_bits`` hold without one. ``None``: ``k_bits`` and
+            ``v_bits`` hold with one too, which is the default where either of them or a codec is given.
         key_codec, value_codec: ``"visible"``: the same bits for each coordinate of the whitened, rotated row, codes
             chosen by error feedback; ``"affine"``: nearest codes of the rotated row. Values of a model without a
             calibration are always coded as ``"affine"``.
@@ -57,13 +89,23 @@ class HeadQConfig(AOBaseConfig):
         epoch_tokens: tokens after which a sequence's own statistics are used; ``None`` is ``max(256, 4·head_dim)``.
         check_finite: raise on non-finite keys or values; ``None``: on the CPU only.
         seed: of the random basis.
+
+    Raises:
+        ValueError: on a value that is of the wrong kind, out of range, or does not fit the others.
+
+    Example:
+        >>> from headq_ao import HeadQConfig, headq_config
+        >>> HeadQConfig() == headq_config(), HeadQConfig(k_bits=3) == headq_config(k_bits=3)
+        (True, True)
+        >>> HeadQConfig().mean_bits, HeadQConfig(k_bits=3).mean_bits
+        (2.25, None)
     """
 
-    k_bits: int | None = 2
-    v_bits: int | None = 2
-    mean_bits: float | None = None
-    key_codec: CodecName = "visible"
-    value_codec: CodecName = "visible"
+    k_bits: int | None = _default(2)
+    v_bits: int | None = _default(2)
+    mean_bits: float | None = _default(PRESETS[DEFAULT]["mean_bits"])
+    key_codec: CodecName = _default("visible")  # noqa: RUF009, a str
+    value_codec: CodecName = _default("visible")  # noqa: RUF009
     whitening: float = 0.75
     error_feedback: bool = True
     k_zero_point: bool = False
@@ -88,15 +130,44 @@ class HeadQConfig(AOBaseConfig):
     version: int = CONFIG_VERSION
 
     def __post_init__(self) -> None:
-        if isinstance(self.calibration, os.PathLike):
-            self.calibration = os.fspath(self.calibration)
+        fields = dataclasses.fields(self)
+        given = {f.name for f in fields if getattr(self, f.name) is not f.default}
+        if given & set(UNIFORM_ONLY) and "mean_bits" not in given:
+            object.__setattr__(self, "mean_bits", None)
+        for f in fields:
+            object.__setattr__(self, f.name, _plain(getattr(self, f.name)))
+        self._check_kinds()
+        self._check_bits()
+        self._check_numbers()
+        self._check_together()
+
+    def _check_kinds(self) -> None:
+        """Raise ValueError on a value that is none of a field's choices."""
+        for name, choice in {"key_codec": CodecName, "value_codec": CodecName, "basis": Basis, "adapt": Adapt}.items():
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in get_args(choice):
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(choice)))}, got {value!r}")
+        for name in ("k_zero_point", "v_zero_point", "rotation", "key_gauge", "unbiased_scale", "error_feedback"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if self.check_finite is not None and not isinstance(self.check_finite, bool):
+            raise ValueError(f"check_finite must be True, False or None, got {self.check_finite!r}")
+        if not _whole(self.version, (CONFIG_VERSION,)):
+            raise ValueError(f"version must be {CONFIG_VERSION}, which this headq_ao reads, got {self.version!r}")
+        if self.calibration is not None and not isinstance(self.calibration, (Calibration, str)):
+            raise ValueError(
+                f"calibration must be a Calibration, the path of a saved one, or None, got {type(self.calibration)}"
+            )
+
+    def _check_bits(self) -> None:
+        """Raise ValueError on bits that cannot be stored, in blocks of that size."""
         for name in ("k_bits", "v_bits"):
             bits = getattr(self, name)
             if bits is not None and not _whole(bits, PIECES):
                 raise ValueError(f"{name} must be 1, 2, 3, 4, 5, 6 or 8, or None (exact), got {bits!r}")
         if self.k_bits is None and self.v_bits is None:
             raise ValueError("k_bits and v_bits are both None: nothing would be packed; give at least one of them")
-        if not _whole(self.block_size, (16, 32, 64, 128)):
+        if not _whole(self.block_size, BLOCKS):
             raise ValueError(f"block_size must be 16, 32, 64 or 128, got {self.block_size!r}")
         if self.v_bits is not None:
             tile = max(granule(w) for w in PIECES[self.v_bits])
@@ -104,39 +175,47 @@ class HeadQConfig(AOBaseConfig):
                 raise ValueError(
                     f"block_size must be a multiple of {tile} with v_bits={self.v_bits}, got {self.block_size}"
                 )
-        choices = {"key_codec": CodecName, "value_codec": CodecName, "basis": Basis, "adapt": Adapt}
-        for name, choice in choices.items():
-            if getattr(self, name) not in choice.__args__:  # type: ignore[attr-defined]
-                options = ", ".join(repr(c) for c in choice.__args__)  # type: ignore[attr-defined]
-                raise ValueError(f"{name} must be one of {options}, got {getattr(self, name)!r}")
-        if self.version != CONFIG_VERSION:
-            raise ValueError(f"version must be {CONFIG_VERSION}, which this headq_ao reads, got {self.version!r}")
         if not _whole(self.side_bits, PIECES):
             raise ValueError(f"side_bits must be 1, 2, 3, 4, 5, 6 or 8, got {self.side_bits!r}; rank=0 for none")
+        if self.mean_bits is None:
+            return
+        packed = {"keys": self.k_bits, "values": self.v_bits}
+        levels = {name: self.levels(name[0]) for name, bits in packed.items() if bits is not None}
+        least, most = (sum(of(x) for x in levels.values()) / len(levels) for of in (min, max))
+        if not _number(self.mean_bits, least, most):
+            raise ValueError(
+                f"mean_bits must be a number from {least:g} to {most:g}, which {' and '.join(levels)} can have "
+                f"with block_size={self.block_size}, or None, got {self.mean_bits!r}"
+            )
+        object.__setattr__(self, "mean_bits", float(self.mean_bits))
+
+    def _check_numbers(self) -> None:
+        """Raise ValueError on a number out of range."""
         if not _whole(self.sign, (1, -1)):
             raise ValueError(f"sign must be 1 or -1, got {self.sign!r}")
-        for name, least in (
-            ("n_sink", 0),
-            ("residual_length", 1),
-            ("prior_tokens", 0),
-            ("rank", 0),
-            ("epoch_tokens", 1),
-            ("v_group_size", 1),
-            ("seed", 0),
+        for name, least, most in (
+            ("n_sink", 0, MOST),
+            ("residual_length", 1, MOST),
+            ("prior_tokens", 0, MOST),
+            ("rank", 0, MOST),
+            ("epoch_tokens", 1, MOST),
+            ("v_group_size", 1, MOST),
+            ("seed", 0, MOST_SEED),
         ):
             value, optional = getattr(self, name), name in ("rank", "epoch_tokens", "v_group_size")
-            if not (optional and value is None) and (not _whole(value) or value < least):
+            if optional and value is None:
+                continue
+            if not _whole(value) or value < least:
                 or_none = " or None" if optional else ""
                 raise ValueError(f"{name} must be a whole number of at least {least}{or_none}, got {value!r}")
-        for name in ("k_zero_point", "v_zero_point", "rotation", "key_gauge", "unbiased_scale", "error_feedback"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        if (
-            isinstance(self.whitening, bool)
-            or not isinstance(self.whitening, (int, float))
-            or not 0 <= self.whitening <= 1
-        ):
+            if value > most:
+                raise ValueError(f"{name} must be at most {most}, got {value}")
+        if not _number(self.whitening, 0, 1):
             raise ValueError(f"whitening must be a number from 0 to 1, got {self.whitening!r}")
+        object.__setattr__(self, "whitening", float(self.whitening))
+
+    def _check_together(self) -> None:
+        """Raise ValueError on options that do not fit each other."""
         if self.k_zero_point and self.k_bits is not None and self.key_codec == "visible":
             raise ValueError("k_zero_point=True needs key_codec='affine': visible keys stand around the key gauge")
         if (self.v_zero_point or self.v_group_size is not None) and self.v_bits and self.value_codec == "visible":
@@ -147,12 +226,10 @@ class HeadQConfig(AOBaseConfig):
             raise ValueError(
                 f"sign={self.sign} and basis={self.basis!r} shape the side code, and there is none: give rank (16, say)"
             )
-        if self.check_finite is not None and not isinstance(self.check_finite, bool):
-            raise ValueError(f"check_finite must be True, False or None, got {self.check_finite!r}")
-        if self.calibration is not None and not isinstance(self.calibration, (Calibration, str)):
-            raise ValueError(
-                f"calibration must be a Calibration, the path of a saved one, or None, got {type(self.calibration)}"
-            )
+
+    def levels(self, side: str) -> list[int]:
+        """Bits that a head's keys (``"k"``) or values (``"v"``) may have with this block size, in rising order."""
+        return [b for b, widths in PIECES.items() if side == "k" or not self.block_size % max(map(granule, widths))]
 
     @property
     def has_side_code(self) -> bool:
@@ -185,28 +262,28 @@ class HeadQConfig(AOBaseConfig):
             raise ValueError(f"rank must be at most head_dim {head_dim}, got {self.rank}")
 
 
+_KINDS: tuple[tuple[Any, Callable[[Any], Any]], ...] = (
+    ((bool, np.bool_), bool),
+    ((int, np.integer), int),
+    ((float, np.floating), float),
+    (str, str.__str__),
+    (os.PathLike, os.fspath),
+)
+
+
+def _plain(value: Any) -> Any:
+    """numpy's numbers, subclasses of Python's and paths as what JSON has; anything else as it is."""
+    return next((make(value) for kinds, make in _KINDS if isinstance(value, kinds)), value)
+
+
 def _whole(value: Any, among: Container[int] | None = None) -> bool:
     """A plain int (True and 2.0 are none), and one of those."""
     return isinstance(value, int) and not isinstance(value, bool) and (among is None or value in among)
 
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "headq_paper": {
-        "key_codec": "affine",
-        "value_codec": "affine",
-        "k_zero_point": True,
-        "v_zero_point": True,
-        "rank": 8,
-        "side_bits": 4,
-        "basis": "query_pca",
-        "adapt": "off",
-    },
-    "balanced": {"mean_bits": 2.25},
-    "quality": {"mean_bits": 2.75, "k_bits": 3},
-    "near_lossless": {"mean_bits": 4.0, "k_bits": 4, "v_bits": 4},
-}
-DEFAULT = "balanced"
-UNIFORM_ONLY = ("k_bits", "v_bits", "key_codec", "value_codec")  # given one of these, a preset shares no bits
+def _number(value: Any, least: float, most: float) -> bool:
+    """A plain int or float in that range; nan is in none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most
 
 
 def headq_config(preset: str | None = None, **options: Any) -> HeadQConfig:
@@ -230,7 +307,7 @@ def headq_config(preset: str | None = None, **options: Any) -> HeadQConfig:
         >>> headq_config(preset="headq_paper").rank
         8
     """
-    if preset is not None and preset not in PRESETS:
+    if preset is not None and (not isinstance(preset, str) or preset not in PRESETS):
         raise ValueError(f"preset must be one of {sorted(PRESETS)} or None, got {preset!r}")
     names = [f.name for f in dataclasses.fields(HeadQConfig)]
     unknown = sorted(set(options) - set(names))

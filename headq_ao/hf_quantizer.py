@@ -1,5 +1,6 @@
 """``save_pretrained`` and ``from_pretrained`` of a model with HeadQ, through transformers' quantizer interface."""
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -16,19 +17,24 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from headq_ao.calibration import CALIBRATION, Calibration
 from headq_ao.config import HeadQConfig
 from headq_ao.models import kv_heads_here, layer_shapes
+from headq_ao.own_config import OwnConfigs
 
 METHOD = "headq"
 PREFIX = "headq_calibration."  # of the calibration's tensors in a checkpoint
 OF_THE_WEIGHTS = (  # what loading asks of a quantizer about weights: HeadQ leaves them to the one below it
     "update_dtype", "update_device_map", "param_element_size", "get_new_dtype", "adjust_max_memory",
     "param_needs_quantization", "get_quantize_ops", "get_load_operations", "get_weight_conversions",
-    "update_weight_conversions", "validate_environment",
+    "update_weight_conversions", "validate_environment", "update_attn_implementation",
 )  # fmt: skip
+MARKS = ("hf_quantizer", "is_quantized", "quantization_method")  # by which transformers knows a quantized model
+IGNORED_KEYS = "_keys_to_ignore_on_load_unexpected"
 
 
 @register_quantization_config(METHOD)
 class HeadQQuantizationConfig(QuantizationConfigMixin):
     """transformers' ``quantization_config`` of a model with HeadQ.
+
+    It has the attributes of ``weights`` too, for those who ask a quantized model about its weights.
 
     Args:
         config: from :func:`headq_ao.headq_config`; its JSON form when read from a checkpoint.
@@ -60,6 +66,12 @@ class HeadQQuantizationConfig(QuantizationConfigMixin):
         self.weights = AutoQuantizationConfig.from_dict(weights) if isinstance(weights, dict) else weights
         self.calibrated = calibrated or made.calibration is not None
 
+    def __getattr__(self, name: str) -> Any:
+        weights = vars(self).get("weights")
+        if weights is None or name.startswith("__"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(weights, name)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for config.json; a calibration goes into the weights file instead."""
         return {
@@ -74,13 +86,17 @@ class HeadQQuantizationConfig(QuantizationConfigMixin):
 class HeadQQuantizer(HfQuantizer):
     """Puts HeadQ on a model as it is loaded, and its calibration into a checkpoint as it is saved.
 
-    What concerns weights is left to ``inner``, the quantizer of the weights, where there is one.
+    What concerns weights is left to ``inner``, the quantizer of the weights, where there is one. HeadQ alone changes no
+    weight: a model without quantized ones is none that transformers should call quantized, and may be cast and trained.
+
+    A model that is loaded gets another one from ``quantize_``, as any model does: this one only loads.
     """
 
     def __init__(self, quantization_config: HeadQQuantizationConfig, **kwargs: Any) -> None:
-        super().__init__(quantization_config, **kwargs)
+        super().__init__(copy.copy(quantization_config), **kwargs)
         self.inner: HfQuantizer | None = None
-        self.below: HfQuantizer | None = None  # what the model had before, for restore_
+        self.before: dict[str, Any] = {}  # the model's marks before HeadQ, for restore_
+        self.configs: OwnConfigs | None = None
         if quantization_config.weights is not None:
             self.set_inner(AutoHfQuantizer.from_config(quantization_config.weights, pre_quantized=self.pre_quantized))
 
@@ -90,6 +106,11 @@ class HeadQQuantizer(HfQuantizer):
         self.quantization_config.weights = inner.quantization_config
         for name in OF_THE_WEIGHTS:
             setattr(self, name, getattr(inner, name))
+
+    @property
+    def below(self) -> HfQuantizer | None:
+        """The quantizer that the model had before."""
+        return self.before.get("hf_quantizer")
 
     @property
     def serialized_names(self) -> dict[str, list[str]]:
@@ -104,6 +125,11 @@ class HeadQQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """As for the weights: in train mode HeadQ steps aside."""
         return self.inner is None or self.inner.is_trainable
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """As for the weights: whether all of them may be trained."""
+        return self.inner is None or self.inner.is_qat_trainable
 
     @property
     def is_compileable(self) -> bool:
@@ -126,26 +152,35 @@ class HeadQQuantizer(HfQuantizer):
             metadata = metadata | CALIBRATION.metadata(calibration.head(), tensors)
         return state, metadata
 
-    def _process_model_before_weight_loading(
-        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
-    ) -> None:
+    def preprocess_model(self, model: PreTrainedModel, dtype: Any = None, **kwargs: Any) -> None:
+        """What is done to a model before its weights are loaded: all of the weights' quantizer, and HeadQ's checks.
+
+        Raises:
+            ValueError: when the checkpoint's calibration is missing or damaged, or heads cannot be divided.
+        """
         if self.inner is not None:
-            self.inner._process_model_before_weight_loading(model, checkpoint_files=checkpoint_files, **kwargs)
-        config = self.quantization_config.config
+            self.inner.preprocess_model(model, dtype=dtype, **kwargs)
         processes = getattr(getattr(model.config, "distributed_config", None), "tp_size", None) or 1
         kv_heads_here(model, layer_shapes(model.config), 0, processes)
-        if self.pre_quantized and self.quantization_config.calibrated:
-            config = dataclasses.replace(config, calibration=read_calibration(checkpoint_files or []))
-            self.quantization_config.config = config
-        known = set(type(model)._keys_to_ignore_on_load_unexpected or ())
-        model._keys_to_ignore_on_load_unexpected = known | {"^" + PREFIX.replace(".", r"\.")}
+        ours = self.quantization_config
+        if self.pre_quantized and ours.calibrated:
+            calibration = read_calibration(kwargs.get("checkpoint_files") or [])
+            ours.config = dataclasses.replace(ours.config, calibration=calibration)
+        self.ignored_keys = vars(model).get(IGNORED_KEYS)
+        known = getattr(model, IGNORED_KEYS) or ()
+        setattr(model, IGNORED_KEYS, {*known, "^" + PREFIX.replace(".", r"\.")})
 
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+    def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        """Make of a loaded model what it would be without HeadQ, and quantize it as any other."""
         from headq_ao.quantize import quantize_  # attaches the quantizer, and so imports this file
 
+        if self.ignored_keys is None:
+            delattr(model, IGNORED_KEYS)
+        else:
+            setattr(model, IGNORED_KEYS, self.ignored_keys)
+        mark(model, self.inner)
         if self.inner is not None:
-            self.inner._process_model_after_weight_loading(model, **kwargs)
-        del model._keys_to_ignore_on_load_unexpected
+            self.inner.postprocess_model(model, **kwargs)
         forget_one_way_conversions(model)
         align_weights(model)
         quantize_(model, self.quantization_config.config)
@@ -203,16 +238,33 @@ def read_calibration(files: list[str]) -> Calibration:
 
 
 def attach(model: PreTrainedModel, config: HeadQConfig) -> None:
-    """Give a model that has HeadQ the quantizer that ``save_pretrained`` asks, over the one of its weights."""
-    below = getattr(model, "hf_quantizer", None)
-    if isinstance(below, HeadQQuantizer):
-        return
+    """Give a model configs of its own and the quantizer that ``save_pretrained`` asks, over the one of its weights."""
     quantizer = HeadQQuantizer(HeadQQuantizationConfig(config), pre_quantized=True)
-    quantizer.below = below
-    if below is not None and not plain(below):
-        quantizer.set_inner(below)
-    model.hf_quantizer = quantizer
-    model.config.quantization_config = quantizer.quantization_config
+    quantizer.before = {name: vars(model)[name] for name in MARKS if name in vars(model)}
+    if quantizer.below is not None and not plain(quantizer.below):
+        quantizer.set_inner(quantizer.below)
+    quantizer.configs = OwnConfigs(model)
+    mark(model, quantizer)
+
+
+def mark(model: PreTrainedModel, quantizer: HfQuantizer | None) -> None:
+    """Give a model its quantizer, and call it quantized as transformers does where its weights are.
+
+    Its configs must be its own.
+    """
+    weights = quantizer.inner if isinstance(quantizer, HeadQQuantizer) else quantizer
+    for owner, names in ((model, MARKS), (model.config, ("quantization_config",))):
+        for name in names:
+            vars(owner).pop(name, None)
+    if quantizer is not None:
+        model.hf_quantizer, model.config.quantization_config = quantizer, quantizer.quantization_config
+    if weights is not None:
+        model.is_quantized, model.quantization_method = True, weights.quantization_config.quant_method
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            vars(module.config).pop("_is_quantized", None)
+            if weights is not None:
+                module.config._is_quantized = True
 
 
 def plain(quantizer: HfQuantizer) -> bool:
@@ -220,22 +272,20 @@ def plain(quantizer: HfQuantizer) -> bool:
     return getattr(quantizer, "packed_modules", None) == {}
 
 
-def detach(model: PreTrainedModel) -> None:
-    """Leave a model with the quantizer that it had before HeadQ, or none."""
+def detach(model: PreTrainedModel, attention: Any = None) -> None:
+    """Leave a model as it was before HeadQ, but for weights that were quantized since and for an ``attention``
+    implementation that was set since."""
     quantizer = model.hf_quantizer
-    below = quantizer.below or quantizer.inner
-    if below is not None:
-        model.hf_quantizer, model.config.quantization_config = below, below.quantization_config
-        if "quantization_method" in vars(model):
-            model.quantization_method = below.quantization_config.quant_method
+    since = quantizer.inner if quantizer.inner is not quantizer.below else None
+    quantizer.configs.give_up(model, keep=since is not None or attention is not None)
+    if attention is not None:
+        model.set_attn_implementation(attention)
+    if since is not None:
+        mark(model, since)
         return
-    for owner in (model, model.config):
-        for name in ("hf_quantizer", "quantization_config", "quantization_method", "is_quantized"):
-            if name in vars(owner):
-                delattr(owner, name)
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel) and "_is_quantized" in vars(module.config):
-            del module.config._is_quantized
+    for name in MARKS:
+        vars(model).pop(name, None)
+    vars(model).update(quantizer.before)
 
 
 def note_weights(model: PreTrainedModel, config: Any) -> None:
@@ -246,9 +296,12 @@ def note_weights(model: PreTrainedModel, config: Any) -> None:
     above = getattr(model, "hf_quantizer", None)
     if isinstance(above, HeadQQuantizer):
         above.set_inner(inner)
+        mark(model, above)
     elif above is None or plain(above):
         vars(model).pop("_weight_conversions", None)
-        model.hf_quantizer, model.config.quantization_config = inner, inner.quantization_config
+        OwnConfigs(model)
+        mark(model, inner)
+    untie(model)
 
 
 def torchao_weights(model: PreTrainedModel) -> list[str]:

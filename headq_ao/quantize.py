@@ -50,6 +50,9 @@ def quantize_(
     With a HeadQ config the weights stay as they are; every later call that uses a cache keeps it packed. Any other
     torchao config is handed to ``torchao.quantize_`` with the same arguments.
 
+    Nothing but the model is changed: other models may hold its config object, so ``model.config`` becomes a copy, the
+    model's own in all its modules, until :func:`restore_`.
+
     Args:
         model: a transformers causal LM (for a HeadQ config).
         config: from :func:`headq_ao.headq_config`, or any torchao config.
@@ -110,17 +113,21 @@ def _handle(model: nn.Module, config: HeadQConfig) -> nn.Module:
         moments = None if calibration is None else calibration.layers[i]
         turns = rotary_turns(embedding, module, shape)
         codecs.append(LayerCodec(config, shape, moments, execution_device(module), heads, bits[i], turns))
+    hf_quantizer.attach(model, config)
+    try:
+        model.set_attn_implementation(attention.NAME)
+    except Exception:
+        hf_quantizer.detach(model)
+        raise
     of_attention = {id(c): c for module in modules if (c := getattr(module, "config", None)) is not None}
     configs = [*({id(model.config): model.config} | of_attention).values()]
-    state = HeadQState(config, shapes, model.config._attn_implementation, calibration, print_, codecs, configs)
-    model.set_attn_implementation(attention.NAME)
+    state = HeadQState(config, shapes, calibration, print_, codecs, configs)
     for module, codec in zip(modules, codecs, strict=True):
         module.headq = codec
         codec.model = codecs[0].model
     model._headq = state
     model.register_forward_pre_hook(supply_cache, with_kwargs=True)
     generation.attach(model)
-    hf_quantizer.attach(model, config)
     return model
 
 
@@ -143,6 +150,9 @@ def shapes_here(
 def restore_(model: nn.Module) -> None:
     """Take HeadQ off a model; its outputs are again bit for bit what they were.
 
+    ``model.config`` is again the object that it was, or stays the model's own where it was changed since, as by another
+    attention implementation that was set meanwhile.
+
     Raises:
         ValueError: when there is no HeadQ on the model.
 
@@ -161,7 +171,6 @@ def restore_(model: nn.Module) -> None:
     state = getattr(model, "_headq", None)
     if not isinstance(state, HeadQState) or not isinstance(model, PreTrainedModel):
         raise ValueError(f"{type(model).__name__} has no HeadQ cache to take off")
-    model.set_attn_implementation(state.previous_attention)
     for module in attention_modules(model, len(state.shapes)):
         del module.headq
     for key in [k for k, hook in model._forward_pre_hooks.items() if hook is supply_cache]:
@@ -169,7 +178,7 @@ def restore_(model: nn.Module) -> None:
         model._forward_pre_hooks_with_kwargs.pop(key, None)
     del model._headq
     generation.detach(model)
-    hf_quantizer.detach(model)
+    hf_quantizer.detach(model, state.chosen_attention)
 
 
 @torch.compiler.disable  # torch.compile(model) runs hooks outside its graph
@@ -267,7 +276,7 @@ def keep_attention(model: PreTrainedModel) -> None:
     changed = [c._attn_implementation for c in state.attention_configs if c._attn_implementation != attention.NAME]
     if not changed:
         return
-    state.previous_attention = changed[0]
+    state.chosen_attention = changed[0]
     model.set_attn_implementation(attention.NAME)
     warnings.warn(
         f"HeadQ: attn_implementation was set to {changed[0]!r}, and stays 'headq' while the model has a packed cache; "

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from headq_ao.ops.gpu_build import numbers_on
 
+ROOM = 4096  # exact rows that are made room for at once, where a config has more
+
 
 @dataclass
 class RowCounts:
@@ -113,14 +115,17 @@ class ExactRows:
         self.q: Tensor | None = None
 
     def append(self, new: Mapping[str, Tensor], counts: Sequence[int], spans: Sequence[Span], minimum: int) -> None:
-        """Write each row's real new tokens, ``new`` by name, behind its ``counts``; grow to at least ``minimum``."""
+        """Write each row's real new tokens, ``new`` by name, behind its ``counts``; grow to at least ``minimum``.
+
+        Beyond :data:`ROOM` rows room grows by eighths: a config may keep more rows exact than there is memory for.
+        """
         ends = [c + s.stop - s.start for c, s in zip(counts, spans, strict=True)]
         need, first = max(ends), counts[0]
         for name, rows in new.items():
             stored: Tensor | None = getattr(self, name)
             slots = rows.shape[2]
             if stored is None or stored.shape[2] < need:
-                stored = self._grow(name, rows, max(need, minimum))
+                stored = self._grow(name, rows, max(need, min(minimum, max(ROOM, need + need // 8))))
             elif stored.dtype != rows.dtype:
                 stored = widened(stored, rows.dtype)
                 setattr(self, name, stored)

@@ -1,14 +1,21 @@
 """What a config accepts, what it says otherwise, and its way through torchao's JSON."""
 
+import copy
 import dataclasses
+import enum
+import inspect
+import itertools
 import json
+import pickle
 import re
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from torchao.core.config import config_from_dict, config_to_dict
 
-from headq_ao import Calibration, HeadQConfig, headq_config
+from headq_ao import Calibration, HeadQCache, HeadQConfig, headq_config, quantize_, state
 from headq_ao.calibration import TENSORS, LayerMoments
 from headq_ao.config import PRESETS
 
@@ -71,12 +78,151 @@ WHOLE = "must be a whole number of at least"
         ({"epoch_tokens": 0}, f"epoch_tokens {WHOLE} 1 or None, got 0"),
         ({"v_group_size": 0}, f"v_group_size {WHOLE} 1 or None, got 0"),
         ({"calibration": 3}, "calibration must be a Calibration, the path of a saved one, or None, got"),
+        ({"calibration": b"c.safetensors"}, "calibration must be a Calibration, the path of a saved one, or None, got"),
+        (
+            {"mean_bits": "abc"},
+            "mean_bits must be a number from 1 to 8, which keys and values can have with block_size",
+        ),
+        ({"mean_bits": "2.25"}, "mean_bits must be a number from 1 to 8"),
+        ({"mean_bits": float("nan")}, "or None, got nan"),
+        ({"mean_bits": float("inf")}, "or None, got inf"),
+        ({"mean_bits": -3}, "block_size=32, or None, got -3"),
+        ({"mean_bits": 0}, "mean_bits must be a number from 1 to 8"),
+        ({"mean_bits": 0.99}, "mean_bits must be a number from 1 to 8"),
+        ({"mean_bits": 8.01}, "mean_bits must be a number from 1 to 8"),
+        ({"mean_bits": 100}, "mean_bits must be a number from 1 to 8"),
+        ({"mean_bits": 10**400}, "mean_bits must be a number from 1 to 8"),
+        ({"mean_bits": True}, "or None, got True"),
+        ({"mean_bits": np.True_}, "or None, got True"),
+        ({"mean_bits": [2.25]}, "or None, got [2.25]"),
+        ({"mean_bits": 2 + 0j}, "or None, got (2+0j)"),
+        ({"mean_bits": torch.tensor(2.0)}, "or None, got tensor(2.)"),
+        ({"mean_bits": Fraction(9, 4)}, "or None, got Fraction(9, 4)"),
+        ({"mean_bits": 1.4, "block_size": 16}, "from 1.5 to 8, which keys and values can have with block_size=16, or"),
+        ({"mean_bits": 1.9, "block_size": 16, "k_bits": None}, "from 2 to 8, which values can have with block_size=16"),
+        ({"mean_bits": 0.5, "v_bits": None}, "from 1 to 8, which keys can have with block_size=32, or None, got 0.5"),
+        ({"k_bits": np.array([2, 2])}, "k_bits must be 1, 2, 3, 4, 5, 6 or 8, or None (exact), got array([2, 2])"),
+        ({"k_bits": np.float32(2)}, "or None (exact), got 2.0"),
+        ({"k_bits": "balanced"}, "or None (exact), got 'balanced'"),
+        ({"key_codec": ["visible"]}, "key_codec must be one of 'visible', 'affine', got ['visible']"),
+        ({"basis": np.array(["random", "key_pca"])}, "basis must be one of"),
+        ({"version": 2}, "version must be 1, which this headq_ao reads, got 2"),
+        ({"version": True}, "version must be 1, which this headq_ao reads, got True"),
+        ({"version": 1.0}, "version must be 1, which this headq_ao reads, got 1.0"),
+        ({"version": "1"}, "version must be 1, which this headq_ao reads, got '1'"),
+        ({"seed": -1}, f"seed {WHOLE} 0, got -1"),
+        ({"seed": 2**63}, f"seed must be at most {2**63 - 1}, got {2**63}"),
+        ({"residual_length": 2**31}, f"residual_length must be at most {2**31 - 1}, got {2**31}"),
+        ({"prior_tokens": 10**30}, f"prior_tokens must be at most {2**31 - 1}, got"),
+        ({"whitening": "1"}, "whitening must be a number from 0 to 1, got '1'"),
+        ({"whitening": 10**400}, "whitening must be a number from 0 to 1, got 1"),
+        ({"whitening": float("inf")}, "whitening must be a number from 0 to 1, got inf"),
+        ({"rotation": np.int64(1)}, "rotation must be True or False, got 1"),
+        ({"sign": 1.0}, "sign must be 1 or -1, got 1.0"),
     ],
     ids=str,
 )
 def test_values_out_of_range(options, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        headq_config(**options)
+    for make in (headq_config, HeadQConfig, lambda **given: dataclasses.replace(headq_config(), **given)):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            make(**options)
+
+
+@pytest.mark.parametrize("mean", [1, 2, 2.25, 8, 8.0, np.float32(2.5), np.float64(3), np.int64(4)], ids=repr)
+def test_mean_bits_that_can_be_had(mean):
+    config = headq_config(mean_bits=mean)
+    assert config.mean_bits == mean and type(config.mean_bits) is float
+
+
+def test_numbers_of_numpy_and_subclasses_become_plain():
+    """What is stored is what JSON has, so that a config equals itself after its way through a file."""
+
+    class Text(str, enum.Enum):
+        affine = "affine"
+
+    class Number(enum.IntEnum):
+        three = 3
+
+    given = {
+        "k_bits": np.int64(3), "v_bits": Number.three, "rank": np.uint8(16), "seed": np.int32(7),
+        "key_codec": Text.affine, "value_codec": np.str_("affine"), "rotation": np.bool_(False),
+        "whitening": np.float16(0.5), "check_finite": np.True_,
+    }  # fmt: skip
+    config = headq_config(**given)
+    assert {name: type(getattr(config, name)) for name in given} == {
+        "k_bits": int, "v_bits": int, "rank": int, "seed": int, "key_codec": str, "value_codec": str, "rotation": bool,
+        "whitening": float, "check_finite": bool,
+    }  # fmt: skip
+    assert config == headq_config(
+        k_bits=3, v_bits=3, rank=16, seed=7, key_codec="affine", value_codec="affine", rotation=False, whitening=0.5,
+        check_finite=True,
+    )  # fmt: skip
+    assert config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config
+
+
+ALTERNATIVES = {
+    "k_bits": [2, 3, None], "v_bits": [2, 4], "mean_bits": [None, 2.25, 3], "key_codec": ["visible", "affine"],
+    "value_codec": ["visible", "affine"], "n_sink": [0],
+}  # fmt: skip
+
+
+def test_the_class_is_what_headq_config_makes():
+    """Whichever options are given, and with each value of those that decide whether bits are shared."""
+    seen = set()
+    for values in itertools.product(*([..., *values] for values in ALTERNATIVES.values())):
+        options = {name: value for name, value in zip(ALTERNATIVES, values, strict=True) if value is not ...}
+        config = HeadQConfig(**options)
+        assert config == headq_config(**options) == headq_config("balanced", **options)
+        assert dataclasses.asdict(config).items() >= options.items()
+        seen.add(config.mean_bits)
+    assert seen == {None, 2.25, 3.0}
+    assert HeadQConfig(3, None) == headq_config(k_bits=3, v_bits=None)
+
+
+def test_defaults_can_be_read_off_the_class():
+    fields = {f.name: f.default for f in dataclasses.fields(HeadQConfig)}
+    assert fields == {f: getattr(HeadQConfig, f) for f in fields} == dataclasses.asdict(HeadQConfig())
+    assert HeadQConfig(**fields) == HeadQConfig()
+    assert "k_bits: int | None = 2, v_bits: int | None = 2, mean_bits: float | None = 2.25" in str(
+        inspect.signature(HeadQConfig)
+    )
+
+
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(HeadQConfig)])
+def test_fields_cannot_be_assigned(name):
+    config = headq_config()
+    for change in (lambda: setattr(config, name, 99), lambda: delattr(config, name)):
+        with pytest.raises(dataclasses.FrozenInstanceError, match=name):
+            change()
+    assert config == headq_config()
+
+
+def test_replace_checks_again():
+    config = headq_config(k_bits=3)
+    assert dataclasses.replace(config, n_sink=0) == headq_config(k_bits=3, n_sink=0)
+    assert dataclasses.replace(headq_config(), v_bits=4) == headq_config(v_bits=4, mean_bits=2.25)
+    with pytest.raises(ValueError, match="k_bits must be 1, 2, 3, 4, 5, 6 or 8"):
+        dataclasses.replace(config, k_bits=99)
+    with pytest.raises(ValueError, match="v_zero_point and v_group_size need"):
+        dataclasses.replace(config, v_zero_point=True)
+
+
+@pytest.mark.parametrize(
+    "make", [copy.copy, copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c)), dataclasses.replace]
+)
+@pytest.mark.parametrize("options", [{}, {"k_bits": 3}, {"mean_bits": None}], ids=str)
+def test_copies_are_equal(make, options):
+    config = headq_config(**options)
+    made = make(config)
+    assert made == config and hash(made) == hash(config) and vars(made) == vars(config)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        made.k_bits = 99
+
+
+@pytest.mark.parametrize("preset", [3, "", "Balanced", ["balanced"], {}, True, ("balanced",)], ids=repr)
+def test_presets_that_are_none(preset):
+    with pytest.raises(ValueError, match=re.escape(f"or None, got {preset!r}")):
+        headq_config(preset)
 
 
 @pytest.mark.parametrize("name", ["n_sink", "residual_length", "prior_tokens"])
@@ -113,11 +259,11 @@ def test_presets():
     assert (paper.basis, paper.rank, paper.side_bits, paper.k_zero_point) == ("query_pca", 8, 4, True)
     assert (paper.key_codec, paper.value_codec) == ("affine", "affine")
     assert headq_config("headq_paper", rank=4).rank == 4
-    assert headq_config() == headq_config("balanced") == HeadQConfig(mean_bits=2.25)
+    assert headq_config() == headq_config("balanced") == HeadQConfig() == HeadQConfig(mean_bits=2.25)
     assert headq_config(k_bits=3).mean_bits is None and headq_config("quality", value_codec="affine").mean_bits is None
     assert headq_config(v_bits=None, mean_bits=3.0).mean_bits == 3.0
     for name, options in PRESETS.items():
-        assert dataclasses.asdict(headq_config(name)) == dataclasses.asdict(HeadQConfig()) | options
+        assert dataclasses.asdict(headq_config(name)) == dataclasses.asdict(HeadQConfig(mean_bits=None)) | options
 
 
 @pytest.mark.parametrize("options", [
@@ -193,7 +339,7 @@ def every_option_changed():
     )  # fmt: skip
     default = HeadQConfig()
     same = [f.name for f in dataclasses.fields(default) if getattr(changed, f.name) == getattr(default, f.name)]
-    assert same == ["mean_bits", "version"]  # mean_bits is for visible codecs; the default config has it
+    assert same == ["version"]
     return changed
 
 
@@ -204,6 +350,16 @@ def test_torchao_json_round_trip(make):
     loaded = config_from_dict(json.loads(text))
     assert type(loaded) is HeadQConfig
     assert loaded == config
+
+
+def test_json_written_before_classes_had_the_presets_default():
+    """Each field was written then, mean_bits=None for bits that are the same everywhere; none given is the default."""
+    data = config_to_dict(headq_config(mean_bits=None))
+    assert data["_data"]["mean_bits"] is None and data["_data"]["k_bits"] == 2
+    assert config_from_dict(json.loads(json.dumps(data))) == headq_config(k_bits=2)
+    del data["_data"]["mean_bits"]
+    assert config_from_dict(data) == headq_config(k_bits=2)
+    assert config_from_dict(data | {"_data": {}}) == headq_config()
 
 
 def test_json_with_an_unknown_field_is_refused():
@@ -241,3 +397,18 @@ def test_each_field_is_documented():
         f.name for f in dataclasses.fields(HeadQConfig) if not re.search(rf"^\s+.*\b{f.name}\b.*:", arguments, re.M)
     ]
     assert missing == ["version"]
+
+
+@pytest.mark.parametrize("name", ["residual_length", "n_sink", "epoch_tokens"])
+@pytest.mark.parametrize("room", [32, 4096])
+def test_lengths_of_any_size(tiny, token_ids, monkeypatch, name, room):
+    """More exact tokens than there is memory: nothing is packed, and room is made for what comes."""
+    monkeypatch.setattr(state, "ROOM", room)
+    model, ids = tiny(), token_ids(2, 150)
+    with torch.no_grad():
+        expected = model(ids).logits
+        quantize_(model, headq_config(**{name: 2**31 - 1}))
+        cache = HeadQCache(model)
+        logits = torch.cat([model(part, cache=cache).logits for part in ids.split([90] + [1] * 60, 1)], 1)
+    assert cache.packed_fraction == 0 and (logits - expected).abs().max() < 1e-4
+    assert max(t.shape[2] for t in cache.layers[0].exact.tensors()) <= max(room, 150 + 150 // 8)

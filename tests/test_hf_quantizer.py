@@ -167,11 +167,12 @@ def test_sharded_and_in_another_dtype(tiny, token_ids, tmp_path):
 
 def test_loading_reports_nothing_unexpected(tiny, token_ids, tmp_path):
     model = tiny()
+    ignored = model._keys_to_ignore_on_load_unexpected.copy()
     quantize_(model, calibrated(model, token_ids))
     model.save_pretrained(tmp_path)
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["unexpected_keys"] and not info["missing_keys"]
-    assert "_keys_to_ignore_on_load_unexpected" not in vars(loaded)
+    assert loaded._keys_to_ignore_on_load_unexpected == ignored
 
 
 def test_a_calibration_given_as_a_path_is_in_the_checkpoint(tiny, token_ids, tmp_path):
@@ -278,8 +279,11 @@ def test_smollm2(tmp_path, weights):
     quantize_(model, headq_config(calibration=calibration, residual_length=32))
     before = logits_of(model, ids)
     model.save_pretrained(tmp_path)
+    marks = [getattr(model, name, None) for name in ("is_quantized", "quantization_method")]
     del model
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(logits_of(loaded, ids), before)
+    assert [getattr(loaded, name, None) for name in ("is_quantized", "quantization_method")] == marks
+    assert marks == ([True, "torchao"] if weights else [None, None])  # not those of the GGUF file, which was unpacked

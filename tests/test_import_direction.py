@@ -21,6 +21,7 @@ ALLOWED_TRANSFORMERS = {
     "lm_eval/feeding.py",
     "hf_quantizer.py",
     "models.py",
+    "own_config.py",
     "prompt_cache.py",
     "quantize.py",
 }

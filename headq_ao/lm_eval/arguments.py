@@ -158,7 +158,7 @@ def make_config(quantized: Any, options: dict[str, Any], text: str | None) -> He
     try:
         config = headq_config(**options)
         if isinstance(config.calibration, str):
-            config.calibration = Calibration.load(config.calibration)
+            config = dataclasses.replace(config, calibration=Calibration.load(config.calibration))
     except (ValueError, FileNotFoundError) as error:
         raise ModelArgumentError(str(error)) from error
     return config

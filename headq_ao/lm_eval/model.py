@@ -80,7 +80,8 @@ class HeadQLM(HFLM):
         rows = list(torch.tensor(ids[: tokens // length * length]).view(-1, length))
         assert self.settings.config is not None
         made = [calibrate(self.model, rows, source=text.name) if self.processes.is_main_process else None]
-        (self.settings.config.calibration,) = broadcast_object_list(made)
+        (calibration,) = broadcast_object_list(made)
+        self.settings.config = dataclasses.replace(self.settings.config, calibration=calibration)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Sum of log-probabilities of each continuation, and whether it is the most likely one."""
