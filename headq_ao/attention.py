@@ -9,14 +9,13 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from headq_ao.arguments import unknown_argument
 from headq_ao.calibrate import RECORDER
 from headq_ao.compiled import PendingRows, step
 from headq_ao.layer_codec import LayerCodec
 from headq_ao.tensors import HeadQHistory
 
 NAME = "headq"
-# What models pass along that does not change the scores.
-HARMLESS = frozenset({"position_ids", "cache_position", "position_embeddings", "token_type_ids", "input_ids"})
 
 
 def headq_attention(
@@ -48,7 +47,7 @@ def headq_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if isinstance(key, PendingRows):
         assert isinstance(value, PendingRows)
-        return step(query, key, value, scale, _unknown(kwargs)), None
+        return step(query, key, value, scale, _unknown(module, kwargs)), None
     assert isinstance(value, Tensor)
     if not isinstance(key, HeadQHistory):
         recorder = None if torch.compiler.is_compiling() else RECORDER.get()
@@ -58,7 +57,7 @@ def headq_attention(
             bypassed = "use_cache is False, or the call did not go through the model that quantize_ was given"
             warn_dense("the model is in train mode" if module.training else bypassed)
         return _dense(module, query, key, value, attention_mask, scaling, dropout, is_causal, sliding_window, kwargs)
-    problem = _unknown(kwargs)
+    problem = _unknown(module, kwargs)
     if problem is not None:
         raise ValueError(problem)
     assert isinstance(value, HeadQHistory)
@@ -99,19 +98,11 @@ def _dense(
     return out, None
 
 
-def _unknown(kwargs: dict[str, Any]) -> str | None:
+def _unknown(module: nn.Module, kwargs: dict[str, Any]) -> str | None:
     """Why an attention call cannot be served from packed rows, None where it can."""
-    for name, value in kwargs.items():
-        number = isinstance(value, (torch.Tensor, float)) or (isinstance(value, int) and not isinstance(value, bool))
-        if name == "output_attentions" and value:
-            return "output_attentions is not available from a packed cache; restore_(model) first"
-        if number and name not in HARMLESS:
-            shown = "a tensor" if isinstance(value, torch.Tensor) else value
-            return (
-                f"the attention call passes {name}={shown}, which may change the scores unknown to HeadQ; "
-                "restore_(model) and use another cache for this model"
-            )
-    return None
+    codec = module.headq
+    assert isinstance(codec, LayerCodec)
+    return unknown_argument(kwargs, codec.call_options)
 
 
 def register() -> None:

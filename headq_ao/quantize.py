@@ -15,24 +15,25 @@ from transformers import DynamicCache, PreTrainedModel
 
 from headq_ao import attention, compiled, generation, hf_quantizer
 from headq_ao.allocate import head_bits
+from headq_ao.arguments import call_options
 from headq_ao.cache import HeadQCache, HeadQState
 from headq_ao.calibrate import RECORDER
 from headq_ao.calibration import Calibration
 from headq_ao.config import HeadQConfig
 from headq_ao.layer_codec import LayerCodec
 from headq_ao.models import (
+    CACHE_NAMES,
     LayerShape,
     attention_modules,
     execution_device,
     fingerprint,
     kv_heads_here,
-    layer_shapes,
     rotary_embedding,
     tensor_parallel,
 )
+from headq_ao.probe import supported_layers
 from headq_ao.rotary import rotary_turns
 
-CACHE_NAMES = ("cache", "past_key_values")  # transformers 5.24 renamed the argument
 _DEFAULT: Any = object()
 
 
@@ -89,8 +90,8 @@ def _handle(model: nn.Module, config: HeadQConfig) -> nn.Module:
         )
     if hasattr(model, "_headq"):
         raise ValueError("this model already has a HeadQ cache; call restore_(model) first")
-    shapes = layer_shapes(model.config)
-    modules = attention_modules(model, len(shapes))
+    shapes, modules = supported_layers(model)
+    options = call_options(model)
     calibration = config.calibration
     if isinstance(calibration, (str, os.PathLike)):
         calibration = Calibration.load(calibration)
@@ -106,6 +107,7 @@ def _handle(model: nn.Module, config: HeadQConfig) -> nn.Module:
         moments = None if calibration is None else calibration.layers[i]
         turns = rotary_turns(embedding, module, shape)
         codecs.append(LayerCodec(config, shape, moments, execution_device(module), heads, bits[i], turns))
+        codecs[-1].call_options = options
     state = HeadQState(config, shapes, model.config._attn_implementation, calibration, print_, codecs)
     model.set_attn_implementation(attention.NAME)
     for module, codec in zip(modules, codecs, strict=True):
