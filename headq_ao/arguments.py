@@ -1,12 +1,9 @@
 """Which keyword arguments of an attention call leave its scores as they are, and which cannot be served."""
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel
 
 # What models pass along that does not change the scores.
 HARMLESS = frozenset(
@@ -17,21 +14,13 @@ HARMLESS = frozenset(
 )  # fmt: skip
 
 
-def call_options(model: nn.Module) -> frozenset[str]:
-    """Names that the ``forward`` of the model, or of a model inside it, takes.
-
-    A number of such a name that reaches attention is an option of the whole call which was passed on, as
-    ``logits_to_keep`` is; what attention itself computes with has a name of the attention module's.
-    """
-    kinds = {type(module) for module in model.modules() if isinstance(module, PreTrainedModel)}
-    return frozenset(name for kind in kinds for name in inspect.signature(kind.forward).parameters)
-
-
 def unknown_argument(kwargs: Mapping[str, Any], options: frozenset[str] = frozenset()) -> str | None:
     """Why an attention call with these keywords cannot be served from packed rows, None where it can.
 
     Tensors and numbers of unknown names are taken to change the scores (a bias, a softcap, sink logits); ``options``
-    are the names of numbers that do not.
+    are the names of numbers that do not: those that a model's ``forward`` takes. A number of such a name that reaches
+    attention is an option of the whole call which was passed on, as ``logits_to_keep`` is; what attention itself
+    computes with has a name of the attention module's.
     """
     for name, value in kwargs.items():
         if name == "output_attentions" and value:

@@ -47,7 +47,7 @@ def headq_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if isinstance(key, PendingRows):
         assert isinstance(value, PendingRows)
-        return step(query, key, value, scale, _unknown(module, kwargs)), None
+        return step(query, key, value, scale, _unknown(module, query, attention_mask, is_causal, kwargs)), None
     assert isinstance(value, Tensor)
     if not isinstance(key, HeadQHistory):
         recorder = None if torch.compiler.is_compiling() else RECORDER.get()
@@ -57,7 +57,7 @@ def headq_attention(
             bypassed = "use_cache is False, or the call did not go through the model that quantize_ was given"
             warn_dense("the model is in train mode" if module.training else bypassed)
         return _dense(module, query, key, value, attention_mask, scaling, dropout, is_causal, sliding_window, kwargs)
-    problem = _unknown(module, kwargs)
+    problem = _unknown(module, query, attention_mask, is_causal, kwargs)
     if problem is not None:
         raise ValueError(problem)
     assert isinstance(value, HeadQHistory)
@@ -98,8 +98,12 @@ def _dense(
     return out, None
 
 
-def _unknown(module: nn.Module, kwargs: dict[str, Any]) -> str | None:
+def _unknown(
+    module: nn.Module, query: Tensor, attention_mask: Tensor | None, is_causal: bool | None, kwargs: dict[str, Any]
+) -> str | None:
     """Why an attention call cannot be served from packed rows, None where it can."""
+    if is_causal is False and attention_mask is None and query.shape[2] > 1:
+        return "the attention call passes is_causal=False; a packed cache serves causal attention only"
     codec = module.headq
     assert isinstance(codec, LayerCodec)
     return unknown_argument(kwargs, codec.call_options)

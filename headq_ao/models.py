@@ -119,7 +119,9 @@ def kv_heads_and_size(config: Any) -> tuple[int, int]:
 def query_heads(config: Any, n_layers: int) -> list[int]:
     """Query heads of each layer; some models give layers different numbers of them."""
     c = text_config(config)
-    by_layer = getattr(c, "num_attention_heads_per_layer", None) or [o.num_attention_heads for o in layer_configs(config)]
+    by_layer = getattr(c, "num_attention_heads_per_layer", None) or [
+        o.num_attention_heads for o in layer_configs(config)
+    ]
     return list(by_layer) if len(by_layer) == n_layers else [by_layer[0]] * n_layers
 
 
@@ -134,19 +136,21 @@ def attention_modules(model: nn.Module, n_layers: int) -> list[nn.Module]:
         raise ValueError(f"HeadQ needs a transformers PreTrainedModel, got {kind}; pass the whole causal LM")
     if not model._can_set_attn_implementation():
         raise ValueError(f"{kind} is not supported: its attention does not go through transformers' AttentionInterface")
+    attentions = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "layer_idx", None), int) and type(module).__name__.endswith("Attention")
+    }
+    crossing = next((name for name, module in attentions.items() if crosses(name, module)), None)
+    if crossing is not None:
+        raise ValueError(f"{kind} is not supported: it has cross-attention ({crossing})")
     found: dict[int, nn.Module] = {}
-    for name, module in model.named_modules():
-        index = getattr(module, "layer_idx", None)
-        if isinstance(index, int) and type(module).__name__.endswith("Attention"):
-            if crosses(name, module):
-                raise ValueError(f"{kind} is not supported: it has cross-attention ({name})")
-            if getattr(module, "is_causal", True) is False:
-                raise ValueError(f"{kind} is not supported: its attention is not causal ({name})")
-            if isinstance(getattr(module, "sinks", None), torch.Tensor):
-                raise ValueError(
-                    f"{kind} is not supported: its attention has sink logits, where the gauges are not free"
-                )
-            found[index] = module
+    for name, module in attentions.items():
+        if getattr(module, "is_causal", True) is False:
+            raise ValueError(f"{kind} is not supported: its attention is not causal ({name})")
+        if isinstance(getattr(module, "sinks", None), torch.Tensor):
+            raise ValueError(f"{kind} is not supported: its attention has sink logits, where the gauges are not free")
+        found[module.layer_idx] = module  # type: ignore[index]
     if sorted(found) != list(range(n_layers)):
         raise ValueError(
             f"{kind} is not supported: its cache has {n_layers} layers, its attention modules are of layers "
@@ -179,11 +183,17 @@ def input_embedding(model: PreTrainedModel) -> nn.Module:
     return embedding
 
 
+def forward_names(model: nn.Module) -> frozenset[str]:
+    """Names of arguments that the ``forward`` of a model, or of a model inside it, takes."""
+    kinds = {type(module) for module in model.modules() if isinstance(module, PreTrainedModel)}
+    return frozenset(name for kind in kinds for name in inspect.signature(kind.forward).parameters)
+
+
 def check_cached(model: PreTrainedModel) -> None:
-    """Raise ValueError where the calls of a model take no cache of keys and values."""
-    parameters = inspect.signature(type(model).forward).parameters
-    if "input_ids" in parameters and not parameters.keys() & set(CACHE_NAMES):
-        raise ValueError(f"{type(model).__name__} is not supported: it has no KV cache that its calls could pass on")
+    """Raise ValueError where neither a model nor a model inside it takes a cache of keys and values."""
+    names = forward_names(model)
+    if "input_ids" in names and not names & set(CACHE_NAMES):
+        raise ValueError(f"{type(model).__name__} is not supported: it has no KV cache that a call could pass on")
 
 
 def rotary_embedding(model: nn.Module) -> nn.Module | None:

@@ -11,8 +11,10 @@ values where there are shapes only, or which cannot be copied, is taken as its c
 import contextlib
 import copy
 import dataclasses
+import functools
 import math
 import sys
+import types
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -25,12 +27,13 @@ from transformers import AttentionInterface, Cache, DynamicCache, PreTrainedMode
 from transformers.cache_utils import CacheLayerMixin
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from headq_ao.arguments import call_options, unknown_argument
+from headq_ao.arguments import unknown_argument
 from headq_ao.models import (
     LayerShape,
     attention_modules,
     check_cached,
     execution_device,
+    forward_names,
     input_embedding,
     kv_heads_here,
     layer_shapes,
@@ -81,7 +84,9 @@ def supported_layers(model: nn.Module) -> tuple[list[LayerShape], list[nn.Module
             except UnservedError as why:
                 raise ValueError(f"{type(model).__name__} is not supported: {why}") from why
             if groups is not None:
-                return [dataclasses.replace(s, n_heads=s.n_kv_heads * g) for s, g in zip(shapes, groups, strict=True)], modules
+                return [
+                    dataclasses.replace(s, n_heads=s.n_kv_heads * g) for s, g in zip(shapes, groups, strict=True)
+                ], modules
     return shapes, modules
 
 
@@ -117,7 +122,7 @@ def probe(
     rank, size = tensor_parallel(model)
     held = kv_heads_here(model, shapes, rank, size)
     local = [dataclasses.replace(s, n_kv_heads=held.stop - held.start) for s in shapes]
-    cache = ProbeCache(local, modules, call_options(model), eager_function(twin, modules))
+    cache = ProbeCache(local, modules, forward_names(model), eager_function(twin, modules))
     with quiet(model):
         try:
             previous = twin.config._attn_implementation
@@ -135,7 +140,9 @@ def probe(
     return cache.groups
 
 
-def twin_of(model: PreTrainedModel, modules: list[nn.Module], by_shapes: bool) -> tuple[PreTrainedModel, list[nn.Module]]:
+def twin_of(
+    model: PreTrainedModel, modules: list[nn.Module], by_shapes: bool
+) -> tuple[PreTrainedModel, list[nn.Module]]:
     """A copy of a model, in eval mode, without hooks, and its copies of ``modules``.
 
     It shares the weights, or has meta tensors in their place.
@@ -159,9 +166,23 @@ def twin_of(model: PreTrainedModel, modules: list[nn.Module], by_shapes: bool) -
         memo[id(weights)] = weights
     twin: PreTrainedModel = copy.deepcopy(model, memo)
     for part in twin.modules():
-        if "forward" in vars(part) and (by_shapes or not hasattr(part, "_hf_hook")):
-            del part.forward  # bound to the model's own module, or moves data
+        own_forward(part, by_shapes)
+    if by_shapes:
+        twin.config.pad_token_id = None  # else token ids are searched for it
+        if twin._can_set_experts_implementation():
+            twin.set_experts_implementation("batched_mm")  # the one whose shapes do not depend on the routing
     return twin.eval(), [memo[id(module)] for module in modules]
+
+
+def own_forward(part: nn.Module, by_shapes: bool) -> None:
+    """Let a copied module call its own ``forward``: not one compiled or wrapped for the module it was copied from.
+
+    By shapes alone accelerate, which would bring data, is taken off.
+    """
+    if by_shapes and hasattr(part, "_old_forward"):
+        part.forward = part._old_forward  # type: ignore[assignment]
+    if not isinstance(vars(part).get("forward"), (types.MethodType, functools.partial)):
+        vars(part).pop("forward", None)
 
 
 def as_meta(tensor: Tensor) -> Tensor:
@@ -209,7 +230,9 @@ def plain_tokens(model: PreTrainedModel) -> list[int]:
     for config in (model.config, text_config(model.config)):
         for name, value in vars(config).items():
             if "token" in name:
-                named |= set(value) if isinstance(value, (list, tuple)) else {value} if isinstance(value, int) else set()
+                named |= (
+                    set(value) if isinstance(value, (list, tuple)) else {value} if isinstance(value, int) else set()
+                )
     ids = range(getattr(text_config(model.config), "vocab_size", 2))
     plain = [i for i in ids[: len(named) + 2] if i not in named]
     return [*plain, 0, 0][:2]
@@ -226,11 +249,12 @@ class ProbeRows(Tensor):
     """Cached keys or values of a layer, which only :func:`probe_attention` may read, as with HeadQ's."""
 
     layer: "ProbeLayer"
+    side: str
 
     @staticmethod
-    def __new__(cls, layer: "ProbeLayer", rows: Tensor) -> "ProbeRows":
+    def __new__(cls, layer: "ProbeLayer", side: str, rows: Tensor) -> "ProbeRows":
         self = torch.Tensor._make_wrapper_subclass(cls, rows.shape, dtype=rows.dtype, device=rows.device)
-        self.layer = layer
+        self.layer, self.side = layer, side
         return self
 
     def __init__(self, *args: Any) -> None:
@@ -277,7 +301,7 @@ class ProbeLayer(CacheLayerMixin):
         self.v = value_states if first else torch.cat([self.v, value_states], 2)
         self.seen += key_states.shape[2]
         self.updates += 1
-        return ProbeRows(self, self.k), ProbeRows(self, self.v)
+        return ProbeRows(self, "key", self.k), ProbeRows(self, "value", self.v)
 
     def check_call(self, module: nn.Module, query: Tensor, mask: Any, is_causal: Any, kwargs: dict[str, Any]) -> None:
         """Raise UnservedError on a call of attention that HeadQ would not compute as the model does."""
@@ -318,7 +342,9 @@ class ProbeLayer(CacheLayerMixin):
         mask = torch.zeros(hidden.shape, dtype=query.dtype, device=query.device)
         mask.masked_fill_(hidden, torch.finfo(query.dtype).min)
         try:
-            own = self.eager(self.module, query, self.k, self.v, mask[None, None], scaling=scaling, dropout=0.0, **kwargs)[0]
+            own = self.eager(
+                self.module, query, self.k, self.v, mask[None, None], scaling=scaling, dropout=0.0, **kwargs
+            )[0]
         except (TypeError, ValueError, RuntimeError, AttributeError):  # a function of another form
             return
         limit = math.sqrt(torch.finfo(query.dtype).eps) * (own.float().norm() + 1e-6)
@@ -343,11 +369,11 @@ class ProbeLayer(CacheLayerMixin):
 class ProbeCache(Cache):
     """The cache of the probe."""
 
-    def __init__(
-        self, shapes: list[LayerShape], modules: list[nn.Module], options: frozenset[str], eager: Any
-    ) -> None:
+    def __init__(self, shapes: list[LayerShape], modules: list[nn.Module], options: frozenset[str], eager: Any) -> None:
         layers = zip(shapes, modules, strict=True)
-        super().__init__(layers=[ProbeLayer(i, shape, module, options, eager) for i, (shape, module) in enumerate(layers)])
+        super().__init__(
+            layers=[ProbeLayer(i, shape, module, options, eager) for i, (shape, module) in enumerate(layers)]
+        )
         self.calls = 0
 
     def check_called(self) -> None:
@@ -397,7 +423,8 @@ def probe_attention(
 ) -> tuple[Tensor, None]:
     """Attention in the probe: notes how it is called, and computes it exactly."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if not isinstance(key, ProbeRows) or not isinstance(value, ProbeRows) or key.layer is not value.layer:
+    of_cache = isinstance(key, ProbeRows) and isinstance(value, ProbeRows)
+    if not of_cache or (key.side, value.side) != ("key", "value") or key.layer is not value.layer:
         raise UnservedError(f"a {type(module).__name__} attends over other keys and values than the cache returns")
     layer = key.layer
     layer.check_call(module, query, attention_mask, is_causal, kwargs)

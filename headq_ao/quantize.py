@@ -15,7 +15,6 @@ from transformers import DynamicCache, PreTrainedModel
 
 from headq_ao import attention, compiled, generation, hf_quantizer
 from headq_ao.allocate import head_bits
-from headq_ao.arguments import call_options
 from headq_ao.cache import HeadQCache, HeadQState
 from headq_ao.calibrate import RECORDER
 from headq_ao.calibration import Calibration
@@ -27,6 +26,7 @@ from headq_ao.models import (
     attention_modules,
     execution_device,
     fingerprint,
+    forward_names,
     kv_heads_here,
     rotary_embedding,
     tensor_parallel,
@@ -91,7 +91,7 @@ def _handle(model: nn.Module, config: HeadQConfig) -> nn.Module:
     if hasattr(model, "_headq"):
         raise ValueError("this model already has a HeadQ cache; call restore_(model) first")
     shapes, modules = supported_layers(model)
-    options = call_options(model)
+    options = forward_names(model)
     calibration = config.calibration
     if isinstance(calibration, (str, os.PathLike)):
         calibration = Calibration.load(calibration)

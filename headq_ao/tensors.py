@@ -274,5 +274,6 @@ class HeadQHistory(torch.Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise RuntimeError(
             f"{func} was called on the packed HeadQ cache, which only the 'headq' attention can read; "
-            "keep attn_implementation='headq' while the cache is in use, or call restore_(model) and start a new cache"
+            "keep attn_implementation='headq' while the cache is in use, or call restore_(model) and start a new "
+            "cache; a model whose attention does more with cached keys and values than pass them on cannot be served"
         )
