@@ -96,7 +96,8 @@ def kv_heads_and_size(config: Any) -> tuple[int, int]:
     Raises:
         ValueError: where a config names no attention heads, or numbers that differ between layers.
     """
-    found, name = set(), text_config(config).model_type
+    found: set[tuple[int, int]] = set()
+    name = text_config(config).model_type
     for c in layer_configs(config):
         heads = getattr(c, "num_attention_heads", None)
         if heads is None:
@@ -105,7 +106,7 @@ def kv_heads_and_size(config: Any) -> tuple[int, int]:
         head_dim = getattr(c, "head_dim", None)
         if not head_dim and isinstance(heads, int):
             head_dim = getattr(c, "hidden_size", 0) // heads
-        if not all(isinstance(x, int) for x in (heads, kv_heads, head_dim)):
+        if not (isinstance(heads, int) and isinstance(kv_heads, int) and isinstance(head_dim, int)):
             raise ValueError(f"{name} is not supported: its head counts differ between layers")
         found.add((kv_heads, head_dim))
     if len(found) > 1:
@@ -150,7 +151,7 @@ def attention_modules(model: nn.Module, n_layers: int) -> list[nn.Module]:
             raise ValueError(f"{kind} is not supported: its attention is not causal ({name})")
         if isinstance(getattr(module, "sinks", None), torch.Tensor):
             raise ValueError(f"{kind} is not supported: its attention has sink logits, where the gauges are not free")
-        found[module.layer_idx] = module  # type: ignore[index]
+        found[module.layer_idx] = module
     if sorted(found) != list(range(n_layers)):
         raise ValueError(
             f"{kind} is not supported: its cache has {n_layers} layers, its attention modules are of layers "

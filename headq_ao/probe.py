@@ -423,10 +423,10 @@ def probe_attention(
 ) -> tuple[Tensor, None]:
     """Attention in the probe: notes how it is called, and computes it exactly."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    of_cache = isinstance(key, ProbeRows) and isinstance(value, ProbeRows)
-    if not of_cache or (key.side, value.side) != ("key", "value") or key.layer is not value.layer:
+    ours = isinstance(key, ProbeRows) and isinstance(value, ProbeRows)
+    if not ours or key.layer is not value.layer or (key.side, value.side) != ("key", "value"):  # type: ignore[attr-defined]
         raise UnservedError(f"a {type(module).__name__} attends over other keys and values than the cache returns")
-    layer = key.layer
+    layer: ProbeLayer = key.layer  # type: ignore[attr-defined]
     layer.check_call(module, query, attention_mask, is_causal, kwargs)
     out = layer.attend(query, scale)
     layer.compare(query, scale, out, kwargs)

@@ -23,6 +23,7 @@ ALLOWED_TRANSFORMERS = {
     "lm_eval/feeding.py",
     "hf_quantizer.py",
     "models.py",
+    "probe.py",
     "prompt_cache.py",
     "quantize.py",
 }
