@@ -32,7 +32,6 @@ from headq_ao.models import (
     LayerShape,
     attention_modules,
     check_cached,
-    execution_device,
     forward_names,
     input_embedding,
     kv_heads_here,
@@ -208,8 +207,7 @@ def quiet(model: PreTrainedModel) -> Iterator[None]:
 
 def run(twin: PreTrainedModel, cache: Cache, length: int) -> None:
     """One call with ``length`` tokens of text."""
-    device = input_embedding(twin).weight.device
-    device = device if device.type == "meta" else execution_device(input_embedding(twin))
+    device = getattr(input_embedding(twin).weight, "device", twin.device)
     twin(input_ids=torch.tensor([plain_tokens(twin)[:length]], device=device), cache=cache, use_cache=True)
 
 
@@ -240,7 +238,7 @@ def plain_tokens(model: PreTrainedModel) -> list[int]:
 
 def eager_function(twin: PreTrainedModel, modules: list[nn.Module]) -> Any:
     """The function that a model's file computes attention with where the model uses it; None where it uses another."""
-    if twin.config._attn_implementation != "eager":
+    if getattr(modules[0], "config", twin.config)._attn_implementation != "eager":
         return None
     return getattr(sys.modules.get(type(modules[0]).__module__), "eager_attention_forward", None)
 

