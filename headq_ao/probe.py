@@ -3,9 +3,11 @@
 The copy shares the model's weights and has everything else of its own: config, buffers, counters, flags; hooks are left
 out. So the model, its config and the random state stay as they are. Where weights are cheap to read (on an
 accelerator, or up to :data:`CHEAP` bytes on the CPU) the copy computes with them. Larger, offloaded, meta and sharded
-models are probed by shapes alone, on PyTorch's meta device, without values or communication. What cannot be found out
-is not held against a model: one whose ``forward`` needs other inputs than token ids, whose routing of experts needs
-values where there are shapes only, or which cannot be copied, is taken as its config and modules describe it.
+models are probed by shapes alone, those of the whole model, on PyTorch's meta device, without values or communication.
+
+What cannot be found out is not held against a model: one whose ``forward`` needs other inputs than token ids, whose
+routing of experts needs values where there are shapes only, or which cannot be copied, is taken as its config and
+modules describe it.
 """
 
 import contextlib
@@ -34,7 +36,6 @@ from headq_ao.models import (
     check_cached,
     forward_names,
     input_embedding,
-    kv_heads_here,
     layer_shapes,
     tensor_parallel,
     text_config,
@@ -114,14 +115,14 @@ def probe(
     Raises:
         UnservedError: where the calls show what HeadQ cannot serve.
     """
+    weights = [p for module in modules for p in module.parameters() if p.ndim > 1]
+    if tensor_parallel(model)[1] > 1 and not all(isinstance(p, DTensor) for p in weights):
+        return None  # shards that do not tell of the whole
     try:
         twin, modules = twin_of(model, modules, by_shapes)
     except Exception:  # whatever a model holds that cannot be copied
         return None
-    rank, size = tensor_parallel(model)
-    held = kv_heads_here(model, shapes, rank, size)
-    local = [dataclasses.replace(s, n_kv_heads=held.stop - held.start) for s in shapes]
-    cache = ProbeCache(local, modules, forward_names(model), eager_function(twin, modules))
+    cache = ProbeCache(shapes, modules, forward_names(model), eager_function(twin, modules))
     with quiet(model):
         try:
             previous = twin.config._attn_implementation
@@ -185,9 +186,8 @@ def own_forward(part: nn.Module, by_shapes: bool) -> None:
 
 
 def as_meta(tensor: Tensor) -> Tensor:
-    """An empty tensor of the same shape, the local one where it is sharded."""
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    empty = torch.empty(local.shape, dtype=local.dtype, device=META)
+    """An empty tensor of the same shape, the whole one where it is sharded."""
+    empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=META)
     return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
 
 
