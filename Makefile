@@ -26,8 +26,8 @@ help: ## this list
 	@echo
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
-	@echo 'demo, test and lint first install everything into $(VENV), once (Python >= 3.11 and a C++ compiler'
-	@echo 'are what they need). Variables, with their values now:'
+	@echo 'demo, test and lint first install everything into $(VENV), once (Python >= 3.11 is what they need;'
+	@echo 'with a C++ compiler the CPU kernels run and are tested too). Variables, with their values now:'
 	@echo '  PYTHON=$(PYTHON)  VENV=$(VENV)  TORCH_SPEC=$(TORCH_SPEC)  PIP_ARGS=$(PIP_ARGS)'
 	@echo '  WORKERS=$(WORKERS)  THREADS=$(THREADS)  PYTEST_ARGS=$(PYTEST_ARGS)'
 	@echo 'For example:'

@@ -11,6 +11,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from headq_ao.ambient import neutral_modes
+from headq_ao.arguments import unknown_argument
 from headq_ao.calibrate import RECORDER
 from headq_ao.compiled import PendingRows, step
 from headq_ao.layer_codec import LayerCodec
@@ -21,8 +22,6 @@ NO_GRADIENTS = (
     "a call that reads packed tokens has no gradients to give, and gradients are wanted: call it under "
     "torch.no_grad() or torch.inference_mode(), or pass use_cache=False"
 )
-# What models pass along that does not change the scores.
-HARMLESS = frozenset({"position_ids", "cache_position", "position_embeddings", "token_type_ids", "input_ids"})
 
 
 def headq_attention(
@@ -56,7 +55,8 @@ def headq_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if isinstance(key, PendingRows):
         assert isinstance(value, PendingRows)
-        problem = _unknown(kwargs) or _graph_problem(kwargs, query, key.rows, value.rows)
+        states = (query, key.rows, value.rows)
+        problem = _unknown(module, kwargs) or _graph_problem(attention_mask, is_causal, kwargs, *states)
         # one new token sees all of itself: a mask counts where it speaks of cached tokens
         told = attention_mask is not None and (query.shape[2] > 1 or attention_mask.shape[-1] > 1)
         return step(query, key, value, scale, problem, attention_mask if told else None), None
@@ -79,7 +79,7 @@ def headq_attention(
     assert isinstance(codec, LayerCodec)
     shown, weights = None, weights or layer.incoming.weights
     try:
-        if (problem := _unknown(kwargs)) is not None:
+        if (problem := _unknown(module, kwargs)) is not None:
             raise ValueError(problem)
         if layer.first_call:
             out = _dense(module, query, key.new_keys, value.new_values, attention_mask, scaling, *dense)
@@ -136,26 +136,24 @@ def _check_readable(query: Tensor, key: Tensor, value: Tensor, dropout: float) -
         raise ValueError(f"attention dropout of {dropout} cannot be applied to a packed cache; call model.eval() first")
 
 
-def _graph_problem(kwargs: dict[str, Any], query: Tensor, key: Tensor, value: Tensor) -> str | None:
+def _graph_problem(
+    mask: Tensor | None, is_causal: bool | None, kwargs: dict[str, Any], query: Tensor, key: Tensor, value: Tensor
+) -> str | None:
     """Why a compiled call cannot be served, None where it can."""
     if kwargs.get("output_attentions"):
         return "a compiled call returns no attention weights; call the model itself with output_attentions=True"
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         return "a compiled call on a packed cache has no gradients; call it under torch.no_grad()"
+    if is_causal is False and mask is None and query.shape[2] > 1:
+        return "a compiled call on a packed cache is causal, got is_causal=False; call the model itself"
     return None
 
 
-def _unknown(kwargs: dict[str, Any]) -> str | None:
+def _unknown(module: nn.Module, kwargs: dict[str, Any]) -> str | None:
     """Why an attention call cannot be served from packed rows, None where it can."""
-    for name, value in kwargs.items():
-        number = isinstance(value, (torch.Tensor, float)) or (isinstance(value, int) and not isinstance(value, bool))
-        if number and name not in HARMLESS:
-            shown = "a tensor" if isinstance(value, torch.Tensor) else value
-            return (
-                f"the attention call passes {name}={shown}, which may change the scores unknown to HeadQ; "
-                "restore_(model) and use another cache for this model"
-            )
-    return None
+    codec = module.headq
+    assert isinstance(codec, LayerCodec)
+    return unknown_argument(kwargs, codec.call_options)
 
 
 def register() -> None:

@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 from headq_ao.allocate import WHOLE, output_errors
 from headq_ao.calibration import Calibration, LayerMoments, MomentAccumulator
 from headq_ao.models import (
-    attention_modules,
     execution_device,
     fingerprint,
     layer_shapes,
@@ -22,6 +21,7 @@ from headq_ao.models import (
     tensor_parallel,
 )
 from headq_ao.own_config import OwnConfigs
+from headq_ao.probe import supported_layers
 from headq_ao.seen import seen_weights
 
 CONTEXT_LENGTH = 4096
@@ -124,8 +124,7 @@ def calibrate(
         >>> calibrate(model, [torch.arange(60)], progress=False).layers[0].tokens
         56
     """
-    shapes = layer_shapes(model.config)
-    attention_modules(model, len(shapes))
+    shapes, _ = supported_layers(model)
     batches = [torch.as_tensor(b, device="cpu") for b in token_batches]
     batches = [b[None] if b.ndim == 1 else b for b in batches]
     if not batches or any(b.ndim != 2 or b.is_floating_point() or b.shape[1] <= n_sink for b in batches):

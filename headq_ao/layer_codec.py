@@ -73,6 +73,7 @@ class LayerCodec(nn.Module):
     turn_cos: Tensor
     turn_sin: Tensor
     turn_partner: Tensor
+    call_options: frozenset[str] = frozenset()  # of the model: see headq_ao.arguments
 
     def __init__(
         self,

@@ -1,6 +1,8 @@
 """What a Hugging Face model looks like to the cache: its attention layers, their shapes, and what is not supported."""
 
+import inspect
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -9,8 +11,11 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 from transformers.distributed.tensor_parallel import get_kv_heads_per_rank
+
+CACHE_NAMES = ("cache", "past_key_values")  # transformers 5.24 renamed the argument
+CROSS = re.compile(r"(^|\.)(encoder_attn|enc_?dec_?attention|cross_?attn|cross_?attention)$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,12 @@ def text_config(config: Any) -> Any:
     return config.get_text_config(decoder=True)
 
 
+def layer_configs(config: Any) -> list[Any]:
+    """The decoder's config, or one for each of its layers where transformers keeps values that differ between them."""
+    c = text_config(config)
+    return list(c.per_layer_config) if getattr(c, "is_heterogeneous", False) else [c]
+
+
 def layer_shapes(config: Any) -> list[LayerShape]:
     """The attention layers that a config describes.
 
@@ -38,37 +49,77 @@ def layer_shapes(config: Any) -> list[LayerShape]:
     name = c.model_type
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{name}: encoder-decoder models are not supported; HeadQ packs decoder-only causal LMs")
+    check_kind(config)
+    # a config without layer types: all layers are full attention
+    layers = DynamicCache(config=config).layers or [DynamicLayer() for _ in range(c.num_hidden_layers)]
+    if all(type(layer) is LinearAttentionLayer for layer in layers):
+        raise ValueError(f"{name} is not supported: it has no KV cache; its layers keep a state of fixed size")
+    kv_heads, head_dim = kv_heads_and_size(config)
+    n_heads = query_heads(config, len(layers))
+    for i, layer in enumerate(layers):
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            raise ValueError(
+                f"{name} is not supported: layer {i} caches a {type(layer).__name__}, not plain keys and values"
+            )
+    return [
+        LayerShape(n, kv_heads, head_dim, getattr(layer, "sliding_window", None))
+        for n, layer in zip(n_heads, layers, strict=True)
+    ]
+
+
+def check_kind(config: Any) -> None:
+    """Raise ValueError where a config names a kind of attention that HeadQ does not serve, naming it."""
     refusals = {
         "kv_lora_rank": "multi-head latent attention (MLA) caches a latent, not keys and values",
         "attn_logit_softcapping": "attention softcap changes the scores that HeadQ corrects",
         "num_kv_shared_layers": "KV shared between layers",
         "use_bidirectional_attention": "its attention is not causal",
     }
-    for attribute, why in refusals.items():
-        if getattr(c, attribute, None):
-            raise ValueError(f"{name} is not supported: {why} (config.{attribute}={getattr(c, attribute)})")
-    kinds = getattr(c, "layer_types", None) or ["chunked_attention"]
-    if getattr(c, "attention_chunk_size", None) and "chunked_attention" in kinds:
-        raise ValueError(f"{name} is not supported: chunked_attention layers do not slide, they start anew")
-    try:
-        heads, hidden = c.num_attention_heads, c.hidden_size
+    for c in layer_configs(config):
+        name = c.model_type
+        for attribute, why in refusals.items():
+            value = getattr(c, attribute, None)
+            if value and not (attribute == "use_bidirectional_attention" and value == "vision"):  # text is causal
+                raise ValueError(f"{name} is not supported: {why} (config.{attribute}={value})")
+        kinds = getattr(c, "layer_types", None) or ["chunked_attention"]
+        if getattr(c, "attention_chunk_size", None) and "chunked_attention" in kinds:
+            raise ValueError(f"{name} is not supported: chunked_attention layers do not slide, they start anew")
+
+
+def kv_heads_and_size(config: Any) -> tuple[int, int]:
+    """Key-value heads of a layer, and their size; one number each for all layers.
+
+    Raises:
+        ValueError: where a config names no attention heads, or numbers that differ between layers.
+    """
+    found: set[tuple[int, int]] = set()
+    name = text_config(config).model_type
+    for c in layer_configs(config):
+        heads = getattr(c, "num_attention_heads", None)
+        if heads is None:
+            raise ValueError(f"{name} is not supported: it has no KV cache; its config names no attention heads")
         kv_heads = getattr(c, "num_key_value_heads", None) or heads
-        head_dim = getattr(c, "head_dim", None) or hidden // heads
-    except (AttributeError, RuntimeError) as error:  # no attention, or a config with values per layer
-        raise ValueError(f"{name} is not supported: its config has no one number of attention heads") from error
-    if not all(isinstance(x, int) for x in (heads, kv_heads, head_dim)):
-        raise ValueError(f"{name} is not supported: its head counts differ between layers")
-    shapes = []
-    layers = DynamicCache(config=config).layers
-    if not layers:  # a config without layer types: all layers are full attention
-        layers = [DynamicLayer() for _ in range(c.num_hidden_layers)]
-    for i, layer in enumerate(layers):
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
-            raise ValueError(
-                f"{name} is not supported: layer {i} caches a {type(layer).__name__}, not plain keys and values"
-            )
-        shapes.append(LayerShape(heads, kv_heads, head_dim, getattr(layer, "sliding_window", None)))
-    return shapes
+        head_dim = getattr(c, "head_dim", None)
+        if not head_dim and isinstance(heads, int):
+            head_dim = getattr(c, "hidden_size", 0) // heads
+        if not (isinstance(heads, int) and isinstance(kv_heads, int) and isinstance(head_dim, int)):
+            raise ValueError(f"{name} is not supported: its head counts differ between layers")
+        found.add((kv_heads, head_dim))
+    if len(found) > 1:
+        raise ValueError(
+            f"{name} is not supported: its config has no one number of attention heads; key-value heads and their "
+            f"sizes differ between layers: {sorted(found)}"
+        )
+    return found.pop()
+
+
+def query_heads(config: Any, n_layers: int) -> list[int]:
+    """Query heads of each layer; some models give layers different numbers of them."""
+    c = text_config(config)
+    by_layer = getattr(c, "num_attention_heads_per_layer", None) or [
+        o.num_attention_heads for o in layer_configs(config)
+    ]
+    return list(by_layer) if len(by_layer) == n_layers else [by_layer[0]] * n_layers
 
 
 def attention_modules(model: nn.Module, n_layers: int) -> list[nn.Module]:
@@ -82,22 +133,64 @@ def attention_modules(model: nn.Module, n_layers: int) -> list[nn.Module]:
         raise ValueError(f"HeadQ needs a transformers PreTrainedModel, got {kind}; pass the whole causal LM")
     if not model._can_set_attn_implementation():
         raise ValueError(f"{kind} is not supported: its attention does not go through transformers' AttentionInterface")
+    attentions = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "layer_idx", None), int) and type(module).__name__.endswith("Attention")
+    }
+    crossing = next((name for name, module in attentions.items() if crosses(name, module)), None)
+    if crossing is not None:
+        raise ValueError(f"{kind} is not supported: it has cross-attention ({crossing})")
     found: dict[int, nn.Module] = {}
-    for module in model.modules():
-        index = getattr(module, "layer_idx", None)
-        if isinstance(index, int) and type(module).__name__.endswith("Attention"):
-            if getattr(module, "is_cross_attention", False):
-                raise ValueError(f"{kind} is not supported: it has cross-attention")
-            if getattr(module, "is_causal", True) is False:
-                raise ValueError(f"{kind} is not supported: its attention is not causal")
-            if isinstance(getattr(module, "sinks", None), torch.Tensor):
-                raise ValueError(
-                    f"{kind} is not supported: its attention has sink logits, where the gauges are not free"
-                )
-            found[index] = module
+    for name, module in attentions.items():
+        if getattr(module, "is_causal", True) is False:
+            raise ValueError(f"{kind} is not supported: its attention is not causal ({name})")
+        if isinstance(getattr(module, "sinks", None), torch.Tensor):
+            raise ValueError(f"{kind} is not supported: its attention has sink logits, where the gauges are not free")
+        found[module.layer_idx] = module
     if sorted(found) != list(range(n_layers)):
-        raise ValueError(f"{kind} is not supported: expected {n_layers} attention layers, found {sorted(found)}")
+        raise ValueError(
+            f"{kind} is not supported: its cache has {n_layers} layers, its attention modules are of layers "
+            f"{sorted(found)}; HeadQ needs one module for each"
+        )
     return [found[i] for i in range(n_layers)]
+
+
+def crosses(name: str, module: nn.Module) -> bool:
+    """Whether an attention module reads what another part of the model made: an encoder's output, an image."""
+    told = getattr(module, "is_cross_attention", False) or "CrossAttention" in type(module).__name__
+    return bool(told or CROSS.search(name))
+
+
+def input_embedding(model: PreTrainedModel) -> nn.Module:
+    """The one table of token embeddings.
+
+    Raises:
+        ValueError: where a model has none, or several.
+    """
+    try:
+        embedding = model.get_input_embeddings()
+    except NotImplementedError:
+        embedding = None
+    if not hasattr(embedding, "weight"):
+        raise ValueError(
+            f"{type(model).__name__} is not supported: its input embedding is a {type(embedding).__name__}, "
+            "not one table of token embeddings"
+        )
+    return embedding
+
+
+def forward_names(model: nn.Module) -> frozenset[str]:
+    """Names of arguments that the ``forward`` of a model, or of a model inside it, takes."""
+    kinds = {type(module) for module in model.modules() if isinstance(module, PreTrainedModel)}
+    return frozenset(name for kind in kinds for name in inspect.signature(kind.forward).parameters)
+
+
+def check_cached(model: PreTrainedModel) -> None:
+    """Raise ValueError where neither a model nor a model inside it takes a cache of keys and values."""
+    names = forward_names(model)
+    if "input_ids" in names and not names & set(CACHE_NAMES):
+        raise ValueError(f"{type(model).__name__} is not supported: it has no KV cache that a call could pass on")
 
 
 def rotary_embedding(model: nn.Module) -> nn.Module | None:
@@ -149,7 +242,7 @@ def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
             getattr(c, "rope_parameters", None), sort_keys=True, default=str
         ),  # order is not kept in files
     }
-    weight = model.get_input_embeddings().weight
+    weight = input_embedding(model).weight
     if isinstance(weight, DTensor):  # tensor-parallel: all ranks ask at once
         weight = nn.Parameter(weight.full_tensor().detach(), requires_grad=False)
     if type(weight) is nn.Parameter and weight.device.type != "meta":

@@ -24,18 +24,19 @@ from headq_ao.config import HeadQConfig
 from headq_ao.layer_codec import LayerCodec
 from headq_ao.masks import custom
 from headq_ao.models import (
+    CACHE_NAMES,
     LayerShape,
     attention_modules,
     execution_device,
     fingerprint,
+    forward_names,
     kv_heads_here,
-    layer_shapes,
     rotary_embedding,
     tensor_parallel,
 )
+from headq_ao.probe import supported_layers
 from headq_ao.rotary import rotary_turns
 
-CACHE_NAMES = ("cache", "past_key_values")  # transformers 5.24 renamed the argument
 _DEFAULT: Any = object()
 
 
@@ -52,6 +53,9 @@ def quantize_(
 
     Nothing but the model is changed: other models may hold its config object, so ``model.config`` becomes a copy, the
     model's own in all its modules, until :func:`restore_`.
+
+    Whether HeadQ can serve the model's attention is tried with two tokens on a copy that shares its weights
+    (:mod:`headq_ao.probe`), before anything is changed.
 
     Args:
         model: a transformers causal LM (for a HeadQ config).
@@ -96,8 +100,8 @@ def _handle(model: nn.Module, config: HeadQConfig) -> nn.Module:
         )
     if hasattr(model, "_headq"):
         raise ValueError("this model already has a HeadQ cache; call restore_(model) first")
-    shapes = layer_shapes(model.config)
-    modules = attention_modules(model, len(shapes))
+    shapes, modules = supported_layers(model)
+    options = forward_names(model)
     calibration = config.calibration
     if isinstance(calibration, (str, os.PathLike)):
         calibration = Calibration.load(calibration)
@@ -113,6 +117,7 @@ def _handle(model: nn.Module, config: HeadQConfig) -> nn.Module:
         moments = None if calibration is None else calibration.layers[i]
         turns = rotary_turns(embedding, module, shape)
         codecs.append(LayerCodec(config, shape, moments, execution_device(module), heads, bits[i], turns))
+        codecs[-1].call_options = options
     hf_quantizer.attach(model, config)
     try:
         model.set_attn_implementation(attention.NAME)

@@ -280,5 +280,6 @@ class HeadQHistory(torch.Tensor):
                 history.layer.undo_update()
         raise RuntimeError(
             f"{func} was called on the packed HeadQ cache, which only the 'headq' attention can read; "
-            "keep attn_implementation='headq' while the cache is in use, or call restore_(model) and start a new cache"
+            "keep attn_implementation='headq' while the cache is in use, or call restore_(model) and start a new "
+            "cache; a model whose attention does more with cached keys and values than pass them on cannot be served"
         )

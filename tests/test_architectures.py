@@ -166,7 +166,7 @@ def refused_models():
         ),
         "state space": (
             lambda: t.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1),
-            "no one number of attention heads",
+            "no KV cache",
         ),
         "encoder-decoder": (
             lambda: t.T5Config(vocab_size=64, d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2),

