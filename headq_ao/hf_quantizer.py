@@ -206,6 +206,10 @@ def attach(model: PreTrainedModel, config: HeadQConfig) -> None:
     """Give a model that has HeadQ the quantizer that ``save_pretrained`` asks, over the one of its weights."""
     below = getattr(model, "hf_quantizer", None)
     if isinstance(below, HeadQQuantizer):
+        given = below.quantization_config
+        if given.calibrated and config.calibration is None:  # it rests on too little, and is not used
+            below.quantization_config = HeadQQuantizationConfig(config, weights=given.weights)
+            model.config.quantization_config = below.quantization_config
         return
     quantizer = HeadQQuantizer(HeadQQuantizationConfig(config), pre_quantized=True)
     quantizer.below = below

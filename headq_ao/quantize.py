@@ -2,7 +2,6 @@
 
 import dataclasses
 import inspect
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +16,6 @@ from headq_ao import attention, compiled, generation, hf_quantizer
 from headq_ao.allocate import head_bits
 from headq_ao.cache import HeadQCache, HeadQState
 from headq_ao.calibrate import RECORDER
-from headq_ao.calibration import Calibration
 from headq_ao.config import HeadQConfig
 from headq_ao.layer_codec import LayerCodec
 from headq_ao.models import (
@@ -91,12 +89,8 @@ def _handle(model: nn.Module, config: HeadQConfig) -> nn.Module:
         raise ValueError("this model already has a HeadQ cache; call restore_(model) first")
     shapes = layer_shapes(model.config)
     modules = attention_modules(model, len(shapes))
-    calibration = config.calibration
-    if isinstance(calibration, (str, os.PathLike)):
-        calibration = Calibration.load(calibration)
     print_ = fingerprint(model)
-    if calibration is not None:
-        calibration.check_model(print_)
+    config, calibration = config.with_usable_calibration(print_)
     bits = head_bits(config, calibration, shapes)
     shapes, heads = shapes_here(model, shapes, config)
     own_statistics = calibration is None and config.k_bits is not None and config.key_codec == "visible"
