@@ -17,7 +17,6 @@ from headq_ao.seen import score_tiles
 
 Part = TypeVar("Part", bound=Hashable)
 WHOLE = max(granule(width) for pieces in PIECES.values() for width in pieces)  # tokens that values of any bits pack in
-PROFILE_DOUBT = 4.0  # effective tokens per coordinate of a head at which half of what heads do is believed
 PER_BIT = 0.27  # what a further bit leaves of the error of a fine code; 1/4 in theory
 
 
@@ -112,7 +111,7 @@ def cautious(damage: Mapping[Part, Sequence[float]], calibration: Calibration) -
         damage: of each ``(layer, side, head)`` at 1, 2, 3 and 4 bits.
         calibration: that they were measured with.
     """
-    share = max((layer.open_share(PROFILE_DOUBT) for layer in calibration.layers), default=0.0)
+    share = max((layer.doubt for layer in calibration.layers), default=0.0)  # the same in all
     if not share:
         return dict(damage)
     logs = {part: torch.tensor(d, dtype=torch.float64).clamp(min=1e-30).log() for part, d in damage.items()}

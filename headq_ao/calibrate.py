@@ -106,10 +106,11 @@ def calibrate(
     a basis made at positions below 1024 fits badly at 4096. So the sequences are put at starts that are spread evenly
     over a context.
 
-    Padding is left out of everything: each row runs alone, from its first token on. A token that came 8 times already
-    in the same context, as padding that no mask tells does, is left out of the statistics too. What remains is counted
-    as effective tokens (:attr:`Calibration.effective_tokens`), by which the statistics are shrunk. A calibration with
-    fewer than 4·head_dim of them is not used by :func:`headq_ao.quantize_`, which says so, and this function warns.
+    Padding is left out of everything: each row runs from its first token on. Runs of more than 8 equal tokens at the
+    ends of a row count as padding where no mask tells. A token that came 8 times already in the same context is left
+    out of the statistics. What remains is counted as effective tokens (:attr:`Calibration.effective_tokens`), by which
+    the statistics are shrunk. This function warns where they are fewer than 4·head_dim: :func:`headq_ao.quantize_` does
+    not use such a calibration, and says so.
 
     Args:
         model: a supported causal LM, quantized with HeadQ or not.

@@ -14,9 +14,7 @@ from headq_ao.seen import UNIFORM
 
 CALIBRATION = FileKind("calibration", 4, "make one with calibrate(...).save(path)", oldest=3)
 UNCOUNTED = 3  # files of this version do not say on how many effective tokens they rest, and are taken as they are
-SHRINK = 0.3  # towards isotropic keys and values, where effective tokens are few
-SHRINK_QUERIES = 1.0
-POWER = 2
+PLENTY = 6  # effective tokens for each coordinate of a head from which what was measured is taken as it is
 NEEDED = 4  # effective tokens for each coordinate of a head: with fewer, a sequence's own statistics are better
 TENSORS = (
     "q_outer", "q_seen_outer", "k_sum", "k_outer", "k_seen", "k_seen_sum", "k_seen_outer",
@@ -102,28 +100,31 @@ class LayerMoments:
     def shrunk(self, side: str) -> tuple[Tensor, Tensor]:
         """:meth:`seen`, the covariance shrunk towards the isotropic one by what the effective tokens leave open."""
         mean, outer = self.seen(side)
-        if self.effective is None:
+        if not self.doubt:
             return mean, outer
         square = mean[..., :, None] * mean[..., None, :]
-        return mean, self._shrunk(outer - square, SHRINK) + square
+        return mean, self._shrunk(outer - square) + square
 
     @property
     def shrunk_c_q(self) -> Tensor:
         """:attr:`seen_c_q`, shrunk alike."""
-        return self.seen_c_q if self.effective is None else self._shrunk(self.seen_c_q, SHRINK_QUERIES)
+        return self._shrunk(self.seen_c_q)
 
-    def open_share(self, doubt: float) -> float:
-        """How far what was measured is to give way to what is known without: from 1 for no tokens, a half at ``doubt``
-        effective tokens per coordinate, to 0 for many, or where nobody counted."""
-        if self.effective is None:
+    @property
+    def doubt(self) -> float:
+        """How far what was measured gives way to what is known without, ``λ = 1 / (1 + (n / D)³)`` of ``n`` effective
+        tokens: 1 for none, 1.5 % at :data:`NEEDED`; 0 from :data:`PLENTY` on, or where nobody counted."""
+        if self.effective is None or self.effective >= PLENTY * self.k_sum.shape[-1]:
             return 0.0
-        return 1 / (1 + (self.effective / (doubt * self.k_sum.shape[-1])) ** POWER)
+        return 1 / (1 + (self.effective / self.k_sum.shape[-1]) ** 3)
 
-    def _shrunk(self, matrix: Tensor, doubt: float) -> Tensor:
+    def _shrunk(self, matrix: Tensor) -> Tensor:
         """``(1 − λ) C + λ tr(C)/D I``."""
-        share = self.open_share(doubt)
+        if not self.doubt:
+            return matrix
         mean = matrix.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-        return (1 - share) * matrix + share * mean * torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+        even = mean * torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+        return (1 - self.doubt) * matrix + self.doubt * even
 
     def relative_errors(self, side: int) -> list[list[float]]:
         """Share of the layer's energy that 1, 2, 3 and 4 bits of the keys (0) or the values (1) of each head change."""

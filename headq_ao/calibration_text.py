@@ -16,7 +16,8 @@ VARIETY = 8  # effective tokens are at most so many for each effectively differe
 
 def read_batches(token_batches: Any, attention_mask: Any, n_sink: int, vocabulary: int | None) -> list[Tensor]:
     """The rows of every batch on the CPU without their padding, as ``[B, T]`` where they are equally long, else one by
-    one. Rows that are padded, or of several lengths, and hold nothing behind the first ``n_sink`` tokens are left out.
+    one. Long runs of one token at the ends count as padding, mask or not (:func:`without_end_runs`). Rows that are
+    padded, or of several lengths, and hold nothing behind the first ``n_sink`` tokens are left out.
 
     Args:
         token_batches: see :func:`headq_ao.calibrate`.
@@ -81,8 +82,9 @@ class Batches:
                     f"got rows of {lengths[1][:4]}"
                 )
             rows = [row[_real(m, what)] for row, m in zip(rows, masks, strict=True)]
-        rows = [row.long() for row in rows]
-        if len(set(map(len, rows))) > 1 or mask is not None:
+        given = list(map(len, rows))
+        rows = [without_end_runs(row.long()) for row in rows]
+        if len(set(given)) > 1 or mask is not None or list(map(len, rows)) != given:
             rows = [row for row in rows if len(row) > self.n_sink]
         elif not rows or len(rows[0]) <= self.n_sink:
             raise self.error(f"{what}: {len(rows)} rows of {len(rows[0]) if rows else 0}")
@@ -134,6 +136,24 @@ def _real(mask: Tensor, what: str) -> slice:
 def _told(x: Any) -> str:
     """What something is, for messages."""
     return f"a {type(x).__name__}"
+
+
+def without_end_runs(row: Tensor) -> Tensor:
+    """A row without a run of more than :data:`REPEATS` equal tokens at either end: padding that no mask tells.
+
+    A row that is nothing but such a run stays: it is no padding, though it has little to say.
+
+    Example:
+        >>> import torch
+        >>> from headq_ao.calibration_text import without_end_runs
+        >>> without_end_runs(torch.tensor([*[0] * 20, 5, 6, 6, 7])).tolist()
+        [5, 6, 6, 7]
+    """
+    changes = (row[1:] != row[:-1]).nonzero().flatten() + 1
+    if not len(changes):
+        return row
+    first, last = int(changes[0]), int(changes[-1])
+    return row[first if first > REPEATS else 0 : last if len(row) - last > REPEATS else len(row)]
 
 
 def counted_tokens(rows: Iterable[Tensor], n_sink: int) -> list[Tensor]:
