@@ -16,6 +16,7 @@ from headq_ao.ops.layout import PIECES, granule
 from headq_ao.seen import score_tiles
 
 Part = TypeVar("Part", bound=Hashable)
+HeadSide = tuple[int, str, int]  # a layer, "k" or "v", a KV head
 WHOLE = max(granule(width) for pieces in PIECES.values() for width in pieces)  # tokens that values of any bits pack in
 PER_BIT = 0.27  # what a further bit leaves of the error of a fine code; 1/4 in theory
 
@@ -89,7 +90,7 @@ def head_bits(config: HeadQConfig, calibration: Calibration | None, shapes: Sequ
             "measured that; make it anew with calibrate(...), or give k_bits and v_bits"
         )
     sides = [side for side, bits in given.items() if bits is not None]
-    damage = {
+    damage: dict[HeadSide, Sequence[float]] = {
         (i, side, h): errors
         for i, layer in enumerate(calibration.layers)
         for side in sides
@@ -104,7 +105,7 @@ def head_bits(config: HeadQConfig, calibration: Calibration | None, shapes: Sequ
     return [HeadBits(of.get((i, "k"), ()), of.get((i, "v"), ())) for i in range(layers)]
 
 
-def cautious(damage: Mapping[Part, Sequence[float]], calibration: Calibration) -> dict[Part, Sequence[float]]:
+def cautious(damage: Mapping[HeadSide, Sequence[float]], calibration: Calibration) -> dict[HeadSide, Sequence[float]]:
     """What heads do with errors, pulled towards the (geometric) mean of their side where the calibration is small.
 
     Args:
@@ -115,7 +116,7 @@ def cautious(damage: Mapping[Part, Sequence[float]], calibration: Calibration) -
     if not share:
         return dict(damage)
     logs = {part: torch.tensor(d, dtype=torch.float64).clamp(min=1e-30).log() for part, d in damage.items()}
-    found: dict[Part, Sequence[float]] = {}
+    found: dict[HeadSide, Sequence[float]] = {}
     for part, own in logs.items():
         mean = torch.stack([x for other, x in logs.items() if other[1] == part[1]]).mean(0)
         found[part] = own.lerp(mean, share).exp().tolist()

@@ -310,4 +310,5 @@ class MomentAccumulator:
         """The sums so far, on the CPU in fp32."""
         assert self.rows is not None
         tensors = (*(s.float().cpu() for s in self.sums), self.rows.cpu())
-        return LayerMoments(self.tokens, self.groups, **dict(zip(TENSORS, tensors, strict=True)))
+        named: dict[str, Any] = dict(zip(TENSORS, tensors, strict=True))
+        return LayerMoments(self.tokens, self.groups, **named)

@@ -187,7 +187,7 @@ def contexts(row: Tensor) -> Iterator[tuple[int, ...]]:
 
 
 def effective_tokens(rows: Iterable[Tensor], counted: Iterable[Tensor], n_sink: int) -> int:
-    """How many different tokens, each in its context, statistics rest on; the first ``n_sink`` of a row are not in them.
+    """How many different tokens, each in its context, statistics rest on: those that count behind the first ``n_sink``.
 
     At most :data:`VARIETY` for each effectively different id: ``exp`` of the entropy of the ids that count.
 

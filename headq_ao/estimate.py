@@ -69,4 +69,5 @@ def estimate_memory(
 def _no_moments(shape: LayerShape) -> LayerMoments:
     """Moments without data."""
     shapes = tensor_shapes(shape.n_kv_heads, shape.head_dim, TOKEN_TILE)
-    return LayerMoments(1, 1, **{name: torch.empty(shapes[name], device=META) for name in TENSORS})
+    tensors: dict[str, Any] = {name: torch.empty(shapes[name], device=META) for name in TENSORS}
+    return LayerMoments(1, 1, **tensors)

@@ -7,7 +7,6 @@ import warnings
 import pytest
 import safetensors.torch
 import torch
-from tests.conftest import load_recipe
 from transformers import AutoModelForCausalLM
 
 from headq_ao import (
@@ -27,6 +26,7 @@ from headq_ao.evals import inputs
 from headq_ao.files import checksum
 from headq_ao.layer_codec import key_codec, value_codec
 from headq_ao.models import layer_shapes
+from tests.conftest import load_recipe
 
 recipe = load_recipe("calibration_size")
 FAST = {"residual_length": 32, "block_size": 16, "epoch_tokens": 64}
@@ -201,7 +201,7 @@ def test_version_3_gives_the_codes_it_gave(tiny, token_ids, tmp_path):
             (i, side, h): layer.relative_errors("kv".index(side))[h]
             for i, layer in enumerate(old.layers) for side in "kv" for h in range(2)
         }  # fmt: skip
-        shared = share_bits(damage, dict.fromkeys(damage, [1, 2, 3, 4, 5, 6, 8]), 2.25)
+        shared = share_bits(damage, {part: [1, 2, 3, 4, 5, 6, 8] for part in damage}, 2.25)
         given = head_bits(config, old, shapes)
         assert shared == {(i, s, h): getattr(x, s)[h] for i, x in enumerate(given) for s in "kv" for h in range(2)}
         quantize_(model, headq_config(calibration=str(path)))
