@@ -2,6 +2,7 @@
 
 import contextvars
 import dataclasses
+import itertools
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 
 from headq_ao.allocate import WHOLE, output_errors
 from headq_ao.calibration import Calibration, LayerMoments, MomentAccumulator
-from headq_ao.calibration_text import counted_tokens, effective_tokens, read_batches
+from headq_ao.calibration_text import SURPRISE, counted_tokens, effective_tokens, read_batches, surprises
 from headq_ao.models import (
     attention_modules,
     execution_device,
@@ -109,8 +110,9 @@ def calibrate(
     Padding is left out of everything: each row runs from its first token on. Runs of more than 8 equal tokens at the
     ends of a row count as padding where no mask tells. A token that came 8 times already in the same context is left
     out of the statistics. What remains is counted as effective tokens (:attr:`Calibration.effective_tokens`), by which
-    the statistics are shrunk. This function warns where they are fewer than 4·head_dim: :func:`headq_ao.quantize_` does
-    not use such a calibration, and says so.
+    the statistics are shrunk where they are few. Tokens of rows that are no text to the model, as random ids, are taken
+    off that number: they surprise it by over 3 nats a token more than it expects. This function warns where fewer than
+    4·head_dim are left: :func:`headq_ao.quantize_` does not use such a calibration, and says so.
 
     Args:
         model: a supported causal LM, quantized with HeadQ or not.
@@ -151,7 +153,6 @@ def calibrate(
     batches = read_batches(token_batches, attention_mask, n_sink, vocabulary)
     rows = [row for batch in batches for row in batch]
     counted = counted_tokens(rows, n_sink)
-    effective = effective_tokens(rows, counted, n_sink)
     context, starts = spread_starts(model, list(map(len, rows)), context_length)
     recorder = Recorder(len(shapes), n_rows, n_sink, seed)
     previous, training = model.config._attn_implementation, [m for m in model.modules() if m.training]
@@ -160,13 +161,20 @@ def calibrate(
         model.eval()
         device = execution_device(model)
         model.set_attn_implementation("headq")
-        at = 0
+        at, surprise = 0, list[float]()
         for batch in tqdm(batches, desc="calibrate", unit="batch", disable=not progress):
             here = slice(at, at := at + len(batch))
             recorder.begin(torch.stack(counted[here]))
             own = starts[here]
             positions = (own[:, None] + torch.arange(batch.shape[1])).to(device) if bool(own.any()) else None
-            model(input_ids=batch.to(device), position_ids=positions, use_cache=False)
+            out = model(input_ids=batch.to(device), position_ids=positions, use_cache=False)
+            if isinstance(getattr(out, "logits", None), Tensor):
+                surprise += surprises(out.logits, batch, torch.stack(counted[here]))
+        text = [nats <= SURPRISE for nats in surprise or [0.0] * len(rows)]
+        effective = effective_tokens(itertools.compress(rows, text), itertools.compress(counted, text), n_sink)
+        effective -= min(
+            effective, sum(int(c[n_sink:].sum()) for c, good in zip(counted, text, strict=True) if not good)
+        )
         moments = [dataclasses.replace(layer.moments(), effective=effective) for layer in recorder.layers]
         profiled, counts = profiled_row(rows, counted)
         if len(profiled) >= n_sink + WHOLE:
@@ -188,7 +196,8 @@ def calibrate(
     layers = [gathered(model, layer) for layer in moments]
     made = Calibration(layers, fingerprint(model), meta)
     if not made.suffices:
-        warnings.warn(f"HeadQ: {made.shortage()}; quantize_ will not use it", stacklevel=2)
+        noise = f" ({text.count(False)} of {len(text)} rows are no text to this model)" if not all(text) else ""
+        warnings.warn(f"HeadQ: {made.shortage()}; quantize_ will not use it{noise}", stacklevel=2)
     return made
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 CONTEXT = 4  # a token and the three before it: what it is taken to be
 REPEATS = 8  # a token in the same context counts so many times; more of it teaches nothing
+SURPRISE = 3.0  # nats per token beyond what a model expects of itself; text has 0 to 1, shuffled words 2, random ids 6
 VARIETY = 8  # effective tokens are at most so many for each effectively different id
 
 
@@ -207,3 +208,33 @@ def effective_tokens(rows: Iterable[Tensor], counted: Iterable[Tensor], n_sink: 
     total = sum(ids.values())
     entropy = -sum(n / total * math.log(n / total) for n in ids.values())
     return min(len(different), int(VARIETY * math.exp(entropy)))
+
+
+def surprises(logits: Tensor, ids: Tensor, counted: Tensor) -> list[float]:
+    """How much more each row surprises a model than it expects to be: the mean over tokens that count of ``−log p`` of
+    the token less the entropy of ``p``, in nats. Near 0 for text, and for a model that knows nothing; large for ids
+    that are no text to a model that knows text.
+
+    Args:
+        logits: ``[B, T, V]``.
+        ids: ``[B, T]``.
+        counted: ``[B, T]``.
+
+    Example:
+        >>> import torch
+        >>> from headq_ao.calibration_text import surprises
+        >>> again = 9 * torch.eye(4)[None, [0, 0, 0, 0]]  # rather sure that token 0 comes
+        >>> all_count = torch.ones(1, 4, dtype=torch.bool)
+        >>> [round(surprises(again, torch.tensor([ids]), all_count)[0], 1) for ids in ([0, 0, 0, 0], [0, 1, 2, 3])]
+        [-0.0, 9.0]
+    """
+    found = []
+    for row, own, counts in zip(logits, ids.to(logits.device), counted.to(logits.device), strict=True):
+        total, n = 0.0, int(counts[1:].sum())
+        for at in range(0, len(own) - 1, 128):
+            part, target = row[at : at + 128][: len(own) - 1 - at].float().log_softmax(-1), own[at + 1 : at + 129]
+            entropy = -(part.exp() * part).nan_to_num(0.0).sum(-1)  # a token that cannot come has none
+            beyond = -part.gather(1, target[:, None])[:, 0] - entropy
+            total += float(beyond[counts[at + 1 : at + 129]].sum())
+        found.append(total / max(n, 1))
+    return found

@@ -73,7 +73,9 @@ def test_never_much_worse_than_none_on_smollm2():
     text = inputs.token_rows(tokenizer, inputs.find_text("bundled", "calibrate"), 1, 4096)[0]
     found = recipe.measure(model, rows, text, SOME, progress=False)
     check(found)
-    assert found["kinds"]["natural, 320 tokens"]["used"] and found["kinds"]["natural, 1024 tokens"]["used"]
+    used = {name: entry["used"] for name, entry in found["kinds"].items()}
+    assert used["natural, 320 tokens"] and used["left-padded, 8 x 64 in 256, no mask"]
+    assert not used["random ids, 512"]
 
 
 def test_the_stored_result_holds():

@@ -1,5 +1,7 @@
 """What calibrate is given: forms of batches, masks and paddings, and which tokens count."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from transformers import BatchEncoding
 
 from headq_ao import calibrate
 from headq_ao.calibration import PROFILE, TENSORS
-from headq_ao.calibration_text import REPEATS, counted_tokens, effective_tokens, read_batches
+from headq_ao.calibration_text import REPEATS, counted_tokens, effective_tokens, read_batches, surprises
 from headq_ao.evals import inputs
 
 pytestmark = pytest.mark.filterwarnings("ignore:HeadQ. the calibration rests on")
@@ -177,6 +179,33 @@ def test_repeats_are_left_out_of_moments_samples_and_profiles(tiny, token_ids):
     values = v[0][0].unflatten(-1, (2, -1))[counted_tokens([row], 3)[0]][3:]
     torch.testing.assert_close(layer.v_sum, values.sum(0), rtol=1e-4, atol=1e-4)
     assert float(layer.k_seen.min()) > 0
+
+
+def test_rows_that_are_no_text_are_taken_off(tiny, token_ids, monkeypatch):
+    """By what the model says of each row; a model that knows nothing is surprised by nothing."""
+    model, rows = tiny(), token_ids(4, 104)
+    assert calibrate(model, rows, progress=False).effective_tokens == 400
+    nats = iter([0.5, 3.1, 0.6, 0.4, 9.0, 9.0, 9.0, 0.1])
+    monkeypatch.setattr(sys.modules["headq_ao.calibrate"], "surprises", lambda *of: [next(nats) for _ in of[1]])
+    assert calibrate(model, [rows], progress=False).effective_tokens == 300 - 100
+    with pytest.warns(UserWarning, match=r"rests on 0 effective .* not use it \(3 of 4 rows are no text to this model"):
+        made = calibrate(model, [rows[:2], rows[2:]], progress=False)
+    assert made.layers[0].tokens == 400 and made.meta["effective_tokens"] == 0
+
+
+def test_surprise_by_hand():
+    """Against the sum over tokens that count, longer than what is held at a time; a token that cannot come."""
+    g = torch.Generator().manual_seed(0)
+    logits, ids = 3 * torch.randn(2, 300, 7, generator=g), torch.randint(6, (2, 300), generator=g)
+    logits[..., 6] = float("-inf")
+    counted = torch.rand(2, 300, generator=g) < 0.7
+    for b, nats in enumerate(surprises(logits, ids, counted)):
+        want = []
+        for t in range(1, 300):
+            p = logits[b, t - 1].softmax(-1)[:6]
+            if counted[b, t]:
+                want.append(float(-p[ids[b, t]].log() + (p * p.log()).sum()))
+        assert nats == pytest.approx(sum(want) / len(want), rel=1e-4)
 
 
 def test_short_rows_are_profiled_together(tiny, token_ids):
