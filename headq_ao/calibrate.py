@@ -197,7 +197,7 @@ def calibrate(
     made = Calibration(layers, fingerprint(model), meta)
     if not made.suffices:
         noise = f" ({text.count(False)} of {len(text)} rows are no text to this model)" if not all(text) else ""
-        warnings.warn(f"HeadQ: {made.shortage()}; quantize_ will not use it{noise}", stacklevel=2)
+        warnings.warn(f"HeadQ: {made.shortage()}; quantize_ will not use it{noise}", stacklevel=3)
     return made
 
 
