@@ -112,7 +112,7 @@ def calibrate(
     out of the statistics. What remains is counted as effective tokens (:attr:`Calibration.effective_tokens`), by which
     the statistics are shrunk where they are few. Tokens of rows that are no text to the model, as random ids, are taken
     off that number: they surprise it by over 3 nats a token more than it expects. This function warns where fewer than
-    4·head_dim are left: :func:`headq_ao.quantize_` does not use such a calibration, and says so.
+    8·head_dim (at most 768) are left: :func:`headq_ao.quantize_` does not use such a calibration, and says so.
 
     Args:
         model: a supported causal LM, quantized with HeadQ or not.
@@ -144,8 +144,8 @@ def calibrate(
         ...     vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
         ... )
         >>> model = LlamaForCausalLM(config).eval()
-        >>> calibrate(model, [torch.randint(64, (150,))], progress=False).layers[0].tokens
-        146
+        >>> calibrate(model, [torch.randint(64, (300,))], progress=False).layers[0].tokens
+        296
     """
     shapes = layer_shapes(model.config)
     attention_modules(model, len(shapes))

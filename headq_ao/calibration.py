@@ -14,8 +14,8 @@ from headq_ao.seen import UNIFORM
 
 CALIBRATION = FileKind("calibration", 4, "make one with calibrate(...).save(path)", oldest=3)
 UNCOUNTED = 3  # files of this version do not say on how many effective tokens they rest, and are taken as they are
-PLENTY = 6  # effective tokens for each coordinate of a head from which what was measured is taken as it is
-NEEDED = 4  # effective tokens for each coordinate of a head: with fewer, a sequence's own statistics are better
+PLENTY, MOST_PLENTY = 12, 900  # effective tokens per coordinate of a head, and at most, that leave no doubt
+NEEDED, MOST_NEEDED = 8, 768  # the same to be used: with fewer, a sequence's own statistics are better
 TENSORS = (
     "q_outer", "q_seen_outer", "k_sum", "k_outer", "k_seen", "k_seen_sum", "k_seen_outer",
     "v_sum", "v_outer", "v_seen", "v_seen_sum", "v_seen_outer", "k_rows",
@@ -113,8 +113,8 @@ class LayerMoments:
     @property
     def doubt(self) -> float:
         """How far what was measured gives way to what is known without, ``λ = 1 / (1 + (n / D)³)`` of ``n`` effective
-        tokens: 1 for none, 1.5 % at :data:`NEEDED`; 0 from :data:`PLENTY` on, or where nobody counted."""
-        if self.effective is None or self.effective >= PLENTY * self.k_sum.shape[-1]:
+        tokens: 1 for none, 0.2 % at :data:`NEEDED`; 0 from :data:`PLENTY` on, or where nobody counted."""
+        if self.effective is None or self.effective >= min(PLENTY * self.k_sum.shape[-1], MOST_PLENTY):
             return 0.0
         return 1 / (1 + (self.effective / self.k_sum.shape[-1]) ** 3)
 
@@ -241,8 +241,8 @@ class Calibration:
 
     @property
     def needed_tokens(self) -> int:
-        """How many effective tokens it takes to be used: :data:`NEEDED` for each coordinate of the widest head."""
-        return NEEDED * max((layer.k_sum.shape[-1] for layer in self.layers), default=0)
+        """How many effective tokens it takes to be used: 8 for each coordinate of the widest head, at most 768."""
+        return min(NEEDED * max((layer.k_sum.shape[-1] for layer in self.layers), default=0), MOST_NEEDED)
 
     @property
     def suffices(self) -> bool:
@@ -253,7 +253,7 @@ class Calibration:
         """How many effective tokens there are and how many it takes, for messages."""
         return (
             f"the calibration rests on {self.effective_tokens} effective tokens (different ones, each in its context) "
-            f"and needs {self.needed_tokens}, {NEEDED} for each coordinate of a head; calibrate on more varied text"
+            f"and needs {self.needed_tokens}; calibrate on more varied text"
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Calibration":

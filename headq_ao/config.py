@@ -51,7 +51,8 @@ class HeadQConfig(AOBaseConfig):
         block_size: tokens packed at a time: 16, 32, 64 or 128.
         calibration: a :class:`headq_ao.Calibration`, the path of a saved one, or None: statistics then come from
             each sequence's own first tokens, of visible keys with turned copies (:mod:`headq_ao.rotary`).
-            Only a path fits into JSON (torchao's ``config_to_dict``).
+            Only a path fits into JSON (torchao's ``config_to_dict``). One that rests on too few effective tokens
+            (:attr:`headq_ao.Calibration.suffices`) is not used, with a warning: all is as without.
         adapt: with a calibration, ``"off"`` takes it as it is, ``"prompt"`` as a prior for the key gauge, which each
             prompt refines: 0 to 5 % less KL for a second segment to read.
         prior_tokens: how many tokens the calibration counts as under ``adapt="prompt"``.

@@ -43,7 +43,8 @@ def quantize_(
     """Quantize in place: the KV cache with a :class:`HeadQConfig`, anything else as torchao does.
 
     With a HeadQ config the weights stay as they are; every later call that uses a cache keeps it packed. Any other
-    torchao config is handed to ``torchao.quantize_`` with the same arguments.
+    torchao config is handed to ``torchao.quantize_`` with the same arguments. A calibration that rests on too few
+    tokens is not used, with a warning that says how many it takes; the config object is left as it is.
 
     Args:
         model: a transformers causal LM (for a HeadQ config).

@@ -18,7 +18,7 @@ from headq_ao.evals.scoring import exact_logprobs, score
 HERE = Path(__file__).resolve().parent
 RESULT = HERE / "results" / "calibration_size" / "calibration_size.json"
 PRESETS = ("balanced", "near_lossless")
-NATURAL = (16, 32, 64, 128, 256, 320, 512, 1024, 2048, 4096)
+NATURAL = (16, 32, 64, 128, 256, 320, 512, 640, 1024, 2048, 4096)
 PAD = 0
 
 
@@ -33,16 +33,16 @@ def kinds(text: Tensor, vocabulary: int, seed: int = 0) -> dict[str, Any]:
         return ids, mask
 
     found: dict[str, Any] = {f"natural, {n} tokens": {"token_batches": list(text[:n].split(1024))} for n in NATURAL}
-    found["natural, 20 rows of 20"] = {"token_batches": text[:400].view(20, 20)}
+    found["natural, 40 rows of 20"] = {"token_batches": text[:800].view(40, 20)}
     for n in (64, 512, 2048):
         found[f"random ids, {n}"] = {"token_batches": list(torch.randint(vocabulary, (n,), generator=g).split(512))}
     found["one token, 4 x 512"] = {"token_batches": torch.full((4, 512), 5)}
     found["8 tokens again and again, 4 x 512"] = {"token_batches": text[:8].repeat(4, 64)}
     for side in ("left", "right"):
-        ids, mask = padded(256, 64, side == "left")
+        ids, mask = padded(256, 128, side == "left")
         if side == "left":
-            found["left-padded, 8 x 64 in 256"] = {"token_batches": [{"input_ids": ids, "attention_mask": mask}]}
-        found[f"{side}-padded, 8 x 64 in 256, no mask"] = {"token_batches": [ids]}
+            found["left-padded, 8 x 128 in 256"] = {"token_batches": [{"input_ids": ids, "attention_mask": mask}]}
+        found[f"{side}-padded, 8 x 128 in 256, no mask"] = {"token_batches": [ids]}
     found["left-padded, 8 x 32 in 512, no mask"] = {"token_batches": [padded(512, 32, True)[0]]}
     return found
 

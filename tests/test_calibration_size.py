@@ -30,12 +30,12 @@ from tests.conftest import load_recipe
 
 recipe = load_recipe("calibration_size")
 FAST = {"residual_length": 32, "block_size": 16, "epoch_tokens": 64}
-RESTS = "the calibration rests on {} effective tokens .* and needs {}, 4 for each coordinate of a head"
+RESTS = "the calibration rests on {} effective tokens .* and needs {}"
 SOME = [  # of the recipe's, those that tell most for their time
-    "natural, 16 tokens", "natural, 64 tokens", "natural, 256 tokens", "natural, 320 tokens", "natural, 1024 tokens",
-    "natural, 20 rows of 20", "random ids, 64", "random ids, 512", "one token, 4 x 512",
-    "8 tokens again and again, 4 x 512", "left-padded, 8 x 64 in 256", "left-padded, 8 x 64 in 256, no mask",
-    "right-padded, 8 x 64 in 256, no mask", "left-padded, 8 x 32 in 512, no mask",
+    "natural, 16 tokens", "natural, 64 tokens", "natural, 320 tokens", "natural, 640 tokens", "natural, 1024 tokens",
+    "natural, 40 rows of 20", "random ids, 64", "random ids, 512", "one token, 4 x 512",
+    "8 tokens again and again, 4 x 512", "left-padded, 8 x 128 in 256", "left-padded, 8 x 128 in 256, no mask",
+    "right-padded, 8 x 128 in 256, no mask", "left-padded, 8 x 32 in 512, no mask",
 ]  # fmt: skip
 
 
@@ -62,7 +62,7 @@ def test_never_much_worse_than_none(tiny):
     check(found)
     used = {name: entry["used"] for name, entry in found["kinds"].items()}
     assert not any(used[name] for name in (*SOME[:2], "one token, 4 x 512", "8 tokens again and again, 4 x 512"))
-    assert used["natural, 320 tokens"] and used["left-padded, 8 x 64 in 256, no mask"]
+    assert used["natural, 640 tokens"] and used["left-padded, 8 x 128 in 256, no mask"]
 
 
 @pytest.mark.slow
@@ -74,7 +74,7 @@ def test_never_much_worse_than_none_on_smollm2():
     found = recipe.measure(model, rows, text, SOME, progress=False)
     check(found)
     used = {name: entry["used"] for name, entry in found["kinds"].items()}
-    assert used["natural, 320 tokens"] and used["left-padded, 8 x 64 in 256, no mask"]
+    assert used["natural, 640 tokens"] and used["left-padded, 8 x 128 in 256, no mask"]
     assert not used["random ids, 512"]
 
 
@@ -85,13 +85,18 @@ def test_the_stored_result_holds():
     assert len(stored["kinds"]) == len(recipe.kinds(torch.arange(4096), 100))
 
 
+def test_a_text_that_is_not_there(capsys):
+    assert recipe.main(["--text", "nowhere.txt"]) == 2
+    assert "error: no text file 'nowhere.txt'" in capsys.readouterr().err
+
+
 def few(model, token_ids, n=100):
-    with pytest.warns(UserWarning, match=RESTS.format(n - 4, 128) + ".*; quantize_ will not use it"):
+    with pytest.warns(UserWarning, match=RESTS.format(n - 4, 256) + ".*; quantize_ will not use it"):
         return calibrate(model, token_ids(1, n, seed=1), progress=False)
 
 
 def quantized_with_warning(model, config):
-    with pytest.warns(UserWarning, match=RESTS.format(96, 128) + r".* It is not used: .* k_bits=2 and v_bits=2 hold"):
+    with pytest.warns(UserWarning, match=RESTS.format(96, 256) + r".* It is not used: .* k_bits=2 and v_bits=2 hold"):
         quantize_(model, config)
 
 
@@ -115,7 +120,7 @@ def test_too_few_tokens_are_as_no_calibration(tiny, token_ids, tmp_path, options
     calibration.save(tmp_path / "c.safetensors")
     for given in (calibration, tmp_path / "c.safetensors"):
         config = headq_config(**FAST | options, calibration=given)
-        with pytest.warns(UserWarning, match=RESTS.format(96, 128) + ".* It is not used"):
+        with pytest.warns(UserWarning, match=RESTS.format(96, 256) + ".* It is not used"):
             quantize_(model, config)
         assert config.calibration is not None and model._headq.config.calibration is None
         got, cache = logits(model, ids)
@@ -139,8 +144,8 @@ def test_one_warning_each(tiny, token_ids):
 
 def test_enough_tokens_are_used_without_a_word(tiny, token_ids):
     model = tiny()
-    calibration = calibrate(model, token_ids(1, 132), progress=False)
-    assert (calibration.effective_tokens, calibration.needed_tokens, calibration.suffices) == (128, 128, True)
+    calibration = calibrate(model, token_ids(1, 260), progress=False)
+    assert (calibration.effective_tokens, calibration.needed_tokens, calibration.suffices) == (256, 256, True)
     quantize_(model, headq_config(calibration=calibration))
     assert model._headq.calibration is calibration
 
@@ -215,7 +220,7 @@ def test_version_3_gives_the_codes_it_gave(tiny, token_ids, tmp_path):
 @pytest.mark.parametrize("value", ["left out", -1, 1.5, "3", True, None])
 def test_counts_are_checked(tiny, token_ids, tmp_path, value):
     model = tiny()
-    made = calibrate(model, token_ids(1, 200), progress=False)
+    made = calibrate(model, token_ids(2, 200), progress=False)
     head, tensors = json.loads(json.dumps(made.head())), made.tensors()
     assert [sorted(layer) for layer in head["layers"]] == [sorted(COUNTS)] * 2
     if value == "left out":
@@ -247,7 +252,7 @@ def test_shrinking_by_hand(tiny, token_ids):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * float(trace.max()))
         shares.append(float(share))
     assert shares == pytest.approx([1 / (1 + (n / 32) ** 3) for n in (8, 32, 64, 191)], rel=0.01)
-    for effective in (None, 192, 5000):
+    for effective in (None, 384, 5000):
         plain = dataclasses.replace(layer, effective=effective)
         assert plain.doubt == 0
         assert all(torch.equal(a, b) for a, b in zip(plain.shrunk("k"), plain.seen("k"), strict=True))
