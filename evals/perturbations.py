@@ -65,7 +65,7 @@ def perturbation_panel(
         >>> model = LlamaForCausalLM(
         ...     LlamaConfig(vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=2)
         ... ).eval()
-        >>> calibration = calibrate(model, [torch.randint(64, (64,))], progress=False)
+        >>> calibration = calibrate(model, [torch.randint(64, (300,))], progress=False)
         >>> panel = perturbation_panel(model, torch.randint(64, (1, 64)), calibration, seed=0, progress=False)
         >>> panel["null_space"][0]["name"], panel["null_space"][0]["attention_kl"] < 1e-6
         ('one vector added to all keys', True)

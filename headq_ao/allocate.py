@@ -17,6 +17,7 @@ from headq_ao.ops.layout import PIECES, granule
 from headq_ao.seen import score_tiles
 
 Part = TypeVar("Part", bound=Hashable)
+HeadSide = tuple[int, str, int]  # a layer, "k" or "v", a KV head
 WHOLE = max(granule(width) for pieces in PIECES.values() for width in pieces)  # tokens that values of any bits pack in
 PER_BIT = 0.27  # what a further bit leaves of the error of a fine code; 1/4 in theory
 
@@ -24,7 +25,7 @@ PER_BIT = 0.27  # what a further bit leaves of the error of a fine code; 1/4 in 
 @torch.no_grad()
 def output_errors(
     moments: LayerMoments, q: Tensor, k: Tensor, v: Tensor, scaling: float, *, n_sink: int, window: int | None,
-    every: int,
+    every: int, counted: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """What coded keys or values change in a layer's output, at each of :data:`PROFILED_BITS`, and the output's energy.
 
@@ -34,6 +35,7 @@ def output_errors(
     Args:
         moments: of the layer, from which the codecs come.
         q: ``[1, Hq, T, D]``, and ``k``, ``v`` ``[1, Hkv, T, D]``.
+        counted: ``[T]``, which queries count; None: all.
 
     Returns:
         ``[Hkv, 2, 4]``, keys then values, and ``[Hkv]``.
@@ -42,7 +44,7 @@ def output_errors(
     k_unit, v_unit = (None if unit is None else unit.to(k.device) for unit in units)
     q, k, v = (x[:, :, :tokens].float() for x in (q, k, v))
     (k_mean, k_outer), (v_mean, v_outer), c_q = (
-        *((x.to(k.device)[None] for x in moments.seen(side)) for side in "kv"), moments.seen_c_q.to(k.device)[None]
+        *((x.to(k.device)[None] for x in moments.shrunk(side)) for side in "kv"), moments.shrunk_c_q.to(k.device)[None]
     )  # fmt: skip
     keys, values = [], []
     for bits in PROFILED_BITS:
@@ -54,13 +56,14 @@ def output_errors(
         of_values = of_values if v_unit is None else of_values.in_unit(v_unit)
         values.append(of_values.dequantize(*of_values.encode_rows(v)) - v)
     errors, energy = k.new_zeros(k.shape[1], 2, len(PROFILED_BITS)), k.new_zeros(k.shape[1])
-    for _, query, s, packed in score_tiles(q, k, scaling, n_sink=n_sink, window=window, every=every):
+    for at, query, s, packed in score_tiles(q, k, scaling, n_sink=n_sink, window=window, every=every):
+        shown = 1.0 if counted is None else counted[at, None].to(s.dtype)
         a = s.softmax(-1)
-        energy += torch.einsum("bhgst,bhtd->bhgsd", a, v).square().sum((0, 2, 3, 4))
+        energy += (shown * torch.einsum("bhgst,bhtd->bhgsd", a, v)).square().sum((0, 2, 3, 4))
         for i, (dk, dv) in enumerate(zip(keys, values, strict=True)):
             moved = (s + torch.einsum("bhgsd,bhtd->bhgst", query, dk) * packed).softmax(-1) - a
             for side, (weights, rows) in enumerate(((moved, v), (a * packed, dv))):
-                out = torch.einsum("bhgst,bhtd->bhgsd", weights, rows)
+                out = shown * torch.einsum("bhgst,bhtd->bhgsd", weights, rows)
                 errors[:, side, i] += out.square().sum((0, 2, 3, 4))
     return errors.cpu(), energy.cpu()
 
@@ -91,18 +94,37 @@ def head_bits(config: HeadQConfig, calibration: Calibration | None, shapes: Sequ
             "measured that; make it anew with calibrate(...), or give k_bits and v_bits"
         )
     sides = [side for side, bits in given.items() if bits is not None]
-    damage = {
+    damage: dict[HeadSide, Sequence[float]] = {
         (i, side, h): errors
         for i, layer in enumerate(calibration.layers)
         for side in sides
         for h, errors in enumerate(layer.relative_errors("kv".index(side)))
     }
+    damage = cautious(damage, calibration)
     levels = {side: config.levels(side) for side in sides}
     bits = share_bits(damage, {part: levels[part[1]] for part in damage}, config.mean_bits)
     of = {
         (i, side): tuple(bits[i, side, h] for h in range(s.n_kv_heads)) for i, s in enumerate(shapes) for side in sides
     }
     return [HeadBits(of.get((i, "k"), ()), of.get((i, "v"), ())) for i in range(layers)]
+
+
+def cautious(damage: Mapping[HeadSide, Sequence[float]], calibration: Calibration) -> dict[HeadSide, Sequence[float]]:
+    """What heads do with errors, pulled towards the (geometric) mean of their side where the calibration is small.
+
+    Args:
+        damage: of each ``(layer, side, head)`` at 1, 2, 3 and 4 bits.
+        calibration: that they were measured with.
+    """
+    share = max((layer.doubt for layer in calibration.layers), default=0.0)  # the same in all
+    if not share:
+        return dict(damage)
+    logs = {part: torch.tensor(d, dtype=torch.float64).clamp(min=1e-30).log() for part, d in damage.items()}
+    found: dict[HeadSide, Sequence[float]] = {}
+    for part, own in logs.items():
+        mean = torch.stack([x for other, x in logs.items() if other[1] == part[1]]).mean(0)
+        found[part] = own.lerp(mean, share).exp().tolist()
+    return found
 
 
 def share_bits(

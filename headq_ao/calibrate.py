@@ -2,7 +2,9 @@
 
 import contextvars
 import dataclasses
-from collections.abc import Iterable
+import itertools
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from transformers import PreTrainedModel
 
 from headq_ao.allocate import WHOLE, output_errors
 from headq_ao.calibration import Calibration, LayerMoments, MomentAccumulator
+from headq_ao.calibration_text import SURPRISE, counted_tokens, effective_tokens, read_batches, surprises
 from headq_ao.models import (
     execution_device,
     fingerprint,
@@ -26,6 +29,7 @@ from headq_ao.seen import seen_weights
 
 CONTEXT_LENGTH = 4096
 PROFILED_TOKENS = 1024
+JOINED_BELOW = 256  # tokens of the longest row, with which rows are profiled as one
 SEEN_EVERY = 4  # every fourth query serves for the weights that attention gives
 RECORDER: contextvars.ContextVar["Recorder | Profiler | None"] = contextvars.ContextVar("headq_recorder", default=None)
 
@@ -38,17 +42,27 @@ class Recorder:
         self.n_sink = n_sink
         self.generator = torch.Generator("cpu").manual_seed(seed)
         self.priority = torch.empty(0, dtype=torch.float32, device="cpu")
+        self.counted: Tensor | None = None
 
-    def begin(self, batch: Tensor) -> None:
-        """Draw the sampling priorities of a batch ``[B, T]``; all layers and heads keep the same tokens."""
-        tokens = batch.shape[0] * max(batch.shape[1] - self.n_sink, 0)
-        self.priority = torch.rand(tokens, generator=self.generator, dtype=torch.float32, device="cpu")
+    def begin(self, counted: Tensor) -> None:
+        """Draw the sampling priorities of a batch, of whose tokens ``[B, T]`` those count; all layers and heads keep
+        the same tokens."""
+        behind = counted[:, self.n_sink :].flatten().cpu()
+        drawn = torch.rand(len(behind), generator=self.generator, dtype=torch.float32, device="cpu")
+        self.priority = drawn[behind]
+        self.counted = None if bool(counted.all()) else counted
 
     def record(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None) -> None:
         """Fold one layer's ``[B, H, T, D]`` states, sinks left out."""
-        weights = seen_weights(q.float(), k.float(), scaling, n_sink=self.n_sink, window=window, every=SEEN_EVERY)
+        counted = None if self.counted is None else self.counted.to(k.device)
+        weights = seen_weights(
+            q.float(), k.float(), scaling, n_sink=self.n_sink, window=window, every=SEEN_EVERY, counted=counted
+        )
         q, k, v = (x[:, :, self.n_sink :].transpose(1, 2).flatten(0, 1) for x in (q, k, v))
         rows = [SEEN_EVERY * w[:, :, self.n_sink :].transpose(1, 2).flatten(0, 1) for w in weights]
+        if counted is not None:
+            behind = counted[:, self.n_sink :].flatten()
+            q, k, v, *rows = (x[behind] for x in (q, k, v, *rows))
         for name, x in (("queries", q), ("keys", k), ("values", v)):
             if not bool(torch.isfinite(x).all()):
                 raise ValueError(
@@ -60,22 +74,23 @@ class Recorder:
 class Profiler:
     """Measures what coded keys and values change in the output of every layer, on one sequence."""
 
-    def __init__(self, moments: list[LayerMoments], n_sink: int) -> None:
-        self.moments, self.n_sink = moments, n_sink
+    def __init__(self, moments: list[LayerMoments], n_sink: int, counted: Tensor) -> None:
+        self.moments, self.n_sink, self.counted = moments, n_sink, counted
 
     def record(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None) -> None:
         """Fold one layer's ``[1, H, T, D]`` states."""
         m = self.moments[layer]
         m.errors, m.energy = output_errors(
-            m, q, k, v, scaling, n_sink=self.n_sink, window=window, every=SEEN_EVERY
+            m, q, k, v, scaling, n_sink=self.n_sink, window=window, every=SEEN_EVERY, counted=self.counted.to(k.device)
         )  # fmt: skip
 
 
 @torch.no_grad()
 def calibrate(
     model: PreTrainedModel,
-    token_batches: Iterable[Any],
+    token_batches: Any,
     *,
+    attention_mask: Any = None,
     context_length: int | None = None,
     n_rows: int = 512,
     n_sink: int = 4,
@@ -88,16 +103,26 @@ def calibrate(
     Per layer and KV head: ``Σ q qᵀ`` over the query heads that read it, ``Σ k``, ``Σ k kᵀ``, ``Σ v``, ``Σ v vᵀ`` after
     QK-norm and RoPE, the same weighted by what attention sees of each row (:func:`headq_ao.seen.seen_weights`), and
     a uniform sample of ``n_rows`` keys. Then one sequence shows what coded keys and values change in each layer's
-    output, for ``mean_bits``. The model is left as it was.
+    output, for ``mean_bits``; rows that are all short are joined for that. The model is left as it was.
 
     Rotary embeddings turn keys and queries with their position, though attention sees differences of positions only:
     a basis made at positions below 1024 fits badly at 4096. So the sequences are put at starts that are spread evenly
     over a context.
 
+    Padding is left out of everything: each row runs from its first token on. Runs of more than 8 equal tokens at the
+    ends of a row count as padding where no mask tells. A token that came 8 times already in the same context is left
+    out of the statistics. What remains is counted as effective tokens (:attr:`Calibration.effective_tokens`), by which
+    the statistics are shrunk where they are few. Tokens of rows that are no text to the model, as random ids, are taken
+    off that number: they surprise it by over 3 nats a token more than it expects. This function warns where fewer than
+    8·head_dim (at most 768) are left: :func:`headq_ao.quantize_` does not use such a calibration, and says so.
+
     Args:
         model: a supported causal LM, quantized with HeadQ or not.
-        token_batches: token ids, each ``[T]`` or ``[B, T]`` (tensor or nested list), without padding; about 4·1024
-            tokens are enough for the moments of a head_dim of 64.
+        token_batches: token ids, each ``[T]`` or ``[B, T]`` (tensor, array or nested list, whose rows may be of several
+            lengths), or what a tokenizer returns (a ``BatchEncoding``, or a dict with ``input_ids`` and perhaps
+            ``attention_mask``); or one such. About 4·1024 tokens are enough for the moments of a head_dim of 64.
+        attention_mask: a mask for each batch, shaped as it is: 1 for tokens, 0 for padding at the ends of a row. None:
+            no padding, but for what batches say themselves.
         context_length: tokens of the contexts to serve; ``None``: 4096, or the model's positions where they are fewer.
             Sequences as long, and all without rotary embeddings, start at 0.
         n_rows: keys kept per layer.
@@ -110,8 +135,8 @@ def calibrate(
         A :class:`Calibration` on the CPU.
 
     Raises:
-        ValueError: on an unsupported model, no tokens, sequences no longer than ``n_sink``, or a context that is longer
-            than the model's positions.
+        ValueError: on an unsupported model, no tokens, sequences no longer than ``n_sink``, ids or masks of another
+            form, or a context that is longer than the model's positions.
 
     Example:
         >>> import torch
@@ -121,18 +146,15 @@ def calibrate(
         ...     vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
         ... )
         >>> model = LlamaForCausalLM(config).eval()
-        >>> calibrate(model, [torch.arange(60)], progress=False).layers[0].tokens
-        56
+        >>> calibrate(model, [torch.randint(64, (300,))], progress=False).layers[0].tokens
+        296
     """
     shapes, _ = supported_layers(model)
-    batches = [torch.as_tensor(b, device="cpu") for b in token_batches]
-    batches = [b[None] if b.ndim == 1 else b for b in batches]
-    if not batches or any(b.ndim != 2 or b.is_floating_point() or b.shape[1] <= n_sink for b in batches):
-        raise ValueError(
-            f"token_batches must hold integer token ids [T] or [B, T] with T > n_sink = {n_sink}, "
-            f"got {[tuple(b.shape) for b in batches][:4]}"
-        )
-    context, starts = spread_starts(model, [b.shape[1] for b in batches for _ in b], context_length)
+    vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    batches = read_batches(token_batches, attention_mask, n_sink, vocabulary)
+    rows = [row for batch in batches for row in batch]
+    counted = counted_tokens(rows, n_sink)
+    context, starts = spread_starts(model, list(map(len, rows)), context_length)
     recorder = Recorder(len(shapes), n_rows, n_sink, seed)
     configs, training = OwnConfigs(model), [m for m in model.modules() if m.training]
     token = RECORDER.set(recorder)
@@ -140,31 +162,55 @@ def calibrate(
         model.eval()
         device = execution_device(model)
         model.set_attn_implementation("headq")
+        at, surprise = 0, list[float]()
         for batch in tqdm(batches, desc="calibrate", unit="batch", disable=not progress):
-            recorder.begin(batch)
-            own, starts = starts[: len(batch)], starts[len(batch) :]
-            at = torch.arange(batch.shape[1], device=own.device)
-            positions = (own[:, None] + at).to(device) if bool(own.any()) else None
-            model(input_ids=batch.to(device), position_ids=positions, use_cache=False)
-        moments = [layer.moments() for layer in recorder.layers]
-        longest = max(batches, key=lambda batch: batch.shape[1])[:1, :PROFILED_TOKENS]
-        if longest.shape[1] >= n_sink + WHOLE:
-            RECORDER.set(Profiler(moments, n_sink))
-            model(input_ids=longest.to(device), use_cache=False)
+            here = slice(at, at := at + len(batch))
+            recorder.begin(torch.stack(counted[here]))
+            own = starts[here]
+            slots = torch.arange(batch.shape[1], device=own.device)
+            positions = (own[:, None] + slots).to(device) if bool(own.any()) else None
+            out = model(input_ids=batch.to(device), position_ids=positions, use_cache=False)
+            if isinstance(getattr(out, "logits", None), Tensor):
+                surprise += surprises(out.logits, batch, torch.stack(counted[here]))
+        text = [nats <= SURPRISE for nats in surprise or [0.0] * len(rows)]
+        effective = effective_tokens(itertools.compress(rows, text), itertools.compress(counted, text), n_sink)
+        effective -= min(
+            effective, sum(int(c[n_sink:].sum()) for c, good in zip(counted, text, strict=True) if not good)
+        )
+        moments = [dataclasses.replace(layer.moments(), effective=effective) for layer in recorder.layers]
+        profiled, counts = profiled_row(rows, counted)
+        if len(profiled) >= n_sink + WHOLE:
+            RECORDER.set(Profiler(moments, n_sink, counts))
+            model(input_ids=profiled[None].to(device), use_cache=False)
     finally:
         RECORDER.reset(token)
         configs.put_back(model)
         for module in training:
             module.training = True
     meta = {
-        "tokens": sum(b.numel() for b in batches),
+        "tokens": sum(map(len, rows)),
+        "effective_tokens": effective,
         "context_length": context,
         "source": source,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
     layers = [gathered(model, layer) for layer in moments]
-    return Calibration(layers, fingerprint(model), meta)
+    made = Calibration(layers, fingerprint(model), meta)
+    if not made.suffices:
+        noise = f" ({text.count(False)} of {len(text)} rows are no text to this model)" if not all(text) else ""
+        warnings.warn(f"HeadQ: {made.shortage()}; quantize_ will not use it{noise}", stacklevel=3)
+    return made
+
+
+def profiled_row(rows: Sequence[Tensor], counted: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The tokens ``[T]`` on which layers are profiled, and which of them count: the first row that has about as many
+    that count as any, or all rows as one where they are short."""
+    counts = [int(c[:PROFILED_TOKENS].sum()) for c in counted]
+    best = next(i for i, n in enumerate(counts) if n >= 0.9 * max(counts))
+    if counts[best] >= JOINED_BELOW:
+        return rows[best][:PROFILED_TOKENS], counted[best][:PROFILED_TOKENS]
+    return torch.cat(list(rows))[:PROFILED_TOKENS], torch.cat(list(counted))[:PROFILED_TOKENS]
 
 
 def spread_starts(model: PreTrainedModel, lengths: list[int], context_length: int | None) -> tuple[int, Tensor]:

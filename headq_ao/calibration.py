@@ -15,12 +15,16 @@ from headq_ao.files import FileKind
 from headq_ao.seen import UNIFORM
 from headq_ao.units import unit_of, unless_plain
 
-CALIBRATION = FileKind("calibration", 3, "make one with calibrate(...).save(path)")
+CALIBRATION = FileKind("calibration", 4, "make one with calibrate(...).save(path)", oldest=3)
+UNCOUNTED = 3  # files of this version do not say on how many effective tokens they rest, and are taken as they are
+PLENTY, MOST_PLENTY = 12, 900  # effective tokens per coordinate of a head, and at most, that leave no doubt
+NEEDED, MOST_NEEDED = 8, 768  # the same to be used: with fewer, a sequence's own statistics are better
 TENSORS = (
     "q_outer", "q_seen_outer", "k_sum", "k_outer", "k_seen", "k_seen_sum", "k_seen_outer",
     "v_sum", "v_outer", "v_seen", "v_seen_sum", "v_seen_outer", "k_rows",
 )  # fmt: skip
 PROFILE = ("errors", "energy")
+COUNTS = ("tokens", "groups", "effective")
 PROFILED_BITS = (1, 2, 3, 4)
 
 
@@ -40,6 +44,8 @@ class LayerMoments:
     ``k_sum``, ``v_sum`` ``[Hkv, D]``; ``k_outer``, ``v_outer`` ``[Hkv, D, D]``;
     ``k_rows [n, Hkv, D]``, a uniform sample of keys. Those with ``seen`` are weighted by what attention sees
     (:func:`headq_ao.seen.seen_weights`); ``k_seen``, ``v_seen`` ``[Hkv]`` are the sums of the weights.
+    ``effective``: how many different tokens they rest on (:func:`headq_ao.calibration_text.effective_tokens`); None
+    where nobody counted: the moments are then taken as they are.
     ``errors [Hkv, 2, 4]`` and ``energy [Hkv]``, where measured: what 1 to 4 bits of keys and of values change in the
     output (:func:`headq_ao.allocate.output_errors`).
     """
@@ -61,6 +67,7 @@ class LayerMoments:
     k_rows: Tensor
     errors: Tensor | None = None
     energy: Tensor | None = None
+    effective: int | None = None
 
     @property
     def c_q(self) -> Tensor:
@@ -92,6 +99,35 @@ class LayerMoments:
             return (1 - share).view(wide) * plain / n + (share / weight.clamp(min=1e-30)).view(wide) * seen
 
         return mix("sum"), mix("outer")
+
+    def shrunk(self, side: str) -> tuple[Tensor, Tensor]:
+        """:meth:`seen`, the covariance shrunk towards the isotropic one by what the effective tokens leave open."""
+        mean, outer = self.seen(side)
+        if not self.doubt:
+            return mean, outer
+        square = mean[..., :, None] * mean[..., None, :]
+        return mean, self._shrunk(outer - square) + square
+
+    @property
+    def shrunk_c_q(self) -> Tensor:
+        """:attr:`seen_c_q`, shrunk alike."""
+        return self._shrunk(self.seen_c_q)
+
+    @property
+    def doubt(self) -> float:
+        """How far what was measured gives way to what is known without, ``λ = 1 / (1 + (n / D)³)`` of ``n`` effective
+        tokens: 1 for none, 0.2 % at :data:`NEEDED`; 0 from :data:`PLENTY` on, or where nobody counted."""
+        if self.effective is None or self.effective >= min(PLENTY * self.k_sum.shape[-1], MOST_PLENTY):
+            return 0.0
+        return 1 / (1 + (self.effective / self.k_sum.shape[-1]) ** 3)
+
+    def _shrunk(self, matrix: Tensor) -> Tensor:
+        """``(1 − λ) C + λ tr(C)/D I``."""
+        if not self.doubt:
+            return matrix
+        mean = matrix.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+        even = mean * torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+        return (1 - self.doubt) * matrix + self.doubt * even
 
     def relative_errors(self, side: int) -> list[list[float]]:
         """Share of the layer's energy that 1, 2, 3 and 4 bits of the keys (0) or the values (1) of each head change."""
@@ -127,6 +163,8 @@ class LayerMoments:
         for name in ("tokens", "groups"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"layer {layer}: {name} must be a whole number of at least 1")
+        if self.effective is not None and (type(self.effective) is not int or self.effective < 0):
+            raise ValueError(f"layer {layer}: effective must be a whole number of at least 0, got {self.effective!r}")
         for name, x in self.tensors().items():
             if x.shape != shapes[name]:
                 raise ValueError(f"layer {layer}: {name} must be {shapes[name]}, got {tuple(x.shape)}")
@@ -182,7 +220,7 @@ class Calibration:
 
     def head(self) -> dict[str, Any]:
         """Everything but the tensors, as plain data for JSON."""
-        layers = [{"tokens": layer.tokens, "groups": layer.groups} for layer in self.layers]
+        layers = [{name: getattr(layer, name) for name in COUNTS} for layer in self.layers]
         return {"fingerprint": self.fingerprint, "meta": self.meta, "layers": layers}
 
     def tensors(self) -> dict[str, Tensor]:
@@ -200,12 +238,42 @@ class Calibration:
         for i, counts in enumerate(head["layers"]):
             fields: dict[str, Any] = {name: tensors[f"{i}.{name}"] for name in TENSORS}
             fields |= {name: tensors.get(f"{i}.{name}") for name in PROFILE}
+            counts = {"effective": None if head.get("version") == UNCOUNTED else "left out"} | counts
             layer = LayerMoments(**counts, **fields)
             layer.check(i)
             layers.append(layer)
         if extra := set(tensors) - {f"{i}.{name}" for i in range(len(layers)) for name in (*TENSORS, *PROFILE)}:
             raise ValueError(f"it holds tensors that no layer has: {', '.join(sorted(extra)[:4])}")
         return cls(layers, head["fingerprint"], head["meta"])
+
+    @property
+    def effective_tokens(self) -> int | None:
+        """How many different tokens, each in its context, the statistics rest on; None where nobody counted them.
+
+        Example:
+            >>> from headq_ao import Calibration
+            >>> Calibration([], {}).effective_tokens is None
+            True
+        """
+        known = [layer.effective for layer in self.layers if layer.effective is not None]
+        return min(known, default=None)
+
+    @property
+    def needed_tokens(self) -> int:
+        """How many effective tokens it takes to be used: 8 for each coordinate of the widest head, at most 768."""
+        return min(NEEDED * max((layer.k_sum.shape[-1] for layer in self.layers), default=0), MOST_NEEDED)
+
+    @property
+    def suffices(self) -> bool:
+        """Whether it rests on as many effective tokens as it takes, or on a number that nobody counted."""
+        return self.effective_tokens is None or self.effective_tokens >= self.needed_tokens
+
+    def shortage(self) -> str:
+        """How many effective tokens there are and how many it takes, for messages."""
+        return (
+            f"the calibration rests on {self.effective_tokens} effective tokens (different ones, each in its context) "
+            f"and needs {self.needed_tokens}; calibrate on more varied text"
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Calibration":
         """Itself: never changed, and shared by the copies of a model and of its caches."""
@@ -262,4 +330,5 @@ class MomentAccumulator:
         """The sums so far, on the CPU in fp32."""
         assert self.rows is not None
         tensors = (*(s.float().cpu() for s in self.sums), self.rows.cpu())
-        return LayerMoments(self.tokens, self.groups, **dict(zip(TENSORS, tensors, strict=True)))
+        named: dict[str, Any] = dict(zip(TENSORS, tensors, strict=True))
+        return LayerMoments(self.tokens, self.groups, **named)

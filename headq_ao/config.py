@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import warnings
 from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -82,7 +83,8 @@ class HeadQConfig(AOBaseConfig):
         block_size: tokens packed at a time: 16, 32, 64 or 128.
         calibration: a :class:`headq_ao.Calibration`, the path of a saved one, or None: statistics then come from
             each sequence's own first tokens, of visible keys with turned copies (:mod:`headq_ao.rotary`).
-            Only a path fits into JSON (torchao's ``config_to_dict``).
+            Only a path fits into JSON (torchao's ``config_to_dict``). One that rests on too few effective tokens
+            (:attr:`headq_ao.Calibration.suffices`) is not used, with a warning: all is as without.
         adapt: with a calibration, ``"off"`` takes it as it is, ``"prompt"`` as a prior for the key gauge, which each
             prompt refines: 0 to 5 % less KL for a second segment to read.
         prior_tokens: how many tokens the calibration counts as under ``adapt="prompt"``.
@@ -251,6 +253,35 @@ class HeadQConfig(AOBaseConfig):
         """Slots (whole blocks) whose statistics the first epoch of a sequence uses."""
         tokens = max(256, 4 * head_dim) if self.epoch_tokens is None else self.epoch_tokens
         return math.ceil(tokens / self.block_size) * self.block_size
+
+    def with_usable_calibration(
+        self, fingerprint: dict[str, Any] | None = None
+    ) -> "tuple[HeadQConfig, Calibration | None]":
+        """This config and its calibration, read where it is a path; without it, and a warning, where the calibration
+        rests on too few tokens to be better than none.
+
+        Args:
+            fingerprint: of the model, to be compared with the calibration's; None: not compared.
+
+        Raises:
+            FileNotFoundError: when the calibration is a path and there is no such file.
+            ValueError: when the file is no calibration, or one of another model.
+        """
+        given = self.calibration
+        known = given if given is None or isinstance(given, Calibration) else Calibration.load(given)
+        if known is None:
+            return self, None
+        if fingerprint is not None:
+            known.check_model(fingerprint)
+        if known.suffices:
+            return self, known
+        bits = " and ".join(f"{side}={b}" for side in ("k_bits", "v_bits") if (b := getattr(self, side)) is not None)
+        warnings.warn(
+            f"HeadQ: {known.shortage()}. It is not used: each sequence's own statistics and {bits} hold, as without a "
+            "calibration",
+            stacklevel=2,
+        )
+        return dataclasses.replace(self, calibration=None), None
 
     def check_head_dim(self, head_dim: int) -> None:
         """Raise ValueError where this config cannot store heads of that size."""

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from headq_ao.allocate import head_bits
 from headq_ao.ambient import mode_neutral
 from headq_ao.cache_layer import HeadQCacheLayer
-from headq_ao.calibration import TENSORS, Calibration, LayerMoments, tensor_shapes
+from headq_ao.calibration import TENSORS, LayerMoments, tensor_shapes
 from headq_ao.config import HeadQConfig
 from headq_ao.layer_codec import LayerCodec
 from headq_ao.models import LayerShape, layer_shapes
@@ -30,7 +30,8 @@ def estimate_memory(
 
     Args:
         model_or_config: a transformers model, or its config.
-        config: what to store; of a calibration only how ``mean_bits`` shares the bits counts, and its presence.
+        config: what to store; of a calibration only how ``mean_bits`` shares the bits counts, and that it is used:
+            one on too few tokens is not, with the warning of :func:`headq_ao.quantize_`.
         tokens: per sequence.
         batch_size: sequences.
         dtype: of the exact rows; default the model's, else bfloat16.
@@ -56,10 +57,7 @@ def estimate_memory(
         dtype = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
     layers = []
     shapes = layer_shapes(model_config)
-    calibration = config.calibration
-    if config.mean_bits is not None and isinstance(calibration, str):
-        calibration = Calibration.load(calibration)
-    known = calibration if isinstance(calibration, Calibration) else None
+    config, known = config.with_usable_calibration()
     for shape, bits in zip(shapes, head_bits(config, known, shapes), strict=True):
         moments = None if config.calibration is None else _no_moments(shape)
         codec = LayerCodec(config, shape, moments, META, bits=bits)
@@ -77,4 +75,6 @@ def estimate_memory(
 def _no_moments(shape: LayerShape) -> LayerMoments:
     """Moments without data."""
     shapes = tensor_shapes(shape.n_kv_heads, shape.head_dim, TOKEN_TILE)
-    return LayerMoments(1, 1, **{name: torch.empty(shapes[name], dtype=torch.float32, device=META) for name in TENSORS})
+    empty = {name: torch.empty(shapes[name], dtype=torch.float32, device=META) for name in TENSORS}
+    tensors: dict[str, Any] = dict(empty)
+    return LayerMoments(1, 1, **tensors)

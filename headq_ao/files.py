@@ -24,13 +24,15 @@ class FileKind:
 
     Args:
         name: in messages, and ``headq_{name}`` in the file.
-        version: the one this headq_ao writes and reads; any change of the format counts it up.
+        version: the one this headq_ao writes; any change of the format counts it up.
         remedy: how to make such a file again.
+        oldest: the oldest version that is read too; None: no older one.
     """
 
     name: str
     version: int
     remedy: str
+    oldest: int | None = None
 
     @property
     def entry(self) -> str:
@@ -60,10 +62,9 @@ class FileKind:
             raise ValueError(
                 f"version {version} is newer than {self.version}, which this headq_ao reads; update headq_ao"
             )
-        if version < self.version:
-            raise ValueError(
-                f"version {version} is older than {self.version}, which this headq_ao reads; {self.remedy}"
-            )
+        oldest = self.version if self.oldest is None else self.oldest
+        if version < oldest:
+            raise ValueError(f"version {version} is older than {oldest}, which this headq_ao reads; {self.remedy}")
         return head
 
     def check(self, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:

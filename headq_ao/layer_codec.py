@@ -254,10 +254,10 @@ def _key_codec(config: HeadQConfig, moments: LayerMoments) -> KeyCodec:
         )
     if config.key_codec == "affine":
         return affine_codec(config, moments.c_q[None], moments.k_mean[None], rows)
-    mean, outer = moments.seen("k")
+    mean, outer = moments.shrunk("k")
     covariance = centred_moment(mean, outer)
-    base = visible_codec(config, moments.seen_c_q[None], mean[None], covariance[None])
-    return with_side_code(config, base, moments.seen_c_q[None], rows)
+    base = visible_codec(config, moments.shrunk_c_q[None], mean[None], covariance[None])
+    return with_side_code(config, base, moments.shrunk_c_q[None], rows)
 
 
 def value_codec(config: HeadQConfig, shape: LayerShape, moments: LayerMoments | None) -> ValueCodec:
@@ -268,5 +268,5 @@ def value_codec(config: HeadQConfig, shape: LayerShape, moments: LayerMoments | 
     if config.value_codec == "affine":
         codec = rotated_value_codec(config, shape.head_dim)
     else:
-        codec = visible_value_codec(config, *(x[None] for x in moments.seen("v")))
+        codec = visible_value_codec(config, *(x[None] for x in moments.shrunk("v")))
     return codec if unit is None else codec.in_unit(unit)

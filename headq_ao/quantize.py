@@ -2,7 +2,6 @@
 
 import dataclasses
 import inspect
-import os
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +18,6 @@ from headq_ao.allocate import head_bits
 from headq_ao.ambient import mode_neutral
 from headq_ao.cache import HeadQCache, HeadQState
 from headq_ao.calibrate import RECORDER
-from headq_ao.calibration import Calibration
 from headq_ao.config import HeadQConfig
 from headq_ao.layer_codec import LayerCodec
 from headq_ao.masks import custom
@@ -49,7 +47,8 @@ def quantize_(
     """Quantize in place: the KV cache with a :class:`HeadQConfig`, anything else as torchao does.
 
     With a HeadQ config the weights stay as they are; every later call that uses a cache keeps it packed. Any other
-    torchao config is handed to ``torchao.quantize_`` with the same arguments.
+    torchao config is handed to ``torchao.quantize_`` with the same arguments. A calibration that rests on too few
+    tokens is not used, with a warning that says how many it takes; the config object is left as it is.
 
     Nothing but the model is changed: other models may hold its config object, so ``model.config`` becomes a copy, the
     model's own in all its modules, until :func:`restore_`.
@@ -102,12 +101,8 @@ def _handle(model: nn.Module, config: HeadQConfig) -> nn.Module:
         raise ValueError("this model already has a HeadQ cache; call restore_(model) first")
     shapes, modules = supported_layers(model)
     options = forward_names(model)
-    calibration = config.calibration
-    if isinstance(calibration, (str, os.PathLike)):
-        calibration = Calibration.load(calibration)
     print_ = fingerprint(model)
-    if calibration is not None:
-        calibration.check_model(print_)
+    config, calibration = config.with_usable_calibration(print_)
     bits = head_bits(config, calibration, shapes)
     shapes, heads = shapes_here(model, shapes, config)
     own_statistics = calibration is None and config.k_bits is not None and config.key_codec == "visible"

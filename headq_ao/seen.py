@@ -11,8 +11,9 @@ UNIFORM = 0.25  # share of plain averages in statistics weighted by attention
 
 
 def seen_weights(
-    q: Tensor, k: Tensor, scaling: float, *, n_sink: int, window: int | None = None, every: int = 1
-) -> tuple[Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, scaling: float, *, n_sink: int, window: int | None = None, every: int = 1,
+    counted: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """How much of each row the output shows, from the exact attention ``a`` of a causal sequence.
 
     A key's error ``e_j`` moves the logits by ``q·e_j``; to second order the attention changes by
@@ -27,6 +28,7 @@ def seen_weights(
         n_sink: first keys that do not count.
         window: of a sliding-window layer.
         every: take every such query only.
+        counted: ``[B, T]``, which tokens count, as queries and as keys; None: all.
 
     Returns:
         Weights of queries ``[B, Hq, T]`` (0 for those not taken), keys ``[B, Hkv, T]`` and values ``[B, Hkv, T]``.
@@ -44,6 +46,8 @@ def seen_weights(
     of_k, of_v = k.new_zeros(b, hkv, tokens), k.new_zeros(b, hkv, tokens)
     for at, _, s, packed in score_tiles(q, k, scaling, n_sink=n_sink, window=window, every=every):
         a = s.softmax(-1) * packed
+        if counted is not None:
+            a = a * (counted[:, at, None] & counted[:, None])[:, None, None]
         damage = a * (1 - a)
         of_q[..., at] = damage.sum(-1)
         of_k += damage.sum((2, 3))

@@ -289,7 +289,7 @@ def test_twice_and_restore_without(tiny):
 
 @pytest.mark.parametrize("other", [{"layers": 3}, {"head_dim": 64}, {"kv_heads": 4}, {"seed": 1}, {"family": "qwen3"}])
 def test_calibration_of_another_model_is_refused(tiny, token_ids, tmp_path, other):
-    calibration = calibrate(tiny(**other), [token_ids(1, 100)], progress=False)
+    calibration = calibrate(tiny(**other), [token_ids(3, 200)], progress=False)
     model = tiny()
     before = trace(model)
     with pytest.raises(ValueError, match="made on another model"):
@@ -304,7 +304,7 @@ def test_calibration_of_another_model_is_refused(tiny, token_ids, tmp_path, othe
 
 def test_calibration_with_too_few_layers_leaves_no_trace(tiny, token_ids):
     model = tiny()
-    whole = calibrate(model, [token_ids(1, 100)], progress=False)
+    whole = calibrate(model, [token_ids(2, 200)], progress=False)
     before = trace(model)
     with pytest.raises((ValueError, IndexError)):
         quantize_(model, headq_config(calibration=Calibration(whole.layers[:1], whole.fingerprint)))
@@ -346,7 +346,7 @@ def test_dtypes(tiny, token_ids, dtype):
 def test_cast_after_quantizing(tiny, token_ids):
     ids = token_ids(1, 160)
     first, second = tiny(), tiny()
-    calibration = calibrate(first, [ids], progress=False)
+    calibration = calibrate(first, [token_ids(2, 200)], progress=False)
     for model in (first, second):
         quantize_(model, headq_config(calibration=calibration, **NEAR_EXACT))
     restore_(first)

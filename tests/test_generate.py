@@ -116,7 +116,7 @@ def test_beam_search_scores_what_it_returns(model, token_ids):
 
 
 def test_beam_search_with_every_kind_of_codec(quantized, tiny, token_ids):
-    calibration = calibrate(tiny(), [token_ids(1, 100)], progress=False)
+    calibration = calibrate(tiny(), [token_ids(2, 200)], progress=False)
     for options in (
         {"rank": 16},
         AFFINE,
@@ -327,7 +327,7 @@ def test_mask_of_floats_and_bools(model, token_ids):
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_deepcopy_of_model_and_cache(tiny, token_ids, calibrated):
     model, ids = tiny(), token_ids(1, 80)
-    calibration = calibrate(model, [token_ids(1, 100)], progress=False) if calibrated else None
+    calibration = calibrate(model, [token_ids(2, 200)], progress=False) if calibrated else None
     quantize_(model, headq_config(**FINE, calibration=calibration))
     cache = HeadQCache(model)
     forward(model, ids, cache=cache)
@@ -464,7 +464,7 @@ def test_cache_of_another_model_or_config_is_refused(model, quantized, tiny, tok
         with pytest.raises(ValueError, match=match):
             model(ids, cache=cache)
         assert cache.get_seq_length() == 0
-    calibrations = [calibrate(tiny(), [token_ids(1, 100, seed=s)], progress=False) for s in (0, 1)]
+    calibrations = [calibrate(tiny(), [token_ids(2, 200, seed=s)], progress=False) for s in (0, 1)]
     one, two = (quantized(options=FINE | {"calibration": c}) for c in calibrations)
     with pytest.raises(ValueError, match="made with another config"):
         one(ids, cache=HeadQCache(two))

@@ -273,7 +273,7 @@ assert "headq_ao" not in sys.modules and model.config._attn_implementation == "s
 def test_smollm2(tmp_path, weights):
     model, tokenizer = inputs.load("smollm2", None, torch.float32)
     ids = inputs.token_rows(tokenizer, inputs.find_text("bundled", "report"), 1, 120)
-    calibration = inputs.calibrate_on(model, tokenizer, inputs.find_text("bundled", "calibrate"), 256, progress=False)
+    calibration = inputs.calibrate_on(model, tokenizer, inputs.find_text("bundled", "calibrate"), 1024, progress=False)
     if weights:
         quantize_(model, WEIGHTS[weights]())
     quantize_(model, headq_config(calibration=calibration, residual_length=32))

@@ -92,7 +92,7 @@ VARIANTS = {
 def test_footprint_is_what_a_walk_finds(tiny, token_ids, variant, family, ragged):
     model, options = tiny(family), dict(VARIANTS[variant])
     if options.get("calibration"):
-        options["calibration"] = calibrate(model, [token_ids(1, 100)], progress=False)
+        options["calibration"] = calibrate(model, [token_ids(2, 200)], progress=False)
     quantize_(model, headq_config(**FAST | options))
     mask = torch.ones(3, 200, dtype=torch.long)
     if ragged:
@@ -207,7 +207,7 @@ def test_basis_is_stored_once(tiny, token_ids, options, numbers):
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_slack_is_an_eighth_and_a_block(tiny, token_ids, block_size, calibrated):
     model = tiny(layers=1)
-    calibration = calibrate(model, [token_ids(1, 100)], progress=False) if calibrated else None
+    calibration = calibrate(model, [token_ids(2, 200)], progress=False) if calibrated else None
     options = FAST | {"block_size": block_size, "v_bits": 4}
     quantize_(model, headq_config(**options, calibration=calibration, adapt="off"))
     cache, packed = HeadQCache(model), 0

@@ -304,7 +304,7 @@ def test_damaged_files(tiny, token_ids, tmp_path, name):
     cache.save(path)
     damage, message = DAMAGE[name]
     if damage is None:
-        calibrate(model, [token_ids(1, 60)], progress=False).save(path)
+        calibrate(model, [token_ids(2, 200)], progress=False).save(path)
     else:
         damage(path)
     with pytest.raises(ValueError, match=f"c' is not a usable headq_ao prompt cache: .*{message}"):

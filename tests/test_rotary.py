@@ -152,6 +152,6 @@ def test_no_turns_where_nothing_asks_for_them(tiny, token_ids, options):
     """Exact keys, affine ones, and a calibration, which spreads its sequences itself."""
     model = tiny("llama", 64)
     if "calibration" in options:
-        options = {"calibration": calibrate(model, [token_ids(1, 100)], progress=False)}
+        options = {"calibration": calibrate(model, [token_ids(3, 200)], progress=False)}
     quantize_(model, headq_config(**options))
     assert not any(m.headq.turning for m in attention_modules(model, 2))

@@ -234,7 +234,7 @@ def test_error_on_a_models_own_states(tiny, token_ids, calibrated):
     from headq_ao import calibrate, headq_config, quantize_
 
     model = tiny(head_dim=64)
-    calibration = calibrate(model, [token_ids(1, 200)], progress=False) if calibrated else None
+    calibration = calibrate(model, [token_ids(3, 200)], progress=False) if calibrated else None
     quantize_(model, headq_config(calibration=calibration, epoch_tokens=64))
     errors = layer_errors(model, token_ids(1, 300, seed=1))
     assert len(errors) == 2 and max(errors) < 1e-3

@@ -283,14 +283,16 @@ def test_plot(tiny_panel, tmp_path):
 
 def test_refuses(tiny, token_ids):
     model = tiny()
-    calibration = calibrate(model, token_ids(1, 100), progress=False)
-    other = calibrate(tiny(head_dim=64), token_ids(1, 100), progress=False)
+    calibration = calibrate(model, token_ids(2, 200), progress=False)
+    other = calibrate(tiny(head_dim=64), token_ids(3, 200), progress=False)
+    with pytest.warns(UserWarning, match="8 effective tokens .* needs 256"):
+        few = calibrate(model, token_ids(1, 12), progress=False)
     rows = token_ids(1, 100)
     for arguments, message in (
         ((model, token_ids(1, 63), calibration), r"T of at least 64, got \(1, 63\)"),
         ((model, rows.float(), calibration), "must be token ids"),
         ((model, rows, other), "made on another model"),
-        ((model, rows, calibrate(model, token_ids(1, 12), progress=False)), "at least 16 sampled keys"),
+        ((model, rows, few), "at least 16 sampled keys"),
         ((tiny().train(), rows, calibration), "train mode"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -304,7 +306,7 @@ def test_refuses(tiny, token_ids):
 @pytest.mark.skipif(bool(MISSING), reason=f"the model needs {' and '.join(MISSING)}")
 def test_fisher_error_predicts_kl_on_smollm2_and_key_mse_does_not():
     model, tokenizer = inputs.load("smollm2", None, torch.float32)
-    calibration = inputs.calibrate_on(model, tokenizer, inputs.find_text("bundled", "calibrate"), 512, progress=False)
+    calibration = inputs.calibrate_on(model, tokenizer, inputs.find_text("bundled", "calibrate"), 1024, progress=False)
     rows = inputs.token_rows(tokenizer, inputs.find_text("bundled", "report"), 1, 256)
     found = perturbation_panel(model, rows, calibration, seed=0, layers=[2, 20], progress=False)
     correlation, wrong = found["correlations"]["all"], found["counterexamples"]["wrong_order"]

@@ -16,7 +16,7 @@ def test_measure_takes_turns_and_takes_the_cache_off(tiny, token_ids, monkeypatc
     monkeypatch.setattr(
         presets, "seconds_of_prefill", lambda model, ids, packed: (calls.append(packed), (2.0 + packed, 4.0))[1]
     )
-    calibration = calibrate(model, token_ids(1, 200), progress=False)
+    calibration = calibrate(model, token_ids(2, 200), progress=False)
     found = presets.measure(model, token_ids(1, 64), calibration, repeats=2, progress=False)
     assert calls == [False, *[True] * len(presets.ROWS)] * 2
     assert list(found) == [row[0] for row in presets.ROWS]
@@ -30,7 +30,7 @@ def test_prefill_fills_the_cache_it_times(tiny, token_ids, monkeypatch):
     monkeypatch.setattr(model, "forward", lambda *ids, **kw: caches.append(kw.get("cache")) or forward(*ids, **kw))
     wall, cpu = presets.seconds_of_prefill(model, token_ids(1, 140), packed=False)
     assert wall > 0 and cpu >= 0 and torch.is_grad_enabled()
-    quantize_(model, headq_config(calibration=calibrate(model, token_ids(1, 200), progress=False), v_bits=2))
+    quantize_(model, headq_config(calibration=calibrate(model, token_ids(2, 200), progress=False), v_bits=2))
     presets.seconds_of_prefill(model, token_ids(1, 140), packed=True)
     assert isinstance(caches[0], DynamicCache) and isinstance(caches[-1], HeadQCache)
     assert caches[0].get_seq_length() == caches[-1].get_seq_length() == 140 and caches[-1].bits_report().bytes

@@ -69,7 +69,7 @@ CASES += [("llama", placement, "quantized first") for placement in PLACEMENTS]
 @pytest.mark.parametrize(("family", "placement", "order"), CASES)
 def test_placed_models_give_the_same_tokens(tiny, token_ids, tmp_path, family, placement, order):
     ids, plain, placed = token_ids(2, 150), tiny(family), tiny(family)
-    calibration = calibrate(plain, [token_ids(2, 100, seed=9)], progress=False)
+    calibration = calibrate(plain, [token_ids(3, 100, seed=9)], progress=False)
     config = headq_config(**FAST, calibration=calibration)
     quantize_(plain, config)
     if order == "placed first":
@@ -110,7 +110,7 @@ def test_the_rest_of_the_interface_under_hooks(tiny, token_ids, tmp_path, placem
 def test_a_device_map_of_from_pretrained(tiny, token_ids, tmp_path):
     """A saved model with HeadQ, its second layer on the disk."""
     model, ids = tiny(), token_ids(2, 150)
-    quantize_(model, headq_config(**FAST, calibration=calibrate(model, [token_ids(2, 100, seed=9)], progress=False)))
+    quantize_(model, headq_config(**FAST, calibration=calibrate(model, [token_ids(3, 100, seed=9)], progress=False)))
     expected = results(model, ids)
     model.save_pretrained(tmp_path / "model")
     places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
@@ -125,7 +125,7 @@ def test_a_device_map_of_from_pretrained(tiny, token_ids, tmp_path):
 
 def test_offloaded_models_can_be_saved(tiny, token_ids, tmp_path):
     model, ids = tiny(), token_ids(2, 150)
-    quantize_(model, headq_config(**FAST, calibration=calibrate(model, [token_ids(2, 100, seed=9)], progress=False)))
+    quantize_(model, headq_config(**FAST, calibration=calibrate(model, [token_ids(3, 100, seed=9)], progress=False)))
     expected = results(model, ids)
     model = dispatch_model(model, {"": "cpu"}, force_hooks=True)
     with pytest.warns(UserWarning, match="save a model with offloaded modules"):  # transformers' own

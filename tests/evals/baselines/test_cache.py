@@ -29,7 +29,7 @@ def quantized(tiny, token_ids):
 
     def make(name, options, **model_options):
         model = tiny(**model_options)
-        calibration = calibrate(model, [token_ids(1, 128, seed=9)], progress=False)
+        calibration = calibrate(model, [token_ids(3, 200, seed=9)], progress=False)
         quantize_(model, headq_config(block_size=16, residual_length=16))
         method = build(name, options, calibration)
         return model, lambda: BaselineCache(model, method)
