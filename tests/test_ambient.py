@@ -100,7 +100,7 @@ def test_fill_in_one_mode_and_use_in_any(tiny, token_ids, statistics, fill):
     model = tiny().requires_grad_(False)
     ids, options = token_ids(2, 200), NEAR_EXACT | STATISTICS[statistics]
     if "calibration" in options:
-        options["calibration"] = calibrate(model, [ids[0]] * 2, progress=False)
+        options["calibration"] = calibrate(model, [token_ids(2, 300, seed=9)], progress=False)
     quantize_(model, headq_config(**options))
     for filled in FILLS:
         plain = logits(model, ids, HeadQCache(model), "no_grad", "no_grad", filled)
@@ -119,11 +119,13 @@ def test_fill_in_one_mode_and_use_in_any(tiny, token_ids, statistics, fill):
 def test_every_entry_point(tiny, tmp_path, mode):
     """calibrate, quantize_, generate, save, load, copies, reports and checkpoints give what they do without a mode."""
 
+    text = torch.randint(3, 128, (2, 300), generator=torch.Generator("cpu").manual_seed(9), device="cpu")
+
     def run():
         model = tiny().requires_grad_(False)
         ids = torch.randint(3, 128, (1, 150), generator=torch.Generator("cpu").manual_seed(0), device="cpu")
         with context():
-            calibration = calibrate(model, [ids[0]] * 2, progress=False)
+            calibration = calibrate(model, [text], progress=False)
             calibration.save(tmp_path / "calibration.safetensors")
             options = NEAR_EXACT | {"calibration": Calibration.load(tmp_path / "calibration.safetensors")}
             quantize_(model, headq_config(**options))
@@ -162,7 +164,8 @@ def test_accelerator_with_mixed_precision(tiny, token_ids):
     prepared = Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
     with torch.no_grad():
         exact = prepared(ids).logits
-    quantize_(model, headq_config(**NEAR_EXACT, calibration=calibrate(model, [ids[0]] * 2, progress=False)))
+    calibration = calibrate(prepared, [token_ids(2, 300, seed=9)], progress=False)
+    quantize_(model, headq_config(**NEAR_EXACT, calibration=calibration))
     with torch.no_grad():
         cache = HeadQCache(model)
         found = torch.cat([prepared(part, cache=cache).logits for part in ids.split([100, 30, *[1] * 20], 1)], 1)

@@ -190,7 +190,7 @@ def test_what_wraps_a_model_is_looked_into(model, token_ids, tmp_path):
 def test_what_load_and_save_are_given(model, token_ids, tmp_path):
     cache = filled(model, token_ids(1, 100))
     cache.save(tmp_path / "c")
-    calibrate(model, [token_ids(1, 60)], progress=False).save(tmp_path / "calibration")
+    calibrate(model, [token_ids(2, 300)], progress=False).save(tmp_path / "calibration")
     (tmp_path / "text").write_text("no tensors at all")
     (tmp_path / "empty").write_bytes(b"")
     again = "fill a HeadQCache with the prompt and save it again"

@@ -76,7 +76,7 @@ def test_settings(tiny, token_ids, options):
 def test_calibrated(tiny, token_ids, tmp_path, mean_bits):
     """Calibrated on the GPU, and read back from the file."""
     model = tiny(head_dim=64)
-    rows = list(token_ids(4, 128, seed=1).split(1))
+    rows = list(token_ids(4, 192, seed=1).split(1))
     on_gpu, on_cpu = (calibrate(m, rows, progress=False) for m in (copy.deepcopy(model).cuda(), model))
     on_gpu.save(tmp_path / "calibration.safetensors")
     config = headq_config(calibration=str(tmp_path / "calibration.safetensors"), mean_bits=mean_bits)

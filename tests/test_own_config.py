@@ -64,11 +64,12 @@ def saved(model, ids, folder):
     model.save_pretrained(folder / "weights")
 
 
+TEXT = torch.randint(3, 64, (4, 300), generator=torch.Generator().manual_seed(1))  # enough to calibrate on
 ACTS = {
     "quantize": quantized,
     "generate": lambda m, ids: (quantized(m, ids), m.generate(ids, max_new_tokens=40, do_sample=False)),
-    "calibrate": lambda m, ids: calibrate(m, [ids], progress=False),
-    "calibrated": lambda m, ids: quantize_(m, headq_config(calibration=calibrate(m, [ids], progress=False))),
+    "calibrate": lambda m, ids: calibrate(m, [TEXT], progress=False),
+    "calibrated": lambda m, ids: quantize_(m, headq_config(calibration=calibrate(m, [TEXT], progress=False))),
     "restore": lambda m, ids: (quantized(m, ids), restore_(m)),
     "changed": lambda m, ids: (quantized(m, ids), setattr(m.config, "use_cache", False), restore_(m)),
     "weights": lambda m, ids: quantize_(m, Int8WeightOnlyConfig()),
@@ -178,7 +179,7 @@ def test_a_composite_model(token_ids, act):
     ]
     assert {kind for _, kind in kinds} == {"sdpa", "eager"}
     if act == "calibrate":
-        calibrate(model, [ids], progress=False)
+        calibrate(model, [TEXT], progress=False)
     else:
         quantize_(model, headq_config(**FAST))
         assert model.config.text_config is model.model.language_model.config
