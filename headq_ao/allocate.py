@@ -4,7 +4,7 @@ import dataclasses
 import heapq
 import itertools
 from collections.abc import Hashable, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -119,7 +119,8 @@ def cautious(damage: Mapping[HeadSide, Sequence[float]], calibration: Calibratio
     share = max((layer.doubt for layer in calibration.layers), default=0.0)  # the same in all
     if not share:
         return dict(damage)
-    logs = {part: torch.tensor(d, dtype=torch.float64).clamp(min=1e-30).log() for part, d in damage.items()}
+    exact: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+    logs = {part: torch.tensor(d, **exact).clamp(min=1e-30).log() for part, d in damage.items()}
     found: dict[HeadSide, Sequence[float]] = {}
     for part, own in logs.items():
         mean = torch.stack([x for other, x in logs.items() if other[1] == part[1]]).mean(0)

@@ -99,7 +99,7 @@ class Batches:
         rows: list[Tensor] = []
         for part in parts:
             try:
-                found = torch.as_tensor(part).detach().cpu()
+                found = part.detach().cpu() if isinstance(part, Tensor) else torch.as_tensor(part, device="cpu")
             except (TypeError, ValueError, RuntimeError) as error:
                 raise self.error(f"{what}: {_told(part)}") from error
             if not 1 <= found.ndim <= 1 + (not nested):
@@ -172,7 +172,7 @@ def counted_tokens(rows: Iterable[Tensor], n_sink: int) -> list[Tensor]:
     seen: Counter[tuple[int, ...]] = Counter()
     found = []
     for row in rows:
-        counts = torch.ones(len(row), dtype=torch.bool)
+        counts = torch.ones(len(row), dtype=torch.bool, device="cpu")
         for i, context in enumerate(contexts(row)):
             if i >= n_sink:
                 counts[i] = seen[context] < REPEATS

@@ -80,7 +80,7 @@ def brought(module: nn.Module, name: str, tensor: Tensor) -> Tensor | None:
     for one in getattr(hook, "hooks", [hook]):
         held = getattr(one, "weights_map", None)
         if held is not None and name in held:
-            return torch.as_tensor(held[name])
+            return torch.as_tensor(held[name], device="cpu")
     return None
 
 
@@ -220,7 +220,7 @@ def few_numbers(tensor: Tensor) -> list[float]:
         return x.tolist()
     x = nn.functional.pad(x, (0, -len(x) % VALUES)).unflatten(0, (VALUES, -1))
     norms = x.norm(dim=1)
-    direction = torch.cos(torch.arange(x.shape[1], dtype=torch.float64) ** 2)
+    direction = torch.cos(torch.arange(x.shape[1], dtype=torch.float64, device=x.device) ** 2)
     projections = 1 + (x @ direction) / norms.clamp(min=1e-30) / x.shape[1] ** 0.5  # near 1: compared to 1e-5 of it
     return [*norms.tolist(), *projections.tolist()]
 
@@ -311,7 +311,7 @@ def block_sums(tensor: Tensor) -> Tensor:
         min(at_once, max([len(piece) for piece in pieces], default=0)), dtype=torch.int64, device=flat.device
     )
     sums = [folded_sums(words, weights, room) for piece in pieces for words in piece.split(at_once)]
-    return torch.cat(sums).cpu() if sums else torch.zeros(0, dtype=torch.int64)
+    return torch.cat(sums).cpu() if sums else torch.zeros(0, dtype=torch.int64, device="cpu")
 
 
 def folded_sums(words: Tensor, weights: Tensor, room: Tensor) -> Tensor:
@@ -325,7 +325,7 @@ def word_weights(n: int) -> Tensor:
     """Odd 64-bit numbers without a pattern (SplitMix64), by integer arithmetic alone."""
     if n not in _weights:
         with torch.inference_mode(False), torch.device("cpu"):
-            z = (torch.arange(n, dtype=torch.int64) + 1) * signed(0x9E3779B97F4A7C15)
+            z = (torch.arange(n, dtype=torch.int64, device="cpu") + 1) * signed(0x9E3779B97F4A7C15)
             for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
                 z = (z ^ ((z >> shift) & (2 ** (64 - shift) - 1))) * signed(factor)
             _weights[n] = (z ^ ((z >> 31) & (2**33 - 1))) | 1

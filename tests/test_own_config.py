@@ -170,9 +170,9 @@ def vision_model():
 
 
 @pytest.mark.parametrize("act", ["quantize", "calibrate", "changed"])
-def test_a_composite_model(token_ids, act):
+def test_a_composite_model(act):
     """Each part's own attention comes back, and sub-configs are those of the root."""
-    model, ids = vision_model(), token_ids(1, 60)
+    model = vision_model()
     before = everything(model)
     kinds = [
         (type(m).__name__, m.config._attn_implementation) for m in model.modules() if isinstance(m, PreTrainedModel)
