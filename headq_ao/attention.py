@@ -71,7 +71,7 @@ def headq_attention(
         elif hasattr(module, "headq"):
             bypassed = "use_cache is False, or the call did not go through the model that quantize_ was given"
             number = module.headq.model.number  # type: ignore[union-attr]
-            warn_dense("gradients are wanted in train mode" if module.training else bypassed, number)
+            warn_dense("the model is in train mode and gradients are wanted" if module.training else bypassed, number)
         out = _dense(module, query, key, value, attention_mask, scaling, *dense)
         return out, exact_weights(query, key, attention_mask, scale, is_causal) if weights else None
     assert isinstance(value, HeadQHistory)

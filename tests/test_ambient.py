@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from headq_ao import (
     Calibration,
@@ -160,6 +161,7 @@ def test_every_entry_point(tiny, tmp_path, mode):
 
 
 def test_accelerator_with_mixed_precision(tiny, token_ids):
+    AcceleratorState._reset_state(reset_partial_state=True)  # other tests may have made one
     ids, model = token_ids(1, 150), tiny()
     prepared = Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
     with torch.no_grad():

@@ -494,7 +494,7 @@ def test_damaged_files(made, tmp_path, name):
 def test_no_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no calibration file at '.*nowhere'; make one with calibrate"):
         Calibration.load(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match="no calibration file at"):
+    with pytest.raises(FileNotFoundError, match="is a folder, not a calibration file"):
         Calibration.load(tmp_path)
 
 

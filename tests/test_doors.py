@@ -27,7 +27,7 @@ def doors(tiny, token_ids, tmp_path):
         tiny(head_dim=64).save_pretrained(tmp_path / "dense")
         kind = WEIGHTS[weights]
         made = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
-        calibration = calibrate(made, [token_ids(2, 150, seed=9)], progress=False)
+        calibration = calibrate(made, [token_ids(3, 200, seed=9)], progress=False)
         config = headq_config(**FAST, calibration=calibration)
         for one in ([] if kind is None else [kind()]) + [config]:
             quantize_(made, one)

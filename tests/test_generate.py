@@ -420,7 +420,7 @@ def test_masks_that_are_refused(model, token_ids):
         model(ids, attention_mask=hole)
     cache = HeadQCache(model)
     forward(model, ids, cache=cache)
-    with pytest.raises(ValueError, match=r"\(2, 21\), got shape \(2, 1\)"):
+    with pytest.raises(ValueError, match=r"\(2, 21\), .*got shape \(2, 1\)"):
         forward(model, ids[:, :1], attention_mask=torch.ones(2, 1, dtype=torch.long), cache=cache)
     assert cache.get_seq_length() == 20, "a refused call must not enter the cache"
 

@@ -29,7 +29,7 @@ def test_first_call_has_the_gradients_of_the_dense_model(tiny, token_ids, family
     quantize_(model, headq_config(**OPTIONS))
     for brought in ({}, {"cache": HeadQCache(model)}):
         if training and not brought:
-            with pytest.warns(UserWarning, match="gradients are wanted in train mode"):
+            with pytest.warns(UserWarning, match="train mode and gradients are wanted"):
                 found = gradients(model, ids, **brought)
         else:
             found = gradients(model, ids, **brought)

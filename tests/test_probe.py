@@ -7,6 +7,7 @@ import torch
 import transformers
 from accelerate import cpu_offload, dispatch_model
 from torch import nn
+from transformers import DynamicCache
 from transformers.models.llama import modeling_llama
 
 from headq_ao import HeadQCache, calibrate, headq_config, probe, quantize_, restore_
@@ -83,8 +84,15 @@ def test_an_option_of_the_call_that_is_handed_on(tiny, token_ids):
     model(token_ids(1, 20))
     with pytest.raises(ValueError, match="steepness=3"):
         model(token_ids(1, 20), steepness=3)
-    with pytest.raises(ValueError, match="is_causal=False"):
-        model(token_ids(1, 20), is_causal=False)
+    restore_(model)
+    quantize_(model, headq_config(k_bits=8, v_bits=8, epoch_tokens=32))
+    with torch.no_grad():  # each new token sees all of its call, in the first call and in later ones
+        cache, exact = HeadQCache(model), DynamicCache()
+        found = [model(part, is_causal=False, cache=cache).logits for part in token_ids(1, 200).split(180, 1)]
+        restore_(model)
+        expected = [model(part, is_causal=False, cache=exact).logits for part in token_ids(1, 200).split(180, 1)]
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=0.05, rtol=0.05)
 
 
 def patched(name, change):

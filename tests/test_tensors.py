@@ -6,7 +6,8 @@ import io
 import pytest
 import torch
 
-from headq_ao import headq_config
+from headq_ao import HeadQConfig, headq_config
+from headq_ao.cache_layer import HeadQCacheLayer
 from headq_ao.codec import (
     affine_codec,
     prompt_visible_codec,
@@ -15,6 +16,7 @@ from headq_ao.codec import (
     visible_value_codec,
     with_side_code,
 )
+from headq_ao.models import LayerShape
 from headq_ao.ops import MappedQuery, Rows, decode_attention
 from headq_ao.tensors import HeadQHistory, HeadQKeyTensor, HeadQValueTensor
 
@@ -317,7 +319,9 @@ def test_other_ops_are_refused_by_name(packed, op):
 
 @pytest.fixture
 def history():
-    return HeadQHistory(object(), randn(2, 3, 1, 16), torch.zeros(2, 3, 1, 16), 100)
+    return HeadQHistory(
+        HeadQCacheLayer(HeadQConfig(), LayerShape(3, 3, 16, None)), randn(2, 3, 1, 16), torch.zeros(2, 3, 1, 16), 100
+    )
 
 
 def test_history_shows_the_shape_of_all_rows(history):

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from headq_ao import HeadQCache, HeadQConfig
+from headq_ao.ambient import mode_neutral
 from headq_ao.cache_layer import HeadQCacheLayer
 from headq_ao.closing import select
 from headq_ao.evals.baselines.codecs import query_span
@@ -35,6 +36,7 @@ class BaselineLayer(HeadQCacheLayer):
         sides = {"key": self.method.keys, "value": self.method.values}
         return tuple(side for side, codec in sides.items() if codec is not None)
 
+    @mode_neutral
     def commit(self, q: Tensor | None, codec: LayerCodec, scaling: float | None = None) -> None:
         if not self.epochs:
             self.epochs = [Epoch(0, per_sequence=False)]

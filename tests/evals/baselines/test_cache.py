@@ -23,6 +23,12 @@ CASES = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.no_grad():
+        yield
+
+
 @pytest.fixture
 def quantized(tiny, token_ids):
     """``quantized(method, options, **model options)``: a model and what builds its caches."""
@@ -47,8 +53,8 @@ def test_reads_what_it_wrote(quantized, token_ids, name, options):
     seen = {}
     attend = layer.attend
 
-    def spy(q, scaling, codec):
-        seen["q"], seen["out"] = q, attend(q, scaling, codec)
+    def spy(q, scaling, codec, *view):
+        seen["q"], seen["out"] = q, attend(q, scaling, codec, *view)
         return seen["out"]
 
     layer.attend = spy
