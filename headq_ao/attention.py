@@ -1,7 +1,5 @@
 """The attention function that reads packed rows, registered as ``"headq"`` with transformers."""
 
-import sys
-import warnings
 from typing import Any
 
 import torch
@@ -16,6 +14,7 @@ from headq_ao.calibrate import RECORDER
 from headq_ao.compiled import PendingRows, step
 from headq_ao.layer_codec import LayerCodec
 from headq_ao.tensors import HeadQHistory
+from headq_ao.user_warning import warn
 
 NAME = "headq"
 NO_GRADIENTS = (
@@ -167,10 +166,7 @@ def warn_dense(why: str, model: int) -> None:
     """Say, once per model (:class:`headq_ao.layer_codec.ModelNumber`) and reason, that a call uses no packed cache."""
     if (model, why) not in _warned:
         _warned.add((model, why))
-        place, text = sys._getframe(2), f"HeadQ: {why}; this call runs on dense keys and values"
-        module = place.f_globals.get("__name__", "sys")
-        # with a registry of its own, for warnings.warn would leave out the same words for another model
-        warnings.warn_explicit(text, UserWarning, place.f_code.co_filename, place.f_lineno, module, registry={})
+        warn(f"HeadQ: {why}; this call runs on dense keys and values", again=True)
 
 
 _warned: set[tuple[int, str]] = set()

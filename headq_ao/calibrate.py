@@ -3,7 +3,6 @@
 import contextvars
 import dataclasses
 import itertools
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +25,7 @@ from headq_ao.models import (
 from headq_ao.own_config import OwnConfigs
 from headq_ao.probe import supported_layers
 from headq_ao.seen import seen_weights
+from headq_ao.user_warning import warn
 
 CONTEXT_LENGTH = 4096
 PROFILED_TOKENS = 1024
@@ -199,7 +199,7 @@ def calibrate(
     made = Calibration(layers, fingerprint(model), meta)
     if not made.suffices:
         noise = f" ({text.count(False)} of {len(text)} rows are no text to this model)" if not all(text) else ""
-        warnings.warn(f"HeadQ: {made.shortage()}; quantize_ will not use it{noise}", stacklevel=3)
+        warn(f"HeadQ: {made.shortage()}; quantize_ will not use it{noise}")
     return made
 
 

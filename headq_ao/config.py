@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import os
-import warnings
 from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -13,6 +12,7 @@ from torchao.core.config import ALLOWED_AO_MODULES, AOBaseConfig
 
 from headq_ao.calibration import Calibration
 from headq_ao.ops.layout import PIECES, granule
+from headq_ao.user_warning import warn
 
 CodecName = Literal["visible", "affine"]
 Basis = Literal["query_pca", "score_optimal", "key_pca", "random"]
@@ -276,10 +276,9 @@ class HeadQConfig(AOBaseConfig):
         if known.suffices:
             return self, known
         bits = " and ".join(f"{side}={b}" for side in ("k_bits", "v_bits") if (b := getattr(self, side)) is not None)
-        warnings.warn(
+        warn(
             f"HeadQ: {known.shortage()}. It is not used: each sequence's own statistics and {bits} hold, as without a "
-            "calibration",
-            stacklevel=2,
+            "calibration"
         )
         return dataclasses.replace(self, calibration=None), None
 

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import os
-import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +21,7 @@ from headq_ao.models import attention_modules, execution_device
 from headq_ao.sink_check import TELLING, sink_error, tolerance
 from headq_ao.state import RowCounts, RowStore
 from headq_ao.token_ids import EMBEDDED, PAD, UNKNOWN
+from headq_ao.user_warning import warn
 
 if TYPE_CHECKING:
     from headq_ao.cache import HeadQCache
@@ -87,11 +87,10 @@ def sinks_at_saving(cache: "HeadQCache", model: PreTrainedModel) -> float | None
         why = f"they are {error} off"
     if error is None or error <= TELLING:
         return error
-    warnings.warn(
+    warn(
         f"HeadQ: the first tokens of this cache do not come out again when the model computes them alone ({why}): "
         "it was changed in a way that its parameters do not tell, or the prompt had other positions, masks or images; "
-        "HeadQCache.load will compare weights and embedding rows only",
-        stacklevel=4,
+        "HeadQCache.load will compare weights and embedding rows only"
     )
     return None
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import inspect
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +33,7 @@ from headq_ao.models import (
 )
 from headq_ao.probe import supported_layers
 from headq_ao.rotary import rotary_turns
+from headq_ao.user_warning import warn
 
 _DEFAULT: Any = object()
 
@@ -278,10 +278,9 @@ def keep_attention(model: PreTrainedModel) -> None:
         return
     state.chosen_attention = changed[0]
     model.set_attn_implementation(attention.NAME)
-    warnings.warn(
+    warn(
         f"HeadQ: attn_implementation was set to {changed[0]!r}, and stays 'headq' while the model has a packed cache; "
-        "restore_(model) puts the other one in place",
-        stacklevel=4,
+        "restore_(model) puts the other one in place"
     )
 
 

@@ -342,3 +342,18 @@ def test_the_number_of_a_model_is_shared_by_its_layers(model):
     twin = copy.deepcopy(model)
     numbers = [{layer.self_attn.headq.model.number for layer in m.model.layers} for m in (model, twin)]
     assert [len(n) for n in numbers] == [1, 1] and numbers[0] != numbers[1]
+
+
+def test_warnings_point_to_the_users_line(tiny, token_ids):
+    """Not to a line of the library that was called in between."""
+    model = tiny()
+    with pytest.warns(UserWarning) as seen:
+        few = calibrate(model, [token_ids(1, 40)], progress=False)
+        quantize_(model, headq_config(calibration=few))
+        model(token_ids(1, 20), use_cache=False)
+        model.set_attn_implementation("eager")
+        with torch.no_grad():
+            model.generate(token_ids(1, 20), max_new_tokens=2)
+    ours = [w for w in seen if str(w.message).startswith("HeadQ: ")]
+    assert len(ours) == 4
+    assert {w.filename for w in ours} == {__file__}
