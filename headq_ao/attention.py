@@ -54,8 +54,7 @@ def headq_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if isinstance(key, PendingRows):
         assert isinstance(value, PendingRows)
-        states = (query, key.rows, value.rows)
-        problem = _unknown(module, kwargs) or _graph_problem(attention_mask, is_causal, kwargs, *states)
+        problem = _unknown(module, kwargs) or _graph_problem(attention_mask, is_causal, kwargs, query)
         # one new token sees all of itself: a mask counts where it speaks of cached tokens
         told = attention_mask is not None and (query.shape[2] > 1 or attention_mask.shape[-1] > 1)
         return step(query, key, value, scale, problem, attention_mask if told else None), None
@@ -91,7 +90,7 @@ def headq_attention(
             out = layer.attend(query, scale, codec, (key.new_keys, value.new_values), view)
             out = out.transpose(1, 2).contiguous()
     except BaseException:
-        layer.undo_update()
+        layer.take_back()
         raise
     layer.commit(query, codec, scale)
     return out, shown
@@ -135,14 +134,10 @@ def _check_readable(query: Tensor, key: Tensor, value: Tensor, dropout: float) -
         raise ValueError(f"attention dropout of {dropout} cannot be applied to a packed cache; call model.eval() first")
 
 
-def _graph_problem(
-    mask: Tensor | None, is_causal: bool | None, kwargs: dict[str, Any], query: Tensor, key: Tensor, value: Tensor
-) -> str | None:
+def _graph_problem(mask: Tensor | None, is_causal: bool | None, kwargs: dict[str, Any], query: Tensor) -> str | None:
     """Why a compiled call cannot be served, None where it can."""
     if kwargs.get("output_attentions"):
         return "a compiled call returns no attention weights; call the model itself with output_attentions=True"
-    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-        return "a compiled call on a packed cache has no gradients; call it under torch.no_grad()"
     if is_causal is False and mask is None and query.shape[2] > 1:
         return "a compiled call on a packed cache is causal, got is_causal=False; call the model itself"
     return None

@@ -1,5 +1,6 @@
 """``HeadQCache``: the packed cache that a quantized model reads and writes."""
 
+import contextlib
 import copy
 import dataclasses
 import operator
@@ -21,7 +22,7 @@ from headq_ao.config import HeadQConfig
 from headq_ao.identity import alike, stamp
 from headq_ao.layer_codec import LayerCodec
 from headq_ao.layer_state import Incoming
-from headq_ao.masks import check_positions, real_spans
+from headq_ao.masks import check_positions, custom, hidden_tokens, real_spans
 from headq_ao.models import LayerShape, layer_shapes, tensor_parallel
 from headq_ao.prompt_cache import load_cache, save_cache
 from headq_ao.report import BitsReport
@@ -103,8 +104,22 @@ class HeadQCache(Handled, Cache):
             )
         incoming = self.incoming
         incoming.seen, incoming.length, incoming.spans = self.get_seq_length(), length, spans
-        incoming.weights = False
+        incoming.weights = incoming.custom = False
+        incoming.hidden, incoming.cache = None, weakref.ref(self)
         incoming.views.clear()
+
+    def roll_back(self) -> None:
+        """Take a call that failed on its way through the layers back, where they can: no layer holds its tokens then.
+
+        Full layers can; a sliding window that has let go of tokens may not (:meth:`HeadQCacheLayer.check_crop`).
+        """
+        before = self.incoming.seen
+        for layer in self.layers:
+            layer.undo_update()
+            if layer.seen > before:
+                with contextlib.suppress(RuntimeError):
+                    layer.crop(before - layer.seen)
+        self.ids.crop(before)
 
     @property
     def holds_tokens(self) -> bool:
@@ -139,7 +154,18 @@ class HeadQCache(Handled, Cache):
         """
         self.check_made_for(state)
         check_positions(position_ids, mask)
-        self.announce(length, real_spans(mask, batch, length, self.get_seq_length()), layers)
+        seen = self.get_seq_length()
+        spans = real_spans(mask, batch, length, seen)
+        rows = self.layers[0].rows
+        if custom(mask) and any(row.pads for row in rows):
+            raise ValueError(
+                "tokens of this call would follow padding on the right of an earlier one, which a 4-D mask cannot "
+                "tell; pad on the left"
+            )
+        whole = spans is None and all([row.tokens == seen for row in rows])  # most calls: no padding anywhere
+        hidden = None if whole or len(rows) != batch else hidden_tokens(mask, rows, seen)
+        self.announce(length, spans, layers)
+        self.incoming.custom, self.incoming.hidden = custom(mask), hidden
         self.caller = weakref.ref(state)
         self._note_origin(state)
         if self.keeps_ids:

@@ -35,7 +35,11 @@ class HeadQCacheLayer(ClosingLayer, ReadingLayer, CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append exact rows ``[B, Hkv, S, D]``; packing waits for :meth:`commit`, which attention calls."""
-        self._append(key_states.detach(), value_states.detach())
+        try:
+            self._append(key_states.detach(), value_states.detach())
+        except BaseException:
+            self.take_back()
+            raise
         history = HeadQHistory(self, key_states, value_states, self.seen)
         return history, history
 
@@ -60,6 +64,15 @@ class HeadQCacheLayer(ClosingLayer, ReadingLayer, CacheLayerMixin):
             row.pads = s - span.stop if span.length else row.pads + s
         self.seen += s
         self.pending = True
+
+    def take_back(self) -> None:
+        """After a failure in this layer: leave the whole cache as it was before the call, as far as that can be."""
+        cache = None if self.incoming.cache is None else self.incoming.cache()
+        before = self.seen - (self.last_slots if self.pending else 0)
+        if cache is None or before != self.incoming.seen:
+            self.undo_update()  # a layer of its own, or a call that did not come through the model's pre-hook
+        else:
+            cache.roll_back()
 
     def undo_update(self) -> None:
         """Take back an update whose call failed before :meth:`commit`: the cache is then as it was before the call."""

@@ -151,6 +151,9 @@ def calibrate(
     """
     shapes, _ = supported_layers(model)
     vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    for name, value, least in (("n_rows", n_rows, 1), ("n_sink", n_sink, 0), ("seed", seed, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
     batches = read_batches(token_batches, attention_mask, n_sink, vocabulary)
     rows = [row for batch in batches for row in batch]
     counted = counted_tokens(rows, n_sink)
@@ -222,7 +225,8 @@ def spread_starts(model: PreTrainedModel, lengths: list[int], context_length: in
     most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if context_length is None:
         context_length = CONTEXT_LENGTH if most is None else min(CONTEXT_LENGTH, most)
-    if not isinstance(context_length, int) or context_length < 1 or (most is not None and context_length > most):
+    whole = isinstance(context_length, int) and not isinstance(context_length, bool)
+    if not whole or context_length < 1 or (most is not None and context_length > most):
         limit = "" if most is None else f" and at most {most}, the model's positions"
         raise ValueError(f"context_length must be a whole number of at least 1{limit}, got {context_length!r}")
     rotary = rotary_embedding(model) is not None

@@ -279,6 +279,10 @@ class Calibration:
         """Itself: never changed, and shared by the copies of a model and of its caches."""
         return self
 
+    def __repr__(self) -> str:
+        kind, tokens = self.fingerprint.get("model_type"), self.meta.get("tokens")
+        return f"Calibration(model_type={kind!r}, layers={len(self.layers)}, tokens={tokens})"
+
     def check_model(self, fingerprint: dict[str, Any]) -> None:
         """Raise ValueError where this calibration was made on another model."""
         wrong = [k for k, here in fingerprint.items() if not _same(here, self.fingerprint.get(k))]

@@ -12,7 +12,7 @@ from torch import Tensor
 CONTEXT = 4  # a token and the three before it: what it is taken to be
 REPEATS = 8  # a token in the same context counts so many times; more of it teaches nothing
 SURPRISE = 3.0  # nats per token beyond what a model expects of itself; text has 0 to 1, shuffled words 2, random ids 6
-VARIETY = 8  # effective tokens are at most so many for each effectively different id
+VARIETY = 64  # effective tokens are at most so many for each effectively different id
 
 
 def read_batches(token_batches: Any, attention_mask: Any, n_sink: int, vocabulary: int | None) -> list[Tensor]:
@@ -35,6 +35,9 @@ def read_batches(token_batches: Any, attention_mask: Any, n_sink: int, vocabular
     if isinstance(token_batches, (str, bytes)) or not isinstance(token_batches, Iterable):
         raise batches.error(_told(token_batches))
     given = list(token_batches)
+    one_row = isinstance(token_batches, Tensor) and token_batches.ndim == 1
+    if given and (one_row or all(map(_is_number, given))):  # one row of ids
+        given, attention_mask = [token_batches], None if attention_mask is None else [attention_mask]
     if attention_mask is None:
         masks = [None] * len(given)
     elif isinstance(attention_mask, (str, bytes, Mapping)) or not isinstance(attention_mask, Iterable):
@@ -113,6 +116,7 @@ class Batches:
             if row.numel():
                 raise self.error(f"{what}: {row.dtype}")
         elif row.numel():
+            row = row.long()  # some dtypes of whole numbers have no minimum
             low, high = int(row.min()), int(row.max())
             if low < 0 or (self.vocabulary is not None and high >= self.vocabulary):
                 limit = "" if self.vocabulary is None else f", of a vocabulary of {self.vocabulary}"

@@ -115,6 +115,42 @@ def _(
     return q.new_empty((b, s, hq, d))
 
 
+@torch.library.custom_op("headq::without_gradients", mutates_args=())
+def _without_gradients(out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """``out`` as a function of the states that it was computed from: a backward pass through it is refused by name."""
+    return out.clone()
+
+
+@torch.library.custom_op("headq::refuse_gradients", mutates_args=())
+def _refuse_gradients(gradient: Tensor) -> Tensor:
+    raise ValueError(
+        "a compiled call on a packed cache has no gradients to give, and gradients are wanted: call the model itself, "
+        "or pass use_cache=False"
+    )
+
+
+@_without_gradients.register_fake
+def _(out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.empty_like(out)
+
+
+@_refuse_gradients.register_fake
+def _(gradient: Tensor) -> Tensor:
+    return torch.empty_like(gradient)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+    nothing = torch.ops.headq.refuse_gradients(gradient)
+    return nothing, *(nothing.new_zeros(shape) for shape in ctx.shapes)
+
+
+def _keep_shapes(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.shapes = [x.shape for x in inputs[1:]]
+
+
+_without_gradients.register_autograd(_backward, setup_context=_keep_shapes)
+
+
 def seen(cache: "HeadQCache") -> Tensor:
     """Slots seen, a 0-dim int64 tensor, read when the graph runs."""
     return torch.ops.headq.seen(cache.handle)
@@ -130,8 +166,12 @@ def step(
     Raises:
         ValueError: with ``problem``, when the graph runs.
     """
-    q, keys, values = (x.detach() for x in (q, k.rows, v.rows))
-    return torch.ops.headq.step(k.handle, k.layer, q, keys, values, scaling, problem, mask)
+    states = (q, k.rows, v.rows)
+    detached = [x.detach() for x in states]
+    out: Tensor = torch.ops.headq.step(k.handle, k.layer, *detached, scaling, problem, mask)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in states):
+        return torch.ops.headq.without_gradients(out, *states)
+    return out
 
 
 def announce(cache: "HeadQCache", state: "HeadQState", kwargs: dict[str, Any], tokens: Tensor) -> None:
@@ -169,7 +209,7 @@ def _run(
         else:
             out = layer.attend(q, scaling, codec, (k, v), layer.view(mask))
     except BaseException:
-        layer.undo_update()
+        layer.take_back()
         raise
     layer.commit(q, codec, scaling)
     return out.transpose(1, 2).contiguous()

@@ -8,7 +8,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate as default_masks
 
 from headq_ao.cache import HeadQCache
-from headq_ao.masks import check_left_padded, custom, real_spans
+from headq_ao.masks import check_left_padded, custom, hidden_tokens, real_spans
 from headq_ao.state import Span
 
 
@@ -57,5 +57,7 @@ def masks_for_generate(
         make = getattr(type(model), "create_masks_for_generate", default_masks)
         return make(config, inputs_embeds, attention_mask, cache=cache, **kwargs)
     batch, length = inputs_embeds.shape[:2]
-    spans = real_spans(attention_mask, batch, length, cache.get_seq_length())
-    return None if spans is None or all(span == Span(0, length) for span in spans) else attention_mask
+    seen = cache.get_seq_length()
+    spans = real_spans(attention_mask, batch, length, seen)
+    whole = spans is None or all(span == Span(0, length) for span in spans)
+    return None if whole and hidden_tokens(attention_mask, cache.layers[0].rows, seen) is None else attention_mask

@@ -26,11 +26,14 @@ class Incoming:
     seen: int = 0
     length: int = 0
     spans: list[Span] | None = None
+    custom: bool = False  # the caller's own 4-D masks, which may say anything of cached tokens
+    hidden: list[int] | None = None  # how many of its oldest cached tokens each sequence's 2-D mask hides
     weights: bool = False  # attention weights are wanted; some models do not tell their attention
     views: dict[Any, Any] = field(default_factory=dict)  # what attention found in the call's masks, for all layers
+    cache: Any = None  # a weak reference to the cache whose call it is
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"views": {}}  # copies start without: they refer to the masks
+        return vars(self) | {"views": {}, "cache": None}  # which refer to masks, and to the cache that was copied
 
 
 class LayerState:

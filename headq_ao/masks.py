@@ -6,6 +6,7 @@ it with the counts. New tokens are in full precision in their own call, so any m
 the cached tokens a query may see any contiguous range.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 from headq_ao.state import RowCounts, Span, int_tensor
+
+QUERY_TILE = 256  # queries whose masks are looked through at a time
 
 
 @dataclass(frozen=True)
@@ -44,11 +47,7 @@ def real_spans(mask: Any, batch: int, length: int, seen: int) -> list[Span] | No
         return None
     if custom(mask):
         for one in mask.values() if isinstance(mask, dict) else (mask,):
-            if one is not None and (one.ndim != 4 or one.shape[-2:] != (length, seen + length)):
-                raise ValueError(
-                    f"a 4-D attention_mask must be [{batch} or 1, 1, {length}, {seen + length}], new tokens by all "
-                    f"cached and new ones, got {tuple(one.shape)}"
-                )
+            check_4d(one, batch, length, seen)
         return None
     if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape != (batch, seen + length):
         what = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
@@ -66,6 +65,43 @@ def real_spans(mask: Any, batch: int, length: int, seen: int) -> list[Span] | No
     first, count = real.int().argmax(1).tolist(), real.sum(1).tolist()
     clamp = lambda x: min(max(x - seen, 0), length)  # noqa: E731
     return [Span(clamp(f), clamp(f + n)) if n else Span(0, 0) for f, n in zip(first, count, strict=True)]
+
+
+def check_4d(mask: Any, batch: int, length: int, seen: int) -> None:
+    """Raise ValueError where a caller's own mask, None for none, does not speak of the call's tokens."""
+    if mask is None:
+        return
+    fits = isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[0] in (1, batch)
+    if not fits or mask.shape[-2:] != (length, seen + length):
+        got = tuple(mask.shape) if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+        raise ValueError(
+            f"a 4-D attention_mask must be [{batch} or 1, 1, {length}, {seen + length}], new tokens by all "
+            f"cached and new ones, got {got}"
+        )
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise ValueError(f"a 4-D attention_mask must be bool, or floating point and additive, got {mask.dtype}")
+
+
+def hidden_tokens(mask: Any, rows: Sequence[RowCounts], seen: int) -> list[int] | None:
+    """How many of the oldest cached tokens of each sequence a 2-D mask over all slots hides; None: none at all.
+
+    Raises:
+        ValueError: where it shows slots that an earlier call's mask named padding: they are not in the cache.
+    """
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or seen == 0:
+        return None
+    real, at = mask[:, :seen] != 0, torch.arange(seen, device=mask.device)
+    last = int_tensor([[seen - row.pads] for row in rows], mask.device)
+    held = (at >= last - int_tensor([[row.tokens] for row in rows], mask.device)) & (at < last)
+    if torch.equal(real, held):
+        return None
+    shown = (real & ~held).any(1)
+    if bool(shown.any()):
+        raise ValueError(
+            f"attention_mask row {int(shown.nonzero()[0])} shows slots that an earlier call's mask named padding; "
+            "padding is not in the cache: hide them again, or start a new cache"
+        )
+    return [int(n) for n in (held & ~real).sum(1)]
 
 
 def check_left_padded(mask: Any) -> None:
@@ -92,7 +128,10 @@ def check_positions(position_ids: Any, mask: Any) -> None:
         )
 
 
-def mask_view(mask: Tensor, rows: list[RowCounts], spans: list[Span], seen: int, window: int | None) -> MaskView | None:
+def mask_view(
+    mask: Tensor, rows: list[RowCounts], spans: list[Span], seen: int, window: int | None,
+    hidden: list[int] | None = None,
+) -> MaskView | None:  # fmt: skip
     """How a mask ``[B or 1, 1 or Hq, S, T]`` differs from what the counts say; None where it does not.
 
     Args:
@@ -102,6 +141,7 @@ def mask_view(mask: Tensor, rows: list[RowCounts], spans: list[Span], seen: int,
         spans: which new slots of each sequence are real.
         seen: cached slots.
         window: of a sliding layer.
+        hidden: how many of its oldest cached tokens each sequence hides in this call, as :func:`hidden_tokens` tells.
 
     Raises:
         ValueError: where the mask differs between heads, adds a bias, or does not show one contiguous range of the
@@ -124,21 +164,27 @@ def mask_view(mask: Tensor, rows: list[RowCounts], spans: list[Span], seen: int,
             f"the attention mask must cover {seen} cached and {new_slots} new slots, got {tuple(mask.shape)}"
         )
     at = torch.arange(new_slots, device=device)
-    age = at[:, None] - at
-    causal = (age >= 0) if window is None else (age >= 0) & (age < window)
     real = torch.stack([(at >= span.start) & (at < span.stop) for span in spans])  # [B, S]
     both = real[:, :, None] & real[:, None]
-    held = torch.tensor([row.tokens - span.length for row, span in zip(rows, spans, strict=True)], device=device)[
-        :, None
-    ]
-    start = torch.tensor([span.start for span in spans], device=device)[:, None]
+    held = int_tensor([[row.tokens - span.length] for row, span in zip(rows, spans, strict=True)], device)
+    start = int_tensor([[span.start] for span in spans], device)
     low = torch.zeros_like(held) if window is None else (held + at - start - window + 1).clamp(min=0).minimum(held)
     usual = (low.expand_as(real), held.expand_as(real))
-    ranges = usual if cached.shape[2] == 0 else _cached_ranges(cached, rows, spans, held, real, usual)
-    if all(map(torch.equal, ranges, usual)) and not bool(((new != causal) & both).any()):
+    low, high = usual if cached.shape[2] == 0 else _cached_ranges(cached, rows, spans, held, real, usual)
+    if hidden is not None:
+        low = low.maximum(int_tensor([[n] for n in hidden], device)).minimum(high)
+    plain = torch.equal(low, usual[0]) and torch.equal(high, usual[1])
+    if plain and not bool(((new != causal_mask(new_slots, window, device)) & both).any()):
         return None
-    begins, ends = (torch.where(real, x, 0) for x in ranges)  # padding sees nothing
+    begins, ends = (torch.where(real, x, 0) for x in (low, high))  # padding sees nothing
     return MaskView(begins.tolist(), ends.tolist(), new & both)
+
+
+def causal_mask(slots: int, window: int | None, device: torch.device) -> Tensor:
+    """``[S, S]`` bool: what new tokens see of each other by their order."""
+    at = torch.arange(slots, device=device)
+    age = at[:, None] - at
+    return (age >= 0) if window is None else (age >= 0) & (age < window)
 
 
 def visible_slots(mask: Tensor) -> Tensor:
@@ -158,8 +204,8 @@ def visible_slots(mask: Tensor) -> Tensor:
     hidden = mask <= torch.finfo(torch.float16).min / 2  # what models write to hide a slot is at least that low
     if bool(((mask != 0) & ~hidden).any()):
         raise ValueError(
-            "the attention mask adds a bias to the scores, which a packed cache does not know; "
-            "restore_(model) and use another cache for this model"
+            "the attention mask adds a bias to the scores, which a packed cache does not know (0 shows a slot, "
+            "-32752 or less hides it); restore_(model) and use another cache for this model"
         )
     return ~hidden
 
@@ -175,9 +221,13 @@ def _cached_ranges(
     pads = [0 if span.length else row.pads - new_slots for row, span in zip(rows, spans, strict=True)]
     first_slot = slots - int_tensor([[n] for n in pads], held.device) - held
     at = torch.arange(slots, device=held.device)
-    shown = cached & ((at >= first_slot) & (at < first_slot + held))[:, None]  # padding is not in the cache
-    count, first = shown.sum(2), shown.int().argmax(2) - first_slot
-    last = slots - 1 - shown.flip(2).int().argmax(2) - first_slot
+    in_cache = ((at >= first_slot) & (at < first_slot + held))[:, None]  # padding is not
+    tiles = []
+    for part in cached.split(QUERY_TILE, 1):
+        shown = (part & in_cache).byte()
+        first, last = shown.argmax(2), slots - 1 - shown.flip(2).argmax(2)
+        tiles.append(torch.stack([shown.sum(2), first - first_slot, last - first_slot]))
+    count, first, last = torch.cat(tiles, 2)
     some = count > 0
     broken = real & some & (last - first + 1 != count)
     if bool(broken.any()):

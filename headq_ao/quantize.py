@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -77,6 +78,10 @@ def quantize_(
         >>> model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, do_sample=False, pad_token_id=0).shape
         torch.Size([1, 7])
     """
+    if config is None or isinstance(config, (str, type, nn.Module)):
+        raise ValueError(
+            f"quantize_(model, config) takes a config such as headq_config() or torchao's, got {config!r:.80} as config"
+        )
     if not isinstance(config, HeadQConfig):
         arguments = {} if filter_fn is _DEFAULT else {"filter_fn": filter_fn}
         torchao.quantization.quantize_(model, config, device=device, **arguments)
@@ -255,11 +260,18 @@ def _requested(model: PreTrainedModel, kwargs: dict[str, Any]) -> tuple[str, Hea
 
 def wants_gradients(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
     """Whether a call with gradients enabled would record any through attention: for its embeddings, or for a parameter
-    of the decoder; what lies behind it (an output head) asks nothing of the cache."""
+    that acts before the last layer's attention does.
+
+    Parameters are gone through in the order of modules; one that acts before and is registered behind is found by
+    attention itself, as is what was not called through the model.
+    """
     embeds = kwargs.get("inputs_embeds")
     if isinstance(embeds, torch.Tensor) and embeds.requires_grad:
         return True
-    return any(p.requires_grad for p in model.base_model.parameters())
+    modules = list(model.base_model.modules())
+    last = max((i for i, module in enumerate(modules) if "headq" in module._modules), default=len(modules) - 1)
+    acting = itertools.chain(modules[:last], modules[last].modules())
+    return any(p.requires_grad for module in acting for p in module._parameters.values() if p is not None)
 
 
 def layers_run(model: PreTrainedModel) -> int | None:

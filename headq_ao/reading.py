@@ -9,7 +9,7 @@ from torch import Tensor
 from headq_ao.ambient import mode_neutral
 from headq_ao.layer_codec import LayerCodec
 from headq_ao.layer_state import LayerState, over_heads
-from headq_ao.masks import MaskView, mask_view
+from headq_ao.masks import MaskView, causal_mask, mask_view
 from headq_ao.ops import ExactRows, MappedQuery, Rows, attend_runs, decode_attention, merge_segments
 from headq_ao.ops.decode_attention import cpu_kernel
 from headq_ao.ops.decode_attention.reference import softmax_readout
@@ -57,16 +57,23 @@ class ReadingLayer(LayerState):
         Raises:
             ValueError: where the mask hides or shows cached tokens in a way that cannot be served.
         """
-        if mask is None and (is_causal is not False or self.last_slots == 1):
+        incoming, before, new = self.incoming, self.seen - self.last_slots, self.last_slots
+        known = (incoming.seen, incoming.length) == (before, new)
+        hidden, given = incoming.hidden if known else None, mask
+        if known and not incoming.custom and mask is not None:
+            # of cached tokens a model's own masks tell padding and windows, which the counts know: see `hidden`
+            mask = None if new == 1 else mask[..., -new:]
+        if mask is None and hidden is None and (is_causal is not False or new == 1):
             return None
-        before = self.seen - self.last_slots
-        found, key = self.incoming.views, (id(mask), before, self.last_slots, self.sliding_window)
-        known, view = found.get(key, (None, None))
-        if mask is None or known is None or known() is not mask:
-            if mask is None:  # all new tokens see each other
-                mask = torch.ones(1, 1, self.last_slots, self.last_slots, dtype=torch.bool, device=self.device)
-            view = mask_view(mask, self.rows, self.last_spans, before, self.sliding_window)
-            found[key] = weakref.ref(mask), view
+        key = (id(given), before, new, self.sliding_window)
+        told, view = incoming.views.get(key, (None, None))
+        if given is None or told is None or told() is not given:
+            if mask is None:
+                among_new = causal_mask(new, self.sliding_window, self.device) | (is_causal is False)
+                mask = among_new[None, None]
+            view = mask_view(mask, self.rows, self.last_spans, before, self.sliding_window, hidden)
+            if given is not None:
+                incoming.views[key] = weakref.ref(given), view
         if view is not None:
             self._check_held(view)
         return view

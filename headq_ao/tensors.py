@@ -277,7 +277,7 @@ class HeadQHistory(torch.Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         for history in tree_leaves((args, kwargs)):
             if isinstance(history, HeadQHistory):
-                history.layer.undo_update()
+                history.layer.take_back()
         raise RuntimeError(
             f"{func} was called on the packed HeadQ cache, which only the 'headq' attention can read; "
             "keep attn_implementation='headq' while the cache is in use, or call restore_(model) and start a new "

@@ -347,13 +347,18 @@ def test_the_number_of_a_model_is_shared_by_its_layers(model):
 def test_warnings_point_to_the_users_line(tiny, token_ids):
     """Not to a line of the library that was called in between."""
     model = tiny()
-    with pytest.warns(UserWarning) as seen:
-        few = calibrate(model, [token_ids(1, 40)], progress=False)
-        quantize_(model, headq_config(calibration=few))
-        model(token_ids(1, 20), use_cache=False)
+
+    def live(model):
         model.set_attn_implementation("eager")
         with torch.no_grad():
             model.generate(token_ids(1, 20), max_new_tokens=2)
+
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        few = calibrate(model, [token_ids(1, 40)], progress=False)
+        quantize_(model, headq_config(calibration=few))
+        model(token_ids(1, 20), use_cache=False)
+        live(model)
     ours = [w for w in seen if str(w.message).startswith("HeadQ: ")]
     assert len(ours) == 4
     assert {w.filename for w in ours} == {__file__}

@@ -71,7 +71,6 @@ REFUSED = {
     "a text": ("some text", None, "got a str"),
     "texts": (["some text"], None, "batch 0: a str"),
     "texts in a list": ([["some text", "more"]], None, "batch 0: a str"),
-    "a row that is no batch": (torch.tensor(A), None, r"batch 0: a Tensor of shape \(\)"),
     "four dimensions": ([torch.ones(1, 1, 1, 9).long()], None, r"batch 0: a Tensor of shape \(1, 1, 1, 9\)"),
     "floats": ([torch.ones(9)], None, "batch 0: torch.float32"),
     "bools": ([torch.ones(9).bool()], None, "batch 0: torch.bool"),
@@ -139,7 +138,17 @@ def test_tokens_by_hand():
     assert [int(c.sum()) for c in counted] == [50] * REPEATS + [4] * 12
     assert effective_tokens(copies, counted, 4) == 46
     few = [torch.randint(4, (4000,), generator=torch.Generator().manual_seed(0))]
-    assert effective_tokens(few, counted_tokens(few, 4), 4) <= 8 * 4
+    assert effective_tokens(few, counted_tokens(few, 4), 4) <= 4**4
+
+
+@pytest.mark.parametrize("least", [2000, 900])
+def test_text_of_few_different_ids_counts_by_its_contexts(least):
+    """Bytes for ids, or records of one form: few ids, but many contexts."""
+    text = inputs.find_text("bundled", "calibrate").read_text(encoding="utf-8")[:16384]
+    if least == 900:
+        text = "".join(f'{{"id": {i * 7919 % 100003}, "ok": {i % 3}}}\n' for i in range(600))
+    rows = [torch.tensor(list(text.encode()))]
+    assert effective_tokens(rows, counted_tokens(rows, 4), 4) > least / 2
 
 
 def test_natural_text_counts_nearly_whole():
@@ -212,3 +221,20 @@ def test_short_rows_are_profiled_together(tiny, token_ids):
     model = tiny()
     for layer in moments_of(model, list(token_ids(20, 20))):
         assert layer.errors is not None and bool((layer.errors > 0).all())
+
+
+def test_one_row_is_a_batch(tiny, token_ids):
+    ids = token_ids(1, 300)[0]
+    forms = (ids, ids.tolist(), [ids], ids.numpy().astype("uint16")[None])
+    moments = [calibrate(tiny(), form, progress=False).layers[0].k_outer for form in forms]
+    assert all(torch.equal(m, moments[0]) for m in moments)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"n_sink": -1}, {"n_sink": "a"}, {"n_rows": 0}, {"n_rows": 2.0}, {"seed": None}, {"context_length": True}],
+)
+def test_other_arguments_are_checked(tiny, token_ids, options):
+    (name,) = options
+    with pytest.raises(ValueError, match=f"{name} must be a whole number"):
+        calibrate(tiny(), [token_ids(1, 300)], progress=False, **options)

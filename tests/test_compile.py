@@ -173,12 +173,6 @@ def test_masks_of_the_callers_own(tiny, token_ids):
         torch.testing.assert_close(run(torch.compile(model, backend="eager")), run(model))
 
 
-def test_gradients_are_refused(tiny, token_ids):
-    compiled = torch.compile(quantized(tiny, layers=1), fullgraph=True, backend="aot_eager")
-    with torch.enable_grad(), pytest.raises(ValueError, match=r"has no gradients; call it under torch\.no_grad"):
-        compiled(token_ids(1, 8))
-
-
 def test_refusals(tiny, token_ids):
     model, ids = quantized(tiny, layers=1), token_ids(1, 8)
 

