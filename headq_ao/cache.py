@@ -29,6 +29,8 @@ from headq_ao.report import BitsReport
 from headq_ao.state import Span, storage_bytes
 from headq_ao.token_ids import TokenIds
 
+ANOTHER_STATE = -1  # no stamp of a model is that: its weights or adapters were not the same in all calls
+
 
 @dataclasses.dataclass
 class HeadQState(Handled):
@@ -178,6 +180,9 @@ class HeadQCache(Handled, Cache):
         if self.incoming.seen == 0:
             self.foreign = False
             self.filled = stamp(model) if own and model is not None else None
+        elif own and model is not None and self.filled is not None and self.incoming.length > 1:
+            # asked of whole chunks only: a single token is not worth it
+            self.filled = self.filled if self.filled == stamp(model) else ANOTHER_STATE
         self.foreign |= not own
 
     def update(

@@ -1,7 +1,7 @@
 """What of a model decides the keys and values of a prompt, as text that another process can compare.
 
 Checksums read every byte each time they are asked: a parameter's version does not move when it is edited through
-``.data`` or by another process, and reading costs a small part of computing even a short prompt again.
+``.data`` or by another process. Reading costs about a second per GB of weights on one thread of a CPU.
 """
 
 import hashlib

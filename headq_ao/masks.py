@@ -61,7 +61,10 @@ def real_spans(mask: Any, batch: int, length: int, seen: int) -> list[Span] | No
     edges = torch.diff(real.int(), dim=1, prepend=real.new_zeros(batch, 1).int()) == 1
     if bool((edges.sum(1) > 1).any()):
         row = int((edges.sum(1) > 1).nonzero()[0])
-        raise ValueError(f"attention_mask row {row} has a hole: its real tokens must be contiguous; pad on the left")
+        raise ValueError(
+            f"attention_mask row {row} has a hole: its real tokens must be contiguous; pad on the left (where "
+            "no mask is passed, generate makes one from pad_token_id: pass attention_mask)"
+        )
     first, count = real.int().argmax(1).tolist(), real.sum(1).tolist()
     clamp = lambda x: min(max(x - seen, 0), length)  # noqa: E731
     return [Span(clamp(f), clamp(f + n)) if n else Span(0, 0) for f, n in zip(first, count, strict=True)]

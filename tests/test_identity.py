@@ -224,6 +224,20 @@ def test_weights_that_change_between_filling_and_saving(model, tmp_path):
     accepts(tmp_path / "p", model)
 
 
+def test_weights_that_change_while_filling_and_change_back(model, tmp_path):
+    """A chunk that was computed with another projection, exchanged and put back: the file would name the first."""
+    cache, attention = HeadQCache(model), model.model.layers[0].self_attn
+    own = attention.k_proj.weight
+    with torch.no_grad():
+        model(IDS[:, :100], cache=cache)
+        attention.k_proj.weight = torch.nn.Parameter(own * 1.5)
+        model(IDS[:, 100:150], cache=cache)
+        attention.k_proj.weight = own
+        model(IDS[:, 150:], cache=cache)
+    with pytest.raises(ValueError, match="have changed since this cache was filled"):
+        cache.save(tmp_path / "p")
+
+
 def test_tokens_of_another_model_object(model, tmp_path):
     """A copy may continue a cache, but a file would name the weights of the first; another model may not."""
     cache, twin, other = filled(model), copy.deepcopy(model), prepared(seed=1)
