@@ -307,7 +307,7 @@ class HeadQCache(Handled, Cache):
 
         The file has the packed rows as they are, the token ids, and a JSON head with counts, config and what
         identifies the model (see :meth:`load`); it is written whole or not at all, and without unused capacity. Reading
-        all weights takes about a quarter of a second per GB on one CPU core. On a tensor-parallel model each rank saves
+        all weights takes about a second per GB on one CPU core. On a tensor-parallel model each rank saves
         a file of its own.
 
         Raises:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from headq_ao.ambient import mode_neutral
-from headq_ao.masks import custom, visible_slots
+from headq_ao.masks import causal_mask, custom, visible_slots
 
 if TYPE_CHECKING:
     from headq_ao.cache import HeadQCache, HeadQState
@@ -225,10 +225,9 @@ def _attend_first(
         mask = visible_slots(mask)[:, None]
     if any(span.length != s for span in layer.last_spans) or (window is not None and window < s):
         at = torch.arange(s, device=q.device)
-        age = at[:, None] - at
-        causal = (age >= 0) if window is None else (age >= 0) & (age < window)
         real = [(at >= span.start) & (at < span.stop) for span in layer.last_spans]
-        mask = (causal if mask is None else mask) & torch.stack(real)[:, None, None]
+        shown = causal_mask(s, window, q.device) if mask is None else mask
+        mask = shown & torch.stack(real)[:, None, None]
     k, v = k.to(q.dtype), v.to(q.dtype)  # under autocast they may differ
     return nn.functional.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None and s > 1, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]

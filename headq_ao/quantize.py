@@ -20,7 +20,6 @@ from headq_ao.cache import HeadQCache, HeadQState
 from headq_ao.calibrate import RECORDER
 from headq_ao.config import HeadQConfig
 from headq_ao.layer_codec import LayerCodec
-from headq_ao.masks import custom
 from headq_ao.models import (
     CACHE_NAMES,
     LayerShape,
@@ -208,7 +207,7 @@ def supply_cache(
     mask = kwargs.get("attention_mask")
     cache.expect(model._headq, batch, length, mask, kwargs.get("position_ids"), layers_run(model), tokens)
     cache.incoming.weights = bool(kwargs.get("output_attentions"))
-    if cache.incoming.seen and not custom(mask) and kwargs.get("position_ids") is not None:
+    if cache.incoming.seen and not cache.incoming.custom and kwargs.get("position_ids") is not None:
         kwargs["attention_mask"] = None  # the cache knows it, and a mask that grows is a new shape at each step
     return args, {**kwargs, name: cache}
 
