@@ -1,29 +1,19 @@
-"""Packed-row operators: plain tensors in, plain tensors out, each beside a reference that defines it."""
+"""Operators over packed tokens: plain tensors in, plain tensors out, each beside a reference that defines it."""
 
-from headq_ao.ops.decode_attention.op import (
-    ExactRows,
-    MappedQuery,
-    Rows,
-    attend,
-    attend_runs,
-    decode_attention,
-    merge_segments,
-)
-from headq_ao.ops.encode_keys.op import encode_keys
-from headq_ao.ops.encode_values.op import encode_values
-from headq_ao.ops.feedback.op import feedback_codes
-from headq_ao.ops.feedback.reference import unit_factor
+from headq_ao.ops.cache_update.op import cache_update, plan_update
+from headq_ao.ops.encode.op import quantize
+from headq_ao.ops.encode.types import Encoder
+from headq_ao.ops.error_feedback.op import feedback_codes
+from headq_ao.ops.error_feedback.reference import unit_factor
+from headq_ao.ops.paged_attention.op import paged_attention, plan_attention
 
 __all__ = [
-    "ExactRows",
-    "MappedQuery",
-    "Rows",
-    "attend",
-    "attend_runs",
-    "decode_attention",
-    "encode_keys",
-    "encode_values",
+    "Encoder",
+    "cache_update",
     "feedback_codes",
-    "merge_segments",
+    "paged_attention",
+    "plan_attention",
+    "plan_update",
+    "quantize",
     "unit_factor",
 ]

@@ -12,6 +12,7 @@ import hashlib
 import logging
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -21,9 +22,6 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-
-import torch
-from torch import Tensor
 
 logger = logging.getLogger("headq_ao")
 
@@ -71,7 +69,7 @@ def load(source: Path) -> ctypes.CDLL | None:
     rename it.
 
     Args:
-        source: a C++ file without includes of its own.
+        source: a C++ file; what it includes from this package counts as part of it.
 
     Returns:
         None, with a warning that says why, where there is no library and none can be compiled; None without one where
@@ -79,7 +77,7 @@ def load(source: Path) -> ctypes.CDLL | None:
     """
     if os.environ.get("HEADQ_CPU_KERNEL") == "0":
         return None
-    parts = (source.read_bytes(), " ".join(FLAGS).encode(), cpu_name().encode())
+    parts = (*texts(source), " ".join(FLAGS).encode(), cpu_name().encode())
     tag = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
     name = f"{source.parent.name}-{tag}"
     folder, problems = None, []
@@ -97,6 +95,13 @@ def load(source: Path) -> ctypes.CDLL | None:
             problems.append(reason(error))
     _warn(f"no compiled CPU kernel, the slower PyTorch reference serves: {'; '.join(problems)}")
     return None
+
+
+def texts(source: Path) -> list[bytes]:
+    """A file, and each that it includes by a path relative to it."""
+    text = source.read_bytes()
+    included = re.findall(rb'^#include "([^"]+)"', text, re.MULTILINE)
+    return [text, *(part for name in included for part in texts(source.parent / os.fsdecode(name)))]
 
 
 def find(folder: Path, name: str, problems: list[str]) -> ctypes.CDLL | None:
@@ -210,10 +215,3 @@ def _announce(kept: Path | None) -> None:
 def _warn(text: str) -> None:
     """Warn from here, so that Python shows a text once, whichever kernel it is about."""
     warnings.warn(f"headq_ao: {text}", stacklevel=1)
-
-
-def direct(x: Tensor) -> bool:
-    """Whether to skip the dispatcher, which takes longer than the work on a few rows: plain tensors that no one traces
-    or differentiates, on a device that the operators have kernels for."""
-    plain = type(x) is Tensor and x.device.type in ("cpu", "cuda") and not torch.compiler.is_compiling()
-    return plain and not (x.requires_grad and torch.is_grad_enabled())

@@ -10,6 +10,7 @@ of one width form one plane. A plane byte holds ``P = 8 / width`` pieces. Readin
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -80,12 +81,8 @@ def _key_pieces(codes: Tensor, bits: tuple[int, ...]) -> Iterator[tuple[int, Ten
         yield bits[0], codes  # each code is its only piece
         return
     for width, pieces in planes.items():
-        shift = pieces[0][1]
-        if all(piece == (i, shift) for i, piece in enumerate(pieces)):
-            piece = (codes[..., : len(pieces)] >> shift) & (2**width - 1)
-        else:
-            coordinates, shifts = (torch.tensor(x, device=codes.device) for x in zip(*pieces, strict=True))
-            piece = (codes[..., coordinates] >> shifts.to(torch.uint8)) & (2**width - 1)
+        parts = [(codes[..., part] >> shift) & (2**width - 1) for _, part, shift in _runs(pieces)]
+        piece = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
         yield width, torch.nn.functional.pad(piece, (0, plane_columns(width, len(pieces)) - len(pieces)))
 
 
@@ -100,29 +97,10 @@ def unpack_keys(planes: Sequence[Tensor], bits: Sequence[int]) -> Tensor:
                 codes = piece
                 continue
             codes = piece.new_zeros((*piece.shape[:-1], len(bits)))
-        for columns, shift in _runs(pieces):
-            coordinates = torch.tensor([pieces[c][0] for c in columns], device=plane.device)
-            codes[..., coordinates] |= piece[..., columns[0] : columns[-1] + 1] << shift
+        for columns, part, shift in _runs(pieces):
+            codes[..., part] |= piece[..., columns] << shift
     assert codes is not None
     return codes
-
-
-@lru_cache(maxsize=256)
-def _query_index(bits: tuple[int, ...]) -> tuple[tuple[Tensor, Tensor], ...]:
-    """Per plane: the coordinate of each column (M for padding), and its weight, a power of two."""
-    index = []
-    for width, pieces in plane_pieces(bits).items():
-        padding = [(len(bits), 0)] * (plane_columns(width, len(pieces)) - len(pieces))
-        coordinates, shifts = zip(*pieces, *padding, strict=True)
-        weights = torch.tensor([2.0**s for s in shifts], dtype=torch.float32, device="cpu")
-        index.append((torch.tensor(coordinates, device="cpu"), weights))
-    return tuple(index)
-
-
-def query_planes(q: Tensor, bits: Sequence[int]) -> list[Tensor]:
-    """A query ``[..., M]`` in each plane's columns ``[..., N]``, so that ``q·codes`` is the sum of plane products."""
-    padded = torch.nn.functional.pad(q, (0, 1))
-    return [padded.index_select(-1, c) * w.to(q.dtype) for c, w in _query_index(tuple(bits))]
 
 
 def pack_values(codes: Tensor, bits: int) -> list[Tensor]:
@@ -162,12 +140,10 @@ def _spread(byte: Tensor, width: int) -> Tensor:
     return torch.stack([(byte >> (p * width)) & (2**width - 1) for p in range(8 // width)], dim=-2)
 
 
-def _runs(pieces: Sequence[tuple[int, int]]) -> list[tuple[list[int], int]]:
-    """Group a plane's columns into runs of equal shift."""
-    runs: list[tuple[list[int], int]] = []
-    for column, (_, shift) in enumerate(pieces):
-        if runs and runs[-1][1] == shift:
-            runs[-1][0].append(column)
-        else:
-            runs.append(([column], shift))
-    return runs
+@lru_cache(maxsize=256)
+def _runs(pieces: tuple[tuple[int, int], ...]) -> tuple[tuple[slice, slice, int], ...]:
+    """A plane's columns, the coordinates in them, one after the other, and their shift."""
+    starts = [i for i, (c, s) in enumerate(pieces) if not i or pieces[i - 1] != (c - 1, s)]
+    cuts = [slice(*pair) for pair in pairwise([*starts, len(pieces)])]
+    firsts = [pieces[cut.start] for cut in cuts]
+    return tuple((cut, slice(c, c + cut.stop - cut.start), s) for cut, (c, s) in zip(cuts, firsts, strict=True))

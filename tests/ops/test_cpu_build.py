@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from headq_ao.ops import cpu_build
-from headq_ao.ops.feedback import cpu_kernel
+from headq_ao.ops.error_feedback import cpu_kernel
 
 try:
     cpu_build.compiler()

@@ -1,18 +1,29 @@
 """References are plain PyTorch: they run where every kernel is broken, and the operators agree with them."""
 
-import importlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from headq_ao.codec import GAUSSIAN_STEP
-from headq_ao.ops import MappedQuery, Rows, decode_attention, encode_keys, encode_values, feedback_codes, unit_factor
-from headq_ao.ops.decode_attention import reference as of_attention
-from headq_ao.ops.encode_keys import reference as of_keys
-from headq_ao.ops.encode_values import reference as of_values
-from headq_ao.ops.feedback import reference as of_feedback
-from headq_ao.ops.layout import unpack_keys, unpack_values
+from headq_ao.codecs.base import GAUSSIAN_STEP
+from headq_ao.ops import (
+    Encoder,
+    cache_update,
+    cpu_build,
+    dispatch,
+    feedback_codes,
+    paged_attention,
+    quantize,
+    unit_factor,
+)
+from headq_ao.ops.cache_update import reference as of_update
+from headq_ao.ops.cache_update.encoders import coders
+from headq_ao.ops.encode import reference as of_encode
+from headq_ao.ops.error_feedback import reference as of_feedback
+from headq_ao.ops.page_layout import GroupLayout, PageLayout, Side
+from headq_ao.ops.paged_attention import reference as of_attention
+from headq_ao.ops.types import PagedKV, Readers
 
 B, H, T, D = 2, 2, 32, 32
 BITS = 2
@@ -26,14 +37,8 @@ def broken_kernels(monkeypatch):
     def fail(*args, **kwargs):
         raise AssertionError("a reference came to a kernel")
 
-    for operator in ("decode_attention", "feedback"):
-        op, kernel = (importlib.import_module(f"headq_ao.ops.{operator}.{name}") for name in ("op", "cpu_kernel"))
-        monkeypatch.setattr(kernel, "library", fail)
-        monkeypatch.setattr(op, "KERNELS", dict.fromkeys(op.KERNELS, fail))
-    monkeypatch.setattr(importlib.import_module("headq_ao.ops.cpu_build"), "load", fail)
-    for operator in ("encode_keys", "encode_values", "feedback"):
-        op = importlib.import_module(f"headq_ao.ops.{operator}.op")
-        monkeypatch.setattr(op, "feedback_codes", fail)
+    monkeypatch.setattr(dispatch, "_module", fail)
+    monkeypatch.setattr(cpu_build, "load", fail)
 
 
 def metric_of(randn):
@@ -41,92 +46,77 @@ def metric_of(randn):
     return seen @ seen.mT + 0.2 * torch.eye(D)
 
 
-def key_arguments(randn, orthogonal, base, rank=8):
-    """Keyword arguments of encode_keys."""
-    rotation = orthogonal(1, 1, D).float()
-    side = orthogonal(1, H, D)[..., :rank].float()
-    step = torch.full((1, 1, D), 1.0 if base == "affine" else GAUSSIAN_STEP[BITS])
-    return {
-        "k": randn(B, H, T, D, dtype=torch.float32), "mean": randn(1, H, D, dtype=torch.float32), "encode": rotation,
-        "read": rotation, "step": step, "weight": None if base == "affine" else torch.ones(1, 1, D),
-        "metric": metric_of(randn) if base == "feedback" else None, "factor": None, "side_encode": side,
-        "side_step": torch.full((1, H, rank), 0.5), "bits": [BITS] * (D + rank), "unbiased": base != "affine",
-    }  # fmt: skip
+def encoder_of(randn, orthogonal, base, keys):
+    """As the codecs of keys, with a side code, and of values make them."""
+    rotation, step = orthogonal(1, H, D).float(), None if base == "affine" else GAUSSIAN_STEP[BITS]
+    metric = metric_of(randn) if base == "feedback" else None
+    mean = randn(1, H, D, dtype=torch.float32)
+    if not keys:
+        return Encoder(rotation, (BITS,), step, mean=mean, hessian=metric)
+    step = None if step is None else torch.full((1, 1, D), step)
+    side = {"side_encode": orthogonal(1, H, D)[..., :8].float(), "side_step": torch.full((1, H, 8), 0.5)}
+    return Encoder(rotation, (BITS,) * (D + 8), step, mean=mean, hessian=metric, read=rotation, **side)
 
 
-def value_arguments(randn, orthogonal, base):
-    """Keyword arguments of encode_values."""
-    return {
-        "v": randn(B, H, T, D, dtype=torch.float32), "encode": orthogonal(1, H, D).float(),
-        "mean": randn(1, H, D, dtype=torch.float32), "metric": metric_of(randn) if base == "feedback" else None,
-        "factor": None, "bits": BITS, "group_size": D, "step": 0.0 if base == "affine" else GAUSSIAN_STEP[BITS],
-        "unbiased": base != "affine",
-    }  # fmt: skip
+def cache_of(randn, keys, values):
+    """An empty cache of pages for those encoders, and tokens for it."""
+    sides = Side(keys.bits, keys.step is None), Side((BITS,), values.step is None)
+    layout, length = PageLayout(T, D, D, (GroupLayout(0, H, *sides),)), torch.zeros(B, dtype=torch.int64)
+    window = [torch.zeros(B, H, 8, D) for _ in range(2)]
+    table = torch.arange(1, B + 1, dtype=torch.int32)[:, None]
+    pages = layout.allocate(B + 1, torch.float32, torch.device("cpu"))
+    kv = PagedKV(pages, layout.spec, table, None, length, length, length + T, *window, 0)
+    k, v = (randn(B, H, T, D, dtype=torch.float32) for _ in range(2))
+    query_map = randn(1, 1, H, D, len(keys.bits) + 3, dtype=torch.float32)
+    return kv, k, v, torch.full((B,), T - 4), Readers(query_map, values.encode, values.mean)
+
+
+def after(kv, packed):
+    """The cache behind that call."""
+    return replace(kv, packed=packed, held=kv.total)
 
 
 def test_every_reference_is_run_here():
     folders = {path.parent.name for path in (Path(__file__).parents[2] / "ops").glob("*/reference.py")}
-    assert folders == {"decode_attention", "encode_keys", "encode_values", "feedback"}
-
-
-def split(stored, has_zero):
-    """Planes, scale, and zero or None, of what a reference of a write path returns."""
-    return (stored[:-2], stored[-2], stored[-1]) if has_zero else (stored[:-1], stored[-1], None)
+    assert folders == {"cache_update", "encode", "error_feedback", "paged_attention"}
 
 
 @pytest.mark.parametrize("base", BASES)
 def test_references_run_without_kernels(randn, orthogonal, broken_kernels, base):
-    keys, values = key_arguments(randn, orthogonal, base), value_arguments(randn, orthogonal, base)
+    keys, values = (encoder_of(randn, orthogonal, base, keys) for keys in (True, False))
     y, metric, step = randn(B, H, 5, D), metric_of(randn), torch.ones(1, 1, D)
-    codes, scale = of_feedback.plain_codes(y, metric, step, BITS)
     spelled = (unit_factor(metric), step, BITS, of_feedback.SPREADS, of_feedback.PASSES, True)
-    again = of_feedback.feedback_codes(y, metric, *spelled)
-    assert torch.equal(codes, again[0]) and torch.equal(scale, again[1])
-    k_planes, k_scale, k_zero = split(of_keys.encode_keys(**keys), base == "affine")
-    v_planes, v_scale, v_zero = split(of_values.encode_values(**values), base == "affine")
-    query = randn(B, H, 1, 1, len(keys["bits"]), dtype=torch.float32)
-    line, start, stop = query[..., 0], torch.zeros(B, 1, dtype=torch.int64), torch.full((B, 1), T)
-    out, lse = of_attention.decode_attention(
-        query, line, line, line, None, k_planes, keys["bits"], k_scale, k_zero,
-        None, v_planes, BITS, v_scale, v_zero, start, stop, None,
-    )  # fmt: skip
-    assert out.shape == (B, H, 1, 1, D) and bool(torch.isfinite(out).all()) and bool(torch.isfinite(lse).all())
+    codes, scale = of_feedback.feedback_codes(y, metric, *spelled)
+    assert codes.shape == y.shape and scale.shape == y.shape[:3]
+    kv, k, v, packed, readers = cache_of(randn, keys, values)
+    functions = coders(PageLayout.parse(kv.layout), [keys], [values], of_encode.quantize)
+    of_update.cache_update(kv, k, v, packed, T - 4, *functions)
+    q = randn(B, H, 1, D, dtype=torch.float32)
+    out, lse = of_attention.paged_attention(q, 0.1, after(kv, packed), readers)
+    assert out.shape == (B, H, 1, D) and bool(torch.isfinite(out).all()) and bool(torch.isfinite(lse).all())
 
 
 def test_the_operators_run_what_was_broken(randn, orthogonal, broken_kernels):
     """Else the test above would prove nothing."""
-    of_k, of_v = key_arguments(randn, orthogonal, "feedback"), value_arguments(randn, orthogonal, "feedback")
-    query = MappedQuery.exact(randn(1, 2, 1, 16, dtype=torch.float32), 0.25)
-    rows, seen = Rows(exact=randn(1, 2, 8, 16, dtype=torch.float32)), torch.tensor([[0]])
+    keys, values = (encoder_of(randn, orthogonal, "feedback", keys) for keys in (True, False))
+    kv, k, v, packed, readers = cache_of(randn, keys, values)
     y, metric, step = randn(B, H, 5, D, dtype=torch.float32), metric_of(randn), torch.ones(1, 1, D)
     for call in (
-        lambda: encode_keys(**of_k),
-        lambda: encode_values(**of_v),
+        lambda: quantize(k, keys),
         lambda: feedback_codes(y, metric, step, BITS),
-        lambda: decode_attention(query, rows, rows, seen, seen + 8),
+        lambda: cache_update(kv, k, v, packed, T - 4, [keys], [values]),
+        lambda: paged_attention(k[:, :, :1], 0.1, after(kv, packed), readers),
     ):
         with pytest.raises(AssertionError, match="a reference came to a kernel"):
             call()
 
 
+@pytest.mark.parametrize("keys", [True, False], ids=["keys", "values"])
 @pytest.mark.parametrize("base", BASES)
-def test_encode_keys_agrees_with_its_reference(randn, orthogonal, base):
-    """Code for code; with error feedback fp32 sums of another order may decide the tie of one row."""
-    given = key_arguments(randn, orthogonal, base)
-    want_planes, want_scale, want_zero = split(of_keys.encode_keys(**given), base == "affine")
-    planes, scale, zero = encode_keys(**given)
-    codes, want = (unpack_keys(x, given["bits"]) for x in (planes, want_planes))
-    same = (codes == want).all(-1) & (scale == want_scale)
+def test_quantize_agrees_with_its_reference(randn, orthogonal, base, keys):
+    """Code for code; with error feedback fp32 sums of another order may decide the tie of one token."""
+    encoder, x = encoder_of(randn, orthogonal, base, keys), randn(B, H, T, D, dtype=torch.float32)
+    (codes, scale, zero), (want, sigma, offset) = quantize(x, encoder), of_encode.quantize(x, encoder)
+    same = (codes == want).all(-1) & (scale == sigma).all(-1)
     assert int((~same).sum()) <= (1 if base == "feedback" else 0)
-    assert zero is want_zero is None or torch.equal(zero, want_zero)
-
-
-@pytest.mark.parametrize("base", BASES)
-def test_encode_values_agrees_with_its_reference(randn, orthogonal, base):
-    given = value_arguments(randn, orthogonal, base)
-    want_planes, want_scale, want_zero = split(of_values.encode_values(**given), base == "affine")
-    planes, scale, zero = encode_values(**given)
-    codes, want = (unpack_values(x, BITS) for x in (planes, want_planes))
-    same = ((codes == want) & (scale == want_scale)).all(-1)
-    assert int((~same).sum()) <= (1 if base == "feedback" else 0)
-    assert zero is want_zero is None or torch.equal(zero, want_zero)
+    assert zero is offset is None or torch.equal(zero, offset)

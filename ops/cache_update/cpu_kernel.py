@@ -1,0 +1,139 @@
+"""The compiled CPU kernel behind ``cache_update``: its calls."""
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from headq_ao.ops import cpu_build
+from headq_ao.ops.cache_update.check import not_finite
+from headq_ao.ops.cache_update.cpu_arguments import Args, Group, arguments, strided, supported
+from headq_ao.ops.cache_update.encoders import Encoders, unflatten
+from headq_ao.ops.types import PagedKV
+
+KEPT = 1024  # of :data:`_updates`; no tensor is kept with them
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernel, or None where there is no compiler."""
+    lib = cpu_build.load(Path(__file__).with_name("cpu_kernel.cpp"))
+    if lib is not None:
+        same = lib.headq_update_args_size() == ctypes.sizeof(Args)
+        same = same and lib.headq_update_group_size() == ctypes.sizeof(Group)
+        assert same, "cpu_arguments.py and cpu_kernel.cpp disagree about Args or Group"
+    return lib
+
+
+def launch(
+    kv: PagedKV, k: Tensor, v: Tensor, packed: Tensor, most: int, encoders: Sequence[Tensor], spec: str,
+    check_finite: bool,
+) -> bool:  # fmt: skip
+    """:func:`headq_ao.ops.cache_update` with flat encoders; False, and nothing is done, where the kernel does not read
+    such tensors."""
+    update = _kept_update(kv, packed, most, encoders, spec)
+    if update is None:
+        return False
+    update.args.most, update.args.check_finite = most, check_finite
+    update(k, v)
+    return True
+
+
+def plan(
+    kv: PagedKV, packed: Tensor, key_encoders: Encoders, value_encoders: Encoders, check_finite: bool
+) -> "Update | None":
+    """:func:`headq_ao.ops.plan_update`."""
+    lib = library()
+    if lib is None or not supported(kv, packed, *key_encoders, *value_encoders):
+        return None
+    return Update(lib, kv, packed, -1, key_encoders, value_encoders, check_finite)
+
+
+class Update:
+    """A layer's :func:`headq_ao.ops.cache_update`, its arguments put together once; call it with ``k`` and ``v``.
+
+    ``k``, ``v`` ``[B, Hkv, S, D]`` of any ``S``. All other tensors are read where they lie at the time of the call.
+
+    Args:
+        lib: of :func:`library`.
+        kv, packed, most, key_encoders, value_encoders, check_finite: as there; ``most`` −1: what ``packed`` says.
+    """
+
+    def __init__(
+        self, lib: ctypes.CDLL, kv: PagedKV, packed: Tensor, most: int, key_encoders: Encoders,
+        value_encoders: Encoders, check_finite: bool,
+    ) -> None:  # fmt: skip
+        self.args, self.groups, self.kept = arguments(kv, packed, most, key_encoders, value_encoders, check_finite)
+        self.dtype = kv.window_k.dtype
+        self.added = self.args.added[0], self.args.added[1]
+        self.form: tuple[tuple[int, ...], ...] = ()
+        self.call, self.by = lib.headq_cache_update, (ctypes.byref(self.args), self.groups)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> None:
+        """None: a copied cache makes one of its own."""
+
+    def __call__(self, k: Tensor, v: Tensor) -> None:
+        """Append ``k`` and ``v``, and pack what leaves the window.
+
+        Raises:
+            ValueError: where they are checked and not finite; nothing is written then.
+        """
+        form = (k.shape, k.stride(), v.shape, v.stride())
+        if form != self.form or k.dtype != self.dtype or v.dtype != self.dtype:
+            k, v = self._take(k, v)
+        args = self.args
+        self.added[0].data, self.added[1].data = k.data_ptr(), v.data_ptr()
+        args.threads = torch.get_num_threads()
+        failed = self.call(*self.by)
+        if failed:
+            self._raise(failed)
+
+    def _take(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """``k`` and ``v`` as the kernel reads them, tokens of another form than the last call's."""
+        k, v = (x.to(self.dtype) for x in (k, v))
+        k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (k, v))
+        batch, heads, (k_dim, v_dim) = self.args.batch, self.args.kv_heads, self.args.dim
+        for name, x, dim in (("k", k, k_dim), ("v", v, v_dim)):
+            if (*x.shape[:2], x.shape[3]) != (batch, heads, dim) or x.shape[2] != k.shape[2]:
+                raise ValueError(f"{name} must be [{batch}, {heads}, {k.shape[2]}, {dim}], got {tuple(x.shape)}")
+        self.args.slots, self.form = k.shape[2], (k.shape, k.stride(), v.shape, v.stride())
+        for into, x in zip(self.added, (k, v), strict=True):
+            made = strided(x)
+            into.batch, into.head, into.token = made.batch, made.head, made.token
+        return k, v
+
+    def _raise(self, failed: int) -> None:
+        if failed == 1:
+            raise MemoryError("cache_update had no memory for its working set")
+        side, sequence = divmod(self.args.bad, self.args.batch)
+        position = ctypes.c_int64.from_address(self.args.held + 8 * sequence).value
+        raise not_finite(("keys", "values")[side], sequence, position)
+
+
+_updates: dict[tuple[object, ...], Update] = {}
+
+
+def _kept_update(kv: PagedKV, packed: Tensor, most: int, encoders: Sequence[Tensor], spec: str) -> Update | None:
+    """An :class:`Update` over tensors that lie where those of an earlier call did, or a new one."""
+    lib = library()
+    if lib is None:
+        return None
+    own = (kv.table, kv.packed, kv.held, kv.total, packed, kv.window_k, kv.window_v, *kv.pages, *encoders)
+    own = own if kv.new_start is None else (*own, kv.new_start)
+    key = (kv.layout, spec, kv.n_sink, most != 0, *[(x.data_ptr(), x.shape, x.stride(), x.dtype) for x in own])
+    found = _updates.get(key)
+    if found is not None:
+        return found
+    keys, values = unflatten(encoders, spec)
+    if not supported(kv, packed, *keys, *values):
+        return None
+    made = Update(lib, kv, packed, most, keys, values, False)
+    if all(x.dtype == torch.float32 and x.is_contiguous() for x in encoders) and "side_encode" not in spec:
+        if len(_updates) >= KEPT:
+            _updates.clear()
+        made.kept.clear()  # whoever finds it again holds those tensors
+        _updates[key] = made
+    return made

@@ -1,0 +1,268 @@
+"""The Triton kernels behind ``cache_update`` on CUDA and HIP, around the encoders of the codec.
+
+One launch reads the tokens that leave the window, one for each side of each head group puts their codes into pages, and
+one writes the call's tokens into the window. Grids depend on shapes alone: a launch waits for nothing.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from headq_ao.ops.cache_update.check import refuse_not_finite
+from headq_ao.ops.cache_update.encoders import coders, unflatten
+from headq_ao.ops.cache_update.reference import Encoder
+from headq_ao.ops.layout import PIECES
+from headq_ao.ops.page_layout import PagedTokens, PageLayout
+from headq_ao.ops.paged_attention.triton_codes import CHUNK, key_chunks, query_columns
+from headq_ao.ops.paged_attention.triton_kernel import dense_indices
+from headq_ao.ops.types import PagedKV
+
+GRANULE = tl.constexpr(32)  # tokens whose value codes one program writes: no others share their bytes
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@triton.jit
+def _copy_token(to, to_strides, at, x, x_strides, number, b, h, kept, D: tl.constexpr, D_PADDED: tl.constexpr):
+    """Copy one head's token ``number`` of ``x`` to token ``at`` of ``to``; zeros behind its coordinate ``kept``."""
+    d = tl.arange(0, D_PADDED)
+    source = x + b * x_strides[0] + h * x_strides[1] + number * x_strides[2]
+    token = tl.load(source + d, mask=d < kept, other=0.0)
+    tl.store(to + b * to_strides[0] + h * to_strides[1] + at * to_strides[2] + d, token, mask=d < D)
+
+
+@triton.jit(
+    do_not_specialize=["heads", "n_sink", "ring"],
+    do_not_specialize_on_alignment=["packed", "packed_after", "held", "start"],
+)
+def leaving_kernel(
+    sides, packed, packed_after, held, start, heads, n_sink, ring, DIMS: tl.constexpr, PADDED: tl.constexpr
+):
+    """Body tokens from ``packed`` on, from the ring or the call's own. ``sides``, of keys and values: what they go to
+    ``[B, Hkv, most, D]``, the window, the call's tokens, each with strides. Grid: heads, ``most``."""
+    b = tl.program_id(0).to(tl.int64) // heads
+    h = tl.program_id(0).to(tl.int64) % heads
+    n = tl.program_id(1).to(tl.int64)
+    j = tl.load(packed + b) + n
+    live = j < tl.load(packed_after + b)
+    number = j + n_sink - tl.load(held + b)
+    in_ring = number < 0
+    if start is not None:
+        number += tl.load(start + b)
+    for i in tl.static_range(2):
+        to, to_strides, window, window_strides, new, new_strides = sides[i]
+        kept = tl.where(live, DIMS[i], 0)
+        if in_ring:
+            slot = n_sink + j % ring
+            _copy_token(to, to_strides, n, window, window_strides, slot, b, h, kept, DIMS[i], PADDED[i])
+        else:
+            _copy_token(to, to_strides, n, new, new_strides, number, b, h, kept, DIMS[i], PADDED[i])
+
+
+@triton.jit(
+    do_not_specialize=["heads", "n_sink", "ring"],
+    do_not_specialize_on_alignment=["held", "total", "start"],
+)
+def append_kernel(sides, held, total, start, heads, n_sink, ring, DIMS: tl.constexpr, PADDED: tl.constexpr):
+    """The call's tokens into the window, of those that share a slot the last. ``sides``, of keys and values: the window
+    and the call's tokens, each with strides. Grid: heads, the call's slots."""
+    b = tl.program_id(0).to(tl.int64) // heads
+    h = tl.program_id(0).to(tl.int64) % heads
+    n = tl.program_id(1).to(tl.int64)
+    end = tl.load(total + b)
+    real = n
+    if start is not None:
+        real -= tl.load(start + b)
+    position = tl.load(held + b) + real
+    sink = position < n_sink
+    if (real >= 0) & (position < end) & (sink | (position >= end - ring)):
+        slot = tl.where(sink, position, n_sink + (position - n_sink) % ring)
+        for i in tl.static_range(2):
+            window, window_strides, new, new_strides = sides[i]
+            _copy_token(window, window_strides, slot, new, new_strides, n, b, h, DIMS[i], DIMS[i], PADDED[i])
+
+
+@triton.jit
+def _page_of(table, table_stride, table_columns, b, j, P: tl.constexpr):
+    """The physical page of body token ``j``."""
+    return tl.load(table + b * table_stride + j // P % table_columns).to(tl.int64)
+
+
+@triton.jit
+def _put_numbers(stored, strides, numbers, n, page, h, inside, GROUPS: tl.constexpr, PADDED: tl.constexpr):
+    """The ``GROUPS`` scales or zeros of token ``n``."""
+    g = tl.arange(0, PADDED)
+    number = tl.load(numbers + n * GROUPS + g, mask=g < GROUPS, other=0.0)
+    to = stored + page * strides[0] + h * strides[1] + inside * GROUPS
+    tl.store(to + g, number.to(stored.dtype.element_ty), mask=g < GROUPS)
+
+
+@triton.jit
+def _key_byte(codes, columns, WIDTH: tl.constexpr):
+    """The bytes of one chunk from a key's codes, ``[CHUNK]``."""
+    c = tl.arange(0, CHUNK)
+    byte = tl.zeros([CHUNK], tl.int32)
+    for p in tl.static_range(8 // WIDTH):
+        column = tl.load(columns + p * CHUNK + c)
+        code = tl.load(codes + (column & 0xFFFF), mask=column >= 0, other=0).to(tl.int32)
+        byte |= (code >> ((column >> 16) & 7) & (2**WIDTH - 1)) << (p * WIDTH)
+    return byte.to(tl.uint8)
+
+
+@triton.jit
+def _put_value_piece(plane, code, inside, W: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr):
+    """The low ``W`` bits of a value's codes into a page's plane, whose bytes other tokens share."""
+    d = tl.arange(0, D_PADDED)
+    to = plane + inside // (32 // W) * (D * 4) + inside % 4 + d * 4
+    at = (inside % (32 // W) // 4 * W).to(tl.int32)
+    kept = tl.load(to, mask=d < D, other=0).to(tl.int32) & (255 ^ ((2**W - 1) << at))
+    tl.store(to, (kept | (code & (2**W - 1)) << at).to(tl.uint8), mask=d < D)
+
+
+@triton.jit(
+    do_not_specialize=["heads", "table_columns", "most"],
+    do_not_specialize_on_alignment=["packed", "packed_after", "table"],
+)
+def keys_kernel(
+    codes, scales, zeros, columns, side, table, table_stride, table_columns, packed, packed_after, heads, most,
+    CHUNKS: tl.constexpr, M: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """``codes [B, h, most, M]`` of keys, ``scales``, ``zeros`` ``[B, h, most]`` into pages. Grid: heads, ``most``."""
+    b = tl.program_id(0).to(tl.int64) // heads
+    h = tl.program_id(0).to(tl.int64) % heads
+    n = tl.program_id(0).to(tl.int64) * most + tl.program_id(1)
+    j = tl.load(packed + b) + tl.program_id(1)
+    planes, strides, scale, scale_strides, zero, zero_strides = side
+    if j < tl.load(packed_after + b):
+        page, inside = _page_of(table, table_stride, table_columns, b, j, P), j % P
+        c = tl.arange(0, CHUNK)
+        for i in tl.static_range(len(CHUNKS)):
+            byte = _key_byte(codes + n * M, columns, CHUNKS[i][1])
+            columns += CHUNK * (8 // CHUNKS[i][1])
+            to = planes[CHUNKS[i][0]] + page * strides[CHUNKS[i][0]][0] + h * strides[CHUNKS[i][0]][1]
+            to += inside // 16 * (CHUNKS[i][4] * 16) + inside % 16 * 4 + CHUNKS[i][2] * 16
+            tl.store(to + c // 4 * 64 + c % 4, byte, mask=c < CHUNKS[i][3])
+        _put_numbers(scale, scale_strides, scales, n, page, h, inside, 1, 1)
+        if zero is not None:
+            _put_numbers(zero, zero_strides, zeros, n, page, h, inside, 1, 1)
+
+
+@triton.jit(
+    do_not_specialize=["heads", "table_columns", "most"],
+    do_not_specialize_on_alignment=["packed", "packed_after", "table"],
+)
+def values_kernel(
+    codes, scales, zeros, side, table, table_stride, table_columns, packed, packed_after, heads, most,
+    WIDTHS: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, GROUPS: tl.constexpr, GROUPS_PADDED: tl.constexpr,
+    P: tl.constexpr,
+):  # fmt: skip
+    """``codes [B, h, most, D]`` of values, ``scales`` and ``zeros`` ``[B, h, most, GROUPS]`` into pages, where several
+    tokens share a byte: one program goes through the tokens of :data:`GRANULE`. Grid: heads, granules."""
+    b = tl.program_id(0).to(tl.int64) // heads
+    h = tl.program_id(0).to(tl.int64) % heads
+    begin, end = tl.load(packed + b), tl.load(packed_after + b)
+    first = (begin // GRANULE + tl.program_id(1)) * GRANULE
+    d = tl.arange(0, D_PADDED)
+    planes, strides, scale, scale_strides, zero, zero_strides = side
+    start = tl.maximum(first, begin)
+    for token in tl.range(0, (tl.minimum(first + GRANULE, end) - start).to(tl.int32), num_stages=1):
+        j = start + token
+        n = tl.program_id(0).to(tl.int64) * most + (j - begin)
+        page, inside = _page_of(table, table_stride, table_columns, b, j, P), j % P
+        code = tl.load(codes + n * D + d, mask=d < D, other=0).to(tl.int32)
+        for i in tl.static_range(len(WIDTHS)):
+            plane = planes[i] + page * strides[i][0] + h * strides[i][1]
+            _put_value_piece(plane, code, inside, WIDTHS[i], D, D_PADDED)
+            code = code >> WIDTHS[i]
+        _put_numbers(scale, scale_strides, scales, n, page, h, inside, GROUPS, GROUPS_PADDED)
+        if zero is not None:
+            _put_numbers(zero, zero_strides, zeros, n, page, h, inside, GROUPS, GROUPS_PADDED)
+        tl.debug_barrier()  # other threads than those that wrote a byte may read it for the next token
+
+
+def launch(
+    kv: PagedKV, k: Tensor, v: Tensor, packed: Tensor, most: int, encoders: Sequence[Tensor], spec: str,
+    check_finite: bool,
+) -> bool:  # fmt: skip
+    """:func:`headq_ao.ops.cache_update` with flat encoders; False, and nothing is done, where :func:`update`
+    gives that."""
+    layout = PageLayout.parse(kv.layout)
+    if not _served(kv, k, layout):
+        return False
+    if check_finite:
+        refuse_not_finite(kv, k, v)
+    return update(kv, k, v, packed, most, *coders(layout, *unflatten(encoders, spec)))
+
+
+def update(
+    kv: PagedKV, k: Tensor, v: Tensor, packed: Tensor, most: int, encode_keys: Encoder, encode_values: Encoder
+) -> bool:
+    """:func:`headq_ao.ops.cache_update.reference.cache_update`; False, and nothing is done, where the kernels do not
+    serve: fp64, a side that is not coded, a window whose coordinates do not lie side by side."""
+    layout = PageLayout.parse(kv.layout)
+    coded = all(g.keys.bits and g.values.bits for g in layout.groups)
+    windows = (kv.window_k, kv.window_v)
+    if not coded or any(x.dtype not in DTYPES for x in (k, v, *windows)) or any(w.stride(3) != 1 for w in windows):
+        return False
+    kv, packed = dense_indices(kv), packed.contiguous()
+    batch, heads, new, _ = k.shape
+    dims = (layout.key_dim, layout.value_dim)
+    sizes = {"DIMS": dims, "PADDED": tuple(map(triton.next_power_of_2, dims)), "num_warps": 1, "enable_fp_fusion": True}
+    ring = kv.window_k.shape[2] - kv.n_sink
+    with torch.cuda.device_of(k):
+        if most and batch:
+            left = tuple(w.new_empty(batch, heads, most, d) for w, d in zip(windows, dims, strict=True))
+            sides = tuple(_with_strides(*x) for x in zip(left, windows, (k, v), strict=True))
+            leaving_kernel[(batch * heads, most)](
+                sides, kv.packed, packed, kv.held, kv.new_start, heads, kv.n_sink, ring, **sizes
+            )
+            _pack(kv, layout, left, packed, most, encode_keys, encode_values)
+        if new and batch:
+            sides = tuple(_with_strides(*x) for x in zip(windows, (k, v), strict=True))
+            append_kernel[(batch * heads, new)](sides, kv.held, kv.total, kv.new_start, heads, kv.n_sink, ring, **sizes)
+    return True
+
+
+def _served(kv: PagedKV, k: Tensor, layout: PageLayout) -> bool:
+    coded = all(g.keys.bits and g.values.bits for g in layout.groups)
+    return coded and k.dtype in DTYPES and kv.window_k.dtype in DTYPES
+
+
+def _pack(
+    kv: PagedKV, layout: PageLayout, left: tuple[Tensor, ...], packed: Tensor, most: int, encode_keys: Encoder,
+    encode_values: Encoder,
+) -> None:  # fmt: skip
+    """Code the tokens that left the window, and put the codes into pages."""
+    batch, dim, p = len(packed), layout.value_dim, layout.page_tokens
+    where = (kv.table, kv.table.stride(0), kv.table.shape[1], kv.packed, packed)
+    for group in layout.split(kv.pages):
+        part, heads, bits = group.layout.part, group.layout.heads, group.keys.bits
+        keys_kernel[(batch * heads, most)](
+            *_codes(encode_keys(left[0][:, part], part)), query_columns(bits, left[0].device), _side(group.keys),
+            *where, heads, most, CHUNKS=key_chunks(bits), M=len(bits), P=p, num_warps=1, enable_fp_fusion=True,
+        )  # fmt: skip
+        groups = group.layout.values.groups
+        values_kernel[(batch * heads, (most + GRANULE.value - 2) // GRANULE.value + 1)](
+            *_codes(encode_values(left[1][:, part], part)), _side(group.values), *where, heads, most,
+            WIDTHS=PIECES[group.values.bits[0]], D=dim, D_PADDED=triton.next_power_of_2(dim), GROUPS=groups,
+            GROUPS_PADDED=triton.next_power_of_2(groups), P=p, num_warps=1, enable_fp_fusion=True,
+        )  # fmt: skip
+
+
+def _codes(found: tuple[Tensor, Tensor, Tensor | None]) -> list[Tensor | None]:
+    return [None if x is None else x.contiguous() for x in found]
+
+
+def _with_strides(*tokens: Tensor) -> tuple[object, ...]:
+    """Each of the tokens ``[B, Hkv, n, D]`` and its strides of batch, head and token."""
+    pairs = [(x, x.stride()[:3]) for x in (t if t.stride(3) == 1 else t.contiguous() for t in tokens)]
+    return tuple(y for pair in pairs for y in pair)
+
+
+def _side(side: PagedTokens) -> tuple[object, ...]:
+    """Planes, scale and zero, each followed by its strides of page and head."""
+    assert side.scale is not None
+    zero = (None, None) if side.zero is None else (side.zero, side.zero.stride()[:2])
+    return side.planes, tuple(plane.stride()[:2] for plane in side.planes), side.scale, side.scale.stride()[:2], *zero

@@ -1,0 +1,301 @@
+// Rounding with error feedback on the CPU: see reference.py. The lanes of a vector hold tokens, so that the recursion
+// over coordinates costs one multiply-add per pair of coordinates for all of them; or, of few tokens, the scales that
+// are tried for each. Either way a lane does the same arithmetic in the same order: codes are equal, bit for bit.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace headq {
+
+typedef float V16 __attribute__((vector_size(64)));
+typedef float V8 __attribute__((vector_size(32)));
+
+constexpr int TILE = 16;   // tokens that go side by side
+constexpr int BLOCK = 8;   // coordinates whose products with an error share its load
+constexpr int TRIES = 5;   // scales that are tried
+constexpr int PASSES = 2;  // of coordinate descent
+constexpr float SPREADS[TRIES] = {0.7f, 0.85f, 1.0f, 1.15f, 1.3f};  // in units of the token's RMS
+
+template <class V>
+constexpr int lanes = int(sizeof(V) / sizeof(float));
+
+template <class V>
+inline V all(float x) { return V{} + x; }
+// Nearest, ties to even, as torch.round; for |x| < 2^22, and larger values are clamped by the caller.
+template <class V>
+inline V nearest(V x) { return (x + 12582912.0f) - 12582912.0f; }
+
+inline float to_half(float x) {
+#if defined(__F16C__)
+  return _cvtsh_ss(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT));
+#else
+  int exponent;
+  std::frexp(x, &exponent);
+  float unit = std::ldexp(1.0f, std::max(exponent - 11, -24));  // of the last kept bit
+  return std::nearbyint(x / unit) * unit;
+#endif
+}
+
+// To the fp16 that is stored, never to zero.
+template <class V>
+inline V half(V x) {
+  x = x > 5.9604645e-8f ? x : all<V>(5.9604645e-8f);
+  x = x < 65504.0f ? x : all<V>(65504.0f);
+  alignas(64) float f[lanes<V>];
+  std::memcpy(f, &x, sizeof f);
+#if defined(__F16C__)
+  for (int i = 0; i < lanes<V>; i += 8)
+    _mm256_store_ps(f + i, _mm256_cvtph_ps(_mm256_cvtps_ph(_mm256_load_ps(f + i), _MM_FROUND_TO_NEAREST_INT)));
+#else
+  for (int i = 0; i < lanes<V>; i++) f[i] = to_half(f[i]);
+#endif
+  std::memcpy(&x, f, sizeof f);
+  return x;
+}
+
+// How the tokens of one head are rounded.
+struct Quadratic {
+  const float *hessian, *cholesky;  // [n, n]
+  const float* step;                // [n]
+  int n;
+  float top;
+  bool unbiased;
+};
+
+// sum[c] = Σ_j x[j] m[j][c], j < count, for the first columns c of a matrix.
+template <int C, class V>
+inline void products(const float* m, int64_t stride, const V* x, int count, V* sum) {
+  V s[C] = {};
+  for (int j = 0; j < count; j++, m += stride)
+    for (int c = 0; c < C; c++) s[c] += m[c] * x[j];
+  for (int c = 0; c < C; c++) sum[c] = s[c];
+}
+template <class V>
+inline void products(int columns, const float* m, int64_t stride, const V* x, int count, V* sum) {
+  if (columns == BLOCK) return products<BLOCK>(m, stride, x, count, sum);
+  for (int c = 0; c < columns; c++) products<1>(m + c, stride, x, count, sum + c);
+}
+
+// y = x M of one token, x [rows], M [rows, columns]; each sum runs over the rows in order.
+inline void transform(const float* x, const float* m, int rows, int columns, float* y) {
+  int c = 0;
+  for (; c + 4 * TILE <= columns; c += 4 * TILE) {
+    V16 s[4] = {};
+    for (int k = 0; k < rows; k++)
+      for (int i = 0; i < 4; i++) {
+        V16 v;
+        std::memcpy(&v, m + int64_t(k) * columns + c + i * TILE, sizeof v);
+        s[i] += x[k] * v;
+      }
+    std::memcpy(y + c, s, sizeof s);
+  }
+  for (; c + TILE <= columns; c += TILE) {
+    V16 s{}, v;
+    for (int k = 0; k < rows; k++) {
+      std::memcpy(&v, m + int64_t(k) * columns + c, sizeof v);
+      s += x[k] * v;
+    }
+    std::memcpy(y + c, &s, sizeof s);
+  }
+  for (; c < columns; c++) {
+    float s = 0;
+    for (int k = 0; k < rows; k++) s += x[k] * m[int64_t(k) * columns + c];
+    y[c] = s;
+  }
+}
+
+// x' M y of each lane.
+template <class V>
+inline V quadratic_form(const float* m, int n, const V* x, const V* y, V* product = nullptr) {
+  V total{}, part[BLOCK];
+  for (int i = 0; i < n; i += BLOCK) {
+    const int here = std::min(BLOCK, n - i);
+    products(here, m + i, n, x, n, part);
+    for (int c = 0; c < here; c++) total += part[c] * y[i + c];
+    if (product) std::copy(part, part + here, product + i);
+  }
+  return total;
+}
+
+template <class V>
+struct Work {
+  std::vector<V> y, seen, e, code, best;  // seen: M y
+  explicit Work(int n) : y(n), seen(n), e(n), code(n), best(n) {}
+};
+
+// One coordinate: its code, and the error that it leaves, which corrects the rest of its block.
+template <class V, bool DESCENT>
+inline void round_coordinate(const Quadratic& q, const float* m, Work<V>& w, V sigma, V* part, int first, int r, int here) {
+  const int i = first + r;
+  const V width = sigma * q.step[i], before = DESCENT ? w.e[i] : V{};
+  const V pull = DESCENT ? part[r] / m[int64_t(i) * q.n + r] - before : part[r];
+  V c = nearest((w.y[i] + pull) / width + q.top / 2);
+  c = c > 0.0f ? c : V{};
+  c = c < q.top ? c : all<V>(q.top);
+  w.code[i] = c;
+  w.e[i] = w.y[i] - width * (c - q.top / 2);
+  const V change = w.e[i] - before;
+  for (int later = r + 1; later < here; later++) part[later] += m[int64_t(i) * q.n + later] * change;
+}
+
+// Sequential rounding, in which the errors so far correct the next coordinate, or a pass of coordinate descent, in which
+// all errors do. Sums over whole blocks first, and what changes within the block one coordinate at a time. K heads go
+// side by side: a coordinate waits for the one before it, and meanwhile the other head's is computed.
+template <class V, int K, bool DESCENT>
+inline void sweep(const Quadratic* q, Work<V>* const* w, const V* sigma) {
+  const int n = q[0].n;
+  V part[K][BLOCK];
+  const float* m[K];
+  for (int first = 0; first < n; first += BLOCK) {
+    const int here = std::min(BLOCK, n - first);
+    for (int k = 0; k < K; k++) {
+      m[k] = (DESCENT ? q[k].hessian : q[k].cholesky) + first;
+      products(here, m[k], n, w[k]->e.data(), DESCENT ? n : first, part[k]);
+    }
+    if (here == BLOCK) {
+#pragma GCC unroll 8
+      for (int r = 0; r < BLOCK; r++)
+        for (int k = 0; k < K; k++) round_coordinate<V, DESCENT>(q[k], m[k], *w[k], sigma[k], part[k], first, r, BLOCK);
+    } else {
+      for (int r = 0; r < here; r++)
+        for (int k = 0; k < K; k++) round_coordinate<V, DESCENT>(q[k], m[k], *w[k], sigma[k], part[k], first, r, here);
+    }
+  }
+}
+
+// The scale that is stored, and the error that is left.
+template <class V>
+inline V remaining_error(const Quadratic& q, Work<V>& w, V energy, V& sigma) {
+  V error = quadratic_form(q.hessian, q.n, w.e.data(), w.e.data());
+  if (q.unbiased) {  // the gain that makes y' M y_hat = y' M y, and the error e + (1 - gain) y_hat that it leaves
+    V cross{};
+    for (int i = 0; i < q.n; i++) cross += (w.y[i] - w.e[i]) * w.seen[i];
+    V gain = energy / (cross > 1e-30f ? cross : all<V>(1e-30f));
+    V kept = half(sigma * (gain > 0.0f ? gain : all<V>(1.0f)));
+    V less = 1.0f - kept / sigma, size = error - energy + 2 * cross;
+    error += less * (2 * (cross - size) + less * size);
+    sigma = kept;
+  }
+  return error;
+}
+
+template <class V>
+inline V rms_of(const Quadratic& q, const Work<V>& w) {
+  V square{};
+  for (int i = 0; i < q.n; i++) square += w.y[i] * w.y[i];
+  V rms{};
+  for (int l = 0; l < lanes<V>; l++) rms[l] = std::sqrt(square[l] / q.n);
+  return rms;
+}
+
+inline uint8_t code_of(float c, float top) { return c >= 0 && c <= top ? uint8_t(c) : 0; }  // a non-finite token has none
+
+// Up to 16 tokens of one head, one to a lane: y [tokens, n] to codes [tokens, n] and sigma [tokens].
+inline void round_tile(const Quadratic& q, Work<V16>& w, const float* y, int tokens, uint8_t* codes, float* sigma) {
+  for (int i = 0; i < q.n; i++)
+    for (int l = 0; l < TILE; l++) w.y[i][l] = l < tokens ? y[int64_t(l) * q.n + i] : 0.0f;
+  V16 energy{}, best_error{}, best_sigma{};
+  const V16 rms = rms_of(q, w);
+  if (q.unbiased) energy = quadratic_form(q.hessian, q.n, w.y.data(), w.y.data(), w.seen.data());
+  Work<V16>* one[1] = {&w};
+  for (int s = 0; s < TRIES; s++) {
+    V16 tried = half(rms * SPREADS[s]);
+    sweep<V16, 1, false>(&q, one, &tried);
+    for (int pass = 0; pass < PASSES; pass++) sweep<V16, 1, true>(&q, one, &tried);
+    const V16 error = remaining_error(q, w, energy, tried);
+    if (s == 0) {
+      best_error = error, best_sigma = tried;
+      std::copy(w.code.begin(), w.code.end(), w.best.begin());
+      continue;
+    }
+    const auto better = error < best_error;
+    best_error = better ? error : best_error;
+    best_sigma = better ? tried : best_sigma;
+    for (int i = 0; i < q.n; i++) w.best[i] = better ? w.code[i] : w.best[i];
+  }
+  for (int l = 0; l < tokens; l++) {
+    sigma[l] = best_sigma[l];
+    for (int i = 0; i < q.n; i++) codes[int64_t(l) * q.n + i] = code_of(w.best[i][l], q.top);
+  }
+}
+
+// Few tokens: what a lane holds is one scale of one token. K heads of the same width go side by side.
+template <class V>
+constexpr int few = lanes<V> / TRIES;
+
+template <class V, int K>
+inline void round_few(
+    const Quadratic* q, Work<V>* const* w, const float* const* y, int tokens, uint8_t* const* codes, float* const* sigma) {
+  const int n = q[0].n;
+  V tried[K], energy[K] = {};
+  for (int k = 0; k < K; k++) {
+    V spread = all<V>(1.0f);
+    alignas(64) float f[lanes<V>];
+    for (int i = 0; i < n; i++) {
+      for (int l = 0; l < lanes<V>; l++) f[l] = y[k][int64_t(std::min(l / TRIES, tokens - 1)) * n + i];
+      std::memcpy(&w[k]->y[i], f, sizeof f);
+    }
+    for (int l = 0; l < lanes<V>; l++) spread[l] = SPREADS[l % TRIES];
+    tried[k] = half(rms_of(q[k], *w[k]) * spread);
+    if (!q[k].unbiased) continue;
+    float* seen = (float*)w[k]->best.data();  // M y of each token
+    for (int t = 0; t < tokens; t++) transform(y[k] + int64_t(t) * n, q[k].hessian, n, n, seen + int64_t(t) * n);
+    for (int i = 0; i < n; i++) {
+      for (int l = 0; l < lanes<V>; l++) f[l] = seen[int64_t(std::min(l / TRIES, tokens - 1)) * n + i];
+      std::memcpy(&w[k]->seen[i], f, sizeof f);
+      energy[k] += w[k]->seen[i] * w[k]->y[i];
+    }
+  }
+  sweep<V, K, false>(q, w, tried);
+  for (int pass = 0; pass < PASSES; pass++) sweep<V, K, true>(q, w, tried);
+  for (int k = 0; k < K; k++) {
+    const V error = remaining_error(q[k], *w[k], energy[k], tried[k]);
+    for (int t = 0; t < tokens; t++) {
+      int best = t * TRIES;
+      for (int l = best + 1; l < (t + 1) * TRIES; l++) best = error[l] < error[best] ? l : best;
+      sigma[k][t] = tried[k][best];
+      const float* code = (const float*)w[k]->code.data() + best;
+      for (int i = 0; i < n; i++) codes[k][int64_t(t) * n + i] = code_of(code[int64_t(i) * lanes<V>], q[k].top);
+    }
+  }
+}
+
+// The working sets of one thread.
+struct Scratch {
+  Work<V16> wide;
+  Work<V8> narrow[2];
+  explicit Scratch(int n) : wide(n), narrow{Work<V8>(n), Work<V8>(n)} {}
+};
+
+constexpr int TILE_FROM = 13;  // so many tokens take no longer as a whole tile than three at a time
+
+// Any number of tokens of one head.
+inline void round_tokens(const Quadratic& q, Scratch& s, const float* y, int tokens, uint8_t* codes, float* sigma) {
+  for (int done = 0; done < tokens;) {
+    int here = tokens - done;
+    const float* from = y + int64_t(done) * q.n;
+    uint8_t* to = codes + int64_t(done) * q.n;
+    float* scale = sigma + done;
+    if (here >= TILE_FROM) {
+      here = std::min(here, TILE);
+      round_tile(q, s.wide, from, here, to, scale);
+    } else if (here == 1) {
+      Work<V8>* w = s.narrow;
+      round_few<V8, 1>(&q, &w, &from, 1, &to, &scale);
+    } else {
+      here = std::min(here, few<V16>);
+      Work<V16>* w = &s.wide;
+      round_few<V16, 1>(&q, &w, &from, here, &to, &scale);
+    }
+    done += here;
+  }
+}
+
+}  // namespace headq

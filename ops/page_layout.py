@@ -1,0 +1,195 @@
+"""What a page holds: packed tokens of all KV heads of one layer, as plain tensors.
+
+A page has ``P`` tokens. Neighbouring KV heads whose codes have the same form are one *head group*; all groups share
+one block table. The tensors of a group, in the order of :meth:`PageLayout.split`, with ``N`` physical pages and ``h``
+heads of the group, any of them with any stride of pages and heads:
+
+- keys:   planes ``[N, h, P/16, N_w/(4·8/w), 16, 4]`` uint8, widest first, ``scale [N, h, P]`` fp16, and ``zero`` alike;
+- values: planes ``[N, h, P/(4·8/w), D/16, 16, 4]`` uint8, low bits first, ``scale [N, h, P, groups]``, ``zero`` alike;
+- a side that is not coded: ``[N, h, P, D]`` in the model's dtype.
+
+See :mod:`headq_ao.ops.layout` for the bits in a plane. Physical page 0 belongs to no sequence: operators write there
+what is to be thrown away, so that a step needs no decision on the host.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import groupby, islice
+
+import torch
+from torch import Tensor
+
+from headq_ao.ops.layout import PIECES, key_plane_shapes, value_plane_shapes
+
+NULL_PAGE = 0
+
+
+@dataclass(frozen=True)
+class Side:
+    """The form of one side's tokens: ``bits`` of each stored coordinate (``()``: not coded), of values one number;
+    ``zero``: a zero beside the scale; ``groups``: scales of a value."""
+
+    bits: tuple[int, ...] = ()
+    zero: bool = False
+    groups: int = 1
+
+    @property
+    def spec(self) -> str:
+        runs = "+".join(f"{b}*{len(list(run))}" for b, run in groupby(self.bits))
+        return f"{runs},{int(self.zero)},{self.groups}"
+
+    @classmethod
+    def parse(cls, spec: str) -> "Side":
+        runs, zero, groups = spec.split(",")
+        pairs = (run.split("*") for run in runs.split("+")) if runs else ()
+        bits = tuple(int(b) for b, n in pairs for _ in range(int(n)))
+        return cls(bits, zero == "1", int(groups))
+
+
+@dataclass(frozen=True)
+class GroupLayout:
+    """Neighbouring KV heads ``first:first + heads`` of one form."""
+
+    first: int
+    heads: int
+    keys: Side
+    values: Side
+
+    @property
+    def part(self) -> slice:
+        """The KV heads."""
+        return slice(self.first, self.first + self.heads)
+
+
+@dataclass(frozen=True)
+class PagedTokens:
+    """One side of one head group: planes with ``bits`` and scales, or ``exact`` tokens."""
+
+    planes: tuple[Tensor, ...] = ()
+    bits: tuple[int, ...] = ()
+    scale: Tensor | None = None
+    zero: Tensor | None = None
+    exact: Tensor | None = None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """In the order of :meth:`PageLayout.split`."""
+        return [*self.planes, *(t for t in (self.scale, self.zero, self.exact) if t is not None)]
+
+    def map(self, fn) -> "PagedTokens":  # type: ignore[no-untyped-def]
+        """The same form over other tensors."""
+        scale, zero, exact = (None if t is None else fn(t) for t in (self.scale, self.zero, self.exact))
+        return replace(self, planes=tuple(map(fn, self.planes)), scale=scale, zero=zero, exact=exact)
+
+
+@dataclass(frozen=True)
+class PagedGroup:
+    """The tensors of a head group."""
+
+    layout: GroupLayout
+    keys: PagedTokens
+    values: PagedTokens
+
+
+@dataclass(frozen=True)
+class PageLayout:
+    """The form of a layer's pages.
+
+    Example:
+        >>> from headq_ao.ops.page_layout import GroupLayout, PageLayout, Side
+        >>> layout = PageLayout(32, 64, 64, (GroupLayout(0, 3, Side((2,) * 64), Side((2,))),))
+        >>> layout.spec
+        '32;64;64;0:3:2*64,0,1:2*1,0,1'
+        >>> PageLayout.parse(layout.spec) == layout, layout.page_bytes()
+        (True, 3456)
+    """
+
+    page_tokens: int
+    key_dim: int
+    value_dim: int
+    groups: tuple[GroupLayout, ...]
+
+    @property
+    def spec(self) -> str:
+        """A text that says it all: how the layout passes through an operator's schema."""
+        groups = (f"{g.first}:{g.heads}:{g.keys.spec}:{g.values.spec}" for g in self.groups)
+        return ";".join([str(self.page_tokens), str(self.key_dim), str(self.value_dim), *groups])
+
+    @classmethod
+    def parse(cls, spec: str) -> "PageLayout":
+        """:attr:`spec`, undone."""
+        return _parsed(spec)
+
+    @property
+    def kv_heads(self) -> int:
+        """KV heads of the layer."""
+        return sum(g.heads for g in self.groups)
+
+    def _forms(self) -> Iterator[tuple[GroupLayout, str, Side, list[tuple[tuple[int, ...], bool]]]]:
+        """Each side of each group, with the shape behind ``[N, h]`` of each tensor and whether it is one of codes."""
+        p = self.page_tokens
+        for g in self.groups:
+            for name, side, dim in (("keys", g.keys, self.key_dim), ("values", g.values, self.value_dim)):
+                if not side.bits:
+                    yield g, name, side, [((p, dim), False)]
+                    continue
+                keys = name == "keys"
+                planes = key_plane_shapes(side.bits, p) if keys else value_plane_shapes(side.bits[0], p, dim)
+                scale = (p,) if keys else (p, side.groups)
+                yield g, name, side, [(s, True) for s in planes] + [(scale, False)] * (1 + side.zero)
+
+    def allocate(self, pages: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+        """Zeroed tensors of ``pages`` pages, in the order of :meth:`split`; the pages of a head lie side by side."""
+        made = []
+        for g, _, side, forms in self._forms():
+            for shape, codes in forms:
+                kind = torch.uint8 if codes else torch.float16 if side.bits else dtype
+                made.append(torch.zeros((g.heads, pages, *shape), dtype=kind, device=device).transpose(0, 1))
+        return made
+
+    def split(self, tensors: Sequence[Tensor]) -> list[PagedGroup]:
+        """The tensors of a layer by head group and side."""
+        rest, found = iter(tensors), {}
+        for g, name, side, forms in self._forms():
+            own = list(islice(rest, len(forms)))
+            if not side.bits:
+                found[g.first, name] = PagedTokens(exact=own[0])
+                continue
+            n = len(forms) - 1 - side.zero
+            zero = own[n + 1] if side.zero else None
+            found[g.first, name] = PagedTokens(tuple(own[:n]), side.bits, own[n], zero)
+        return [PagedGroup(g, found[g.first, "keys"], found[g.first, "values"]) for g in self.groups]
+
+    def page_shapes(self) -> list[tuple[tuple[int, ...], torch.dtype | None]]:
+        """Of each tensor in the order of :meth:`split`: its shape behind ``[N]``, and its dtype, None where a side is
+        not coded."""
+        return [
+            ((g.heads, *shape), torch.uint8 if codes else torch.float16 if side.bits else None)
+            for g, _, side, forms in self._forms()
+            for shape, codes in forms
+        ]
+
+    def page_bytes(self, exact_bytes: int = 2) -> int:
+        """Bytes of one page; ``exact_bytes`` of a coordinate that is not coded."""
+        total = 0
+        for g, _, side, forms in self._forms():
+            for shape, codes in forms:
+                size = torch.Size(shape).numel() * g.heads
+                total += size if codes else size * (2 if side.bits else exact_bytes)
+        return total
+
+
+@lru_cache(maxsize=256)
+def _parsed(spec: str) -> PageLayout:
+    page_tokens, key_dim, value_dim, *groups = spec.split(";")
+    made = []
+    for group in groups:
+        first, heads, keys, values = group.split(":")
+        made.append(GroupLayout(int(first), int(heads), Side.parse(keys), Side.parse(values)))
+    return PageLayout(int(page_tokens), int(key_dim), int(value_dim), tuple(made))
+
+
+def value_granule(bits: int) -> int:
+    """Tokens that share the bytes of one value granule, over all planes of that many bits."""
+    return max(32 // w for w in PIECES[bits])

@@ -1,0 +1,64 @@
+"""Attention of a chunk of many queries over the call's own tokens, joined to what they read of the cache."""
+
+import torch
+from torch import Tensor
+
+from headq_ao.ops.paged_attention import reference
+from headq_ao.ops.paged_attention.tiles import QUERY_TILE, TOKEN_TILE, query_tiles, tiles, worth
+from headq_ao.ops.types import PagedKV, Visible, visible_positions
+
+Part = tuple[Tensor, Tensor]  # out [B, Hq, S, Dv], lse [B, Hq, S]
+
+
+def with_new_tokens(
+    of_cache: Part | None, q: Tensor, scaling: float, kv: PagedKV, visible: Visible | None, sliding: int
+) -> Part:
+    """Attention over the cache, and with it over ``new_k`` and ``new_v``, if there are any; None: an empty cache."""
+    if kv.new_k is None or kv.new_v is None:
+        assert of_cache is not None
+        return of_cache
+    shown = visible_positions(kv.total, q.shape[2], sliding) if visible is None else visible
+    if q.device.type != "cpu" or q.dtype == torch.float64 or kv.new_k.shape[-1] != kv.new_v.shape[-1]:
+        parts = by_products(q, scaling, kv, shown)
+    elif visible is None and not 0 < sliding < q.shape[2] and bool((kv.total - kv.held == q.shape[2]).all()):
+        parts = flash(q.float() * scaling, kv.new_k.float(), kv.new_v.float(), None)
+    else:
+        parts = masked(q, scaling, kv, shown)
+    return parts if of_cache is None else reference.merge([of_cache, parts])
+
+
+def flash(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Part:
+    """PyTorch's CPU kernel, which gives the log-sum-exp that ``scaled_dot_product_attention`` keeps to itself."""
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, mask is None, attn_mask=mask, scale=1.0
+    )
+    return out, lse
+
+
+def masked(q: Tensor, scaling: float, kv: PagedKV, shown: Visible) -> Part:
+    """Under ranges and padding."""
+    assert kv.new_k is not None and kv.new_v is not None
+    position, here = reference.new_positions(kv)
+    k, v = (x.float().masked_fill(~here[:, None, :, None], 0.0) for x in (kv.new_k, kv.new_v))
+    outs = []
+    for t in tiles(q.shape[2], QUERY_TILE):
+        seen = reference.visible_at(position, here, Visible(shown.low[:, t], shown.high[:, t]))[:, None]
+        mask = torch.zeros(seen.shape, dtype=torch.float32, device=seen.device).masked_fill(~seen, float("-inf"))
+        out, lse = flash(q[:, :, t].float() * scaling, k, v, mask)
+        outs.append((out, lse.masked_fill(~seen.any(-1), float("-inf"))))
+    return torch.cat([o for o, _ in outs], 2), torch.cat([lse for _, lse in outs], 2)
+
+
+def by_products(q: Tensor, scaling: float, kv: PagedKV, shown: Visible) -> Part:
+    """By matrix products, tile by tile, on any device and in fp64."""
+    assert kv.new_k is not None and kv.new_v is not None
+    position, here = reference.new_positions(kv)
+    outs = []
+    for grouped, of_tile in query_tiles(q, scaling, kv.new_k.shape[1], shown):
+        parts = []
+        for t in tiles(kv.new_k.shape[2], TOKEN_TILE):
+            if worth(position[:, t], of_tile) or not t.start:
+                k, v = kv.new_k[:, :, t], kv.new_v[:, :, t]
+                parts.append(reference.dense_part(grouped, k, v, position[:, t], here[:, t], of_tile))
+        outs.append(reference.merge(parts))
+    return torch.cat([o for o, _ in outs], 3).flatten(1, 2), torch.cat([lse for _, lse in outs], 3).flatten(1, 2)

@@ -1,0 +1,80 @@
+"""What the operators of the paged cache pass to each other; plain tensors with names."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PagedKV:
+    """The keys and values that one call's queries may see, in one layer.
+
+    A token of position ``p`` in its sequence is a *sink* if ``p < n_sink``, else the *body token* ``j = p − n_sink``.
+
+    - Body tokens ``j < packed[b]`` are in pages: token ``j`` is number ``j % P`` of physical page
+      ``table[b, (j // P) % C]``.
+    - The other tokens of position ``p < held[b]`` are in the window, in full precision: sinks at slot ``p``, body
+      tokens at slot ``n_sink + j % R``, a ring.
+    - Tokens ``held[b] ≤ p < total[b]`` are ``new``: number ``new_start[b] + p − held[b]`` of ``new_k`` and ``new_v``.
+
+    Attributes:
+        pages: of :meth:`PageLayout.allocate`.
+        layout: :attr:`PageLayout.spec`.
+        table: ``[B, C]`` int32.
+        segment: ``[N]`` int32, which of the query maps reads a physical page; None: all pages, the first.
+        packed, held, total: ``[B]`` int64.
+        window_k, window_v: ``[B, Hkv, n_sink + R, D]``.
+        n_sink: sinks.
+        new_k, new_v: ``[B, Hkv, S, D]``, or None where ``held`` is ``total``.
+        new_start: ``[B]`` int64, the first real slot of ``new_k`` (padding on the left); None: 0.
+    """
+
+    pages: list[Tensor]
+    layout: str
+    table: Tensor
+    segment: Tensor | None
+    packed: Tensor
+    held: Tensor
+    total: Tensor
+    window_k: Tensor
+    window_v: Tensor
+    n_sink: int
+    new_k: Tensor | None = None
+    new_v: Tensor | None = None
+    new_start: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Readers:
+    """How packed tokens are read.
+
+    Attributes:
+        query_map: ``[G, B or 1, Hkv or 1, D, M + 3]`` fp32, one for each segment: takes a scaled query to ``q̃``, ``b``,
+            ``h`` and ``q·μ``, so that ``s_j = σ_j (q̃·c_j + b) + m_j h + q·μ``; None where keys are not coded.
+        read: ``[B or 1, Hkv or 1, D, D]`` fp32, takes ``Σ_j a_j ŷ_j`` back to the model's basis; None: as it is.
+        mean: ``[B or 1, Hkv or 1, D]`` fp32, added once to a readout of packed values (``Σ_j a_j = 1``), or None.
+    """
+
+    query_map: Tensor | None
+    read: Tensor | None
+    mean: Tensor | None
+
+
+@dataclass(frozen=True)
+class Visible:
+    """Which tokens a query sees: positions ``low ≤ p < high``, ``[B, S]`` int64 each.
+
+    None in place of this: query ``s`` stands at ``total − S + s`` and sees all up to itself, under a sliding window
+    the last ``sliding`` of them.
+    """
+
+    low: Tensor
+    high: Tensor
+
+
+def visible_positions(total: Tensor, queries: int, sliding: int) -> Visible:
+    """:class:`Visible` of ``queries`` new tokens at the end of each sequence; ``sliding`` 0: no sliding window."""
+    position = total[:, None] - queries + torch.arange(queries, device=total.device)
+    low = (position - sliding + 1).clamp(min=0) if sliding else torch.zeros_like(position)
+    return Visible(low, position + 1)
