@@ -8,7 +8,7 @@ and device are not handled here: every tensor factory in the package names both.
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
@@ -16,11 +16,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-@functools.cache
-def _device_types() -> tuple[str, ...]:
-    """Device types whose autocast may be on."""
-    accelerator = torch.accelerator.current_accelerator()
-    return ("cpu",) if accelerator is None else ("cpu", accelerator.type)
+_ACCELERATOR = torch.accelerator.current_accelerator()
+DEVICE_TYPES = ("cpu",) if _ACCELERATOR is None else ("cpu", _ACCELERATOR.type)  # whose autocast may be on
 
 
 @contextlib.contextmanager
@@ -39,7 +36,7 @@ def neutral_modes() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())  # leaving inference mode turns gradients on
-        for device_type in _device_types():
+        for device_type in DEVICE_TYPES:
             if torch.is_autocast_enabled(device_type):
                 stack.enter_context(torch.autocast(device_type, enabled=False))
         yield
@@ -48,14 +45,25 @@ def neutral_modes() -> Iterator[None]:
 def mode_neutral(function: Callable[P, T]) -> Callable[P, T]:
     """Decorator: run the function under :func:`neutral_modes`, which costs nothing where no mode is on.
 
-    The function must not need gradients.
+    The function must not need gradients. A traced one makes no tensor that outlives the call, so that inference mode,
+    which a graph cannot ask about, does not matter to it.
     """
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
-        if torch.is_inference_mode_enabled() or any([torch.is_autocast_enabled(d) for d in _device_types()]):
+        if torch.compiler.is_compiling():
+            return _without_autocast(function, DEVICE_TYPES, *args, **kwargs)
+        if torch.is_inference_mode_enabled() or any([torch.is_autocast_enabled(d) for d in DEVICE_TYPES]):
             with neutral_modes():
                 return function(*args, **kwargs)
         return function(*args, **kwargs)
 
     return run
+
+
+def _without_autocast(function: Callable[..., T], device_types: tuple[str, ...], *args: Any, **kwargs: Any) -> T:
+    for i, device_type in enumerate(device_types):
+        if torch.is_autocast_enabled(device_type):
+            with torch.autocast(device_type, enabled=False):
+                return _without_autocast(function, device_types[i + 1 :], *args, **kwargs)
+    return function(*args, **kwargs)

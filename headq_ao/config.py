@@ -5,14 +5,12 @@ import math
 import os
 from collections.abc import Callable, Container
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 from torchao.core.config import ALLOWED_AO_MODULES, AOBaseConfig
 
-from headq_ao.calibration import Calibration
 from headq_ao.ops.layout import PIECES, granule
-from headq_ao.user_warning import warn
 
 CodecName = Literal["visible", "affine"]
 Basis = Literal["query_pca", "score_optimal", "key_pca", "random"]
@@ -40,13 +38,58 @@ PRESETS: dict[str, dict[str, Any]] = {
     "near_lossless": {"mean_bits": 4.0, "k_bits": 4, "v_bits": 4},
 }
 DEFAULT = "balanced"
+OF_HEADQ = (
+    "k_bits",
+    "v_bits",
+    "mean_bits",
+    "key_codec",
+    "value_codec",
+    "whitening",
+    "error_feedback",
+    "k_zero_point",
+    "v_zero_point",
+    "rank",
+    "side_bits",
+    "basis",
+    "sign",
+    "rotation",
+    "key_gauge",
+    "unbiased_scale",
+    "v_group_size",
+    "adapt",
+    "prior_tokens",
+    "epoch_tokens",
+)  # what shapes HeadQ's own codec
 UNIFORM_ONLY = ("k_bits", "v_bits", "key_codec", "value_codec")  # given one of these, no bits are shared by default
+
+
+@runtime_checkable
+class CalibrationLike(Protocol):
+    """What a config holds of a :class:`headq_ao.Calibration`, which knows more."""
+
+    fingerprint: dict[str, Any]
+
+    @property
+    def suffices(self) -> bool:
+        """Whether it rests on enough tokens to be used."""
+        ...
+
+    def check_model(self, fingerprint: dict[str, Any]) -> None:
+        """Raise ValueError where it was made on another model."""
+        ...
 
 
 def _default(value: Any) -> Any:
     """``value`` as the default of a field, told apart from an equal one that a caller gives."""
     kind = type(value)
     return type(kind.__name__, (kind,), {})(value)
+
+
+class Options(dict[str, Any]):
+    """Options by name, not to be changed: a config with them has a hash."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(repr(sorted(self.items())))
 
 
 @dataclass(frozen=True)
@@ -82,7 +125,7 @@ class HeadQConfig(AOBaseConfig):
         residual_length: newest tokens kept exact, at least; up to ``residual_length + block_size − 1``.
         block_size: tokens packed at a time: 16, 32, 64 or 128.
         calibration: a :class:`headq_ao.Calibration`, the path of a saved one, or None: statistics then come from
-            each sequence's own first tokens, of visible keys with turned copies (:mod:`headq_ao.rotary`).
+            each sequence's own first tokens, of visible keys with turned copies (:mod:`headq_ao.calibration.rope`).
             Only a path fits into JSON (torchao's ``config_to_dict``). One that rests on too few effective tokens
             (:attr:`headq_ao.Calibration.suffices`) is not used, with a warning: all is as without.
         adapt: with a calibration, ``"off"`` takes it as it is, ``"prompt"`` as a prior for the key gauge, which each
@@ -91,6 +134,9 @@ class HeadQConfig(AOBaseConfig):
         epoch_tokens: tokens after which a sequence's own statistics are used; ``None`` is ``max(256, 4·head_dim)``.
         check_finite: raise on non-finite keys or values; ``None``: on the CPU only.
         seed: of the random basis.
+        codec: the name of a registered codec (:mod:`headq_ao.codecs.registry`) that takes the place of HeadQ's own,
+            whose options must then be left out; ``None``: HeadQ's.
+        codec_options: of that codec by name, plain data.
 
     Raises:
         ValueError: on a value that is of the wrong kind, out of range, or does not fit the others.
@@ -121,14 +167,16 @@ class HeadQConfig(AOBaseConfig):
     unbiased_scale: bool = True
     v_group_size: int | None = None
     n_sink: int = 4
-    residual_length: int = 64
+    residual_length: int = 80
     block_size: int = 32
-    calibration: Calibration | str | os.PathLike[str] | None = None
+    calibration: CalibrationLike | str | os.PathLike[str] | None = None
     adapt: Adapt = "off"
     prior_tokens: int = 256
     epoch_tokens: int | None = None
     check_finite: bool | None = None
     seed: int = 0
+    codec: str | None = None
+    codec_options: dict[str, Any] | None = None
     version: int = CONFIG_VERSION
 
     def __post_init__(self) -> None:
@@ -142,6 +190,7 @@ class HeadQConfig(AOBaseConfig):
         self._check_bits()
         self._check_numbers()
         self._check_together()
+        self._check_codec()
 
     def _check_kinds(self) -> None:
         """Raise ValueError on a value that is none of a field's choices."""
@@ -156,7 +205,7 @@ class HeadQConfig(AOBaseConfig):
             raise ValueError(f"check_finite must be True, False or None, got {self.check_finite!r}")
         if not _whole(self.version, (CONFIG_VERSION,)):
             raise ValueError(f"version must be {CONFIG_VERSION}, which this headq_ao reads, got {self.version!r}")
-        if self.calibration is not None and not isinstance(self.calibration, (Calibration, str)):
+        if self.calibration is not None and not isinstance(self.calibration, (CalibrationLike, str)):
             raise ValueError(
                 f"calibration must be a Calibration, the path of a saved one, or None, got {type(self.calibration)}"
             )
@@ -229,6 +278,26 @@ class HeadQConfig(AOBaseConfig):
                 f"sign={self.sign} and basis={self.basis!r} shape the side code, and there is none: give rank (16, say)"
             )
 
+    def _check_codec(self) -> None:
+        """Raise ValueError on options of another codec that do not fit."""
+        if self.codec is not None and (not isinstance(self.codec, str) or not self.codec):
+            raise ValueError(f"codec must be the name of a registered codec, or None, got {self.codec!r}")
+        options = self.codec_options
+        if options is not None:
+            if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
+                raise ValueError(f"codec_options must be a dict of the codec's options by name, got {options!r}")
+            object.__setattr__(
+                self, "codec_options", Options({n: _plain(value) for n, value in options.items()}) or None
+            )
+        if self.codec is None and options:
+            raise ValueError("codec_options are those of a registered codec, and codec is None")
+        wrong = [f.name for f in dataclasses.fields(self) if f.name in OF_HEADQ and getattr(self, f.name) != f.default]
+        if self.codec is not None and wrong:
+            raise ValueError(
+                f"{', '.join(wrong)} shape HeadQ's own codec, and codec={self.codec!r} takes its place; give that "
+                "codec's options in codec_options"
+            )
+
     def levels(self, side: str) -> list[int]:
         """Bits that a head's keys (``"k"``) or values (``"v"``) may have with this block size, in rising order."""
         return [b for b, widths in PIECES.items() if side == "k" or not self.block_size % max(map(granule, widths))]
@@ -249,38 +318,10 @@ class HeadQConfig(AOBaseConfig):
         assert self.k_bits is not None
         return (self.k_bits,) * head_dim + (self.side_bits,) * self.side_rank(head_dim)
 
-    def first_epoch(self, head_dim: int) -> int:
-        """Slots (whole blocks) whose statistics the first epoch of a sequence uses."""
+    def warmup_tokens(self, head_dim: int) -> int:
+        """Body tokens, in whole blocks, that a sequence's own statistics are taken from."""
         tokens = max(256, 4 * head_dim) if self.epoch_tokens is None else self.epoch_tokens
         return math.ceil(tokens / self.block_size) * self.block_size
-
-    def with_usable_calibration(
-        self, fingerprint: dict[str, Any] | None = None
-    ) -> "tuple[HeadQConfig, Calibration | None]":
-        """This config and its calibration, read where it is a path; without it, and a warning, where the calibration
-        rests on too few tokens to be better than none.
-
-        Args:
-            fingerprint: of the model, to be compared with the calibration's; None: not compared.
-
-        Raises:
-            FileNotFoundError: when the calibration is a path and there is no such file.
-            ValueError: when the file is no calibration, or one of another model.
-        """
-        given = self.calibration
-        known = given if given is None or isinstance(given, Calibration) else Calibration.load(given)
-        if known is None:
-            return self, None
-        if fingerprint is not None:
-            known.check_model(fingerprint)
-        if known.suffices:
-            return self, known
-        bits = " and ".join(f"{side}={b}" for side in ("k_bits", "v_bits") if (b := getattr(self, side)) is not None)
-        warn(
-            f"HeadQ: {known.shortage()}. It is not used: each sequence's own statistics and {bits} hold, as without a "
-            "calibration"
-        )
-        return dataclasses.replace(self, calibration=None), None
 
     def check_head_dim(self, head_dim: int) -> None:
         """Raise ValueError where this config cannot store heads of that size."""

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from headq_ao import attention
+from headq_ao.integrations.transformers import attention
 
 VOCAB = 128
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,8 +35,8 @@ def warn_again():
 
 @pytest.fixture
 def reference_ops(monkeypatch):
-    """No compiled kernel: packed rows are written and read by the references, in fp32 throughout."""
-    for operator in ("decode_attention", "feedback"):
+    """No compiled kernel: packed tokens are written and read by the references, in fp32 throughout."""
+    for operator in ("paged_attention", "cache_update", "error_feedback"):
         kernel = importlib.import_module(f"headq_ao.ops.{operator}.cpu_kernel")
         monkeypatch.setattr(kernel, "library", lambda: None)
 

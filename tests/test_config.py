@@ -15,9 +15,9 @@ import pytest
 import torch
 from torchao.core.config import config_from_dict, config_to_dict
 
-from headq_ao import Calibration, HeadQCache, HeadQConfig, headq_config, quantize_, state
-from headq_ao.calibration import TENSORS, LayerMoments
+from headq_ao import Calibration, HeadQCache, HeadQConfig, headq_config, quantize_
 from headq_ao.config import PRESETS
+from headq_ao.statistics.moments import TENSORS, LayerMoments
 
 WHOLE = "must be a whole number of at least"
 
@@ -305,8 +305,8 @@ def test_rank(codec, rank, expected):
         ({"block_size": 128, "epoch_tokens": 1}, 64, 128),
     ],
 )
-def test_first_epoch(options, head_dim, expected):
-    assert headq_config(**options).first_epoch(head_dim) == expected
+def test_warmup_tokens(options, head_dim, expected):
+    assert headq_config(**options).warmup_tokens(head_dim) == expected
 
 
 @pytest.mark.parametrize(
@@ -339,7 +339,7 @@ def every_option_changed():
     )  # fmt: skip
     default = HeadQConfig()
     same = [f.name for f in dataclasses.fields(default) if getattr(changed, f.name) == getattr(default, f.name)]
-    assert same == ["version"]
+    assert sorted(same) == ["codec", "codec_options", "version"], "HeadQ's own options are refused beside another codec"
     return changed
 
 
@@ -403,7 +403,8 @@ def test_each_field_is_documented():
 @pytest.mark.parametrize("room", [32, 4096])
 def test_lengths_of_any_size(tiny, token_ids, monkeypatch, name, room):
     """More exact tokens than there is memory: nothing is packed, and room is made for what comes."""
-    monkeypatch.setattr(state, "ROOM", room)
+    monkeypatch.setattr("headq_ao.cache.layer.ROOM", room)
+    monkeypatch.setattr("headq_ao.cache.batch.ROOM", room)
     model, ids = tiny(), token_ids(2, 150)
     with torch.no_grad():
         expected = model(ids).logits
@@ -411,4 +412,4 @@ def test_lengths_of_any_size(tiny, token_ids, monkeypatch, name, room):
         cache = HeadQCache(model)
         logits = torch.cat([model(part, cache=cache).logits for part in ids.split([90] + [1] * 60, 1)], 1)
     assert cache.packed_fraction == 0 and (logits - expected).abs().max() < 1e-4
-    assert max(t.shape[2] for t in cache.layers[0].exact.tensors()) <= max(room, 150 + 150 // 8)
+    assert max(t.shape[2] for t in cache.layers[0].window.tensors()) <= max(room, 150 + 150 // 8) + 4

@@ -26,7 +26,7 @@ OF_THE_SDIST = (
     "tests/test_config.py",
     "tests/test_import_direction.py",
     "tests/test_readme.py",
-    "tests/test_rotary.py",
+    "tests/calibration/test_rope.py",
 )
 WHERE = f"""
 import {", ".join(PACKAGES)}
@@ -100,7 +100,7 @@ def test_wheel_contents(built):
         (metadata,) = (archive.read(n).decode() for n in names if n.endswith("METADATA"))
     assert {package.replace(".", "/") + "/py.typed" for package in PACKAGES} <= names
     for folder, package in (("headq_ao", "headq_ao"), ("ops", "headq_ao/ops"), ("evals", "headq_ao/evals")):
-        files = (p for p in (ROOT / folder).rglob("*") if p.suffix in (".py", ".cpp", ".yaml", ".txt", ".json"))
+        files = (p for p in (ROOT / folder).rglob("*") if p.suffix in (".py", ".cpp", ".h", ".yaml", ".txt", ".json"))
         assert {f"{package}/{path.relative_to(ROOT / folder).as_posix()}" for path in files} <= names
     assert {name.split("/")[0].split("-")[0] for name in names} == {"headq_ao"}
     assert "Requires-Dist: tqdm" in metadata

@@ -11,7 +11,7 @@ import tokenizers
 import torch
 import transformers
 
-from headq_ao.evals import inputs
+from headq_ao.evals.harness import inputs
 from tests.conftest import ROOT, build_tiny
 
 

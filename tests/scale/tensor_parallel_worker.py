@@ -34,7 +34,7 @@ def run(name, job, rank):
     quantize_(model, headq_config(**job["options"]))
     cache = HeadQCache(model)
     tokens = model.generate(ids, max_new_tokens=job["new"], do_sample=False, cache=cache, pad_token_id=0)
-    heads = sorted({layer.exact.k.shape[1] for layer in cache.layers})
+    heads = sorted({layer.window.k.shape[1] for layer in cache.layers})
     result |= {"tokens": tokens.tolist(), "heads": heads, "bytes": cache.get_memory_footprint()}
     path = f"{job['folder']}/{name}.{rank}.safetensors"
     cache.save(path)

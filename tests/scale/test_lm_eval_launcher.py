@@ -15,8 +15,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM, hash_args
 from lm_eval.tasks import TaskManager
 
-from headq_ao.lm_eval import HeadQLM, ModelArgumentError, NothingPackedError
-from headq_ao.lm_eval import model as module
+from headq_ao.evals.lm_eval import HeadQLM, ModelArgumentError, NothingPackedError
+from headq_ao.evals.lm_eval import model as module
 from tests.scale.conftest import torchrun
 
 pytestmark = pytest.mark.xdist_group("processes")

@@ -8,7 +8,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 
 from headq_ao import calibrate
-from headq_ao.evals import inputs
+from headq_ao.evals.harness import inputs
 from tests.conftest import ROOT, load_recipe
 from tests.scale.conftest import torchrun
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from headq_ao import headq_config, quantize_
-from headq_ao.evals.table import fill_marks
+from headq_ao.evals.harness.table import fill_marks
 from tests.conftest import ROOT, load_recipe
 
 

@@ -13,10 +13,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from headq_ao import Calibration, HeadQCache, calibrate, headq_config, quantize_
-from headq_ao.calibration import TENSORS
-from headq_ao.evals import inputs
-from headq_ao.layer_codec import LayerCodec
-from headq_ao.models import layer_shapes
+from headq_ao.codecs.layer_codec import LayerCodec
+from headq_ao.evals.harness import inputs
+from headq_ao.integrations.transformers.models import layer_shapes
+from headq_ao.statistics.moments import TENSORS
 from tests.conftest import build_tiny
 from tests.scale.conftest import torchrun
 
@@ -87,7 +87,8 @@ def test_tiny(two, name):
     held = FAMILIES[family] if family in WHOLE else FAMILIES[family] // 2
     assert [rank[name]["heads"] for rank in ranks] == [[held]] * 2
     share = sum(rank[name]["bytes"] for rank in ranks) / alone[name]["bytes"]
-    assert share == (2 if family in WHOLE else 1)
+    # each rank has lengths and block tables of its own
+    assert share == pytest.approx(2 if family in WHOLE else 1, rel=0.005)
     assert all(rank[name]["cache_reloads"] for rank in ranks)
 
 

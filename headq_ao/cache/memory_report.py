@@ -1,0 +1,148 @@
+"""Counting bits and bytes: from the tensors a cache holds, or ahead of time from shapes."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headq_ao.cache.batch import Batch
+from headq_ao.cache.layer import PackedLayer
+from headq_ao.cache.token_ids import TokenIds
+
+KINDS = ("codes", "scales", "packed_exact_side", "bases", "moments", "exact_rows", "tables", "token_ids", "unused")
+
+
+class NothingPackedError(RuntimeError):
+    """No packed token was read: the score would be that of the exact cache."""
+
+
+@dataclass
+class BitsReport:
+    """What a cache stores, counted whole: body bits, and bits at T tokens.
+
+    Args:
+        key_body_bits, value_body_bits: stored bytes of packed tokens of that side × 8 / (tokens · Hkv · head_dim); None
+            where the side is exact or nothing is packed yet.
+        key_bits_at_t, value_bits_at_t: body bits plus everything kept per sequence (bases, moments) over its tokens.
+        packed_bits_per_element, bits_at_t: the mean over the packed sides.
+        exact_rows: mean full-precision tokens per sequence and layer (sinks and window) that attention reads.
+        packed_rows: mean packed tokens per sequence and layer.
+        tokens: mean tokens per sequence.
+        bytes: by kind: codes, scales, tokens of a side that is kept exact, per-sequence bases, queries kept for
+            statistics, full-precision tokens, lengths and block tables, token ids (of the prompt cache's check), unused
+            capacity: free slots of pages and of the ring. Their sum is ``get_memory_footprint()``.
+    """
+
+    key_body_bits: float | None
+    value_body_bits: float | None
+    key_bits_at_t: float | None
+    value_bits_at_t: float | None
+    packed_bits_per_element: float
+    bits_at_t: float
+    exact_rows: float
+    packed_rows: float
+    tokens: float
+    bytes: dict[str, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def of(cls, batch: Batch, ids: TokenIds | None = None) -> "BitsReport":
+        """Count the tensors of a cache's layers, and the token ids kept beside them."""
+        batch.settle()
+        count = _Counts()
+        for layer in batch.layers:
+            if layer.is_initialized:
+                count.add(layer)
+        count.kinds["tables"] = storage_bytes(batch.tensors())
+        held = [t for layer in batch.layers for t in layer.tensors()] + batch.tensors()
+        if ids is not None:
+            held += ids.tensors()
+            count.kinds["token_ids"] = ids.nbytes(batch.lengths.seen)
+        return count.report(storage_bytes(held))
+
+
+@dataclass
+class _Counts:
+    """Sums over layers; elements are tokens × heads × head_dim of one side."""
+
+    kinds: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
+    body: dict[str, float] = field(default_factory=dict)
+    own: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("key", "value"), 0))
+    packed_elements: int = 0
+    elements: int = 0
+    tokens: int = 0
+    packed: int = 0
+    exact: int = 0
+    sequences: int = 0
+
+    def add(self, layer: PackedLayer) -> None:
+        lengths, width = layer.batch.lengths, layer.shape.n_kv_heads * layer.shape.head_dim
+        plan, p = lengths.schedule, layer.batch.page_tokens
+        coded = lengths.packed() if layer.packs else [0] * lengths.batch
+        if layer.sliding_window is not None:  # of a ring of pages, those that a query can see
+            coded = [min(n, layer.sliding_window) for n in coded]
+        assert layer.pool is not None
+        stored = coded if layer.table is None else layer.table.stored(coded)
+        shared = layer.distinct(stored)
+        for total, packed in zip(lengths.totals(), coded, strict=True):
+            self.elements += total * width
+            self.tokens += total
+            self.packed += packed
+            self.exact += min(total, layer.sliding_window or total, plan.n_sink + layer.ring) if not packed else (
+                min(total - packed, plan.n_sink + plan.window + plan.granularity - 1)
+            )  # fmt: skip
+            self.sequences += 1
+        self.packed_elements += shared * width
+        of_sides = layer.codec.tensors_by_side(layer.pool.tensors, layer.pool.layout)
+        for side, tensors in of_sides.items():
+            for t in tensors:
+                n = t[0].numel() * t.element_size() * shared // p
+                if side not in layer.packed_sides:
+                    self.kinds["packed_exact_side"] += n
+                else:
+                    self.kinds["codes" if t.dtype == torch.uint8 else "scales"] += n
+                    self.body[side] = self.body.get(side, 0) + n
+        for name, t in layer.codec.own_tensors().items():
+            self.kinds["bases"] += t.nbytes
+            self.own[name.split(".")[0]] += t.nbytes
+        window = layer.window
+        if window.q is not None:
+            self.kinds["moments"] += window.q.nbytes
+            self.own["key"] += window.q.nbytes
+        if window.k is not None:
+            slots = min(max(lengths.totals(), default=0), window.k.shape[2])
+            entry = window.k[:1, :, :1].nbytes
+            self.kinds["exact_rows"] += 2 * entry * sum(min(t, slots) for t in lengths.totals())
+
+    def report(self, held: int) -> BitsReport:
+        self.kinds["unused"] = held - sum(self.kinds.values())
+        body = {side: 8 * n / self.packed_elements for side, n in self.body.items() if self.packed_elements}
+        at_t = {side: bits + 8 * self.own[side] / self.elements for side, bits in body.items()}
+        n = max(self.sequences, 1)
+        return BitsReport(
+            key_body_bits=body.get("key"),
+            value_body_bits=body.get("value"),
+            key_bits_at_t=at_t.get("key"),
+            value_bits_at_t=at_t.get("value"),
+            packed_bits_per_element=_mean(body),
+            bits_at_t=_mean(at_t),
+            exact_rows=self.exact / n,
+            packed_rows=self.packed / n,
+            tokens=self.tokens / n,
+            bytes=self.kinds,
+        )
+
+
+def storage_bytes(tensors: Sequence[Tensor]) -> int:
+    """Bytes of the distinct storages behind tensors (data pointers do not tell them apart on the meta device)."""
+    storages = {s._cdata: s.nbytes() for s in (t.untyped_storage() for t in tensors)}
+    return sum(storages.values())
+
+
+def _mean(bits: dict[str, float]) -> float:
+    return sum(bits.values()) / len(bits) if bits else float("nan")

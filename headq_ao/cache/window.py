@@ -1,0 +1,77 @@
+"""The tokens of a layer in full precision: sinks, then a ring of the newest ones."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from headq_ao.cache.pages import growing
+
+NAMES = ("k", "v", "q")
+ROOM = 4096  # body tokens that a ring has room for at first, where it may hold more
+
+
+class Window:
+    """``k``, ``v [B, Hkv, n_sink + R, D]`` and, while a sequence's own statistics are awaited, ``q [B, Hq, ..]``.
+
+    Token ``p < n_sink`` is at slot ``p``, body token ``j`` at slot ``n_sink + j % R``.
+
+    Args:
+        n_sink: sinks.
+        ring: R, body tokens that there is room for.
+    """
+
+    def __init__(self, n_sink: int, ring: int) -> None:
+        self.n_sink, self.ring = n_sink, ring
+        self.k: Tensor | None = None
+        self.v: Tensor | None = None
+        self.q: Tensor | None = None
+
+    def allocate(self, name: str, form: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Zeros for tokens of the form ``B, H, D``."""
+        b, h, d = form
+        made = growing(torch.zeros(b, h, self.n_sink + self.ring, d, dtype=dtype, device=device), 2)
+        setattr(self, name, made)
+        return made
+
+    def tensors(self) -> list[Tensor]:
+        """What is held."""
+        return [t for name in NAMES if (t := getattr(self, name)) is not None]
+
+    def resize(self, ring: int, total: Tensor) -> None:
+        """Another R; ``total [B]`` int64, tokens of each sequence."""
+        if ring == self.ring:
+            return
+        slot, last = torch.arange(ring, device=total.device), (total - self.n_sink - 1)[:, None]
+        body = last - (last - slot).remainder(ring)
+        body = torch.where((body >= 0) & (last - body < self.ring), body, 0)
+        sinks = torch.arange(self.n_sink, device=total.device).expand(len(total), -1)
+        index = torch.cat([sinks, self.n_sink + body % self.ring], 1)
+        self._map(lambda t: t.gather(2, index[:, None, :, None].expand(*t.shape[:2], -1, t.shape[3])))
+        self.ring = ring
+
+    def select(self, index: Tensor) -> None:
+        """Keep and reorder sequences, in place where there are as many."""
+        if self.k is not None and len(self.k) == len(index):
+            for t in self.tensors():
+                t.copy_(t.index_select(0, index.to(t.device)))
+            return
+        self._map(lambda t: t.index_select(0, index.to(t.device)))
+
+    def widen(self, dtype: torch.dtype) -> bool:
+        """Hold tokens of that dtype too, without loss; whether tensors have changed."""
+        if self.k is None or torch.promote_types(self.k.dtype, dtype) == self.k.dtype:
+            return False
+        self._map(lambda t: t.to(torch.promote_types(t.dtype, dtype)))
+        return True
+
+    def at(self, name: str, position: Tensor) -> Tensor:
+        """Tokens at ``position [B, n]`` of their sequences, ``[B, H, n, D]``; those that are gone are any."""
+        tokens: Tensor = getattr(self, name)
+        slot = torch.where(position < self.n_sink, position, self.n_sink + (position - self.n_sink) % self.ring)
+        return tokens.gather(2, slot[:, None, :, None].expand(*tokens.shape[:2], -1, tokens.shape[3]))
+
+    def _map(self, fn: Callable[[Tensor], Tensor]) -> None:
+        for name in NAMES:
+            if (t := getattr(self, name)) is not None:
+                setattr(self, name, growing(fn(t), 2))

@@ -1,0 +1,104 @@
+"""What collects statistics while attention runs, and the context variable through which attention finds it."""
+
+import contextvars
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headq_ao.ambient import mode_neutral
+from headq_ao.calibration.bit_allocation import output_errors
+from headq_ao.statistics.importance import seen_weights
+from headq_ao.statistics.moments import TENSORS, LayerMoments
+
+SEEN_EVERY = 4  # every fourth query serves for the weights that attention gives
+RECORDER: contextvars.ContextVar["Recorder | Profiler | None"] = contextvars.ContextVar("headq_recorder", default=None)
+
+
+class Recorder:
+    """Collects what attention reads during one calibration; found through a context variable, so threads are apart."""
+
+    def __init__(self, n_layers: int, n_rows: int, n_sink: int, seed: int) -> None:
+        self.layers = [MomentAccumulator(n_rows) for _ in range(n_layers)]
+        self.n_sink = n_sink
+        self.generator = torch.Generator("cpu").manual_seed(seed)
+        self.priority = torch.empty(0, dtype=torch.float32, device="cpu")
+        self.counted: Tensor | None = None
+
+    def begin(self, counted: Tensor) -> None:
+        """Draw the sampling priorities of a batch, of whose tokens ``[B, T]`` those count; all layers and heads keep
+        the same tokens."""
+        behind = counted[:, self.n_sink :].flatten().cpu()
+        drawn = torch.rand(len(behind), generator=self.generator, dtype=torch.float32, device="cpu")
+        self.priority = drawn[behind]
+        self.counted = None if bool(counted.all()) else counted
+
+    def record(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None) -> None:
+        """Fold one layer's ``[B, H, T, D]`` states, sinks left out."""
+        counted = None if self.counted is None else self.counted.to(k.device)
+        weights = seen_weights(
+            q.float(), k.float(), scaling, n_sink=self.n_sink, window=window, every=SEEN_EVERY, counted=counted
+        )
+        q, k, v = (x[:, :, self.n_sink :].transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+        rows = [SEEN_EVERY * w[:, :, self.n_sink :].transpose(1, 2).flatten(0, 1) for w in weights]
+        if counted is not None:
+            behind = counted[:, self.n_sink :].flatten()
+            q, k, v, *rows = (x[behind] for x in (q, k, v, *rows))
+        for name, x in (("queries", q), ("keys", k), ("values", v)):
+            if not bool(torch.isfinite(x).all()):
+                raise ValueError(
+                    f"layer {layer}: calibration met non-finite {name}; run the model in float32 or bfloat16"
+                )
+        self.layers[layer].add(q, k, v, rows, self.priority)
+
+
+class Profiler:
+    """Measures what coded keys and values change in the output of every layer, on one sequence."""
+
+    def __init__(self, moments: list[LayerMoments], n_sink: int, counted: Tensor) -> None:
+        self.moments, self.n_sink, self.counted = moments, n_sink, counted
+
+    def record(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None) -> None:
+        """Fold one layer's ``[1, H, T, D]`` states."""
+        m = self.moments[layer]
+        m.errors, m.energy = output_errors(
+            m, q, k, v, scaling, n_sink=self.n_sink, window=window, every=SEEN_EVERY, counted=self.counted.to(k.device)
+        )  # fmt: skip
+
+
+class MomentAccumulator:
+    """Running sums for one layer; ``n_rows`` keys are kept by the largest random priority per token."""
+
+    def __init__(self, n_rows: int) -> None:
+        self.n_rows = n_rows
+        self.tokens = 0
+        self.sums: list[Tensor] = []
+        self.rows: Tensor | None = None
+        self.priority: Tensor | None = None
+        self.groups = 1
+
+    def add(self, q: Tensor, k: Tensor, v: Tensor, weights: Sequence[Tensor], priority: Tensor) -> None:
+        """Fold ``q [N, Hq, D]``, ``k``, ``v`` ``[N, Hkv, D]``, the ``weights`` of their rows, and ``priority [N]``."""
+        q, k, v, of_q, of_k, of_v = (x.double() for x in (q, k, v, *weights))
+        self.groups = q.shape[1] // k.shape[1]
+        q, of_q = q.unflatten(1, (k.shape[1], -1)), of_q.unflatten(1, (k.shape[1], -1))
+        new = [torch.einsum("nhgd,nhge->hde", q, q), torch.einsum("nhg,nhgd,nhge->hde", of_q, q, q)]
+        for x, weight in ((k, of_k), (v, of_v)):
+            new += [x.sum(0), torch.einsum("nhd,nhe->hde", x, x), weight.sum(0)]
+            new += [torch.einsum("nh,nhd->hd", weight, x), torch.einsum("nh,nhd,nhe->hde", weight, x, x)]
+        self.sums = [a + b for a, b in zip(self.sums, new, strict=True)] if self.sums else new
+        self.tokens += k.shape[0]
+        rows, priority = k.float(), priority.to(k.device)
+        if self.rows is not None and self.priority is not None:
+            rows, priority = torch.cat([self.rows, rows]), torch.cat([self.priority, priority])
+        keep = priority.topk(min(self.n_rows, len(priority))).indices.sort().values
+        self.rows, self.priority = rows[keep], priority[keep]
+
+    @mode_neutral
+    def moments(self) -> LayerMoments:
+        """The sums so far, on the CPU in fp32."""
+        assert self.rows is not None
+        tensors = (*(s.float().cpu() for s in self.sums), self.rows.cpu())
+        named: dict[str, Any] = dict(zip(TENSORS, tensors, strict=True))
+        return LayerMoments(self.tokens, self.groups, **named)

@@ -1,0 +1,83 @@
+"""Rotary embeddings as the model applies them, to see a sequence's first rows as they would stand further on.
+
+Attention sees differences of positions, but the coordinates of a row turn with the position itself, so variances of the
+first few hundred keys say little of the thousandth. Turned copies of them stand for it, and cost nothing to store.
+"""
+
+import ast
+import copy
+import inspect
+import sys
+import textwrap
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from headq_ao.layer_shape import LayerShape
+from headq_ao.statistics.turns import Turns
+
+TURNED = (0, 16, 32, 64, 128, 256, 512, 1024)  # positions by which a sequence's first rows are turned
+TOLERANCE = 1e-3
+
+
+def rotary_turns(
+    embedding: nn.Module | None, attention: nn.Module, shape: LayerShape, turned: tuple[int, ...] = TURNED
+) -> Turns | None:
+    """How rows of a layer turn in some positions; None where that cannot be told.
+
+    The embedding and the function that applies it turn the unit vectors. What they give is taken only when it is a turn
+    of pairs, the same after 1 and 2 positions as after 3.
+
+    Args:
+        embedding: :func:`headq_ao.integrations.transformers.models.rotary_embedding` of the model; it is not changed.
+        attention: of the layer.
+        shape: of the layer.
+        turned: the positions, 0 among them.
+    """
+    apply: Any = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+    if embedding is None or apply is None or not _turns_always(attention):
+        return None
+    positions, head_dim = torch.tensor([1, 2, 3, *turned], device="cpu"), shape.head_dim
+    one = torch.eye(head_dim, dtype=torch.float32, device="cpu")
+    try:
+        matrices = _turned_units(copy.deepcopy(embedding), apply, positions, shape)
+    except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError):
+        return None  # of another form
+    (by_1, by_2, by_3), matrices = matrices[:3], matrices[3:]
+    if not torch.allclose(by_1 @ by_2, by_3, atol=TOLERANCE):
+        return None
+    partner = (matrices.abs().sum(0) * (1 - one)).argmax(0)
+    every = torch.arange(head_dim, device="cpu")
+    turns = Turns(matrices[:, every, every], matrices[:, partner, every], partner)
+    rebuilt = torch.stack(turns.turned(one))
+    return turns if torch.allclose(rebuilt, matrices, atol=TOLERANCE) else None
+
+
+def _turns_always(attention: nn.Module) -> bool:
+    """Whether the layer applies its rotary embedding whatever happens; some models leave it out in some layers."""
+    if getattr(attention, "use_rope", False):
+        return True
+    try:
+        forward = ast.parse(textwrap.dedent(inspect.getsource(type(attention).forward)))
+    except (OSError, TypeError, SyntaxError):
+        return False
+    branches = (branch for branch in ast.walk(forward) if isinstance(branch, ast.If))
+    names = (node.id for branch in branches for node in ast.walk(branch) if isinstance(node, ast.Name))
+    return "apply_rotary_pos_emb" not in names
+
+
+def _turned_units(embedding: nn.Module, apply: Any, positions: Tensor, shape: LayerShape) -> Tensor:
+    """``[P, D, D]``: the unit vectors, as rows, at each of the positions."""
+    plain: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+    embedding = embedding.to("cpu")
+    layer_type = "full_attention" if shape.sliding_window is None else "sliding_attention"
+    extra = {"layer_type": layer_type} if "layer_type" in inspect.signature(embedding.forward).parameters else {}
+    cos, sin = embedding(torch.zeros(1, len(positions), 1, **plain), positions[None], **extra)
+    at_0 = positions.tolist().index(0)
+    cos, sin = (x.float() / cos[:, at_0 : at_0 + 1, :1].float() for x in (cos, sin))  # some scale what they turn
+    part = cos.shape[-1]
+    units = torch.eye(part, **plain)[None, :, None].expand(1, part, len(positions), part)
+    whole = torch.eye(shape.head_dim, **plain).repeat(len(positions), 1, 1)
+    whole[:, :part, :part] = apply(units, units, cos, sin)[0][0].transpose(0, 1)
+    return whole

@@ -1,0 +1,1 @@
+"""How a token is written and read; knows no cache and no model."""

@@ -1,0 +1,1 @@
+"""HeadQ in other people's engines, one package each."""

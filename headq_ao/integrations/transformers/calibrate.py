@@ -1,0 +1,185 @@
+"""``calibrate``: run a model over text and keep moments of what its attention reads."""
+
+import dataclasses
+import itertools
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from headq_ao.calibration.artifact import Calibration
+from headq_ao.calibration.bit_allocation import WHOLE
+from headq_ao.calibration.observers import RECORDER, Profiler, Recorder
+from headq_ao.calibration.text import SURPRISE, counted_tokens, effective_tokens, profiled_row, read_batches, surprises
+from headq_ao.integrations.transformers.models import (
+    execution_device,
+    fingerprint,
+    layer_shapes,
+    rotary_embedding,
+    tensor_parallel,
+)
+from headq_ao.integrations.transformers.own_config import OwnConfigs
+from headq_ao.integrations.transformers.probe import supported_layers
+from headq_ao.statistics.moments import LayerMoments
+from headq_ao.user_warning import warn
+
+CONTEXT_LENGTH = 4096
+
+
+@torch.no_grad()
+def calibrate(
+    model: PreTrainedModel,
+    token_batches: Any,
+    *,
+    attention_mask: Any = None,
+    context_length: int | None = None,
+    n_rows: int = 512,
+    n_sink: int = 4,
+    seed: int = 0,
+    progress: bool = True,
+    source: str | None = None,
+) -> Calibration:
+    """Collect the statistics that HeadQ derives its bases from.
+
+    Per layer and KV head: ``Σ q qᵀ`` over the query heads that read it, ``Σ k``, ``Σ k kᵀ``, ``Σ v``, ``Σ v vᵀ`` after
+    QK-norm and RoPE, the same weighted by what attention sees of each row (:mod:`headq_ao.statistics.importance`), and
+    a uniform sample of ``n_rows`` keys. Then one sequence shows what coded keys and values change in each layer's
+    output, for ``mean_bits``; rows that are all short are joined for that. The model is left as it was.
+
+    Rotary embeddings turn keys and queries with their position, though attention sees differences of positions only:
+    a basis made at positions below 1024 fits badly at 4096. So the sequences are put at starts that are spread evenly
+    over a context.
+
+    Padding is left out of everything: each row runs from its first token on. Runs of more than 8 equal tokens at the
+    ends of a row count as padding where no mask tells. A token that came 8 times already in the same context is left
+    out of the statistics. What remains is counted as effective tokens (:attr:`Calibration.effective_tokens`), by which
+    the statistics are shrunk where they are few. Tokens of rows that are no text to the model, as random ids, are taken
+    off that number: they surprise it by over 3 nats a token more than it expects. This function warns where fewer than
+    8·head_dim (at most 768) are left: :func:`headq_ao.quantize_` does not use such a calibration, and says so.
+
+    Args:
+        model: a supported causal LM, quantized with HeadQ or not.
+        token_batches: token ids, each ``[T]`` or ``[B, T]`` (tensor, array or nested list, whose rows may be of several
+            lengths), or what a tokenizer returns (a ``BatchEncoding``, or a dict with ``input_ids`` and perhaps
+            ``attention_mask``); or one such. About 4·1024 tokens are enough for the moments of a head_dim of 64.
+        attention_mask: a mask for each batch, shaped as it is: 1 for tokens, 0 for padding at the ends of a row. None:
+            no padding, but for what batches say themselves.
+        context_length: tokens of the contexts to serve; ``None``: 4096, or the model's positions where they are fewer.
+            Sequences as long, and all without rotary embeddings, start at 0.
+        n_rows: keys kept per layer.
+        n_sink: first tokens of each sequence to leave out.
+        seed: of the sample.
+        progress: show a progress bar.
+        source: where the text is from, kept in ``meta``.
+
+    Returns:
+        A :class:`Calibration` on the CPU.
+
+    Raises:
+        ValueError: on an unsupported model, no tokens, sequences no longer than ``n_sink``, ids or masks of another
+            form, or a context that is longer than the model's positions.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from headq_ao import calibrate
+        >>> config = LlamaConfig(
+        ...     vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+        ... )
+        >>> model = LlamaForCausalLM(config).eval()
+        >>> calibrate(model, [torch.randint(64, (300,))], progress=False).layers[0].tokens
+        296
+    """
+    shapes, _ = supported_layers(model)
+    vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    for name, value, least in (("n_rows", n_rows, 1), ("n_sink", n_sink, 0), ("seed", seed, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    batches = read_batches(token_batches, attention_mask, n_sink, vocabulary)
+    rows = [row for batch in batches for row in batch]
+    counted = counted_tokens(rows, n_sink)
+    context, starts = spread_starts(model, list(map(len, rows)), context_length)
+    recorder = Recorder(len(shapes), n_rows, n_sink, seed)
+    configs, training = OwnConfigs(model), [m for m in model.modules() if m.training]
+    token = RECORDER.set(recorder)
+    try:
+        model.eval()
+        device = execution_device(model)
+        model.set_attn_implementation("headq")
+        at, surprise = 0, list[float]()
+        for batch in tqdm(batches, desc="calibrate", unit="batch", disable=not progress):
+            here = slice(at, at := at + len(batch))
+            recorder.begin(torch.stack(counted[here]))
+            own = starts[here]
+            slots = torch.arange(batch.shape[1], device=own.device)
+            positions = (own[:, None] + slots).to(device) if bool(own.any()) else None
+            out = model(input_ids=batch.to(device), position_ids=positions, use_cache=False)
+            if isinstance(getattr(out, "logits", None), Tensor):
+                surprise += surprises(out.logits, batch, torch.stack(counted[here]))
+        text = [nats <= SURPRISE for nats in surprise or [0.0] * len(rows)]
+        effective = effective_tokens(itertools.compress(rows, text), itertools.compress(counted, text), n_sink)
+        effective -= min(
+            effective, sum(int(c[n_sink:].sum()) for c, good in zip(counted, text, strict=True) if not good)
+        )
+        moments = [dataclasses.replace(layer.moments(), effective=effective) for layer in recorder.layers]
+        profiled, counts = profiled_row(rows, counted)
+        if len(profiled) >= n_sink + WHOLE:
+            RECORDER.set(Profiler(moments, n_sink, counts))
+            model(input_ids=profiled[None].to(device), use_cache=False)
+    finally:
+        RECORDER.reset(token)
+        configs.put_back(model)
+        for module in training:
+            module.training = True
+    meta = {
+        "tokens": sum(map(len, rows)),
+        "effective_tokens": effective,
+        "context_length": context,
+        "source": source,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    layers = [gathered(model, layer) for layer in moments]
+    made = Calibration(layers, fingerprint(model), meta)
+    if not made.suffices:
+        noise = f" ({text.count(False)} of {len(text)} rows are no text to this model)" if not all(text) else ""
+        warn(f"HeadQ: {made.shortage()}; quantize_ will not use it{noise}")
+    return made
+
+
+def spread_starts(model: PreTrainedModel, lengths: list[int], context_length: int | None) -> tuple[int, Tensor]:
+    """The context to cover, and the first position of each sequence: evenly from 0 to where it ends with the context.
+
+    Raises:
+        ValueError: when the context is not a whole number of at least 1, or more than the model's positions.
+    """
+    most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if context_length is None:
+        context_length = CONTEXT_LENGTH if most is None else min(CONTEXT_LENGTH, most)
+    whole = isinstance(context_length, int) and not isinstance(context_length, bool)
+    if not whole or context_length < 1 or (most is not None and context_length > most):
+        limit = "" if most is None else f" and at most {most}, the model's positions"
+        raise ValueError(f"context_length must be a whole number of at least 1{limit}, got {context_length!r}")
+    rotary = rotary_embedding(model) is not None
+    room = [max(context_length - n, 0) if rotary else 0 for n in lengths]
+    starts = [r * i // max(len(lengths) - 1, 1) for i, r in enumerate(room)]
+    return context_length, torch.tensor(starts, dtype=torch.int64, device="cpu")
+
+
+def gathered(model: PreTrainedModel, moments: LayerMoments) -> LayerMoments:
+    """The moments of all KV heads, on a tensor-parallel model from all its ranks."""
+    _, size = tensor_parallel(model)
+    if size == 1 or moments.k_sum.shape[0] == layer_shapes(model.config)[0].n_kv_heads:
+        return moments
+    group, device = model._mesh_manager.get_mesh("tp").get_group(), execution_device(model)
+
+    def gather(tensor: Tensor, dim: int) -> Tensor:
+        parts = [torch.empty_like(tensor, device=device) for _ in range(size)]
+        torch.distributed.all_gather(parts, tensor.contiguous().to(device), group=group)
+        return torch.cat(parts, dim).cpu()
+
+    whole: dict[str, Any] = {name: gather(x, int(name == "k_rows")) for name, x in moments.tensors().items()}
+    return dataclasses.replace(moments, **whole)

@@ -1,0 +1,96 @@
+"""``estimate_memory``: what a cache would take, found by running its storage code without data."""
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from headq_ao.ambient import mode_neutral
+from headq_ao.cache.batch import Batch
+from headq_ao.cache.layer import PackedLayer
+from headq_ao.cache.memory_report import BitsReport
+from headq_ao.cache.schedule import page_tokens, schedule_of
+from headq_ao.cache.token_ids import TokenIds
+from headq_ao.calibration.artifact import usable_calibration
+from headq_ao.calibration.bit_allocation import head_bits
+from headq_ao.codecs.layer_codec import LayerCodec
+from headq_ao.codecs.registry import LayerContext, build
+from headq_ao.codecs.source import SourceModule
+from headq_ao.config import HeadQConfig
+from headq_ao.integrations.transformers.models import layer_shapes
+from headq_ao.layer_shape import LayerShape
+from headq_ao.ops.layout import TOKEN_TILE
+from headq_ao.statistics.moments import TENSORS, LayerMoments, tensor_shapes
+
+META = torch.device("meta")
+
+
+@mode_neutral
+def estimate_memory(
+    model_or_config: Any, config: HeadQConfig, tokens: int, batch_size: int = 1, dtype: torch.dtype | None = None
+) -> BitsReport:
+    """The :meth:`HeadQCache.bits_report` that one prefill of ``tokens`` tokens would leave, without running the model.
+
+    The cache's own code runs on shapes alone (PyTorch's meta device), so the counts are those of the real cache.
+    Only sequences whose keys or values are far from ordinary size (:mod:`headq_ao.statistics.units`) hold more.
+
+    Args:
+        model_or_config: a transformers model, or its config.
+        config: what to store; of a calibration only how ``mean_bits`` shares the bits counts, and that it is used:
+            one on too few tokens is not, with the warning of :func:`headq_ao.quantize_`.
+        tokens: per sequence.
+        batch_size: sequences.
+        dtype: of the exact rows; default the model's, else bfloat16.
+
+    Returns:
+        A :class:`~headq_ao.cache.memory_report.BitsReport`; its ``bytes`` sum to the footprint.
+
+    Raises:
+        ValueError: when the model is not supported or a count is below 1.
+
+    Example:
+        >>> from transformers import LlamaConfig
+        >>> from headq_ao import estimate_memory, headq_config
+        >>> report = estimate_memory(LlamaConfig(), headq_config(), tokens=4096)
+        >>> round(report.packed_bits_per_element, 4)
+        2.125
+    """
+    if tokens < 1 or batch_size < 1:
+        raise ValueError(f"tokens and batch_size must be at least 1, got {tokens} and {batch_size}")
+    model_config = model_or_config.config if isinstance(model_or_config, PreTrainedModel) else model_or_config
+    if dtype is None:
+        dtype = getattr(model_or_config, "dtype", None)
+        dtype = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
+    shapes = layer_shapes(model_config)
+    config, known = usable_calibration(config)
+    sources: list[SourceModule] = []
+    shared = [None] * len(shapes) if config.codec is not None else head_bits(config, known, shapes)
+    for shape, bits in zip(shapes, shared, strict=True):
+        moments = None if config.calibration is None else _no_moments(shape)
+        if config.codec is None:
+            sources.append(LayerCodec(config, shape, moments, META, bits=bits))
+        else:
+            layer = LayerContext(shape, config.n_sink, META, moments)
+            sources.append(build(config.codec, config.codec_options or {}, layer))
+    if any(source.prototype.drops for source in sources):
+        raise ValueError(f"how many tokens {config.codec!r} leaves out depends on the text: there is no estimate")
+    schedule = schedule_of(config, sources)
+    batch = Batch(schedule, page_tokens(config, schedule))
+    batch.layers = [PackedLayer(shape, source, batch) for shape, source in zip(shapes, sources, strict=True)]
+    batch.begin(batch_size, tokens)
+    for layer in batch.layers:
+        k = torch.empty(batch_size, layer.shape.n_kv_heads, tokens, layer.shape.head_dim, dtype=dtype, device=META)
+        q = torch.empty(batch_size, layer.shape.n_heads, tokens, layer.shape.head_dim, dtype=dtype, device=META)
+        layer.update(k, k)
+        layer.commit(q)
+    ids = TokenIds()
+    ids.note(torch.empty(batch_size, tokens, dtype=torch.int64, device=META), batch_size, tokens, 0, None)
+    return BitsReport.of(batch, ids)
+
+
+def _no_moments(shape: LayerShape) -> LayerMoments:
+    """Moments without data."""
+    shapes = tensor_shapes(shape.n_kv_heads, shape.head_dim, TOKEN_TILE)
+    empty = {name: torch.empty(shapes[name], dtype=torch.float32, device=META) for name in TENSORS}
+    tensors: dict[str, Any] = dict(empty)
+    return LayerMoments(1, 1, **tensors)

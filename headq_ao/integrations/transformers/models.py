@@ -1,0 +1,267 @@
+"""What a Hugging Face model looks like to the cache: its attention layers, their shapes, and what is not supported."""
+
+import inspect
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
+from transformers.distributed.tensor_parallel import get_kv_heads_per_rank
+
+from headq_ao.layer_shape import LayerShape
+
+CACHE_NAMES = ("cache", "past_key_values")  # transformers 5.24 renamed the argument
+CROSS = re.compile(r"(^|\.)(encoder_attn|enc_?dec_?attention|cross_?attn|cross_?attention)$", re.IGNORECASE)
+
+
+def text_config(config: Any) -> Any:
+    """The decoder's part of a transformers config."""
+    return config.get_text_config(decoder=True)
+
+
+def layer_configs(config: Any) -> list[Any]:
+    """The decoder's config, or one for each of its layers where transformers keeps values that differ between them."""
+    c = text_config(config)
+    return list(c.per_layer_config) if getattr(c, "is_heterogeneous", False) else [c]
+
+
+def layer_shapes(config: Any) -> list[LayerShape]:
+    """The attention layers that a config describes.
+
+    Raises:
+        ValueError: where a layer is of a kind that HeadQ cannot store, naming it.
+    """
+    c = text_config(config)
+    name = c.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{name}: encoder-decoder models are not supported; HeadQ packs decoder-only causal LMs")
+    check_kind(config)
+    # a config without layer types: all layers are full attention
+    layers = DynamicCache(config=config).layers or [DynamicLayer() for _ in range(c.num_hidden_layers)]
+    if all(type(layer) is LinearAttentionLayer for layer in layers):
+        raise ValueError(f"{name} is not supported: it has no KV cache; its layers keep a state of fixed size")
+    kv_heads, head_dim = kv_heads_and_size(config)
+    n_heads = query_heads(config, len(layers))
+    for i, layer in enumerate(layers):
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            raise ValueError(
+                f"{name} is not supported: layer {i} caches a {type(layer).__name__}, not plain keys and values"
+            )
+    return [
+        LayerShape(n, kv_heads, head_dim, getattr(layer, "sliding_window", None))
+        for n, layer in zip(n_heads, layers, strict=True)
+    ]
+
+
+def check_kind(config: Any) -> None:
+    """Raise ValueError where a config names a kind of attention that HeadQ does not serve, naming it."""
+    refusals = {
+        "kv_lora_rank": "multi-head latent attention (MLA) caches a latent, not keys and values",
+        "attn_logit_softcapping": "attention softcap changes the scores that HeadQ corrects",
+        "num_kv_shared_layers": "KV shared between layers",
+        "use_bidirectional_attention": "its attention is not causal",
+    }
+    for c in layer_configs(config):
+        name = c.model_type
+        for attribute, why in refusals.items():
+            value = getattr(c, attribute, None)
+            if value and not (attribute == "use_bidirectional_attention" and value == "vision"):  # text is causal
+                raise ValueError(f"{name} is not supported: {why} (config.{attribute}={value})")
+        kinds = getattr(c, "layer_types", None) or ["chunked_attention"]
+        if getattr(c, "attention_chunk_size", None) and "chunked_attention" in kinds:
+            raise ValueError(f"{name} is not supported: chunked_attention layers do not slide, they start anew")
+
+
+def kv_heads_and_size(config: Any) -> tuple[int, int]:
+    """Key-value heads of a layer, and their size; one number each for all layers.
+
+    Raises:
+        ValueError: where a config names no attention heads, or numbers that differ between layers.
+    """
+    found: set[tuple[int, int]] = set()
+    name = text_config(config).model_type
+    for c in layer_configs(config):
+        heads = getattr(c, "num_attention_heads", None)
+        if heads is None:
+            raise ValueError(f"{name} is not supported: it has no KV cache; its config names no attention heads")
+        kv_heads = getattr(c, "num_key_value_heads", None) or heads
+        head_dim = getattr(c, "head_dim", None)
+        if not head_dim and isinstance(heads, int):
+            head_dim = getattr(c, "hidden_size", 0) // heads
+        if not (isinstance(heads, int) and isinstance(kv_heads, int) and isinstance(head_dim, int)):
+            raise ValueError(f"{name} is not supported: its head counts differ between layers")
+        found.add((kv_heads, head_dim))
+    if len(found) > 1:
+        raise ValueError(
+            f"{name} is not supported: its config has no one number of attention heads; key-value heads and their "
+            f"sizes differ between layers: {sorted(found)}"
+        )
+    return found.pop()
+
+
+def query_heads(config: Any, n_layers: int) -> list[int]:
+    """Query heads of each layer; some models give layers different numbers of them."""
+    c = text_config(config)
+    by_layer = getattr(c, "num_attention_heads_per_layer", None) or [
+        o.num_attention_heads for o in layer_configs(config)
+    ]
+    return list(by_layer) if len(by_layer) == n_layers else [by_layer[0]] * n_layers
+
+
+def attention_modules(model: nn.Module, n_layers: int) -> list[nn.Module]:
+    """The self-attention modules in layer order.
+
+    Raises:
+        ValueError: where the model cannot route attention through transformers' attention interface.
+    """
+    kind = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"HeadQ needs a transformers PreTrainedModel, got {kind}; pass the whole causal LM")
+    if not model._can_set_attn_implementation():
+        raise ValueError(f"{kind} is not supported: its attention does not go through transformers' AttentionInterface")
+    attentions = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "layer_idx", None), int) and type(module).__name__.endswith("Attention")
+    }
+    crossing = next((name for name, module in attentions.items() if crosses(name, module)), None)
+    if crossing is not None:
+        raise ValueError(f"{kind} is not supported: it has cross-attention ({crossing})")
+    found: dict[int, nn.Module] = {}
+    for name, module in attentions.items():
+        if getattr(module, "is_causal", True) is False:
+            raise ValueError(f"{kind} is not supported: its attention is not causal ({name})")
+        if isinstance(getattr(module, "sinks", None), torch.Tensor):
+            raise ValueError(f"{kind} is not supported: its attention has sink logits, where the gauges are not free")
+        found[module.layer_idx] = module
+    if sorted(found) != list(range(n_layers)):
+        raise ValueError(
+            f"{kind} is not supported: its cache has {n_layers} layers, its attention modules are of layers "
+            f"{sorted(found)}; HeadQ needs one module for each"
+        )
+    return [found[i] for i in range(n_layers)]
+
+
+def crosses(name: str, module: nn.Module) -> bool:
+    """Whether an attention module reads what another part of the model made: an encoder's output, an image."""
+    told = getattr(module, "is_cross_attention", False) or "CrossAttention" in type(module).__name__
+    return bool(told or CROSS.search(name))
+
+
+def input_embedding(model: PreTrainedModel) -> nn.Module:
+    """The one table of token embeddings.
+
+    Raises:
+        ValueError: where a model has none, or several.
+    """
+    try:
+        embedding = model.get_input_embeddings()
+    except NotImplementedError:
+        embedding = None
+    if not hasattr(embedding, "weight"):
+        raise ValueError(
+            f"{type(model).__name__} is not supported: its input embedding is a {type(embedding).__name__}, "
+            "not one table of token embeddings"
+        )
+    return embedding
+
+
+def forward_names(model: nn.Module) -> frozenset[str]:
+    """Names of arguments that the ``forward`` of a model, or of a model inside it, takes."""
+    kinds = {type(module) for module in model.modules() if isinstance(module, PreTrainedModel)}
+    return frozenset(name for kind in kinds for name in inspect.signature(kind.forward).parameters)
+
+
+def check_cached(model: PreTrainedModel) -> None:
+    """Raise ValueError where neither a model nor a model inside it takes a cache of keys and values."""
+    names = forward_names(model)
+    if "input_ids" in names and not names & set(CACHE_NAMES):
+        raise ValueError(f"{type(model).__name__} is not supported: it has no KV cache that a call could pass on")
+
+
+def rotary_embedding(model: nn.Module) -> nn.Module | None:
+    """The module that makes a model's rotary embeddings, the first where there are several; None without any."""
+    return next((module for name, module in model.named_modules() if name.endswith("rotary_emb")), None)
+
+
+def tensor_parallel(model: nn.Module) -> tuple[int, int]:
+    """Rank and size of the tensor-parallel group of a model; (0, 1) where it is not sharded."""
+    manager = getattr(model, "_mesh_manager", None)
+    if manager is None or (getattr(model, "_tp_size", None) or 1) == 1:
+        return 0, 1
+    mesh = manager.get_mesh("tp")
+    return mesh.get_local_rank(), mesh.size()
+
+
+def kv_heads_here(model: PreTrainedModel, shapes: list[LayerShape], rank: int, size: int) -> slice:
+    """The KV heads that one rank of a tensor-parallel model attends with.
+
+    Raises:
+        ValueError: when the plan shards attention and the heads cannot be divided among the ranks.
+    """
+    total = shapes[0].n_kv_heads
+    held = get_kv_heads_per_rank(model.tp_plan or {}, total, size)
+    if held is None:
+        fits = [n for n in range(2, total + 1) if total % n == 0]
+        raise ValueError(
+            f"{model.config.model_type} has {total} KV heads ({shapes[0].n_heads} query heads), "
+            f"which cannot be divided among {size} tensor-parallel processes; "
+            + (f"use {' or '.join(map(str, fits))}" if fits else "run it on one, or data-parallel")
+        )
+    return slice(0, total) if held == total else slice(rank * held, (rank + 1) * held)
+
+
+def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
+    """What identifies a model for a calibration: type, shapes, rope, and the RMS of 16 slices of its embedding.
+
+    The RMS values agree to 1e-3 between dtypes of one model; they are left out where the weight is not a plain tensor.
+    """
+    c = text_config(model.config)
+    shapes = layer_shapes(model.config)
+    print_ = {
+        "model_type": c.model_type,
+        "layers": len(shapes),
+        "heads": shapes[0].n_heads,
+        "kv_heads": shapes[0].n_kv_heads,
+        "head_dim": shapes[0].head_dim,
+        "rope": json.dumps(
+            getattr(c, "rope_parameters", None), sort_keys=True, default=str
+        ),  # order is not kept in files
+    }
+    weight = input_embedding(model).weight
+    if isinstance(weight, DTensor):  # tensor-parallel: all ranks ask at once
+        weight = nn.Parameter(weight.full_tensor().detach(), requires_grad=False)
+    if type(weight) is nn.Parameter and weight.device.type != "meta":
+        slices = weight.detach()[: weight.shape[0] // 16 * 16].unflatten(0, (16, -1))[:, :64]
+        print_["weights"] = slices.float().square().mean((1, 2)).sqrt().tolist()
+    return print_
+
+
+def plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The plain tensors inside a tensor subclass (torchao's weights, a DTensor's local part), or the tensor itself."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        part = getattr(tensor, name)
+        if isinstance(part, torch.Tensor):  # a DTensor lists its mesh too
+            yield from plain_tensors(part)
+
+
+def execution_device(module: nn.Module) -> torch.device:
+    """Where a module computes: where its parameters are or, where accelerate offloads them, where it brings them."""
+    device = next(module.parameters()).device
+    if device.type != "meta":
+        return device
+    for part in module.modules():
+        hook = getattr(part, "_hf_hook", None)
+        for one in getattr(hook, "hooks", [hook]):
+            found = getattr(one, "execution_device", None)
+            if found is not None:
+                return torch.device(found)
+    return device

@@ -1,0 +1,77 @@
+"""What attention sees: weights of queries, keys and values, for statistics that count what reaches the output."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+RECENT = 64  # newest keys of each query that do not count: they are exact in the cache
+QUERY_TILE = 128
+UNIFORM = 0.25  # share of plain averages in statistics weighted by attention
+
+
+def seen_weights(
+    q: Tensor, k: Tensor, scaling: float, *, n_sink: int, window: int | None = None, every: int = 1,
+    counted: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """How much of each row the output shows, from the exact attention ``a`` of a causal sequence.
+
+    A key's error ``e_j`` moves the logits by ``q·e_j``; to second order the attention changes by
+    ``KL ≈ ½ Σ_j a_j (1 − a_j) (q·e_j)²`` for errors that are independent between keys. So a query counts by
+    ``w = Σ_j a_j (1 − a_j)``, a key by ``Σ_q a_qj (1 − a_qj)``, and a value, whose error reaches the output as
+    ``a_qj e_j``, by ``Σ_q a_qj²``. Sums run over keys that a cache would have packed: no sinks, not the newest.
+
+    Args:
+        q: ``[B, Hq, T, D]`` after QK-norm and RoPE.
+        k: ``[B, Hkv, T, D]``.
+        scaling: of the scores.
+        n_sink: first keys that do not count.
+        window: of a sliding-window layer.
+        every: take every such query only.
+        counted: ``[B, T]``, which tokens count, as queries and as keys; None: all.
+
+    Returns:
+        Weights of queries ``[B, Hq, T]`` (0 for those not taken), keys ``[B, Hkv, T]`` and values ``[B, Hkv, T]``.
+
+    Example:
+        >>> import torch
+        >>> from headq_ao.statistics.importance import seen_weights
+        >>> q, k = torch.randn(1, 4, 80, 16), torch.randn(1, 2, 80, 16)
+        >>> of_q, of_k, of_v = seen_weights(q, k, 0.25, n_sink=4)
+        >>> of_q.shape, bool((of_k[..., :4] == 0).all())
+        (torch.Size([1, 4, 80]), True)
+    """
+    b, hkv, tokens, _ = k.shape
+    of_q = k.new_zeros(b, hkv, q.shape[1] // hkv, tokens)
+    of_k, of_v = k.new_zeros(b, hkv, tokens), k.new_zeros(b, hkv, tokens)
+    for at, _, s, packed in score_tiles(q, k, scaling, n_sink=n_sink, window=window, every=every):
+        a = s.softmax(-1) * packed
+        if counted is not None:
+            a = a * (counted[:, at, None] & counted[:, None])[:, None, None]
+        damage = a * (1 - a)
+        of_q[..., at] = damage.sum(-1)
+        of_k += damage.sum((2, 3))
+        of_v += a.square().sum((2, 3))
+    return of_q.flatten(1, 2), of_k, of_v
+
+
+def score_tiles(
+    q: Tensor, k: Tensor, scaling: float, *, n_sink: int, window: int | None, every: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Causal scores, some queries at a time: of those positions ``at [S]`` the scaled queries ``[B, Hkv, G, S, D]``,
+    scores ``[B, Hkv, G, S, T]`` with hidden keys at -inf, and which keys a cache would have packed, ``[S, T]``."""
+    tokens = k.shape[2]
+    position = torch.arange(tokens, device=k.device)
+    recent = min(RECENT, tokens // 4)
+    grouped = q.unflatten(1, (k.shape[1], -1)) * scaling
+    for at in position[recent::every].split(QUERY_TILE):
+        query, age = grouped[:, :, :, at], at[:, None] - position
+        hidden = age < 0 if window is None else (age < 0) | (age >= window)
+        s = torch.einsum("bhgsd,bhtd->bhgst", query, k).masked_fill(hidden, float("-inf"))
+        yield at, query, s, (age >= recent) & (position >= n_sink)
+
+
+def mixed(weights: Tensor) -> Tensor:
+    """Weights ``[.., T]`` of mean 1, a quarter of them uniform; all uniform where no row counts."""
+    mean = weights.mean(-1, keepdim=True)
+    return torch.where(mean > 0, UNIFORM + (1 - UNIFORM) * weights / mean.clamp(min=1e-30), 1.0)

@@ -1,0 +1,364 @@
+"""Cache objects in the hands of users: copies, pickles, links, small mistakes; nothing is left half-changed."""
+
+import copy
+import errno
+import os
+import pickle
+import warnings
+
+import pytest
+import torch
+import transformers
+
+from headq_ao import Calibration, HeadQCache, calibrate, headq_config, quantize_, restore_
+from headq_ao.files import atomic_path
+from tests.conftest import build_tiny
+
+FAST = {"epoch_tokens": 64, "residual_length": 32, "block_size": 16}
+
+
+@pytest.fixture
+def model():
+    made = build_tiny()
+    quantize_(made, headq_config(**FAST))
+    return made
+
+
+@torch.no_grad()
+def filled(model, ids):
+    cache = HeadQCache(model)
+    model(ids, cache=cache)
+    return cache
+
+
+@torch.no_grad()
+def following(model, cache, ids):
+    return torch.cat([model(part, cache=cache).logits for part in ids.split([20] + [1] * 20, 1)], 1)
+
+
+def contents(cache):
+    """All that a failed call must leave as it was."""
+    lengths = cache.batch.lengths
+    layers = [[x.seen for x in cache.layers], lengths.totals(), lengths.packed(), lengths.trailing_pads()]
+    return layers, [t.clone() for t in cache.tensors()], cache.batch_size
+
+
+def assert_unchanged(cache, before):
+    after = contents(cache)
+    assert after[0] == before[0] and after[2] == before[2]
+    assert all(torch.equal(a, b) for a, b in zip(after[1], before[1], strict=True))
+
+
+# Pickles and copies
+
+
+@pytest.mark.parametrize(
+    "write", [pickle.dumps, lambda c: torch.save({"cache": c}, os.devnull)], ids=["pickle", "torch"]
+)
+def test_a_pickle_is_refused_by_name(model, token_ids, write):
+    for cache in (HeadQCache(model), filled(model, token_ids(1, 100))):
+        before = contents(cache)
+        with pytest.raises(TypeError, match=r"cannot be pickled: .*cache.save\(path\).*HeadQCache.load\(path, model\)"):
+            write(cache)
+        assert_unchanged(cache, before)
+
+
+@pytest.mark.parametrize("make", [copy.deepcopy, lambda c: copy.deepcopy({"a": c})["a"]], ids=["cache", "within"])
+def test_deep_copies_go_on_alike_and_apart(model, token_ids, tmp_path, make):
+    cache = filled(model, token_ids(1, 150))
+    branch = make(cache)
+    before = contents(cache)
+    assert branch.layers[0].batch is branch.batch is not cache.batch
+    out = following(model, branch, token_ids(1, 40, seed=1))
+    assert_unchanged(cache, before)
+    assert torch.equal(following(model, cache, token_ids(1, 40, seed=1)), out)
+    branch.save(tmp_path / "c")
+    assert HeadQCache.load(tmp_path / "c", model).get_seq_length() == 190
+    again = copy.deepcopy([cache, cache])
+    assert again[0] is again[1]
+
+
+def test_a_shallow_copy_shares_its_layers(model, token_ids):
+    cache = filled(model, token_ids(1, 100))
+    other = copy.copy(cache)
+    assert other.layers is cache.layers and other.batch is cache.batch
+
+
+# Crops and selections
+
+
+def half_failed(model, cache, ids):
+    """A call that fails before the attention of its second layer."""
+
+    def fail(module, args):
+        raise RuntimeError("out of memory")
+
+    hook = model.model.layers[1].register_forward_pre_hook(fail)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="out of memory"):
+        model(ids, cache=cache)
+    hook.remove()
+
+
+def test_crop_after_a_failed_call(model, token_ids):
+    cache = filled(model, token_ids(1, 100))
+    half_failed(model, cache, token_ids(1, 3))
+    before = contents(cache)
+    with pytest.raises(RuntimeError, match=r"cannot crop: .* layers hold 100 to 103 tokens; call reset\(\)"):
+        cache.crop(-3)
+    assert_unchanged(cache, before)
+    cache.reset()
+    assert torch.equal(following(model, cache, token_ids(1, 40)), following(model, HeadQCache(model), token_ids(1, 40)))
+
+
+MISTAKES = {
+    "crop 5": (lambda c: c.crop(5), r"negative number.*got 5; crop\(-5\) removes the last 5"),
+    "crop 1.5": (lambda c: c.crop(-1.5), "whole number, minus the tokens to remove, got -1.5"),
+    "crop None": (lambda c: c.crop(None), "whole number, minus the tokens to remove, got None"),
+    "index 2": (lambda c: c.batch_select_indices(torch.tensor([0, 2])), r"sequences 0 to 1 held, got \[0, 2\]"),
+    "index -1": (lambda c: c.batch_select_indices(torch.tensor([-1])), r"sequences 0 to 1 held, got \[-1\]"),
+    "no index": (lambda c: c.batch_select_indices(torch.tensor([], dtype=torch.long)), r"at least one .*, got \[\]"),
+    "all masked": (lambda c: c.batch_select_indices(torch.tensor([False, False])), r"at least one .*, got \[\]"),
+    "mask of 3": (
+        lambda c: c.batch_select_indices(torch.ones(3, dtype=torch.bool)),
+        r"a mask \[2\] .* torch.bool \(3,\)",
+    ),
+    "two dims": (lambda c: c.batch_select_indices(torch.zeros(1, 2, dtype=torch.long)), r"torch.int64 \(1, 2\)"),
+    "fractions": (lambda c: c.reorder_cache(torch.tensor([0.0, 1.0])), r"whole numbers \[n\].*torch.float32 \(2,\)"),
+    "beam 5": (lambda c: c.reorder_cache(torch.tensor([0, 5])), r"sequences 0 to 1 held, got \[0, 5\]"),
+    "repeats 0": (lambda c: c.batch_repeat_interleave(0), "repeats must be a whole number of at least 1, got 0"),
+    "repeats 1.5": (lambda c: c.batch_repeat_interleave(1.5), "repeats must be a whole number of at least 1, got 1.5"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_with_a_filled_cache(model, token_ids, name):
+    cache = filled(model, token_ids(2, 100))
+    call, message = MISTAKES[name]
+    before = contents(cache)
+    with pytest.raises(ValueError, match=message):
+        call(cache)
+    assert_unchanged(cache, before)
+    with torch.no_grad():
+        model(token_ids(2, 4), cache=cache)
+
+
+def test_a_new_cache_takes_all_of_it(model):
+    cache = HeadQCache(model)
+    assert cache.get_seq_length() == 0 and cache.batch_size is None and cache.get_memory_footprint() == 0
+    cache.crop(-5)
+    cache.reset()
+    cache.batch_select_indices(torch.tensor([3]))
+    cache.batch_repeat_interleave(4)
+    assert cache.get_seq_length() == 0 and cache.batch_size is None
+
+
+@pytest.mark.parametrize("empty", [lambda c: c.reset(), lambda c: c.crop(-100), lambda c: c.crop(-1000)])
+def test_an_emptied_cache_is_a_new_one(model, token_ids, empty):
+    """Also for another batch size."""
+    cache = filled(model, token_ids(2, 100))
+    empty(cache)
+    assert cache.get_seq_length() == 0 and cache.batch_size is None and cache.get_memory_footprint() == 0
+    ids = token_ids(3, 40)
+    assert torch.equal(following(model, cache, ids), following(model, HeadQCache(model), ids))
+
+
+def test_what_a_cache_is_made_for(model, tmp_path):
+    for wrong, message in (
+        (build_tiny(), r"LlamaForCausalLM has no HeadQ config; call quantize_\(model, headq_config\(\)\) first"),
+        (torch.nn.Linear(2, 2), "Linear has no HeadQ config"),
+        (torch.nn.ModuleList([model, copy.deepcopy(model)]), "ModuleList holds 2 models with a HeadQ config"),
+        ("model", "made for a model that quantize_ was given, got a str"),
+        (None, "made for a model that quantize_ was given, got a NoneType"),
+        (model.config, "got a LlamaConfig"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            HeadQCache(wrong)
+        with pytest.raises(ValueError, match=message):
+            HeadQCache.load(tmp_path / "c", wrong)
+
+
+def test_what_wraps_a_model_is_looked_into(model, token_ids, tmp_path):
+    ids = token_ids(1, 100)
+    wrapped = torch.nn.ModuleDict({"inner": model})
+    cache = HeadQCache(wrapped)
+    with torch.no_grad():
+        model(ids, cache=cache)
+    cache.save(tmp_path / "c")
+    assert HeadQCache.load(tmp_path / "c", wrapped).get_seq_length() == 100
+
+
+def test_what_load_and_save_are_given(model, token_ids, tmp_path):
+    cache = filled(model, token_ids(1, 100))
+    cache.save(tmp_path / "c")
+    calibrate(model, [token_ids(2, 300)], progress=False).save(tmp_path / "calibration")
+    (tmp_path / "text").write_text("no tensors at all")
+    (tmp_path / "empty").write_bytes(b"")
+    again = "fill a HeadQCache with the prompt and save it again"
+    for path, error, message in (
+        (model, ValueError, "takes a path, then the model; got a LlamaForCausalLM as the path"),
+        (None, ValueError, "takes a path, then the model; got a NoneType"),
+        (tmp_path, FileNotFoundError, "is a folder, not a prompt cache file; name the file in it"),
+        (tmp_path / "gone", FileNotFoundError, f"no prompt cache file at .*gone'; {again}"),
+        (tmp_path / "text", ValueError, f"text' is not a usable .*: it is no whole safetensors file .*{again}"),
+        (tmp_path / "empty", ValueError, f"it is no whole safetensors file .*{again}"),
+        (tmp_path / "calibration", ValueError, "no headq_prompt_cache entry: it is a calibration"),
+    ):
+        with pytest.raises(error, match=message):
+            HeadQCache.load(path, model)
+    with pytest.raises(ValueError, match="no headq_calibration entry: it is a prompt cache; make one with calibrate"):
+        Calibration.load(tmp_path / "c")
+    with pytest.raises(
+        ValueError, match=r"holds no tokens yet; call the model with it first, model\(ids, cache=cache\)"
+    ):
+        HeadQCache(model).save(tmp_path / "d")
+    with pytest.raises(IsADirectoryError, match="is a folder; name a file in it"):
+        cache.save(tmp_path)
+    with pytest.raises(IsADirectoryError, match="is a folder; name a file in it"):
+        cache.save(f"{tmp_path}/new/")
+    assert sorted(os.listdir(tmp_path)) == ["c", "calibration", "empty", "text"]
+
+
+# Symbolic links
+
+
+@pytest.mark.parametrize("kind", ["absolute", "relative", "other folder", "chain", "dangling", "linked folder"])
+def test_a_link_is_kept_and_followed(tmp_path, kind):
+    calibration, other = Calibration([], {"model_type": "none"}), tmp_path / "other"
+    other.mkdir()
+    real, link = tmp_path / "real", tmp_path / "link"
+    if kind in ("other folder", "linked folder"):
+        real = other / "real"
+    if kind != "dangling":
+        Calibration([], {"model_type": "old"}).save(real)
+    if kind == "chain":
+        (other / "middle").symlink_to("../real")
+        link.symlink_to("other/middle")
+    elif kind == "linked folder":
+        (tmp_path / "folder").symlink_to("other")
+        link = tmp_path / "folder" / "real"
+    else:
+        link.symlink_to(real if kind in ("absolute", "dangling") else os.path.relpath(real, tmp_path))
+    links = {p: os.readlink(p) for p in tmp_path.rglob("*") if p.is_symlink()}
+    calibration.save(link)
+    assert {p: os.readlink(p) for p in tmp_path.rglob("*") if p.is_symlink()} == links
+    assert not real.is_symlink()
+    for path in (real, link):
+        assert Calibration.load(path).fingerprint == calibration.fingerprint
+    assert not [p for p in tmp_path.rglob("*") if p.name.startswith(".headq")]
+
+
+def test_links_that_lead_nowhere(tmp_path):
+    calibration = Calibration([], {})
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    (tmp_path / "c").symlink_to("gone/file")
+    (tmp_path / "d").symlink_to(".")
+    for name, error, message in (
+        ("a", OSError, "a': it is a symbolic link that leads in a circle"),
+        ("c", FileNotFoundError, r"no folder '.*gone' to write 'file' \(which '.*c' links to\) to; create it first"),
+        ("d", IsADirectoryError, "d'.* is a folder"),
+    ):
+        with pytest.raises(error, match=message):
+            calibration.save(tmp_path / name)
+    assert sorted(os.listdir(tmp_path)) == ["a", "b", "c", "d"]
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
+    """Found before anything is written, and both the file and the folder of the link's target are named."""
+    real = tmp_path / "closed" / "real"
+    real.parent.mkdir()
+    Calibration([], {"model_type": "old"}).save(real)
+    (tmp_path / "link").symlink_to("closed/real")
+    real_open = open
+
+    def closed(path, mode="r", *args, **kwargs):
+        if "x" in mode and os.path.dirname(path) == str(real.parent):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return real_open(path, mode, *args, **kwargs)
+
+    monkeypatch.setattr("builtins.open", closed)
+    with pytest.raises(
+        PermissionError, match=r"cannot write '.*link': no file can be made in '.*closed' .Permission"
+    ) as e:
+        Calibration([], {}).save(tmp_path / "link")
+    assert e.value.errno == errno.EACCES
+    assert Calibration.load(tmp_path / "link").fingerprint == {"model_type": "old"}
+    assert os.listdir(real.parent) == ["real"]
+
+
+def test_a_failure_leaves_target_and_link(tmp_path):
+    (tmp_path / "real").write_text("old")
+    (tmp_path / "link").symlink_to("real")
+
+    def fail():
+        with atomic_path(tmp_path / "link") as temporary:
+            with open(temporary, "w") as f:
+                f.write("half")
+            raise KeyError("inside")
+
+    with pytest.raises(KeyError):
+        fail()
+    assert (tmp_path / "link").read_text() == "old" and sorted(os.listdir(tmp_path)) == ["link", "real"]
+
+
+# The warning about dense calls
+
+
+def dense_warnings(model, ids):
+    with warnings.catch_warnings(record=True) as found, torch.no_grad():
+        warnings.simplefilter("default")  # Python's own filter leaves out words that it has shown
+        model(ids, use_cache=False)
+    return [str(w.message) for w in found if "dense keys and values" in str(w.message)]
+
+
+def test_dense_calls_are_told_once_per_model_and_reason(model, token_ids):
+    ids, other = token_ids(1, 10), build_tiny(seed=1)
+    quantize_(other, headq_config(**FAST))
+    twin = copy.deepcopy(model)
+    for one in (model, other, twin):
+        assert len(dense_warnings(one, ids)) == 1
+        assert dense_warnings(one, ids) == []
+        one.train()
+        assert "train mode" in dense_warnings(one, ids)[0]
+        assert dense_warnings(one, ids) == []
+        one.eval()
+    restore_(other)
+    quantize_(other, headq_config(**FAST))
+    assert len(dense_warnings(other, ids)) == 1
+
+
+def test_a_traced_dense_call_is_told_once_per_model(token_ids):
+    ids = token_ids(1, 10)
+    for seed in (0, 1):
+        model = build_tiny(seed=seed)
+        quantize_(model, headq_config(**FAST))
+        compiled = torch.compile(model, backend="eager")
+        assert len(dense_warnings(compiled, ids)) == 1
+        assert dense_warnings(compiled, ids) == dense_warnings(model, ids) == []
+
+
+def test_the_number_of_a_model_is_shared_by_its_layers(model):
+    assert isinstance(model, transformers.PreTrainedModel)
+    twin = copy.deepcopy(model)
+    numbers = [{layer.self_attn.headq.model.number for layer in m.model.layers} for m in (model, twin)]
+    assert [len(n) for n in numbers] == [1, 1] and numbers[0] != numbers[1]
+
+
+def test_warnings_point_to_the_users_line(tiny, token_ids):
+    """Not to a line of the library that was called in between."""
+    model = tiny()
+
+    def live(model):
+        model.set_attn_implementation("eager")
+        with torch.no_grad():
+            model.generate(token_ids(1, 20), max_new_tokens=2)
+
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        few = calibrate(model, [token_ids(1, 40)], progress=False)
+        quantize_(model, headq_config(calibration=few))
+        model(token_ids(1, 20), use_cache=False)
+        live(model)
+    ours = [w for w in seen if str(w.message).startswith("HeadQ: ")]
+    assert len(ours) == 4
+    assert {w.filename for w in ours} == {__file__}
