@@ -15,10 +15,10 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache
 
 from headq_ao import Calibration, HeadQCache, HeadQConfig, estimate_memory, headq_config, quantize_, restore_
-from headq_ao.evals import inputs
-from headq_ao.evals.environment import environment
-from headq_ao.evals.scoring import NothingPackedError, exact_logprobs, score
-from headq_ao.evals.table import number, text_table
+from headq_ao.evals.harness import inputs
+from headq_ao.evals.harness.environment import environment
+from headq_ao.evals.harness.scoring import NothingPackedError, exact_logprobs, score
+from headq_ao.evals.harness.table import number, text_table
 
 EPILOG = """\
 examples:

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from headq_ao import Calibration
 from headq_ao.config import PRESETS
-from headq_ao.evals import inputs
 from headq_ao.evals.baselines.methods import METHODS
-from headq_ao.evals.environment import environment, write_json
-from headq_ao.evals.scoring import NothingPackedError, exact_logprobs, score
-from headq_ao.evals.subjects import BACKENDS, Subject
-from headq_ao.evals.table import measured, number, text_table
+from headq_ao.evals.harness import inputs
+from headq_ao.evals.harness.environment import environment, write_json
+from headq_ao.evals.harness.scoring import NothingPackedError, exact_logprobs, score
+from headq_ao.evals.harness.subjects import BACKENDS, Subject
+from headq_ao.evals.harness.table import measured, number, text_table
 
 EPILOG = """\
 examples:
@@ -55,7 +55,7 @@ def evaluate(
     Args:
         model: without HeadQ.
         rows: token ids ``[N, T]``.
-        exact: :func:`headq_ao.evals.scoring.exact_logprobs` on the same rows.
+        exact: :func:`headq_ao.evals.harness.scoring.exact_logprobs` on the same rows.
         subject: what to score.
         batch_size: rows at a time, where the subject codes them apart.
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from headq_ao import HeadQConfig, calibrate, headq_config, quantize_, restore_
-from headq_ao.evals.environment import environment, write_json
-from headq_ao.evals.inputs import DTYPES, SMOLLM2, find_text, load, token_rows
-from headq_ao.evals.scoring import exact_logprobs, score
+from headq_ao.evals.harness.environment import environment, write_json
+from headq_ao.evals.harness.inputs import DTYPES, SMOLLM2, load
+from headq_ao.evals.harness.scoring import exact_logprobs, score
+from headq_ao.evals.harness.texts import find_text, token_rows
 
 HERE = Path(__file__).resolve().parent
 RESULT = HERE / "results" / "calibration_size" / "calibration_size.json"

@@ -12,8 +12,8 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from headq_ao import HeadQCache, headq_config, quantize_
-from headq_ao.evals.environment import environment, write_json
-from headq_ao.evals.inputs import DTYPES, SMOLLM2, load
+from headq_ao.evals.harness.environment import environment, write_json
+from headq_ao.evals.harness.inputs import DTYPES, SMOLLM2, load
 
 EPILOG = """\
 examples:

@@ -14,9 +14,10 @@ import torch
 from transformers import DynamicCache
 
 from headq_ao import HeadQCache, headq_config, quantize_, restore_
-from headq_ao.evals.environment import environment, write_json
-from headq_ao.evals.inputs import DTYPES, SMOLLM2, calibrate_on, describe, find_text, load, token_rows
-from headq_ao.evals.table import fill_readme
+from headq_ao.evals.harness.environment import environment, write_json
+from headq_ao.evals.harness.inputs import DTYPES, SMOLLM2, calibrate_on, describe, load
+from headq_ao.evals.harness.table import fill_readme
+from headq_ao.evals.harness.texts import find_text, token_rows
 
 HERE = Path(__file__).resolve().parent
 RESULT = HERE / "results" / "prompt_cache"

@@ -18,11 +18,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from headq_ao import HeadQCache
-from headq_ao.evals.environment import environment, write_json
-from headq_ao.evals.inputs import DTYPES, SMOLLM2, calibrate_on, describe, find_text, load
-from headq_ao.evals.subjects import Subject
-from headq_ao.evals.table import fill_readme
-from headq_ao.report import NothingPackedError
+from headq_ao.cache.memory_report import NothingPackedError
+from headq_ao.evals.harness.environment import environment, write_json
+from headq_ao.evals.harness.inputs import DTYPES, SMOLLM2, calibrate_on, describe, load
+from headq_ao.evals.harness.subjects import Subject
+from headq_ao.evals.harness.table import fill_readme
+from headq_ao.evals.harness.texts import find_text
 
 HERE = Path(__file__).resolve().parent
 RESULT = HERE / "results" / "retrieval" / "retrieval.json"

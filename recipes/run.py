@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from headq_ao.evals import inputs
-from headq_ao.evals.environment import environment, write_json
+from headq_ao.evals.harness import inputs
+from headq_ao.evals.harness.environment import environment, write_json
+from headq_ao.evals.harness.perturbations import perturbation_panel, plot_panel
+from headq_ao.evals.harness.recipe import Recipe, Setting
+from headq_ao.evals.harness.scoring import exact_logprobs
+from headq_ao.evals.harness.table import model_tables
+from headq_ao.evals.metrics.score_error import score_error
 from headq_ao.evals.perplexity import evaluate
-from headq_ao.evals.perturbations import perturbation_panel, plot_panel
-from headq_ao.evals.recipe import Recipe, Setting
 from headq_ao.evals.report import write_report
-from headq_ao.evals.score_error import score_error
-from headq_ao.evals.scoring import exact_logprobs
-from headq_ao.evals.table import model_tables
 
 HERE = Path(__file__).resolve().parent
 BATCH = 4  # rows that go through the model together
@@ -35,7 +35,7 @@ examples:
 
 Each setting is one file recipes/results/RECIPE/SETTING.json. A run that was cut off goes on where it stopped: a
 setting is skipped when its file was made with the same model, protocol, calibration and options. Afterwards:
-  python -m headq_ao.evals.table             README.md's tables
+  python -m headq_ao.evals.harness.table             README.md's tables
   python -m headq_ao.evals.report            plots and the page of all recipes
 """
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from headq_ao import HeadQCache, estimate_memory, headq_config, quantize_
-from headq_ao.evals.inputs import DTYPES, SMOLLM2, load
+from headq_ao.evals.harness.inputs import DTYPES, SMOLLM2, load
 
 EPILOG = """\
 examples:

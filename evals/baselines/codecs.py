@@ -1,4 +1,4 @@
-"""How other quantizers write and read rows, in plain PyTorch: affine groups, Lloyd-Max levels, low-rank residuals.
+"""How other quantizers write and read one side, in plain PyTorch: affine groups, Lloyd-Max levels, low-rank residuals.
 
 A codec packs ``x [B, Hkv, n, D]`` into tensors ``[B, Hkv, n / unit, ...]`` (codes as packed bytes, scales in fp16)
 and reads them back as ``scores(q) = q @ x_hatᵀ`` and ``readout(a) = a @ x_hat``, q and a ``[B, Hkv, G, S, ·]``.
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from headq_ao.codec import rotation_matrix
+from headq_ao.codecs.linalg import rotation_matrix
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,16 @@ def unpack_bits(packed: Tensor, bits: int) -> Tensor:
 
 
 class Codec:
-    """The reading side that all codecs share; a codec gives ``encode`` and ``decode``."""
+    """A codec of keys or of values; it gives ``forms``, ``encode`` and ``decode``."""
 
-    unit: int = 1  # blocks must hold a multiple of this many tokens
+    unit: int = 1  # tokens that are coded together
+
+    def forms(self, head_dim: int) -> dict[str, tuple[tuple[int, ...], torch.dtype, int]]:
+        """What :meth:`encode` gives, in its order: shape of an entry, dtype, tokens that share one."""
+        raise NotImplementedError
+
+    def check_head_dim(self, head_dim: int) -> None:
+        """Raise ValueError where tokens of that size cannot be coded."""
 
     def encode(self, x: Tensor, frame: Frame) -> list[Tensor]:
         """Pack ``x [B, Hkv, n, D]``."""
@@ -104,6 +111,16 @@ class Affine(Codec):
     @property
     def unit(self) -> int:  # type: ignore[override]
         return self.group if self.per_channel else 1
+
+    def forms(self, head_dim: int) -> dict[str, tuple[tuple[int, ...], torch.dtype, int]]:
+        scales = ((head_dim,), torch.float16, self.group) if self.per_channel else (
+            (head_dim // self.group,), torch.float16, 1
+        )  # fmt: skip
+        return {"codes": ((head_dim * self.bits // 8,), torch.uint8, 1), "scale": scales, "zero": scales}
+
+    def check_head_dim(self, head_dim: int) -> None:
+        if not self.per_channel and head_dim % self.group:
+            raise ValueError(f"a group of coordinates must divide head_dim {head_dim}, got {self.group}")
 
     def encode(self, x: Tensor, frame: Frame) -> list[Tensor]:
         x = self._into(x.float(), frame)
@@ -166,6 +183,9 @@ class LloydMax(Codec):
     bits: int
     seed: int = 0
     gauge: bool = False
+
+    def forms(self, head_dim: int) -> dict[str, tuple[tuple[int, ...], torch.dtype, int]]:
+        return {"codes": ((head_dim * self.bits // 8,), torch.uint8, 1), "norm": ((), torch.float16, 1)}
 
     def encode(self, x: Tensor, frame: Frame) -> list[Tensor]:
         x = x.float() if frame.mean is None or not self.gauge else x.float() - frame.mean.unsqueeze(-2)
@@ -235,6 +255,13 @@ class LowRank(Codec):
     @property
     def unit(self) -> int:  # type: ignore[override]
         return self.block
+
+    def forms(self, head_dim: int) -> dict[str, tuple[tuple[int, ...], torch.dtype, int]]:
+        a, b = ((self.rank,), torch.float16, 1), ((head_dim, self.rank), torch.float16, self.block)
+        return {**self.base.forms(head_dim), "a": a, "b": b}
+
+    def check_head_dim(self, head_dim: int) -> None:
+        self.base.check_head_dim(head_dim)
 
     def encode(self, x: Tensor, frame: Frame) -> list[Tensor]:
         packed = self.base.encode(x, frame)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import QuantizedCache
 
-from headq_ao.report import BitsReport
+from headq_ao.cache.memory_report import BitsReport
 
 
 class TransformersCache(QuantizedCache):

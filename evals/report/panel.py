@@ -1,4 +1,4 @@
-"""Tables of a perturbation panel (:mod:`headq_ao.evals.panel`); what a panel lacks is left out."""
+"""Tables of a perturbation panel (:mod:`headq_ao.evals.harness.panel`); what a panel lacks is left out."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -4,9 +4,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from headq_ao.evals.harness.table import measured, number
 from headq_ao.evals.report.choice import Choice, paired_ratio, told_apart
 from headq_ao.evals.report.data import Group, Setting
-from headq_ao.evals.table import measured, number
 
 MIB = 2**20
 CALIBRATION_FILE = "calibration.safetensors"

@@ -10,8 +10,8 @@ from typing import Any
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from headq_ao.evals.inputs import find_text
-from headq_ao.lm_eval.arguments import resolve_model
+from headq_ao.evals.harness.texts import find_text
+from headq_ao.evals.lm_eval.arguments import resolve_model
 
 OBJECTS = (
     "anchor basket bridge candle dragon engine falcon forest garden harbor kettle ladder lantern mirror orchard otter "

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from datasets import Dataset
 
-from headq_ao.evals.inputs import find_text
+from headq_ao.evals.harness.texts import find_text
 
 HEADING = re.compile(r"^ ?= [^=].* = ?$", re.MULTILINE)  # of the first level: "= Title =", not "= = Section = ="
 

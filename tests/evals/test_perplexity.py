@@ -5,9 +5,11 @@ import json
 import pytest
 
 from headq_ao import Calibration
-from headq_ao.evals import inputs, perplexity
-from headq_ao.evals.scoring import exact_logprobs
-from headq_ao.evals.subjects import Subject
+from headq_ao.evals import perplexity
+from headq_ao.evals.harness import inputs
+from headq_ao.evals.harness.scoring import exact_logprobs
+from headq_ao.evals.harness.subjects import Subject
+from headq_ao.evals.harness.texts import WIKITEXT_VARIABLE
 
 SMALL = ["--row-length", "160", "--prefill", "64", "--chunk", "32", "--no-progress", "--set", "epoch_tokens=32"]
 PACKED = [*SMALL, "--set", "residual_length=16", "--set", "block_size=16"]
@@ -82,7 +84,7 @@ def test_no_such_model(tmp_path, capsys):
     ],
 )
 def test_refuses_before_it_loads(arguments, message, monkeypatch, capsys):
-    monkeypatch.delenv(inputs.WIKITEXT_VARIABLE, raising=False)
+    monkeypatch.delenv(WIKITEXT_VARIABLE, raising=False)
     monkeypatch.setattr(inputs, "load", None)
     with pytest.raises(SystemExit) as caught:
         perplexity.main(arguments)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from headq_ao.evals.subjects import Subject
-from headq_ao.report import NothingPackedError
+from headq_ao.cache.memory_report import NothingPackedError
+from headq_ao.evals.harness.subjects import Subject
 from tests.conftest import VOCAB, load_recipe
 
 retrieval = load_recipe("retrieval")

@@ -1,0 +1,1 @@
+"""Time and memory, each in turns with what it is compared with."""

@@ -1,0 +1,35 @@
+"""What benchmarks share: the refusal, the options for results, and what a whole result is."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+
+class CheckFailedError(RuntimeError):
+    """What was timed does not compute what it should: its speed means nothing."""
+
+
+def add_result_options(parser: argparse.ArgumentParser) -> None:
+    """``--json``, ``--plot`` and ``--readme``."""
+    add = parser.add_argument
+    add("--json", type=Path, help="write the result here, after every cell")
+    add("--plot", type=Path, help="write the figure here (PNG; needs matplotlib)")
+    add("--readme", type=Path, help="put the result of --json into this README, between its marks, and measure nothing")
+
+
+def check_whole(result: dict[str, Any]) -> None:
+    """Raise ValueError when a result was refused or its run interrupted."""
+    if result.get("refused") or not result["complete"]:
+        raise ValueError(f"the result is not whole: {result.get('refused') or 'the run was interrupted'}")
+
+
+def speedup(row: dict[str, Any]) -> dict[str, float]:
+    """Of a row of :mod:`~headq_ao.evals.benchmarks.bench_gpu`: times as fast as each other way to read all rows."""
+    times = row["microseconds"]
+    return {name: us / times["attend"] for name, us in times.items()}
+
+
+def each(found: Sequence[Any], show: Callable[[Any], str]) -> str:
+    """What each number of threads gave, beside each other; a dash for None."""
+    return " / ".join("–" if x is None else show(x) for x in found)

@@ -1,0 +1,1 @@
+"""What evaluations share: models and texts, recipes, methods under test, scoring, replay, tables."""

@@ -1,0 +1,236 @@
+"""Tables: aligned text for a terminal, Markdown for README.md, and the README's own table kept equal to the results."""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from headq_ao.files import atomic_path
+
+MARKERS = re.compile(
+    r"(?P<begin><!-- table:(?P<name>[\w-]+)(?::(?P<kind>all|panel))? -->\n).*?(?P<end><!-- /table -->)", re.DOTALL
+)
+PREDICTORS = {"key_mse": "key mean square error", "score_error": "score error", "fisher_error": "Fisher error"}
+HEADER = (
+    "cache", "method and options", "bits K / V", "at 1k / 4k / 16k", "exact rows", "perplexity", "ratio", "KL (nats)",
+    "flips", "packed",
+)  # fmt: skip
+
+EPILOG = """\
+examples:
+  python -m headq_ao.evals.harness.table                 rewrite the tables of ./README.md from ./recipes/results
+  python -m headq_ao.evals.harness.table --check         exit with 1 when a table differs from its results
+  python -m headq_ao.evals.harness.table --print core    show one table
+
+A table stands between <!-- table:NAME --> or <!-- table:NAME:all --> and <!-- /table -->. Its rows are those of
+recipes/results/NAME/*.json that the recipe marks as headline, or all of them, in the order of the recipe; one table
+per model. <!-- table:NAME:panel --> is that of the recipe's perturbation panel.
+"""
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Aligned columns, the first one to the left and the others to the right.
+
+    Example:
+        >>> from headq_ao.evals.harness.table import text_table
+        >>> print(text_table(["cache", "bits"], [["exact", "32"], ["HeadQ", "2.5"]]))
+        cache  bits
+        -----  ----
+        exact    32
+        HeadQ   2.5
+    """
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = [header, ["-" * width for width in widths], *rows]
+    return "\n".join(
+        "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
+        for line in lines
+    )
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """A Markdown table whose first ``left`` columns are aligned left."""
+    rule = ["---" if i < left else "---:" for i in range(len(header))]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [header, rule, *rows])
+
+
+def number(x: float | None, digits: int = 2) -> str:
+    """A number or a dash."""
+    return "–" if x is None or x != x else f"{x:.{digits}f}"
+
+
+def measured(x: float, sem: float | None, digits: int) -> str:
+    """A number with its standard error over rows."""
+    return number(x, digits) if sem is None else f"{x:.{digits}f} ± {sem:.{digits}f}"
+
+
+def options_text(result: dict[str, Any]) -> str:
+    """What a setting asked for, as one writes it in ``headq_config(...)`` or for another method."""
+    parts = [f"{name}={value!r}" for name, value in result["options"].items()]
+    text = ", ".join(parts + ([] if result["calibrated"] else ["no calibration"]))
+    name = result["method"]["name"]
+    return (text or "defaults") if name == "headq" else f"{name}({text})"
+
+
+def result_row(result: dict[str, Any]) -> list[str]:
+    """The cells of one setting under ``HEADER``."""
+    score, bits = result["score"], result["bits"]
+    exact = result["method"]["kind"] == "exact"
+    sides = [bits[side] for side in ("key", "value")]
+    return [
+        result["title"],
+        f"`{options_text(result)}`",
+        " / ".join("exact" if x is None else number(x) for x in sides),
+        "–" if exact else " / ".join(number(x) for x in bits["at"].values()),
+        "all" if exact else number(score["report"]["exact_rows"], 0),
+        measured(score["perplexity"], score["perplexity_sem"], 2),
+        "1" if exact else measured(score["ppl_ratio"], score["ppl_ratio_sem"], 3),
+        "0" if exact else measured(score["mean_kl"], score["mean_kl_sem"], 4),
+        f"{100 * score['flips']:.1f} %",
+        f"{100 * score['packed_fraction']:.0f} %",
+    ]
+
+
+def read_results(folder: Path) -> list[dict[str, Any]]:
+    """The results of one recipe in its order.
+
+    Raises:
+        FileNotFoundError: when the folder holds none.
+    """
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    results = [result for result in found if "score" in result]  # a recipe's panel lies beside them
+    if not results:
+        raise FileNotFoundError(f"no results in {folder}; make them with: python recipes/run.py recipes/NAME.yaml")
+    return sorted(results, key=lambda result: (result["order"], result["name"]))
+
+
+def results_table(results: Sequence[dict[str, Any]]) -> str:
+    """Markdown table of results, followed by one line on the protocol."""
+    first = results[0]
+    p, score = first["protocol"], first["score"]
+    perplexity = measured(score["exact_perplexity"], score["exact_perplexity_sem"], 2)
+    note = (
+        f"{first['model']}, {p['dtype']}; {p['rows']} rows of {p['row_length']} tokens of {p['text']}, "
+        f"prefill {p['prefill']}, chunks of {p['chunk']}; calibration on {p['calibration_tokens']} tokens of "
+        f"{p['calibration']}; exact perplexity {perplexity}. "
+        "± is the standard error over rows; exact rows: sinks and window at the end of a row; packed: share of the "
+        "rows read that were packed ones."
+    )
+    return markdown_table(HEADER, [result_row(result) for result in results], left=2) + "\n\n" + note
+
+
+def model_tables(results: Sequence[dict[str, Any]]) -> str:
+    """One table per model, in the order of the results."""
+    models = list(dict.fromkeys(result["model"] for result in results))
+    return "\n\n".join(results_table([r for r in results if r["model"] == model]) for model in models)
+
+
+def panel_table(folder: Path) -> str:
+    """How well each measure of key error predicts the attention KL, from the recipe's ``panel.json``.
+
+    Raises:
+        FileNotFoundError: when there is none.
+    """
+    path = folder / "panel.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path}; make it with: python recipes/run.py recipes/{folder.name}.yaml")
+    found = json.loads(path.read_text(encoding="utf-8"))
+    panel = found["panel"]
+    pooled, orders = panel["correlations"]["all"], panel["counterexamples"]
+    header = ["measure", "rank correlation with KL", "within a head", "lowest head", "wrong order at equal bits"]
+    rows = [
+        [
+            title,
+            *(number(pooled[name][key], 3) for key in ("spearman", "within_head", "within_head_lowest")),
+            f"{100 * orders['wrong_order'][name]['share']:.1f} %",
+        ]
+        for name, title in PREDICTORS.items()
+    ]
+    free = panel["null_space"][0]
+    note = (
+        f"{found['model']}; {pooled['perturbations']} perturbations of the keys of each layer, {panel['rows']} rows of "
+        f"{panel['row_length']} tokens; {orders['compared']} comparisons of two quantizers of equal bits on one head. "
+        f"{free['name'].capitalize()}: mean square {number(free['relative_key_mse'], 0)} times the keys' variance, "
+        f"attention KL {free['attention_kl']:.0e} nats."
+    )
+    return markdown_table(header, rows) + "\n\n" + note
+
+
+def updated(readme: str, results: Path) -> str:
+    """The text of README.md with each marked table made anew."""
+
+    def table(match: re.Match[str]) -> str:
+        folder = results / match["name"]
+        if match["kind"] == "panel":
+            return f"{match['begin']}{panel_table(folder)}\n{match['end']}"
+        found = read_results(folder)
+        shown = found if match["kind"] == "all" else [result for result in found if result["headline"]]
+        return f"{match['begin']}{model_tables(shown)}\n{match['end']}"
+
+    return MARKERS.sub(table, readme)
+
+
+def fill_marks(path: Path, name: str, make: Callable[[], str]) -> None:
+    """Put what ``make`` gives between the lines ``<!-- name -->`` and ``<!-- /name -->`` of a file.
+
+    Raises:
+        ValueError: when the marks are not there; ``make`` is then not called.
+    """
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    before, mark, rest = path.read_text(encoding="utf-8").partition(begin)
+    _, close, after = rest.partition(end)
+    if not mark or not close:
+        raise ValueError(f"{path} has no lines {begin} and {end}")
+    text = make()
+    with atomic_path(path) as temporary:
+        Path(temporary).write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
+
+
+def fill_readme(args: argparse.Namespace, name: str, table: Callable[[dict[str, Any]], str]) -> None:
+    """Put the table of the stored result between the README's marks.
+
+    Raises:
+        ValueError: without ``--json``, without marks, or when the result is not whole.
+        OSError: when a file cannot be read or written.
+    """
+    if args.json is None:
+        raise ValueError("--readme needs the result: --json PATH")
+    result = json.loads(args.json.read_text(encoding="utf-8"))
+    fill_marks(args.readme, name, lambda: table(result))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line: rewrite, ``--check`` or ``--print``."""
+    parser = argparse.ArgumentParser(
+        prog="python -m headq_ao.evals.harness.table",
+        description="Make README.md's tables from the results of recipes/run.py.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--readme", type=Path, default=Path("README.md"), help="the file to update (./README.md)")
+    parser.add_argument("--results", type=Path, default=Path("recipes/results"), help="folder (./recipes/results)")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 when a table is out of date")
+    parser.add_argument("--print", dest="name", metavar="NAME", help="print one table and change nothing")
+    args = parser.parse_args(argv)
+    try:
+        if args.name:
+            print(model_tables(read_results(args.results / args.name)))
+            return 0
+        old = args.readme.read_text(encoding="utf-8")
+        new = updated(old, args.results)
+    except FileNotFoundError as error:
+        parser.error(str(error))
+    if not MARKERS.search(old):
+        parser.error(f"{args.readme} has no <!-- table:NAME --> … <!-- /table -->")
+    if args.check and new != old:
+        print(f"{args.readme} is out of date; run: python -m headq_ao.evals.harness.table", file=sys.stderr)
+        return 1
+    if not args.check:
+        args.readme.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

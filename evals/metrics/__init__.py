@@ -1,0 +1,1 @@
+"""Errors that a model can see, as formulas and measured through a cache."""

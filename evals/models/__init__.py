@@ -1,0 +1,1 @@
+"""Models that come from packages or are trained here."""
