@@ -25,7 +25,7 @@ from headq_ao.cache.tensors import QuantizedKV
 from headq_ao.cache.window import ROOM, Window
 from headq_ao.codecs.protocol import Codec, CodecSource
 from headq_ao.layer_shape import LayerShape
-from headq_ao.ops.cache_update.reference import append
+from headq_ao.ops.cache_update.reference import append, at
 from headq_ao.ops.paged_attention.reference import merge
 from headq_ao.ops.types import PagedKV, Visible
 
@@ -584,7 +584,7 @@ class PackedLayer:
         held = None if getattr(self.window, name) is None else self.window.at(name, position)
         if new is not None:
             number = (self._start() - self.counts.held)[:, None] + position
-            fresh = take(new, number.clamp(0, new.shape[2] - 1))
+            fresh = at(new, number.clamp(0, new.shape[2] - 1))
             old = (position < self.counts.held[:, None])[:, None, :, None]
             held = fresh if held is None else torch.where(old, held, fresh.to(held.dtype))
         assert held is not None
@@ -742,8 +742,3 @@ def not_captured(codec: Codec) -> str:
         f"a compiled call of several tokens cannot be packed by {codec.name}, which decides on the host: give the "
         "prompt to the model itself, and decode by the compiled one"
     )
-
-
-def take(x: Tensor, index: Tensor) -> Tensor:
-    """Tokens ``index [B, n]`` of ``x [B, H, T, D]``."""
-    return x.gather(2, index[:, None, :, None].expand(*x.shape[:2], -1, x.shape[3]))
