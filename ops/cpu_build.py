@@ -146,7 +146,7 @@ def build(source: Path, folder: Path | None, name: str, problems: list[str]) -> 
             problems.append(reason(error))
     if kept is None:
         _warn(
-            f"the compiled CPU kernels cannot be kept, so each process compiles them anew: {problems[-1]}; "
+            f"the compiled CPU kernels cannot be kept, so each process compiles them again: {problems[-1]}; "
             "set HEADQ_CACHE_DIR to a folder that can be written"
         )
     return lib

@@ -12,9 +12,9 @@ See :mod:`headq_ao.ops.layout` for the bits in a plane. Physical page 0 belongs 
 what is to be thrown away, so that a step needs no decision on the host.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import groupby, islice
 
 import torch
@@ -23,6 +23,8 @@ from torch import Tensor
 from headq_ao.ops.layout import PIECES, key_plane_shapes, value_plane_shapes
 
 NULL_PAGE = 0
+# Forms of keys and values that heads of such pages have had so far (:attr:`PageLayout.known_forms`).
+KNOWN_FORMS: dict[tuple[int, ...], dict[tuple["Side", "Side"], None]] = {}
 
 
 @dataclass(frozen=True)
@@ -101,8 +103,8 @@ class PageLayout:
         >>> layout = PageLayout(32, 64, 64, (GroupLayout(0, 3, Side((2,) * 64), Side((2,))),))
         >>> layout.spec
         '32;64;64;0:3:2*64,0,1:2*1,0,1'
-        >>> PageLayout.parse(layout.spec) == layout, layout.page_bytes()
-        (True, 3456)
+        >>> PageLayout.parse(layout.spec) == layout
+        True
     """
 
     page_tokens: int
@@ -126,23 +128,35 @@ class PageLayout:
         """KV heads of the layer."""
         return sum(g.heads for g in self.groups)
 
-    def _forms(self) -> Iterator[tuple[GroupLayout, str, Side, list[tuple[tuple[int, ...], bool]]]]:
+    @property
+    def known_forms(self) -> tuple[tuple[Side, Side], ...]:
+        """The forms of all heads in pages of this size that were ever allocated, these among them, in the order in
+        which they came: a kernel that is compiled for all of them serves every layer of a model."""
+        coded = [(g.keys, g.values) for g in self.groups if g.keys.bits and g.values.bits]
+        coordinates = len(coded[0][0].bits) if coded else 0
+        known = KNOWN_FORMS.setdefault((self.page_tokens, self.key_dim, self.value_dim, coordinates), {})
+        known.update(dict.fromkeys(coded))
+        return tuple(known)
+
+    @cached_property
+    def _forms(self) -> list[tuple[GroupLayout, str, Side, list[tuple[tuple[int, ...], bool]]]]:
         """Each side of each group, with the shape behind ``[N, h]`` of each tensor and whether it is one of codes."""
-        p = self.page_tokens
+        p, made = self.page_tokens, []
         for g in self.groups:
             for name, side, dim in (("keys", g.keys, self.key_dim), ("values", g.values, self.value_dim)):
-                if not side.bits:
-                    yield g, name, side, [((p, dim), False)]
-                    continue
-                keys = name == "keys"
-                planes = key_plane_shapes(side.bits, p) if keys else value_plane_shapes(side.bits[0], p, dim)
-                scale = (p,) if keys else (p, side.groups)
-                yield g, name, side, [(s, True) for s in planes] + [(scale, False)] * (1 + side.zero)
+                forms: list[tuple[tuple[int, ...], bool]] = [((p, dim), False)]
+                if side.bits:
+                    keys = name == "keys"
+                    planes = key_plane_shapes(side.bits, p) if keys else value_plane_shapes(side.bits[0], p, dim)
+                    scale = (p,) if keys else (p, side.groups)
+                    forms = [(s, True) for s in planes] + [(scale, False)] * (1 + side.zero)
+                made.append((g, name, side, forms))
+        return made
 
     def allocate(self, pages: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
         """Zeroed tensors of ``pages`` pages, in the order of :meth:`split`; the pages of a head lie side by side."""
-        made = []
-        for g, _, side, forms in self._forms():
+        made, _ = [], self.known_forms
+        for g, _, side, forms in self._forms:
             for shape, codes in forms:
                 kind = torch.uint8 if codes else torch.float16 if side.bits else dtype
                 made.append(torch.zeros((g.heads, pages, *shape), dtype=kind, device=device).transpose(0, 1))
@@ -151,7 +165,7 @@ class PageLayout:
     def split(self, tensors: Sequence[Tensor]) -> list[PagedGroup]:
         """The tensors of a layer by head group and side."""
         rest, found = iter(tensors), {}
-        for g, name, side, forms in self._forms():
+        for g, name, side, forms in self._forms:
             own = list(islice(rest, len(forms)))
             if not side.bits:
                 found[g.first, name] = PagedTokens(exact=own[0])
@@ -166,18 +180,9 @@ class PageLayout:
         not coded."""
         return [
             ((g.heads, *shape), torch.uint8 if codes else torch.float16 if side.bits else None)
-            for g, _, side, forms in self._forms()
+            for g, _, side, forms in self._forms
             for shape, codes in forms
         ]
-
-    def page_bytes(self, exact_bytes: int = 2) -> int:
-        """Bytes of one page; ``exact_bytes`` of a coordinate that is not coded."""
-        total = 0
-        for g, _, side, forms in self._forms():
-            for shape, codes in forms:
-                size = torch.Size(shape).numel() * g.heads
-                total += size if codes else size * (2 if side.bits else exact_bytes)
-        return total
 
 
 @lru_cache(maxsize=256)

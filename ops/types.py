@@ -1,6 +1,8 @@
 """What the operators of the paged cache pass to each other; plain tensors with names."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -71,6 +73,23 @@ class Visible:
 
     low: Tensor
     high: Tensor
+
+
+def last_in_slots(count: Tensor, slots: int) -> Tensor:
+    """Of ``count [B]`` things, of which number ``j`` lies in slot ``j mod slots``, the last of each slot:
+    ``[B, slots]``; below 0: none."""
+    slot, last = torch.arange(slots, device=count.device), (count - 1)[:, None]
+    return last - (last - slot).remainder(slots)
+
+
+class Plan(Protocol):
+    """An operator with arguments that are put together once: it reads and writes tensors where they lay then."""
+
+    def __call__(self, *args: Any) -> Any:
+        """The operator of what is left to be given."""
+
+    def moved(self, pages: Sequence[Tensor], table: Tensor) -> None:
+        """Go on with pages and a table that have grown; the old ones still exist."""
 
 
 def visible_positions(total: Tensor, queries: int, sliding: int) -> Visible:

@@ -30,6 +30,7 @@ from headq_ao.ops.layout import (
     plane_pieces,
     value_bytes_per_token,
 )
+from headq_ao.ops.page_layout import KNOWN_FORMS
 
 RESULT = Path(__file__).resolve().parents[2] / "recipes" / "results" / "triton" / "aot.json"
 COLUMNS, WINDOW, SINKS = 128, 100, 4  # a cache that is compiled for; the binary does not depend on them
@@ -134,17 +135,18 @@ def paged_cache(case: Case, page_tokens: int) -> Any:
     return PagedKV(pages, layout.spec, table, None, length, length, length, window, window, SINKS)
 
 
-def decode_kernels(case: Case, target: str, page_tokens: int = PAGE) -> tuple[Any, Any]:
-    """The compiled kernel that reads the packed tokens, and the one that joins its splits and the window."""
+def decode_kernels(case: Case, target: str, page_tokens: int = PAGE) -> tuple[Any, Any, Any]:
+    """The compiled kernels of ``paged_attention``: the query mapped, the splits read, and all joined."""
     from headq_ao.ops.paged_attention import triton_kernel
     from headq_ao.ops.types import Readers
 
     d, hkv = case.head_dim, case.kv_heads
     readers = Readers(torch.zeros(1, 1, hkv, d, d + 3), torch.zeros(1, hkv, d, d), torch.zeros(1, hkv, d))
     q = torch.zeros(1, case.heads, 1, d, dtype=torch.bfloat16)
+    KNOWN_FORMS.clear()  # what this case needs alone
     with compiling(target) as kernels:
         triton_kernel.launch(q, 1.0, paged_cache(case, page_tokens), readers, splits=8)
-    return kernels[0], kernels[1]
+    return kernels[0], kernels[1], kernels[2]
 
 
 def update_kernels(case: Case, target: str, page_tokens: int = PAGE) -> list[Any]:
@@ -158,6 +160,25 @@ def update_kernels(case: Case, target: str, page_tokens: int = PAGE) -> list[Any
         triton_kernel.update(
             kv, k, k, kv.packed, 1, lambda *_: (codes, scale, None), lambda *_: (codes, scale[..., None], None)
         )
+    return kernels
+
+
+def step_kernels(case: Case, target: str, page_tokens: int = PAGE) -> list[Any]:
+    """The compiled kernels of a decoding step's ``cache_update`` under a calibration: coding, and what puts codes and
+    tokens where they belong."""
+    from headq_ao.ops import Encoder
+    from headq_ao.ops.cache_update import triton_kernel
+
+    d = case.head_dim
+    eye = torch.eye(d).expand(1, case.kv_heads, d, d)
+    keys = Encoder(eye, (case.k_bits,), torch.ones(1, 1, d), hessian=eye)
+    KNOWN_FORMS.clear()
+    kv = paged_cache(case, page_tokens)
+    k = torch.zeros(1, case.kv_heads, 1, d, dtype=torch.bfloat16)
+    with compiling(target) as kernels:
+        step = triton_kernel.plan(kv, kv.packed, [keys], [Encoder(eye, (case.v_bits,), 1.0)], False)
+        assert step is not None
+        step(k, k)
     return kernels
 
 
@@ -233,7 +254,7 @@ def loop_instructions(kernel: Any, chip: Chip) -> int:
 def roofline(case: Case, instructions: float, chip: Chip) -> dict[str, Any]:
     """Cached tokens of one KV head per second that each limit allows, the lowest of them, and bf16's at full bandwidth.
 
-    ``memory``: bytes of packed rows; ``issue``: warp instructions of the loop; ``matrix``: multiply-adds of the
+    ``memory``: bytes of packed tokens; ``issue``: warp instructions of the loop; ``matrix``: multiply-adds of the
     products, for the 8 query rows (16 on AMD) that they are padded to.
     """
     rows = 16 if chip.backend == "hip" else 8
@@ -255,12 +276,16 @@ def measure(targets: Sequence[str] = tuple(CHIPS)) -> dict[str, Any]:
     for target in targets:
         chip = CHIPS[target]
         for case in CASES:
-            kernel, finish = decode_kernels(case, target)
+            mapping, kernel, join = decode_kernels(case, target)
             parts = 8 // min(PIECES[case.v_bits])
             instructions = loop_instructions(kernel, chip) * kernel.metadata.num_warps / (16 * parts)
             row = {"target": target, **vars(case), **resources(kernel, chip)}
             row |= {"bytes_per_token": case.bytes_per_token, "instructions_per_token": instructions}
-            decode.append(row | {"roofline": roofline(case, instructions, chip), "finish": resources(finish, chip)})
+            decode.append(
+                row
+                | {"roofline": roofline(case, instructions, chip), "map": resources(mapping, chip)}
+                | {"join": resources(join, chip)}
+            )
         feedback += [{"target": target, "width": w, **resources(feedback_kernel(w, target), chip)} for w in WIDTHS]
     chips = {t: vars(CHIPS[t]) for t in targets}
     return {"chips": chips, "page_tokens": PAGE, "decode_attention": decode, "feedback_codes": feedback}

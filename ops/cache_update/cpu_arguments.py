@@ -73,18 +73,18 @@ class Args(ctypes.Structure):
 def arguments(
     kv: PagedKV, packed: Tensor, most: int, key_encoders: Encoders, value_encoders: Encoders, check_finite: bool
 ) -> tuple[Args, "ctypes.Array[Group]", list[object]]:
-    """All but the call's tokens; what the structures point to is in the last, and to be kept."""
+    """All but the call's tokens; what the structures point to is in the last, and to be kept: pages and table first."""
     layout = PageLayout.parse(kv.layout)
     batch, heads, slots, _ = kv.window_k.shape
     groups = (Group * len(layout.groups))()
-    kept: list[object] = [kv, packed, key_encoders, value_encoders]
+    lengths = kv.packed, packed, kv.held, kv.total, kv.new_start
+    kept: list[object] = [(list(kv.pages), kv.table), *lengths, kv.window_k, kv.window_v, key_encoders, value_encoders]
     for into, group, *encoders in zip(groups, layout.split(kv.pages), key_encoders, value_encoders, strict=True):
         into.first, into.heads = group.layout.first, group.layout.heads
         sides = (group.keys, group.layout.keys), (group.values, group.layout.values)
         for i, ((tokens, form), encoder) in enumerate(zip(sides, encoders, strict=True)):
             dim = layout.value_dim if i else layout.key_dim
             into.side[i] = _side(tokens, form, encoder, dim, batch, group.layout.heads, bool(i), most != 0)
-            kept.append(tokens)
     args = Args(
         batch=batch, kv_heads=heads, page_tokens=layout.page_tokens, columns=kv.table.shape[1], n_sink=kv.n_sink,
         ring=slots - kv.n_sink, dtype=DTYPES[kv.window_k.dtype], check_finite=check_finite, groups=len(groups),

@@ -70,10 +70,24 @@ class Update:
         self.dtype = kv.window_k.dtype
         self.added = self.args.added[0], self.args.added[1]
         self.form: tuple[tuple[int, ...], ...] = ()
+        self.places, self.size = [x.data_ptr() for x in kv.pages], kv.window_k.element_size()
         self.call, self.by = lib.headq_cache_update, (ctypes.byref(self.args), self.groups)
 
     def __deepcopy__(self, memo: dict[int, object]) -> None:
         """None: a copied cache makes one of its own."""
+
+    def moved(self, pages: Sequence[Tensor], table: Tensor) -> None:
+        """See :class:`headq_ao.ops.types.Plan`."""
+        now, args = dict(zip(self.places, pages, strict=True)), self.args
+        for group in self.groups:
+            for side in group.side:
+                for held in (*side.plane, side.scale, side.zero, side.exact):
+                    if held.data:
+                        x = now[held.data]
+                        held.data, held.head = x.data_ptr(), x.stride(1)
+                side.exact.head *= self.size
+        args.table, args.table_row, args.columns = table.data_ptr(), table.stride(0), table.shape[1]
+        self.places, self.kept[0] = [x.data_ptr() for x in pages], (pages, table)
 
     def __call__(self, k: Tensor, v: Tensor) -> None:
         """Append ``k`` and ``v``, and pack what leaves the window.

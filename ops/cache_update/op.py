@@ -1,7 +1,5 @@
 """``cache_update``: append a call's tokens to a paged cache and pack those that leave the window."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -11,7 +9,7 @@ from headq_ao.ops.cache_update.encoders import Encoders, Quantize, coders, flatt
 from headq_ao.ops.dispatch import direct, kernels
 from headq_ao.ops.encode.op import quantize
 from headq_ao.ops.page_layout import PageLayout
-from headq_ao.ops.types import PagedKV
+from headq_ao.ops.types import PagedKV, Plan
 
 
 def cache_update(
@@ -46,16 +44,15 @@ def cache_update(
 
 def plan_update(
     kv: PagedKV, packed: Tensor, key_encoders: Encoders, value_encoders: Encoders, check_finite: bool = False
-) -> Callable[[Tensor, Tensor], None] | None:
+) -> Plan | None:
     """:func:`cache_update` with all but ``k`` and ``v`` given once, or None where there is no kernel for it.
 
-    The tensors of ``kv`` and ``packed`` are read where they lie at the time of a call: write lengths and the table in
-    place.
+    Tensors are read where they lie now: write lengths and the table in place. Who moves another one makes a new plan.
     """
     module = kernels("cache_update", kv.window_k.device.type)
     if module is None or not hasattr(module, "plan"):
         return None
-    made: Callable[[Tensor, Tensor], None] | None = module.plan(kv, packed, key_encoders, value_encoders, check_finite)
+    made: Plan | None = module.plan(kv, packed, key_encoders, value_encoders, check_finite)
     return made
 
 

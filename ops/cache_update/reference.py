@@ -8,7 +8,7 @@ from torch import Tensor
 
 from headq_ao.ops.layout import PIECES, TOKEN_TILE, _key_pieces, granule
 from headq_ao.ops.page_layout import NULL_PAGE, PagedTokens, PageLayout
-from headq_ao.ops.types import PagedKV
+from headq_ao.ops.types import PagedKV, last_in_slots
 
 # codes [B, h, n, M] uint8, scale and zero ([B, h, n] of keys, [B, h, n, groups] of values) of one head group's tokens
 Codes = tuple[Tensor, Tensor, Tensor | None]
@@ -65,10 +65,9 @@ def at(x: Tensor, index: Tensor) -> Tensor:
 def append(window: Tensor, new: Tensor, kv: PagedKV, start: Tensor) -> None:
     """Give each slot of the window the last token that belongs there, where it is one of the call's."""
     ring, device = window.shape[2] - kv.n_sink, new.device
-    slot, last = torch.arange(ring, device=device), (kv.total - kv.n_sink - 1)[:, None]
-    body = last - (last - slot).remainder(ring)  # below 0: none yet
+    body = last_in_slots(kv.total - kv.n_sink, ring)
     position = torch.where(body >= 0, body + kv.n_sink, -1)
-    position = torch.cat([torch.arange(kv.n_sink, device=device).expand(len(last), -1), position], 1)
+    position = torch.cat([torch.arange(kv.n_sink, device=device).expand(len(body), -1), position], 1)
     mine = (position >= kv.held[:, None]) & (position < kv.total[:, None])
     number = (start[:, None] + position - kv.held[:, None]).clamp(0, new.shape[2] - 1)
     window.copy_(torch.where(mine[:, None, :, None], at(new, number).to(window.dtype), window))

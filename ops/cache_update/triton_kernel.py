@@ -11,9 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from headq_ao.ops.cache_update import triton_step
 from headq_ao.ops.cache_update.check import refuse_not_finite
-from headq_ao.ops.cache_update.encoders import coders, unflatten
+from headq_ao.ops.cache_update.encoders import Encoders, coders, flatten, unflatten
 from headq_ao.ops.cache_update.reference import Encoder
+from headq_ao.ops.cache_update.triton_pages import key_byte, page_of, put_value_piece
 from headq_ao.ops.layout import PIECES
 from headq_ao.ops.page_layout import PagedTokens, PageLayout
 from headq_ao.ops.paged_attention.triton_codes import CHUNK, key_chunks, query_columns
@@ -85,40 +87,12 @@ def append_kernel(sides, held, total, start, heads, n_sink, ring, DIMS: tl.const
 
 
 @triton.jit
-def _page_of(table, table_stride, table_columns, b, j, P: tl.constexpr):
-    """The physical page of body token ``j``."""
-    return tl.load(table + b * table_stride + j // P % table_columns).to(tl.int64)
-
-
-@triton.jit
 def _put_numbers(stored, strides, numbers, n, page, h, inside, GROUPS: tl.constexpr, PADDED: tl.constexpr):
     """The ``GROUPS`` scales or zeros of token ``n``."""
     g = tl.arange(0, PADDED)
     number = tl.load(numbers + n * GROUPS + g, mask=g < GROUPS, other=0.0)
     to = stored + page * strides[0] + h * strides[1] + inside * GROUPS
     tl.store(to + g, number.to(stored.dtype.element_ty), mask=g < GROUPS)
-
-
-@triton.jit
-def _key_byte(codes, columns, WIDTH: tl.constexpr):
-    """The bytes of one chunk from a key's codes, ``[CHUNK]``."""
-    c = tl.arange(0, CHUNK)
-    byte = tl.zeros([CHUNK], tl.int32)
-    for p in tl.static_range(8 // WIDTH):
-        column = tl.load(columns + p * CHUNK + c)
-        code = tl.load(codes + (column & 0xFFFF), mask=column >= 0, other=0).to(tl.int32)
-        byte |= (code >> ((column >> 16) & 7) & (2**WIDTH - 1)) << (p * WIDTH)
-    return byte.to(tl.uint8)
-
-
-@triton.jit
-def _put_value_piece(plane, code, inside, W: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr):
-    """The low ``W`` bits of a value's codes into a page's plane, whose bytes other tokens share."""
-    d = tl.arange(0, D_PADDED)
-    to = plane + inside // (32 // W) * (D * 4) + inside % 4 + d * 4
-    at = (inside % (32 // W) // 4 * W).to(tl.int32)
-    kept = tl.load(to, mask=d < D, other=0).to(tl.int32) & (255 ^ ((2**W - 1) << at))
-    tl.store(to, (kept | (code & (2**W - 1)) << at).to(tl.uint8), mask=d < D)
 
 
 @triton.jit(
@@ -136,10 +110,10 @@ def keys_kernel(
     j = tl.load(packed + b) + tl.program_id(1)
     planes, strides, scale, scale_strides, zero, zero_strides = side
     if j < tl.load(packed_after + b):
-        page, inside = _page_of(table, table_stride, table_columns, b, j, P), j % P
+        page, inside = page_of(table, table_stride, table_columns, b, j, P), j % P
         c = tl.arange(0, CHUNK)
         for i in tl.static_range(len(CHUNKS)):
-            byte = _key_byte(codes + n * M, columns, CHUNKS[i][1])
+            byte = key_byte(codes + n * M, columns, CHUNKS[i][1])
             columns += CHUNK * (8 // CHUNKS[i][1])
             to = planes[CHUNKS[i][0]] + page * strides[CHUNKS[i][0]][0] + h * strides[CHUNKS[i][0]][1]
             to += inside // 16 * (CHUNKS[i][4] * 16) + inside % 16 * 4 + CHUNKS[i][2] * 16
@@ -170,11 +144,11 @@ def values_kernel(
     for token in tl.range(0, (tl.minimum(first + GRANULE, end) - start).to(tl.int32), num_stages=1):
         j = start + token
         n = tl.program_id(0).to(tl.int64) * most + (j - begin)
-        page, inside = _page_of(table, table_stride, table_columns, b, j, P), j % P
+        page, inside = page_of(table, table_stride, table_columns, b, j, P), j % P
         code = tl.load(codes + n * D + d, mask=d < D, other=0).to(tl.int32)
         for i in tl.static_range(len(WIDTHS)):
             plane = planes[i] + page * strides[i][0] + h * strides[i][1]
-            _put_value_piece(plane, code, inside, WIDTHS[i], D, D_PADDED)
+            put_value_piece(plane, code, inside, WIDTHS[i], D, D_PADDED)
             code = code >> WIDTHS[i]
         _put_numbers(scale, scale_strides, scales, n, page, h, inside, GROUPS, GROUPS_PADDED)
         if zero is not None:
@@ -193,7 +167,22 @@ def launch(
         return False
     if check_finite:
         refuse_not_finite(kv, k, v)
+    if most <= triton_step.MOST and len(k):
+        few = triton_step.step(dense_indices(kv), packed.contiguous(), encoders, spec)
+        if few is not None:
+            few(k, v, most)
+            return True
     return update(kv, k, v, packed, most, *coders(layout, *unflatten(encoders, spec)))
+
+
+def plan(
+    kv: PagedKV, packed: Tensor, key_encoders: Encoders, value_encoders: Encoders, check_finite: bool
+) -> triton_step.Step | None:
+    """:func:`headq_ao.ops.plan_update`; a call with ``S`` tokens packs at most so many."""
+    layout = PageLayout.parse(kv.layout)
+    if check_finite or not _served(kv, kv.window_k, layout) or None in (*key_encoders, *value_encoders):
+        return None
+    return triton_step.step(kv, packed, *flatten(key_encoders, value_encoders))
 
 
 def update(

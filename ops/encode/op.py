@@ -52,7 +52,7 @@ def _quantize(x: Tensor, encoder: list[Tensor], spec: str) -> list[Tensor]:
 
 
 @_quantize.register_fake
-def _(x, encoder, spec):
+def _(x: Tensor, encoder: list[Tensor], spec: str) -> list[Tensor]:
     names, _, step, group_size, _ = spec.split(",")
     given = dict(zip(names.split("+"), encoder, strict=True))
     base = given["encode"].shape[-1]

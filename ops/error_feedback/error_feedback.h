@@ -274,7 +274,7 @@ struct Scratch {
   explicit Scratch(int n) : wide(n), narrow{Work<V8>(n), Work<V8>(n)} {}
 };
 
-constexpr int TILE_FROM = 13;  // so many tokens take no longer as a whole tile than three at a time
+constexpr int TILE_FROM = 13;  // that many tokens take no longer as a whole tile than three at a time
 
 // Any number of tokens of one head.
 inline void round_tokens(const Quadratic& q, Scratch& s, const float* y, int tokens, uint8_t* codes, float* sigma) {

@@ -64,7 +64,9 @@ def _feedback_codes(
 ) -> tuple[Tensor, Tensor]:
     """By the device's kernel where it serves, else by the reference."""
     module = kernels("feedback_codes", y.device.type)
-    made = None if module is None else module.launch(y, hessian, cholesky, step, bits, unbiased)
+    made: tuple[Tensor, Tensor] | None = None
+    if module is not None:
+        made = module.launch(y, hessian, cholesky, step, bits, unbiased)
     if made is None:
         return reference.feedback_codes(y, hessian, cholesky, step, bits, SPREADS, PASSES, unbiased)
     return made
@@ -74,5 +76,5 @@ _operator = torch.library.custom_op("headq::feedback_codes", _feedback_codes, mu
 
 
 @_operator.register_fake
-def _(y, hessian, cholesky, step, bits, unbiased):
+def _(y: Tensor, hessian: Tensor, cholesky: Tensor, step: Tensor, bits: int, unbiased: bool) -> tuple[Tensor, Tensor]:
     return y.new_empty(y.shape, dtype=torch.uint8), y.new_empty(y.shape[:-1], dtype=torch.float16)

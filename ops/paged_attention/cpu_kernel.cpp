@@ -164,7 +164,7 @@ void prefetch(const Scale& x, const Pages& pages, int h, int n) {
     prefetch(of_page(x, pages.at[i], h), std::min(pages.beside(i) * pages.tokens, n - t) * x.token_stride * 2);
 }
 
-// What will be read next, to be asked for little by little: so many bytes of each of two planes at each step, page by page.
+// What will be read next, to be asked for little by little: that many bytes of each of two planes at each step, page by page.
 struct Ahead {
   struct Part {
     const uint8_t *at = nullptr, *end = (const uint8_t*)UINTPTR_MAX;  // of the pages that lie side by side
@@ -317,7 +317,7 @@ struct Vnni {
 #endif
 
 // What codes are multiplied with: numbers of 16 bits, hi·256 + lo. Four numbers of a query lie together, first their hi and
-// then their lo; the next query's begin so many bytes further on.
+// then their lo; the next query's begin that many bytes further on.
 constexpr int FOUR = 8;
 
 // Where granules of 64 bytes lie: of a plane, and of a second one with the codes' higher bits, or null: how far each is from
@@ -879,7 +879,7 @@ void read_back(const Args& a, int b, int h, float* out, float* work) {
   for (int c = 0; c < a.value_dim && mean; c++) out[c] += mean[c];
 }
 
-// Join attention over exact rows to that over packed ones, by log-sum-exp.
+// Join attention over full-precision tokens to that over packed ones, by log-sum-exp.
 void join(float* out, float& lse, const float* other, float other_lse, int n) {
   float most = std::max(lse, other_lse), nan = std::numeric_limits<float>::quiet_NaN();
   if (std::isnan(lse) || std::isnan(other_lse)) {

@@ -3,7 +3,7 @@
 import ctypes
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -146,9 +146,7 @@ def _query_tile(q: Tensor, kv: PagedKV) -> int:
     return max(min(MOST_QUERIES, MOST_BYTES // of_token), FEW_TOKENS)
 
 
-def plan(
-    kv: PagedKV, readers: Readers, q_heads: int, sliding: int, reads: Tensor | None
-) -> Callable[[Tensor, float], Tensor] | None:
+def plan(kv: PagedKV, readers: Readers, q_heads: int, sliding: int, reads: Tensor | None) -> "_Call | None":
     """:func:`headq_ao.ops.plan_attention` of arguments that were checked; None where the kernel does not serve them."""
     lib = library()
     if lib is None or not serves(kv):
@@ -185,6 +183,20 @@ class _Call:
 
     def __deepcopy__(self, memo: dict[int, object]) -> None:
         """None: a copied cache makes one of its own."""
+
+    def moved(self, pages: Sequence[Tensor], table: Tensor) -> None:
+        """See :class:`headq_ao.ops.types.Plan`."""
+        groups: Any = self.kept[0]
+        n = len(pages) + 1
+        now = {old.data_ptr(): x for old, x in zip(self.kept[-n:], pages, strict=False)}  # type: ignore[attr-defined]
+        for group in groups:
+            for held in (*group.k, *group.v, group.k_scale, group.k_zero, group.v_scale, group.v_zero):
+                if held.data:
+                    x = now[held.data]
+                    held.data, held.head = x.data_ptr(), x.stride(1)
+        fields = self.fields
+        fields.table, fields.table_row, fields.columns = table.data_ptr(), table.stride(0), table.shape[1]
+        self.kept[-n:] = [*pages, table]
 
     def __call__(self, q: Tensor, scaling: float, **more: int) -> Tensor:
         """``[B, Hq, S, Dv]`` fp32 of ``q [B, Hq, S, D]``, whose last dimension is contiguous; ``more`` fields."""
@@ -266,8 +278,8 @@ def _arguments(kv: PagedKV, readers: Readers, q_heads: int, sliding: int, reads:
         groups=ctypes.addressof(groups),
     )  # fmt: skip
     args.packed, args.held, args.total = (x.data_ptr() for x in lengths)
-    kept = [groups, *kv.pages, *lengths, table, start, segment, query_map, read, mean, reads]
-    return _Call(args, [*kept, window_k, window_v, new_k, new_v])
+    kept = [groups, *lengths, start, segment, query_map, read, mean, reads, window_k, window_v, new_k, new_v]
+    return _Call(args, [*kept, *kv.pages, table])
 
 
 def _transposed(read: Tensor) -> Tensor:

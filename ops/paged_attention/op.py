@@ -1,7 +1,5 @@
 """``paged_attention``: attention of a call's queries over a paged cache."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -9,7 +7,7 @@ from headq_ao.ops.dispatch import direct, kernels
 from headq_ao.ops.page_layout import PageLayout
 from headq_ao.ops.paged_attention import tiled
 from headq_ao.ops.paged_attention.check import check_cache, check_call
-from headq_ao.ops.types import PagedKV, Readers, Visible
+from headq_ao.ops.types import PagedKV, Plan, Readers, Visible
 
 
 def paged_attention(
@@ -56,7 +54,7 @@ def paged_attention(
 
 def plan_attention(
     kv: PagedKV, readers: Readers, q_heads: int, sliding: int = 0, reads: Tensor | None = None
-) -> Callable[[Tensor, float], Tensor] | None:
+) -> Plan | None:
     """:func:`paged_attention` for decoding, with arguments that are checked and put together once.
 
     The plan reads tensors where they lie now, lengths at each call. Who moves a tensor makes a new plan.
@@ -79,7 +77,7 @@ def plan_attention(
     module = kernels("paged_attention", kv.table.device.type)
     if module is None or not hasattr(module, "plan"):
         return None
-    made: Callable[[Tensor, float], Tensor] | None = module.plan(kv, readers, q_heads, sliding, reads)
+    made: Plan | None = module.plan(kv, readers, q_heads, sliding, reads)
     return made
 
 
@@ -108,7 +106,7 @@ def _paged_attention(
     return _run(q, scaling, kv, Readers(query_map, read, mean), visible, sliding, reads)
 
 
-def _fake(q, scaling, pages, layout, *rest):
+def _fake(q: Tensor, scaling: float, pages: list[Tensor], layout: str, *rest: object) -> tuple[Tensor, Tensor]:
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     out = q.new_empty((*q.shape[:3], PageLayout.parse(layout).value_dim), dtype=dtype)
     return out, q.new_empty(q.shape[:3], dtype=dtype)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from headq_ao.ops.layout import unpack_keys, unpack_values
 from headq_ao.ops.page_layout import PagedGroup, PagedTokens, PageLayout
-from headq_ao.ops.types import PagedKV, Readers, Visible, visible_positions
+from headq_ao.ops.types import PagedKV, Readers, Visible, last_in_slots, visible_positions
 
 
 def paged_attention(
@@ -47,10 +47,8 @@ def packed_part(
 def body_tokens(kv: PagedKV, page_tokens: int) -> Tensor:
     """Body tokens ``[B, C, P]`` of each column's page: ``c`` holds the last logical page ``i ≡ c (mod C)`` in use;
     below 0: none."""
-    columns = kv.table.shape[1]
-    column = torch.arange(columns, device=kv.table.device)
-    last = (kv.packed[:, None] - 1).div(page_tokens, rounding_mode="floor")
-    logical = last - (last - column).remainder(columns)  # [B, C]
+    pages = (kv.packed + page_tokens - 1).div(page_tokens, rounding_mode="floor")
+    logical = last_in_slots(pages, kv.table.shape[1])  # [B, C]
     return logical[..., None] * page_tokens + torch.arange(page_tokens, device=kv.table.device)
 
 
@@ -68,8 +66,8 @@ def group_scores(q: Tensor, group: PagedGroup, table: Tensor, segment: Tensor | 
     maps = readers.query_map if segment is not None else readers.query_map[:1]
     for g, mapping in enumerate(maps.to(q.dtype)):
         mapped = q @ (mapping if mapping.shape[1] == 1 else mapping[:, heads])[:, :, None]
-        codes, bias, of_zero, gauge = mapped.split([mapped.shape[-1] - 3, 1, 1, 1], -1)
-        s = (codes @ keys[:, :, None].transpose(-1, -2) + bias) * sigma + gauge
+        codes, bias, of_zero, of_mean = mapped.split([mapped.shape[-1] - 3, 1, 1, 1], -1)
+        s = (codes @ keys[:, :, None].transpose(-1, -2) + bias) * sigma + of_mean
         s = s if zero is None else s + of_zero * zero
         total = s if total is None or of_page is None else torch.where((of_page == g)[:, None, None, None], s, total)
     assert total is not None
@@ -89,7 +87,7 @@ def gathered(side: PagedTokens, table: Tensor, dtype: torch.dtype, *, keys: bool
     scale = by_sequence(side.scale, table).to(dtype).flatten(2, 3)
     centred = -scale * ((2 ** side.bits[0] - 1) / 2)
     zero = centred if side.zero is None else by_sequence(side.zero, table).to(dtype).flatten(2, 3)
-    grouped = codes.unflatten(-1, (scale.shape[-1], -1))
+    grouped: Tensor = codes.unflatten(-1, (scale.shape[-1], -1))
     return (grouped * scale[..., None] + zero[..., None]).flatten(-2)
 
 
@@ -121,8 +119,7 @@ def window_positions(kv: PagedKV) -> tuple[Tensor, Tensor]:
     """The position of the token in each slot of the window, ``[B, n_sink + R]``, below 0: none; and which of them are
     read there. Ring slot ``r`` holds the last body token ``j ≡ r (mod R)`` in it."""
     ring = kv.window_k.shape[2] - kv.n_sink
-    slot, last = torch.arange(ring, device=kv.held.device), (kv.held - kv.n_sink - 1)[:, None]
-    body = last - (last - slot).remainder(ring)
+    body = last_in_slots(kv.held - kv.n_sink, ring)
     sinks = torch.arange(kv.n_sink, device=kv.held.device).expand(len(kv.held), -1)
     position = torch.cat([sinks, torch.where(body >= 0, body + kv.n_sink, -1)], 1)
     sink = position < kv.n_sink

@@ -1,9 +1,12 @@
-"""Triton: attention over the packed tokens of one head group, split over programs.
+"""Triton: attention over packed tokens and over those in full precision, split over programs.
 
 One program owns one KV head of one sequence, one block of its ``g·S`` query rows and one split of the body tokens that
-the rows see; :mod:`headq_ao.ops.paged_attention.triton_join` joins the splits by log-sum-exp. For each tile of
-:mod:`headq_ao.ops.paged_attention.triton_codes` the block table is looked up once where pages are whole tiles, else for
-each token; scales are read one tile ahead, pages two. Each piece feeds one ``tl.dot`` with fp16 operands and fp32 sums:
+the rows see, or one tile of the window or of the call's own tokens
+(:mod:`headq_ao.ops.paged_attention.triton_window`); :mod:`headq_ao.ops.paged_attention.triton_join` joins them by
+log-sum-exp. Heads of different bits are served in one launch: a program takes the branch of its head's kind. For each
+tile of :mod:`headq_ao.ops.paged_attention.triton_codes` the block table is looked up once where pages are whole tiles,
+else for each token; scales are read one tile ahead, pages two. Each piece feeds one ``tl.dot`` with fp16 operands and
+fp32 sums:
 
 - scores, ``s_j = σ_j (Σ_pieces q_piece · c_piece + b) + m_j h``, the query scaled by row;
 - readout, ``Σ_j w_j (c_j − c0)`` with ``w_j = 2^{s_j − M} a_j``, ``a_j`` the values' scale, ``c0 = (2^bits − 1)/2``.
@@ -17,21 +20,12 @@ import triton
 import triton.language as tl
 
 from headq_ao.ops.paged_attention.triton_codes import CHUNK, log2, parts, piece, query_slices, raised, unit
+from headq_ao.ops.paged_attention.triton_heads import FIELDS as _FIELDS
+from headq_ao.ops.paged_attention.triton_heads import form, sides
+from headq_ao.ops.paged_attention.triton_window import LOG2E, exact_split, visible
 
-LOG2E = tl.constexpr(1.4426950408889634)
+FIELDS = tl.constexpr(_FIELDS)
 LARGEST = tl.constexpr(14)  # log2 of the largest factor in fp16
-
-
-@triton.jit
-def visible(b, s, live, new, low, high, total, sliding):
-    """Positions ``first ≤ p < last`` that queries ``s`` of a sequence see; given, or those up to each query's own."""
-    if low is None:
-        last = tl.load(total + b) - new + s + 1
-        first = tl.where(sliding > 0, tl.maximum(last - sliding, 0), 0)
-    else:
-        first = tl.load(low + b * new + s, mask=live, other=0)
-        last = tl.load(high + b * new + s, mask=live, other=0)
-    return first, last
 
 
 @triton.jit
@@ -51,10 +45,62 @@ def _lookup(table, t, here, P: tl.constexpr):
 
 
 @triton.jit
-def _number(x, strides, page, h, inside, here):
+def _look_up(table, t0, begin, end, P: tl.constexpr, SLOTS: tl.constexpr, PARTS: tl.constexpr):
+    """The pages of tokens ``begin ≤ t < end`` of the tile that begins at ``t0``: of whole pages each once, else of each
+    token, and of each quarter."""
+    if P % SLOTS == 0:
+        pages = (_lookup(table, t0, t0 < end, P),)
+    elif SLOTS % P == 0:
+        pages = ()
+        for i in tl.static_range(SLOTS // P):
+            t = t0 + i * P
+            pages = pages + (_lookup(table, t, (t + P > begin) & (t < end), P),)
+    else:
+        t = t0 + tl.arange(0, SLOTS)
+        quarter = t0 + tl.arange(0, 16) // 4 * (4 * PARTS)
+        pages = (
+            _lookup(table, t, (t >= begin) & (t < end), P),
+            _lookup(table, quarter, (quarter + 4 * PARTS > begin) & (quarter < end), P),
+        )
+    return pages
+
+
+@triton.jit
+def _spread(pages, P: tl.constexpr, SLOTS: tl.constexpr, PARTS: tl.constexpr):
+    """The page of each token of a tile, and of each quarter; a scalar where there is but one."""
+    if P % SLOTS == 0:
+        page, value_page = pages[0], pages[0]
+    elif SLOTS % P == 0:
+        which = tl.arange(0, SLOTS) // P
+        quarter = tl.arange(0, 16) // 4 * (4 * PARTS) // P
+        page, value_page = which * 0 + pages[0], quarter * 0 + pages[0]
+        for i in tl.static_range(1, SLOTS // P):
+            page = tl.where(which == i, pages[i], page)
+            value_page = tl.where(quarter == i, pages[i], value_page)
+    else:
+        page, value_page = pages
+    return page, value_page
+
+
+@triton.jit
+def _number(x, stride, page, inside, here):
     """A number for each token ``inside`` its page, fp32; 0 where it is not ``here``."""
-    at = page.to(tl.int64) * strides[0] + h * strides[1] + inside
+    at = page.to(tl.int64) * stride + inside
     return tl.load(x + at, mask=here, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _scales(
+    keys, values, pages, t0, end, P: tl.constexpr, SLOTS: tl.constexpr, PARTS: tl.constexpr, GROUPS: tl.constexpr
+):
+    """Scales of the keys of a tile, and of its values where one serves a token."""
+    page, _ = _spread(pages, P, SLOTS, PARTS)
+    t = t0 + tl.arange(0, SLOTS)
+    sigma = _number(keys[2], keys[3], page, t % P, t < end)
+    a = sigma
+    if GROUPS == 1:
+        a = _number(values[2], values[3], page, t % P, t < end)
+    return sigma, a
 
 
 @triton.jit
@@ -70,7 +116,7 @@ def _key_bytes(
         base += page.to(tl.int64) * stride + t0 % P * ROW
         address = base + ((slot // 16 * (ROW * 16) + slot % 16 * 4)[:, None] + column)
     else:
-        inside = (t0 + slot) % P
+        inside = slot % P if SLOTS % P == 0 else (t0 + slot) % P
         token = page.to(tl.int64) * stride + (inside // 16 * (ROW * 16) + inside % 16 * 4)
         address = (base + token)[:, None] + column
     if here is None:
@@ -85,15 +131,14 @@ def _key_bytes(
 
 @triton.jit
 def _scores(
-    page, t0, h, slot, here, queries, planes, strides, slope, offset, sigma,
+    page, t0, slot, here, queries, planes, strides, slope, offset, sigma,
     CHUNKS: tl.constexpr, P: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """``σ_j (q·c_j + b)`` of one tile in units of ``log 2``, ``[SLOTS, ROWS]``."""
     s = tl.zeros([SLOTS, ROWS], tl.float32)
     for i in tl.static_range(len(CHUNKS)):
-        stride = strides[CHUNKS[i][0]]
-        base = planes[CHUNKS[i][0]] + h * stride[1]
-        byte = _key_bytes(base, stride[0], page, t0, slot, here, CHUNKS[i][2], CHUNKS[i][3], CHUNKS[i][4], P, SLOTS)
+        base, stride = planes[CHUNKS[i][0]], strides[CHUNKS[i][0]]
+        byte = _key_bytes(base, stride, page, t0, slot, here, CHUNKS[i][2], CHUNKS[i][3], CHUNKS[i][4], P, SLOTS)
         for p in tl.static_range(8 // CHUNKS[i][1]):
             s = tl.dot(piece(byte, p * CHUNKS[i][1], CHUNKS[i][1], PTX), queries[i][p], s)
     return (s * slope[None, :] + offset[None, :]) * sigma[:, None]
@@ -101,20 +146,20 @@ def _scores(
 
 @triton.jit
 def _value_bytes(
-    plane, strides, page, t0, h, end, E: tl.constexpr, W: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr,
+    base, stride, page, t0, end, E: tl.constexpr, W: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr,
     D_PADDED: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """Bytes ``[D_PADDED, 16]`` of entry ``E`` of each quarter of a tile; no quarter lies in two pages."""
     r = tl.arange(0, 16)
     d = tl.arange(0, D_PADDED)
-    base = plane + h * strides[1]
     entry = r // 4 * (PARTS * W // 8) + E
     if P % (16 * PARTS) == 0:
-        base += page.to(tl.int64) * strides[0] + t0 % P * (D * W // 8)
+        base += page.to(tl.int64) * stride + t0 % P * (D * W // 8)
         address = base + ((d * 4)[:, None] + (entry * (D * 4) + r % 4)[None, :])
     else:
-        inside = (t0 + r // 4 * (4 * PARTS)) % P // (32 // W) + E
-        address = (base + page.to(tl.int64) * strides[0] + (inside * (D * 4) + r % 4))[None, :] + (d * 4)[:, None]
+        quarter = r // 4 * (4 * PARTS)
+        inside = (quarter % P if 16 * PARTS % P == 0 else (t0 + quarter) % P) // (32 // W) + E
+        address = (base + page.to(tl.int64) * stride + (inside * (D * 4) + r % 4))[None, :] + (d * 4)[:, None]
     if end is None:
         byte = tl.load(address) if D == D_PADDED else tl.load(address, mask=(d < D)[:, None], other=0)
     else:
@@ -125,7 +170,7 @@ def _value_bytes(
 
 @triton.jit
 def _group_values(
-    codes, weights, slot, page, h, end, scale, scale_strides, zero, zero_strides,
+    codes, weights, slot, page, end, scale, scale_stride, zero, zero_stride,
     BITS: tl.constexpr, D: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """Values ``[D_PADDED, 16]`` of the tokens ``slot [16]`` with scales of groups from their codes, fp16."""
@@ -135,17 +180,17 @@ def _group_values(
         here = here & (slot < end)[None, :]
     page = page + slot * 0  # one for each token
     inside = (d // (D // GROUPS))[:, None] + (slot % P)[None, :] * GROUPS
-    a = _number(scale, scale_strides, page[None, :], h, inside, here)
+    a = _number(scale, scale_stride, page[None, :], inside, here)
     values = (codes - (2**BITS - 1) / 2) * a.to(tl.float16)  # the difference is exact
     if zero is not None:
-        z = _number(zero, zero_strides, page[None, :], h, inside, here) + a * ((2**BITS - 1) / 2)
+        z = _number(zero, zero_stride, page[None, :], inside, here) + a * ((2**BITS - 1) / 2)
         values += z.to(tl.float16)
     return values
 
 
 @triton.jit
 def _readout(
-    acc, weights, page, t0, h, end, values,
+    acc, weights, page, t0, end, values,
     BITS: tl.constexpr, WIDTHS: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr,
     GROUPS: tl.constexpr, P: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
@@ -153,12 +198,12 @@ def _readout(
 
     That is the codes by :func:`unit` and ``2^-WIDTHS[0]`` of two planes, or, with scales of groups, the values.
     """
-    planes, strides, scale, scale_strides, zero, zero_strides = values
+    planes, strides, scale, scale_stride, zero, zero_stride = values
     r = tl.arange(0, 16)
     entries = ()
     for i in tl.static_range(len(WIDTHS)):
         for e in tl.static_range(PARTS * WIDTHS[i] // 8):
-            byte = _value_bytes(planes[i], strides[i], page, t0, h, end, e, WIDTHS[i], PARTS, D, D_PADDED, P)
+            byte = _value_bytes(planes[i], strides[i], page, t0, end, e, WIDTHS[i], PARTS, D, D_PADDED, P)
             entries = entries + (byte,)
     for j in tl.static_range(PARTS):
         whole = tl.zeros([D_PADDED, 16], tl.float16)
@@ -172,7 +217,7 @@ def _readout(
         if GROUPS > 1:
             slot = t0 + r // 4 * (4 * PARTS) + 4 * j + r % 4
             whole = _group_values(
-                whole, weights[j], slot, page, h, end, scale, scale_strides, zero, zero_strides, BITS, D, GROUPS, P
+                whole, weights[j], slot, page, end, scale, scale_stride, zero, zero_stride, BITS, D, GROUPS, P
             )
             acc = tl.dot(whole, weights[j], acc)
     return acc
@@ -180,7 +225,7 @@ def _readout(
 
 @triton.jit
 def _absorb(
-    sums, s, a, z, page, t0, h, end, values,
+    sums, s, a, z, page, t0, end, values,
     HEADROOM: tl.constexpr, BITS: tl.constexpr, WIDTHS: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr,
     D_PADDED: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
@@ -207,15 +252,13 @@ def _absorb(
     rounded = w.to(tl.float16)
     if GROUPS == 1 and z is None:
         shift = shift * decay + rounded.to(tl.float32)
-    acc = _readout(
-        acc, parts(rounded, PARTS), page, t0, h, end, values, BITS, WIDTHS, PARTS, D, D_PADDED, GROUPS, P, PTX
-    )
+    acc = _readout(acc, parts(rounded, PARTS), page, t0, end, values, BITS, WIDTHS, PARTS, D, D_PADDED, GROUPS, P, PTX)
     return new_top, total, shift, acc
 
 
 @triton.jit
 def _masked_tile(
-    sums, t0, begin, end, first, last, h, table, segment, mine, queries, slope, offset, lift, keys,
+    sums, t0, begin, end, first, last, table, segment, mine, queries, slope, offset, lift, keys,
     values,
     CHUNKS: tl.constexpr, HEADROOM: tl.constexpr, BITS: tl.constexpr, WIDTHS: tl.constexpr, PARTS: tl.constexpr,
     D: tl.constexpr, D_PADDED: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr,
@@ -226,33 +269,25 @@ def _masked_tile(
     slot = tl.arange(0, SLOTS)
     t = t0 + slot
     here = (t >= begin) & (t < end)
-    if P % SLOTS == 0:
-        page = _lookup(table, t0, t0 < end, P)
-        value_page = page
-    else:
-        page = _lookup(table, t, here, P)
-        quarter = t0 + tl.arange(0, 16) // 4 * (4 * PARTS)
-        value_page = _lookup(table, quarter, (quarter + 4 * PARTS > begin) & (quarter < end), P)
+    page, value_page = _spread(_look_up(table, t0, begin, end, P, SLOTS, PARTS), P, SLOTS, PARTS)
     if segment is not None:
         here = here & (tl.load(segment + page) + slot * 0 == mine)
     some = True if segment is None else tl.max(here.to(tl.int32), 0) > 0
     if some:
-        planes, strides, scale, scale_strides, zero, zero_strides = keys
+        planes, strides, scale, scale_stride, zero, zero_stride = keys
         inside = t % P
-        sigma = _number(scale, scale_strides, page, h, inside, here)
+        sigma = _number(scale, scale_stride, page, inside, here)
         a, z = sigma, None
         if GROUPS == 1:
-            a = _number(values[2], values[3], page, h, inside, here)
+            a = _number(values[2], values[3], page, inside, here)
             if values[4] is not None:
-                z = _number(values[4], values[5], page, h, inside, here)
-        s = _scores(
-            page, t0, h, slot, here, queries, planes, strides, slope, offset, sigma, CHUNKS, P, SLOTS, ROWS, PTX
-        )
+                z = _number(values[4], values[5], page, inside, here)
+        s = _scores(page, t0, slot, here, queries, planes, strides, slope, offset, sigma, CHUNKS, P, SLOTS, ROWS, PTX)
         if zero is not None:
-            s += lift[None, :] * _number(zero, zero_strides, page, h, inside, here)[:, None]
+            s += lift[None, :] * _number(zero, zero_stride, page, inside, here)[:, None]
         s = tl.where((t[:, None] >= first[None, :]) & (t[:, None] < last[None, :]) & here[:, None], s, float("-inf"))
         sums = _absorb(
-            sums, s, a, z, value_page, t0, h, end, values,
+            sums, s, a, z, value_page, t0, end, values,
             HEADROOM, BITS, WIDTHS, PARTS, D, D_PADDED, GROUPS, P, PTX,
         )  # fmt: skip
     return sums
@@ -278,43 +313,33 @@ def _queries(
     return queries, slope, bias * LOG2E + offset * slope
 
 
-@triton.jit(
-    do_not_specialize=[
-        "first_head", "kv_heads", "all_heads", "new", "rows", "splits", "most", "lines", "n_sink", "sliding",
-        "table_columns",
-    ],
-    do_not_specialize_on_alignment=["table", "segment", "packed", "total", "low", "high"],
-)  # fmt: skip
-def packed_kernel(
-    q, q_strides, columns, keys, values, table, table_stride, table_columns, segment, packed, total, low, high,
-    n_sink, sliding, out, out_lse, first_head, kv_heads, all_heads, new, rows, splits, most, lines,
-    CHUNKS: tl.constexpr, M: tl.constexpr, VALUE_BITS: tl.constexpr, VALUE_WIDTHS: tl.constexpr, PARTS: tl.constexpr,
-    D: tl.constexpr, D_PADDED: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, PTX: tl.constexpr,
-    P: tl.constexpr, SEGMENTS: tl.constexpr,
+@triton.jit
+def _packed_split(
+    q, q_stride, columns, heads, table, table_columns, segment, held, total, low, high, n_sink, sliding, to, to_lse,
+    b, h, row, live, split, mine, new, splits,
+    KINDS: tl.constexpr, KIND: tl.constexpr, M: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr,
+    ROWS: tl.constexpr, PTX: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """Attention over one split: ``out [most, lines, D]`` fp32, and ``log2 Σ e^s``, -inf behind the last split.
-
-    ``q [SEGMENTS, B, Hkv, g·S, M + 3]`` fp32, with four strides: mapped queries, ``b``, ``h`` and ``q·μ``. ``keys``,
-    ``values``: planes, scale and zero of the pages of ``kv_heads`` heads from ``first_head`` on, each followed by its
-    strides of page and head. Grid: heads, splits by segments, blocks of rows.
-    """
+    """Attention over one split of the packed tokens of a head of that kind."""
+    CHUNKS: tl.constexpr = form(KINDS, KIND, 0)
+    VALUE_BITS: tl.constexpr = form(KINDS, KIND, 3)
+    VALUE_WIDTHS: tl.constexpr = form(KINDS, KIND, 4)
+    PARTS: tl.constexpr = form(KINDS, KIND, 5)
+    GROUPS: tl.constexpr = form(KINDS, KIND, 7)
     SLOTS: tl.constexpr = PARTS * 16
     UNIT: tl.constexpr = unit(PTX)
     # queries take up to 4 bits of shift, weights up to VALUE_WIDTHS[0]
     QUERY_TOP: tl.constexpr = 2.0 ** (LARGEST - 4)
     HEADROOM: tl.constexpr = LARGEST - (VALUE_WIDTHS[0] if len(VALUE_WIDTHS) == 2 else 0)
-    b = tl.program_id(0).to(tl.int64) // kv_heads
-    h = tl.program_id(0).to(tl.int64) % kv_heads
-    part = tl.program_id(1)
-    split = part // SEGMENTS
-    mine = part % SEGMENTS
-    row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
-    live = row < rows
+    keys, values = sides(heads, h, KINDS, KIND)
+    if not form(KINDS, KIND, 2):
+        keys = (keys[0], keys[1], keys[2], keys[3], None, None)
+    if not form(KINDS, KIND, 6):
+        values = (values[0], values[1], values[2], values[3], None, None)
     d = tl.arange(0, D_PADDED)
     slot = tl.arange(0, SLOTS)
 
     # what the rows see, this split's share of it in whole tiles, and the tiles that all rows see whole
-    held = tl.load(packed + b)
     first, last = visible(b, row % new, live, new, low, high, total, sliding)
     first = tl.maximum(first - n_sink, oldest_token(held, table_columns, P)).to(tl.int32)
     last = tl.where(live, tl.minimum(last - n_sink, held), 0).to(tl.int32)
@@ -331,13 +356,13 @@ def packed_kernel(
     if segment is not None:
         whole_end = whole_begin
 
-    table = (table + b * table_stride, table_columns, lowest // P // table_columns * table_columns)
-    q += mine.to(tl.int64) * q_strides[0] + b * q_strides[1] + (first_head + h) * q_strides[2]
-    queries, slope, offset = _queries(q, q_strides[3], columns, row, live, CHUNKS, M, ROWS, QUERY_TOP)
+    table = (table, table_columns, lowest // P // table_columns * table_columns)
+    columns += form(KINDS, KIND, 1)
+    queries, slope, offset = _queries(q, q_stride, columns, row, live, CHUNKS, M, ROWS, QUERY_TOP)
     slope = slope / UNIT
-    lift = tl.load(q + M + 1 + row * q_strides[3], mask=live, other=0.0) * LOG2E
-    gauge = tl.load(q + M + 2 + row * q_strides[3], mask=live, other=0.0) * LOG2E
-    planes, strides, scale, scale_strides, zero, zero_strides = keys
+    lift = tl.load(q + M + 1 + row * q_stride, mask=live, other=0.0) * LOG2E
+    of_mean = tl.load(q + M + 2 + row * q_stride, mask=live, other=0.0) * LOG2E
+    planes, strides, _, _, zero, zero_stride = keys
 
     # the running maximum; Σ 2^(s − M), summed over tokens after the last tile; Σ w, what the values of a token share
     # where one scale serves it; Σ w c
@@ -347,39 +372,22 @@ def packed_kernel(
     )  # fmt: skip
 
     # tiles that all rows see whole
-    quarter = tl.arange(0, 16) // 4 * (4 * PARTS)
-    at = 0 if P % SLOTS == 0 else slot  # one page for a tile, or for each token
-    next_page = _lookup(table, whole_begin + at, whole_begin + at < whole_end, P)
-    next_value_page = next_page
-    if P % SLOTS != 0:
-        next_value_page = _lookup(table, whole_begin + quarter, whole_begin + quarter < whole_end, P)
-    t = whole_begin + slot
-    next_sigma = _number(scale, scale_strides, next_page, h, t % P, t < whole_end)
-    next_a = next_sigma
-    if GROUPS == 1:
-        next_a = _number(values[2], values[3], next_page, h, t % P, t < whole_end)
+    pages = _look_up(table, whole_begin, whole_begin, whole_end, P, SLOTS, PARTS)
+    next_sigma, next_a = _scales(keys, values, pages, whole_begin, whole_end, P, SLOTS, PARTS, GROUPS)
     for tile in range(0, (whole_end - whole_begin) // SLOTS):
         t0 = whole_begin + tile * SLOTS
-        page, value_page, sigma, a, z = next_page, next_value_page, next_sigma, next_a, None
-        soon = t0 + SLOTS
-        next_page = _lookup(table, soon + at, soon + at < whole_end, P)
-        next_value_page = next_page
-        if P % SLOTS != 0:
-            next_value_page = _lookup(table, soon + quarter, soon + quarter < whole_end, P)
-        t = t0 + SLOTS + slot
-        next_sigma = _number(scale, scale_strides, next_page, h, t % P, t < whole_end)
-        if GROUPS == 1:
-            next_a = _number(values[2], values[3], next_page, h, t % P, t < whole_end)
-        s = _scores(
-            page, t0, h, slot, None, queries, planes, strides, slope, offset, sigma, CHUNKS, P, SLOTS, ROWS, PTX
-        )
+        page, value_page = _spread(pages, P, SLOTS, PARTS)
+        sigma, a, z = next_sigma, next_a, None
+        pages = _look_up(table, t0 + SLOTS, whole_begin, whole_end, P, SLOTS, PARTS)
+        next_sigma, next_a = _scales(keys, values, pages, t0 + SLOTS, whole_end, P, SLOTS, PARTS, GROUPS)
+        s = _scores(page, t0, slot, None, queries, planes, strides, slope, offset, sigma, CHUNKS, P, SLOTS, ROWS, PTX)
         inside = (t0 + slot) % P
         if zero is not None:
-            s += lift[None, :] * _number(zero, zero_strides, page, h, inside, slot >= 0)[:, None]
+            s += lift[None, :] * _number(zero, zero_stride, page, inside, slot >= 0)[:, None]
         if GROUPS == 1 and values[4] is not None:
-            z = _number(values[4], values[5], page, h, inside, slot >= 0)
+            z = _number(values[4], values[5], page, inside, slot >= 0)
         sums = _absorb(
-            sums, s, a, z, value_page, t0, h, None, values,
+            sums, s, a, z, value_page, t0, None, values,
             HEADROOM, VALUE_BITS, VALUE_WIDTHS, PARTS, D, D_PADDED, GROUPS, P, PTX,
         )  # fmt: skip
 
@@ -388,7 +396,7 @@ def packed_kernel(
     for tile in tl.range(0, before + tl.cdiv(end - whole_end, SLOTS), num_stages=1):
         t0 = tl.where(tile < before, begin + tile * SLOTS, whole_end + (tile - before) * SLOTS)
         sums = _masked_tile(
-            sums, t0, lowest, end, first, last, h, table, segment, mine, queries, slope, offset, lift,
+            sums, t0, lowest, end, first, last, table, segment, mine, queries, slope, offset, lift,
             keys, values, CHUNKS, HEADROOM, VALUE_BITS, VALUE_WIDTHS, PARTS, D, D_PADDED, GROUPS, ROWS, P, PTX,
         )  # fmt: skip
 
@@ -398,11 +406,53 @@ def packed_kernel(
         acc = acc / UNIT + (tl.sum(shift, 0) * of_shift)[None, :]
     mass = tl.sum(mass, 0)
     some = tl.where(mass == 0, 1.0, mass)
-    line = (b * all_heads + first_head + h) * rows + row
-    to = line + part.to(tl.int64) * lines
-    tl.store(out + d[:, None] + to[None, :] * D, acc / some[None, :], mask=(d < D)[:, None] & live[None, :])
-    tl.store(out_lse + to, tl.where(mass == 0, float("-inf"), top + tl.log2(some) + gauge), mask=live)
-    nothing = tl.full([ROWS], float("-inf"), tl.float32)
-    for _ in range(part + splits * SEGMENTS, most, splits * SEGMENTS):
-        to += (splits * SEGMENTS).to(tl.int64) * lines
-        tl.store(out_lse + to, nothing, mask=live)
+    tl.store(to + d[:, None] + row[None, :] * D, acc / some[None, :], mask=(d < D)[:, None] & live[None, :])
+    tl.store(to_lse + row, tl.where(mass == 0, float("-inf"), top + tl.log2(some) + of_mean), mask=live)
+
+
+@triton.jit(
+    do_not_specialize=["kv_heads", "new", "rows", "splits", "n_sink", "ring", "sliding", "table_columns", "new_slots"],
+    do_not_specialize_on_alignment=["table", "segment", "packed", "held", "total", "low", "high", "new_start"],
+)  # fmt: skip
+def split_kernel(
+    mapped, columns, heads, table, table_stride, table_columns, segment, q, q_strides, scaling, window, new_tokens,
+    new_start, packed, held, total, low, high, n_sink, ring, sliding, out, out_lse, kv_heads, new, rows, splits,
+    new_slots,
+    KINDS: tl.constexpr, M: tl.constexpr, KEY_D: tl.constexpr, KEY_PADDED: tl.constexpr, D: tl.constexpr,
+    D_PADDED: tl.constexpr, ROWS: tl.constexpr, PTX: tl.constexpr, P: tl.constexpr, SEGMENTS: tl.constexpr,
+    TILE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Attention over one split of what the queries see: ``out [splits·SEGMENTS + tiles, B·Hq·S, D]`` fp32 and
+    ``log2 Σ e^s`` alike, -inf where a row sees nothing of it. Packed tokens come in the values' own basis, after them
+    the tiles of the window and those of the call's tokens in the model's.
+
+    ``mapped [SEGMENTS, B, Hkv, g·S, M + 3]`` fp32: mapped queries, ``b``, ``h`` and ``q·μ``. ``heads``: the table of
+    :func:`headq_ao.ops.paged_attention.triton_heads.head_table`. ``window``, ``new_tokens``: keys, their strides of
+    batch, head and token, values, theirs. Grid: heads, splits, blocks of rows.
+    """
+    b = tl.program_id(0).to(tl.int64) // kv_heads
+    h = tl.program_id(0).to(tl.int64) % kv_heads
+    part = tl.program_id(1)
+    row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
+    live = row < rows
+    line = tl.program_id(0).to(tl.int64) * rows  # the first row's
+    to_lse = out_lse + part.to(tl.int64) * tl.num_programs(0) * rows + line
+    to = out + (part.to(tl.int64) * tl.num_programs(0) * rows + line) * D
+    in_pages = tl.load(packed + b)
+    if part < splits * SEGMENTS:
+        mine = part % SEGMENTS
+        mapped += (mine.to(tl.int64) * tl.num_programs(0) * rows + line) * (M + 3)
+        kind = tl.load(heads + h * FIELDS)
+        for i in tl.static_range(len(KINDS)):
+            if kind == i:
+                _packed_split(
+                    mapped, M + 3, columns, heads, table + b * table_stride, table_columns, segment, in_pages, total,
+                    low, high, n_sink, sliding, to, to_lse, b, h, row, live, part // SEGMENTS, mine, new, splits,
+                    KINDS, i, M, D, D_PADDED, ROWS, PTX, P,
+                )  # fmt: skip
+    else:
+        exact_split(
+            q, q_strides, scaling, window, new_tokens, new_start, in_pages, held, total, low, high, n_sink, ring,
+            sliding, to, to_lse, b, h, row, live, part - splits * SEGMENTS, new, rows, new_slots,
+            KEY_D, KEY_PADDED, D, D_PADDED, TILE, PRECISION,
+        )  # fmt: skip

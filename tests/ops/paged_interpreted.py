@@ -119,13 +119,6 @@ def test_many_splits_join():
     compare(Case(dim=16, columns=24, packed=(750,), held=(770,), total=(771,)), 150)
 
 
-def test_head_groups_may_be_split_differently(monkeypatch):
-    numbers = iter([3, 1])
-    monkeypatch.setattr(triton_kernel, "split_count", lambda *_: next(numbers))
-    compare(CASES["head groups"], None)
-    assert next(numbers, None) is None
-
-
 def test_nothing_to_read_with_or_back():
     """No read, no mean, no new tokens."""
     q, kv, readers, visible = make(Case(new_tokens=False, dim=80, mean=False), DEVICE)

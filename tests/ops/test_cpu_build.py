@@ -198,7 +198,7 @@ def test_a_folder_that_cannot_be_written(source, cache, make, tmp_path, monkeypa
     temporary.mkdir()
     monkeypatch.setattr(cpu_build.tempfile, "tempdir", str(temporary))
     with pytest.warns(
-        UserWarning, match=rf"cannot be kept, so each process compiles them anew: {cache}: .*HEADQ_CACHE"
+        UserWarning, match=rf"cannot be kept, so each process compiles them again: {cache}: .*HEADQ_CACHE"
     ) as w:
         assert answer(source) == 42
     assert len(w) == 1 and not list(temporary.iterdir())

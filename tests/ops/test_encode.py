@@ -252,10 +252,10 @@ EDGES = {
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("gauge", [False, True], ids=["no gauge", "gauge"])
+@pytest.mark.parametrize("centred", [False, True], ids=["no mean", "mean"])
 @pytest.mark.parametrize("name", EDGES)
 @pytest.mark.parametrize("base", ["affine", "symmetric", "feedback"])
-def test_extreme_rows(case, randn, base, name, gauge, dtype):
+def test_extreme_rows(case, randn, base, name, centred, dtype):
     symmetric = base != "affine"
     args = case(symmetric, head_dim=64, rank=8, base_bits=4, side_bits=4)
     if base == "feedback":
@@ -268,7 +268,7 @@ def test_extreme_rows(case, randn, base, name, gauge, dtype):
     else:
         args["k"] = randn(1, 2, 16, 64).clamp(-1, 1) * EDGES[name]
     args["k"] = args["k"].to(dtype)
-    args["mean"] = args["k"].double().mean(-2) if gauge else torch.zeros(1, 2, 64, dtype=torch.float64)
+    args["mean"] = args["k"].double().mean(-2) if centred else torch.zeros(1, 2, 64, dtype=torch.float64)
     codes, scale, zero = run(args)
     assert bool(torch.isfinite(scale).all()) and bool((scale > 0).all())
     assert zero is None or bool(torch.isfinite(zero).all())

@@ -1,4 +1,4 @@
-"""Where every code of a packed row lies, byte by byte."""
+"""Where every code of a packed token lies, byte by byte."""
 
 import pytest
 import torch

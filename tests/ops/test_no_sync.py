@@ -93,18 +93,21 @@ class Launches:
 
 @pytest.fixture
 def launches(monkeypatch):
-    """The Triton kernels' launches for a GPU that is not here; the columns of queries are there from a call before."""
+    """The Triton kernels' launches for a GPU that is not here; tables are there from a call before."""
     pytest.importorskip("triton")
     attention, update = (
         importlib.import_module(f"headq_ao.ops.{name}.triton_kernel") for name in ("paged_attention", "cache_update")
     )
-    of_attention, of_update = ("packed", "finish"), ("leaving", "keys", "values", "append")
+    of_attention, of_update = ("map", "split", "join"), ("leaving", "keys", "values", "append")
     made = {name: Launches() for name in of_attention + of_update}
     for module, names in ((attention, of_attention), (update, of_update)):
         for name in names:
             monkeypatch.setattr(module, f"{name}_kernel", made[name])
-        columns = lambda bits, device: torch.empty(64, dtype=torch.int32, device=device)  # noqa: E731
-        monkeypatch.setattr(module, "query_columns", columns)
+    columns = lambda forms, device: torch.empty(64, dtype=torch.int32, device=device)  # noqa: E731
+    monkeypatch.setattr(attention, "all_query_columns", columns)
+    monkeypatch.setattr(update, "query_columns", columns)
+    table = lambda layout, pages: torch.empty(layout.kv_heads, 19, dtype=torch.int64, device=pages[0].device)  # noqa: E731
+    monkeypatch.setattr(attention, "head_table", table)
     monkeypatch.setattr(attention, "backend", lambda: "cuda")
     monkeypatch.setattr(torch.cuda, "device_of", lambda q: contextlib.nullcontext())
     properties = SimpleNamespace(multi_processor_count=132)
@@ -114,7 +117,7 @@ def launches(monkeypatch):
 
 @pytest.mark.parametrize("name", sorted(set(CASES) - {"chunk"}))
 def test_a_step_with_kernels_does_not_wait(name, launches):
-    """Grids come from shapes: a few launches for each head group, one for the window and one that joins."""
+    """Grids come from shapes: three launches to attend, for any mix of bits."""
     case, (update, attend, grids) = CASES[name], launches
     real = arguments(case)
     with fake_cuda():
@@ -123,9 +126,10 @@ def test_a_step_with_kernels_does_not_wait(name, launches):
     heads = kv_heads * case.group
     assert out.shape == (batch, heads, case.new, case.dim) and lse.shape == (batch, heads, case.new)
     of_groups = [batch * n for n, *_ in case.heads]
-    assert all([grid[0] for grid in grids[name]] == of_groups for name in ("packed", "keys", "values"))
+    assert all([grid[0] for grid in grids[name]] == of_groups for name in ("keys", "values"))
     assert grids["leaving"] == grids["append"] == [(batch * kv_heads, case.new)]
-    assert grids["finish"] == [(batch * heads * case.new,)]
+    assert all([grid[0] for grid in grids[name]] == [batch * kv_heads] for name in ("map", "split"))
+    assert grids["join"] == [(batch * heads * case.new, -(-case.dim // 64))]
 
 
 @pytest.mark.parametrize(

@@ -36,9 +36,9 @@ def budget(found):
 def test_paged_attention(target, case, page):
     """The loop's instructions per token stay near what the result file reports (measured 9 to 39)."""
     chip = table.CHIPS[target]
-    kernel, finish = table.decode_kernels(case, target, page)
-    budget(table.resources(kernel, chip))
-    budget(table.resources(finish, chip))
+    mapping, kernel, join = table.decode_kernels(case, target, page)
+    for each in (mapping, kernel, join):
+        budget(table.resources(each, chip))
     parts = 8 // min(PIECES[case.v_bits])
     per_token = table.loop_instructions(kernel, chip) * kernel.metadata.num_warps / (16 * parts)
     assert 6 < per_token < 6 + 0.06 * case.head_dim * (case.k_bits + case.v_bits)
@@ -55,10 +55,21 @@ def test_cache_update(target, case):
         budget(table.resources(kernel, table.CHIPS[target]))
 
 
+@pytest.mark.parametrize("target", table.CHIPS)
+def test_a_step_of_cache_update(target):
+    """Two launches; the recursion's sums and the next block's matrices stay in registers. How many programs a processor
+    holds does not count: there is about one for each."""
+    kernels = table.step_kernels(table.CASES[0], target)
+    assert [kernel.name for kernel in kernels] == ["code_kernel", "finish_kernel"]
+    for kernel in kernels:
+        found = table.resources(kernel, table.CHIPS[target])
+        assert found["spills"] == 0 and found["shared_bytes"] <= 1 << 10
+
+
 @pytest.mark.parametrize("page", [32, 64])
 def test_loads_of_planes_are_pipelined(page):
     """Pages are looked up a tile ahead, so that loads that depend on them can be: two tiles wait beside this one."""
-    kernel, _ = table.decode_kernels(table.CASES[0], "sm_90", page)
+    _, kernel, _ = table.decode_kernels(table.CASES[0], "sm_90", page)
     tile = 64 * (32 + 32)  # bytes of keys and of values
     assert kernel.metadata.shared >= 2 * tile
 
@@ -74,7 +85,7 @@ def test_other_forms_compile(target, name):
     with table.compiling(target) as kernels:
         attention.launch(q, 0.7, kv, readers, visible, case.sliding, reads, splits=2)
         update.update(kv, k, k, kv.packed + 1, 1, *interpreted.encoders(case))
-    assert len(kernels) == 3 + 3 * len(case.heads)
+    assert len(kernels) == 3 + 2 + 2 * len(case.heads)
     assert all(table.resources(kernel, table.CHIPS[target])["binary_bytes"] > 1000 for kernel in kernels)
 
 

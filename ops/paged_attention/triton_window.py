@@ -1,0 +1,107 @@
+"""Triton: attention over one tile of the tokens in full precision, those of the window or the call's own."""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def visible(b, s, live, new, low, high, total, sliding):
+    """Positions ``first ≤ p < last`` that queries ``s`` of a sequence see; given, or those up to each query's own."""
+    if low is None:
+        last = tl.load(total + b) - new + s + 1
+        first = tl.where(sliding > 0, tl.maximum(last - sliding, 0), 0)
+    else:
+        first = tl.load(low + b * new + s, mask=live, other=0)
+        last = tl.load(high + b * new + s, mask=live, other=0)
+    return first, last
+
+
+@triton.jit
+def product_fp32(x, y, PRECISION: tl.constexpr):
+    """``x y`` with fp32 operands."""
+    if PRECISION == "interpreter":
+        product = tl.dot(x, y)
+    else:
+        product = tl.dot(x, y, input_precision=PRECISION)
+    return product
+
+
+@triton.jit
+def _product(x, y, PRECISION: tl.constexpr):
+    """``x y`` in fp32 of ``x`` as it is stored and ``y`` in fp32, which two halves in bf16 keep to 16 bits."""
+    if x.dtype == tl.bfloat16:
+        high = y.to(tl.bfloat16)
+        low = (y - high.to(tl.float32)).to(tl.bfloat16)
+        if PRECISION == "interpreter":  # which has no products of bf16
+            x, high, low = x.to(tl.float32), high.to(tl.float32), low.to(tl.float32)
+        product = tl.dot(x, high, tl.dot(x, low))
+    else:
+        product = product_fp32(x.to(tl.float32), y, PRECISION)
+    return product
+
+
+@triton.jit
+def _attend(
+    x, tokens, b, h, number, position, here, first, last, to, to_lse, row, live,
+    KEY_D: tl.constexpr, KEY_PADDED: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Attention of the scaled queries ``x [KEY_PADDED, ROWS]`` over tokens ``number [TILE]`` at those positions."""
+    e = tl.arange(0, KEY_PADDED)
+    d = tl.arange(0, D_PADDED)
+    k, k_strides, v, v_strides = tokens
+    number = number.to(tl.int64)
+    at = k + b * k_strides[0] + h * k_strides[1] + (number * k_strides[2])[:, None] + e[None, :]
+    key = tl.load(at, mask=here[:, None] & (e < KEY_D)[None, :], other=0.0)
+    at = v + b * v_strides[0] + h * v_strides[1] + (number * v_strides[2])[:, None] + d[None, :]
+    value = tl.load(at, mask=here[:, None] & (d < D)[None, :], other=0.0)
+    seen = here[:, None] & (position[:, None] >= first[None, :]) & (position[:, None] < last[None, :])
+    s = tl.where(seen, _product(key, x, PRECISION) * LOG2E, float("-inf"))
+    top = tl.max(s, 0)
+    frame = tl.where(top == float("-inf"), 0.0, top)
+    w = tl.exp2(s - frame[None, :])
+    mass = tl.sum(w, 0)
+    some = tl.where(mass == 0, 1.0, mass)
+    o = _product(tl.trans(value), w, PRECISION) / some[None, :]
+    tl.store(to + d[:, None] + row[None, :] * D, o, mask=(d < D)[:, None] & live[None, :])
+    tl.store(to_lse + row, tl.where(mass == 0, float("-inf"), frame + tl.log2(some)), mask=live)
+
+
+@triton.jit
+def exact_split(
+    q, q_strides, scaling, window, new_tokens, start, in_pages, held, total, low, high, n_sink, ring, sliding, to,
+    to_lse, b, h, row, live, tile, new, rows, new_slots,
+    KEY_D: tl.constexpr, KEY_PADDED: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, TILE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Attention over tile ``tile`` of the window's slots, or of those of the call's tokens behind them."""
+    e = tl.arange(0, KEY_PADDED)
+    head = h * (rows // new) + row // new
+    at = q + b * q_strides[0] + head[None, :] * q_strides[1] + (row % new)[None, :] * q_strides[2] + e[:, None]
+    x = tl.load(at, mask=(e < KEY_D)[:, None] & live[None, :], other=0.0).to(tl.float32) * scaling
+    first, last = visible(b, row % new, live, new, low, high, total, sliding)
+    in_window = tl.load(held + b)
+    tiles = tl.cdiv(n_sink + ring, TILE)
+    slot = tile * TILE + tl.arange(0, TILE)
+    if tile < tiles:  # a slot of the ring holds the newest body token that belongs there
+        newest = in_window - n_sink - 1
+        back = (newest - (slot - n_sink)) % ring
+        body = newest - tl.where(back < 0, back + ring, back)
+        sink = slot < n_sink
+        position = tl.where(sink, slot, body + n_sink)
+        here = (slot < n_sink + ring) & tl.where(sink, slot < in_window, (body >= in_pages) & (body >= 0))
+        _attend(
+            x, window, b, h, slot, position, here, first, last, to, to_lse, row, live,
+            KEY_D, KEY_PADDED, D, D_PADDED, PRECISION,
+        )  # fmt: skip
+    elif new_tokens is not None:
+        number = slot - tiles * TILE
+        position = in_window + number
+        if start is not None:
+            position -= tl.load(start + b)
+        here = (number < new_slots) & (position >= in_window) & (position < tl.load(total + b))
+        _attend(
+            x, new_tokens, b, h, number, position, here, first, last, to, to_lse, row, live,
+            KEY_D, KEY_PADDED, D, D_PADDED, PRECISION,
+        )  # fmt: skip
