@@ -3,8 +3,6 @@
 import os
 from typing import Any
 
-from headq_ao.evals.benchmarks.bench_result import speedup
-
 # colours that stay apart for colour-blind readers (Okabe and Ito)
 COLORS = {
     "bf16": ("bf16 C++", "#0072b2"),
@@ -14,7 +12,6 @@ COLORS = {
     "external": ("external bf16 C++", "#e69f00"),
 }
 CACHE_COLORS = {"dense": ("DynamicCache", "#8c8c8c"), "packed": ("HeadQ", "#d55e00")}
-GPU_COLORS = {"bf16": ("bf16 Triton", COLORS["bf16"][1]), "gqa": COLORS["gqa"], "folded": COLORS["folded"]}
 RATIOS = [m * 10**e for e in range(-3, 4) for m in (1, 2, 5)]
 STYLES = ("-", "--", ":", "-.")
 
@@ -45,7 +42,7 @@ def plot_decode(result: dict[str, Any], path: str | os.PathLike[str]) -> None:
         axes.axhline(1, color="black", linewidth=0.8)
         axes.set(xscale="log", yscale="log", xlabel="context (tokens)", title=f"heads {shape}")
         tidy(axes, sorted({c["context"] for c in result["cells"]}))
-    finish_ratios(figure, panels[0][0], f"packed rows ({setting}): times as fast as …", len(shapes) + 1)
+    finish_ratios(figure, panels[0][0], f"packed tokens ({setting}): times as fast as …", len(shapes) + 1)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -79,36 +76,6 @@ def plot_generate(result: dict[str, Any], path: str | os.PathLike[str]) -> None:
         )
         tidy(axes, x)
         axes.legend(frameon=False, fontsize=9)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-
-
-def plot_gpu(result: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """Draw how many times as fast as each baseline packed rows are read: bars by batch and rows, a panel a layer.
-
-    Needs matplotlib (the extra ``plot``).
-
-    Args:
-        result: of :mod:`headq_ao.evals.benchmarks.bench_gpu`.
-        path: of the PNG.
-    """
-    plt = pyplot()
-    panels: dict[str, list[dict[str, Any]]] = {}
-    for row in result["rows"]:
-        name = f"{row['heads']}/{row['kv_heads']}/{row['head_dim']}, {row['k_bits']}/{row['v_bits']} bits"
-        panels.setdefault(name, []).append(row)
-    figure, all_axes = plt.subplots(
-        1, len(panels), figsize=(max(3.2 * len(panels), 5), 4.2), layout="constrained", sharey=True, squeeze=False
-    )
-    for axes, (name, rows) in zip(all_axes[0], panels.items(), strict=True):
-        for i, (baseline, (label, color)) in enumerate(GPU_COLORS.items()):
-            at = [x + (i - 1) * 0.27 for x in range(len(rows))]
-            axes.bar(at, [speedup(r)[baseline] for r in rows], width=0.25, color=color, label=label)
-        axes.axhline(1, color="black", linewidth=0.8)
-        axes.set(yscale="log", title=name, xlabel="batch × rows")
-        tidy(axes, [])
-        axes.set_xticks(range(len(rows)), [f"{r['batch']} × {r['slots'] // 1024}k" for r in rows], rotation=30)
-    finish_ratios(figure, all_axes[0][0], "packed and exact rows: times as fast as …", 3)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

@@ -24,12 +24,6 @@ def check_whole(result: dict[str, Any]) -> None:
         raise ValueError(f"the result is not whole: {result.get('refused') or 'the run was interrupted'}")
 
 
-def speedup(row: dict[str, Any]) -> dict[str, float]:
-    """Of a row of :mod:`~headq_ao.evals.benchmarks.bench_gpu`: times as fast as each other way to read all rows."""
-    times = row["microseconds"]
-    return {name: us / times["attend"] for name, us in times.items()}
-
-
 def each(found: Sequence[Any], show: Callable[[Any], str]) -> str:
     """What each number of threads gave, beside each other; a dash for None."""
     return " / ".join("–" if x is None else show(x) for x in found)

@@ -236,6 +236,6 @@ def test_error_on_a_models_own_states(tiny, token_ids, calibrated):
 
     model = tiny(head_dim=64)
     calibration = calibrate(model, [token_ids(3, 200)], progress=False) if calibrated else None
-    quantize_(model, headq_config(calibration=calibration, epoch_tokens=64))
+    quantize_(model, headq_config(calibration=calibration, warmup_tokens=64))
     errors = layer_errors(model, token_ids(1, 300, seed=1))
     assert len(errors) == 2 and max(errors) < 1e-3

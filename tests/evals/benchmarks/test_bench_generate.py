@@ -38,7 +38,7 @@ def test_both_models_share_weights(tiny, token_ids):
 
 
 def test_decoding_takes_turns(tiny, token_ids):
-    models = both(tiny(head_dim=64), headq_config(epoch_tokens=32))
+    models = both(tiny(head_dim=64), headq_config(warmup_tokens=32))
     caches = filled(models, token_ids(1, 160))
     found = decode(models, caches, token_ids(1, 1, seed=1), 32, threads=1)
     assert [caches[kind].get_seq_length() for kind in ("dense", "packed")] == [192, 192]
@@ -92,7 +92,7 @@ def test_command_from_start_to_table(tmp_path, capsys):
 
 @pytest.mark.parametrize("fault", ["wrong rows", "nothing packed"])
 def test_a_wrong_cache_is_not_reported(tmp_path, capsys, monkeypatch, fault):
-    """Another model behind the packed cache, or a context of exact rows alone: exit status 1, no cell, no table."""
+    """Another model behind the packed cache, or full-precision tokens alone: exit status 1, no cell, no table."""
     arguments = [*SMALL]
     if fault == "wrong rows":
         monkeypatch.setattr(bench_generate, "KL_LIMIT", 1e-12)

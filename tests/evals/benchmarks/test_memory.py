@@ -8,7 +8,7 @@ from headq_ao.evals.benchmarks import memory
 
 def test_counts_agree_with_the_cache(tiny, token_ids):
     model = tiny(head_dim=64)
-    quantize_(model, headq_config(epoch_tokens=32, residual_length=32))
+    quantize_(model, headq_config(warmup_tokens=32, residual_length=32))
     result = memory.measure(model, token_ids(1, 300), 100, 50, progress=False)
     layers = model.config.num_hidden_layers
     width = model.config.num_key_value_heads * 64 * torch.float32.itemsize

@@ -1,4 +1,4 @@
-"""Flash-decoding of dense bf16 rows in Triton: the yardstick of ``bench_gpu``, near to full bandwidth."""
+"""Flash-decoding of dense bf16 keys and values in Triton: a baseline near to full bandwidth."""
 
 import torch
 import triton
