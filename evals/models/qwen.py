@@ -54,7 +54,7 @@ def join(parts: Sequence[Path], target: Path, sha256: str) -> None:
         if digest.hexdigest() != sha256:
             raise ValueError(
                 f"the parts of {target.name} join to SHA-256 {digest.hexdigest()}, expected {sha256}; "
-                f"install them anew: {INSTALL}"
+                f"install them again: {INSTALL}"
             )
 
 

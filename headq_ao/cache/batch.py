@@ -8,10 +8,12 @@ from torch import Tensor
 
 from headq_ao.ambient import mode_neutral
 from headq_ao.cache.call import CallMetadata
-from headq_ao.cache.lengths import Lengths, Schedule, Span
+from headq_ao.cache.lengths import Lengths
 from headq_ao.cache.pages import PageTable
+from headq_ao.cache.schedule import Schedule, Span
 from headq_ao.cache.window import ROOM
 from headq_ao.codecs.protocol import Codec
+from headq_ao.config import MOST
 
 NO_ROOM = (
     "a compiled function found no room for its tokens in a cache: make it with HeadQCache(model, max_length=..), or "
@@ -35,7 +37,9 @@ class Batch:
         self.layers: list[Any] = []  # PackedLayers
         self.unsettled = False  # whether a layer has something left to pack
         self.broken = False  # whether a call failed that could not be taken back
+        self.room = 0  # tokens of each sequence that a decoding step finds room for
         self.metadata = CallMetadata()
+        self.keeps_states = False  # whether layers beside the packed ones hold what cannot step back
 
     def table_key(self, sliding: int | None, codec: Codec) -> int | str | None:
         """Where in ``tables`` a new layer's is. Layers with the same sliding window share one, None: those that keep
@@ -56,11 +60,8 @@ class Batch:
 
     def begin(
         self, batch: int, slots: int, spans: Sequence[Span] | None = None, metadata: CallMetadata | None = None
-    ) -> bool:
+    ) -> None:
         """A call of ``slots`` new slots of ``batch`` sequences; ``spans``: those with real tokens, None: all.
-
-        Returns:
-            Whether a block table is another one now.
 
         Raises:
             ValueError: where a cache of fixed capacity has no room for them; nothing is changed.
@@ -77,14 +78,36 @@ class Batch:
             )
         self.metadata = CallMetadata(custom=True) if metadata is None else metadata
         lengths.begin(batch, slots, spans)
-        tokens = max(plan.packable(most), *lengths.packed())
-        grown = [table.reserve(batch, tokens) for table in self.tables.values()]
-        for layer in self.layers if any(grown) else ():
-            layer.fit()
+        self._reserve(max(plan.packable(most), *lengths.packed()))
         for layer in self.layers if plan.ring > ROOM else ():
             if layer.is_initialized and layer.window.ring < layer.ring:
                 layer.make_room(min(max(lengths.totals()) - plan.n_sink, layer.ring))
-        return any(grown)
+        self.measure()
+
+    def _reserve(self, tokens: int) -> None:
+        """Pages for so many body tokens of each sequence."""
+        grown = [table.reserve(self.lengths.batch, tokens) for table in self.tables.values()]
+        for layer in self.layers if any(grown) else ():
+            layer.fit()
+
+    def measure(self) -> None:
+        """Find out :attr:`room`; 0 where codecs do not take single tokens."""
+        plan = self.lengths.schedule
+        behind = [table.room + plan.window for table in self.tables.values()]
+        behind += [x.window.ring for x in self.layers if plan.ring > ROOM and x.window.ring < x.ring]
+        room = plan.n_sink + min(behind, default=MOST)
+        room = room if self.capacity is None else min(room, self.capacity)
+        self.room = 0 if plan.granularity > 1 or plan.warmup else room
+
+    def grow(self) -> bool:
+        """Room for one more token of each sequence, where it is block tables alone that have to grow for it; whether
+        there is."""
+        lengths = self.lengths
+        if not self.room or lengths.seen == self.capacity:
+            return False
+        self._reserve(lengths.schedule.packable(lengths.seen + 1))
+        self.measure()
+        return lengths.seen < self.room
 
     def begin_traced(self, slots: int, real: Tensor | None) -> None:
         """:meth:`begin` in a traced function; see :meth:`Lengths.begin_traced`. What has no room stops the graph."""
@@ -108,7 +131,10 @@ class Batch:
         """
         if self.broken:
             raise RuntimeError("an earlier call failed part-way; call reset() on this cache or start a new one")
+        unseen = self.lengths.known and self.lengths.open
         self.lengths.settle()
+        if unseen:  # the last call failed before any layer has seen it
+            self.take_back()
         if self.unsettled:
             self.unsettled = False
             for layer in self.layers:
@@ -140,7 +166,7 @@ class Batch:
         ran = [layer for layer, x in zip(self.layers, done, strict=True) if x]
         begun = any(p and not c for p, c in zip(lengths.packed(), lengths.coded, strict=True))
         gone = lengths.new > plan.slack and any(layer.is_sliding or layer.codec.aligned for layer in ran)
-        return gone or (begun and plan.warmup > 0)
+        return gone or (begun and plan.warmup > 0) or self.keeps_states
 
     def reserve(self, batch: int) -> None:
         """Room for ``batch`` sequences before the first call."""
@@ -168,7 +194,7 @@ class Batch:
         self.unsettled = self.broken = False
         for table in self.tables.values():
             table.clear()
-        self.metadata = CallMetadata()
+        self.metadata, self.room = CallMetadata(), 0
 
     @mode_neutral
     def select(self, order: Sequence[int]) -> dict[int | str | None, list[tuple[int, int]]]:
@@ -179,4 +205,5 @@ class Batch:
         self.lengths.select(order)
         if self.capacity is not None:
             self.reserve(len(order))
+        self.measure()
         return copies

@@ -1,8 +1,8 @@
-"""How many tokens the sequences of a cache hold: tensors on the device that all its layers share.
+"""How many tokens the sequences of a cache hold: counts on the device that all its layers share, and what the host
+knows of them.
 
 A decoding step knows no length on the host. The counts of :class:`Counts`, int64 ``[B]`` each, are written in place
 once per model call, so that kernels and captured graphs find them at the same addresses.
-
 """
 
 from collections.abc import Callable, Sequence
@@ -11,55 +11,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Span:
-    """New slots ``start:stop`` of one call that hold real tokens of a sequence; the others are padding."""
-
-    start: int
-    stop: int
-
-    @property
-    def length(self) -> int:
-        return self.stop - self.start
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """When body tokens (those behind the sinks) are packed.
-
-    Attributes:
-        n_sink: first tokens of a sequence, always in full precision.
-        window: newest body tokens in full precision, at least.
-        slack: body tokens that the ring holds beyond them, so that a rejected draft does not shrink the window.
-        granularity: body tokens packed together; up to ``window + granularity − 1`` are in full precision.
-        warmup: body tokens that must have left the window before a sequence's first is packed.
-    """
-
-    n_sink: int
-    window: int
-    slack: int
-    granularity: int = 1
-    warmup: int = 0
-
-    @property
-    def ring(self) -> int:
-        """Body tokens that the ring holds."""
-        return self.window + self.slack + self.granularity - 1
-
-    def packable(self, total: int, packed: int = 0) -> int:
-        """Body tokens that are to be in pages, of a sequence of ``total`` tokens, ``packed`` of which are."""
-        left = max(total - self.n_sink - self.window, 0) // self.granularity * self.granularity
-        return max(left if packed or left >= self.warmup else 0, packed)
-
-    def packable_on_device(self, total: Tensor, packed: Tensor) -> Tensor:
-        """:meth:`packable` of each sequence."""
-        left = (total - (self.n_sink + self.window)).clamp_(min=0)
-        if self.granularity > 1:
-            left = left // self.granularity * self.granularity
-        if self.warmup:
-            left.masked_fill_((left < self.warmup) & (packed == 0), 0)
-        return left.maximum(packed)
+from headq_ao.cache.schedule import Schedule, Span
 
 
 @dataclass(frozen=True)
@@ -102,13 +54,17 @@ class Counts:
         self.slots.add_(slots)
         self.held.copy_(self.total)
         self.coded.copy_(self.packed)
-        in_window = (self.held - (plan.n_sink + plan.window)).clamp_(min=0)
-        self.read.copy_(torch.minimum(self.coded, in_window).maximum(self.ring_low))
+        behind_window = self.held - (plan.n_sink + plan.window)
+        torch.maximum(behind_window.minimum(self.coded), self.ring_low, out=self.read)
         self.total.add_(count)
-        self.packed.copy_(plan.packable_on_device(self.total, self.coded))
+        if plan.granularity == 1 and not plan.warmup:
+            behind_window.add_(count)
+            torch.maximum(behind_window, self.coded, out=self.packed)
+        else:
+            self.packed.copy_(plan.packable_on_device(self.total, self.coded))
         # a ring that holds more, before anything is packed, is not counted on
         left = (self.total - (plan.n_sink + plan.ring)).minimum(self.packed)
-        self.ring_low.copy_(left.maximum(self.ring_low))
+        torch.maximum(left, self.ring_low, out=self.ring_low)
 
     def take_back(self, n_sink: int, ran: bool) -> None:
         """Forget the last call; where some layer has run, what its ring has lost stays, or is to be, packed."""
@@ -129,6 +85,11 @@ class Counts:
         self.coded.copy_(self.packed)
         self.slots.sub_(slots)
         self.before.copy_(self.slots)
+
+
+def on_device(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """Whole numbers as int64 ``[n]``, without waiting for the copy."""
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
 
 
 class Lengths:
@@ -155,7 +116,7 @@ class Lengths:
         self.spans: list[Span] | None = None  # of the last call, where not all its slots are real
         self.padded = False  # whether ``starts`` counts
         self.starts: Tensor | None = None  # the first real slot of each sequence in the last call, [B] int64
-        self._tokens: list[int] | None = None  # of each sequence at ``_at`` slots, where they are not all the same
+        self.tokens: list[int] | None = None  # of each sequence at ``_at`` slots, where they are not all the same
         self._pads: list[int] = []  # trailing ones
         self._at = 0
         self._floor: list[int] = []  # packed tokens that a crop has left
@@ -216,14 +177,25 @@ class Lengths:
         self.spans, self.padded, self.starts, self.open = None, False, None, True
         if spans is not None and any(span.length != slots for span in spans):
             self.spans, self.padded = list(spans), True
-            self._tokens = [n + span.length for n, span in zip(before, spans, strict=True)]
+            self.tokens = [n + span.length for n, span in zip(before, spans, strict=True)]
             self._pads = [slots - s.stop if s.length else p + slots for s, p in zip(spans, pads, strict=True)]
             self._at = self.seen + slots
         elif any(pads):
-            self._tokens, self._pads, self._at = [n + slots for n in before], [0] * self.batch, self.seen + slots
+            self.tokens, self._pads, self._at = [n + slots for n in before], [0] * self.batch, self.seen + slots
         self.seen += slots
         for device, counts in self.on.items():
             counts.advance(self.schedule, slots, self._count(device))
+
+    def begin_token(self) -> None:
+        """:meth:`begin` of one token for each sequence, where none of them has padding and codecs take single tokens:
+        a decoding step."""
+        seen, plan = self.seen, self.schedule
+        coded = seen - plan.n_sink - plan.window
+        self._before, self.coded = ([seen] * self.batch, [0] * self.batch), [max(coded, n) for n in self._floor]
+        self.first, self.calls, self.new, self.seen = False, self.calls + 1, 1, seen + 1
+        self.spans, self.padded, self.starts, self.open = None, False, None, True
+        for counts in self.on.values():
+            counts.advance(plan, 1, 1)
 
     def begin_traced(self, slots: int, real: Tensor | None) -> None:
         """:meth:`begin` in a traced function, of which the host knows nothing.
@@ -243,6 +215,7 @@ class Lengths:
 
     def take_back(self, ran: bool = True) -> None:
         """Forget the last call; ``ran``: whether it has come through any layer."""
+        self.open = False
         for counts in self.on.values():
             counts.take_back(self.schedule.n_sink, ran)
         top, removed = (
@@ -286,8 +259,8 @@ class Lengths:
         floor, totals = self.packed(), self.totals()
         self._top = self.highest()
         self.seen -= slots
-        if self._tokens is not None:
-            self._tokens = [n - r for n, r in zip(totals, removed, strict=True)]
+        if self.tokens is not None:
+            self.tokens = [n - r for n, r in zip(totals, removed, strict=True)]
             self._pads, self._at = [max(p - slots, 0) for p in self._pads], self.seen
         sink = self.schedule.n_sink
         self._floor = [min(f, max(n - sink, 0)) for f, n in zip(floor, self.totals(), strict=True)]
@@ -297,8 +270,8 @@ class Lengths:
         self.settle()
         packed, top, same = self.packed(), self.highest(), len(order) == self.batch
         self._floor, self._top, self.batch = [packed[b] for b in order], [top[b] for b in order], len(order)
-        if self._tokens is not None:
-            self._tokens, self._pads = [self._tokens[b] for b in order], [self._pads[b] for b in order]
+        if self.tokens is not None:
+            self.tokens, self._pads = [self.tokens[b] for b in order], [self._pads[b] for b in order]
         for device, counts in self.on.items():
             index = on_device(order, device)
             found = counts.map(lambda x, index=index: x.index_select(0, index))  # type: ignore[misc]
@@ -309,17 +282,12 @@ class Lengths:
                 self.on[device] = found
         self.spans, self.padded = None, False
 
-    @property
-    def ragged(self) -> bool:
-        """Whether sequences may differ in length."""
-        return self._tokens is not None
-
     def totals(self) -> list[int]:
         """Tokens of each sequence."""
         self.settle()
-        if self._tokens is None:
+        if self.tokens is None:
             return [self.seen] * self.batch
-        return [n + self.seen - self._at for n in self._tokens]
+        return [n + self.seen - self._at for n in self.tokens]
 
     def before(self) -> tuple[list[int], list[int]]:
         """Tokens of each sequence before the last call, and the padding behind the last of them."""
@@ -327,7 +295,7 @@ class Lengths:
 
     def trailing_pads(self) -> list[int]:
         """Padding behind the last token of each sequence."""
-        return [0] * self.batch if self._tokens is None else self._pads
+        return [0] * self.batch if self.tokens is None else self._pads
 
     def packed(self) -> list[int]:
         """Body tokens of each sequence that are in pages after the last call."""
@@ -347,7 +315,7 @@ class Lengths:
         self.empty = self.first = False
         self.calls, self.coded, self._floor, self._top = 1, packed, packed, highest
         if any(pads) or any(n != slots for n in tokens):
-            self._tokens, self._pads = tokens, pads
+            self.tokens, self._pads = tokens, pads
         self._stored = ring_low
 
     def settle(self) -> None:
@@ -358,11 +326,6 @@ class Lengths:
         self.seen, before = int(counts.slots[0]), int(counts.before[0])
         self.new, self.first, self.spans, self.padded = self.seen - before, before == 0, None, False
         totals = counts.total.tolist()
-        self._tokens = None if all(n == self.seen for n in totals) else totals
+        self.tokens = None if all(n == self.seen for n in totals) else totals
         self._pads, self._at, self._floor = [0] * self.batch, self.seen, counts.packed.tolist()
         self.coded = counts.coded.tolist()
-
-
-def on_device(numbers: Sequence[int], device: torch.device) -> Tensor:
-    """Whole numbers as int64 ``[n]``, without waiting for the copy."""
-    return torch.tensor(numbers, dtype=torch.int64, device="cpu").to(device, non_blocking=True)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from headq_ao.cache.call import CallMetadata
-from headq_ao.cache.lengths import Lengths, Span
+from headq_ao.cache.lengths import Lengths, on_device
+from headq_ao.cache.schedule import Span
 from headq_ao.ops.paged_attention.reference import softmax
 
 QUERY_TILE = 256  # queries whose masks are looked through at a time
@@ -69,7 +70,10 @@ def real_spans(mask: Any, batch: int, length: int, seen: int) -> list[Span] | No
             "no mask is passed, generate makes one from pad_token_id: pass attention_mask)"
         )
     first, count = real.int().argmax(1).tolist(), real.sum(1).tolist()
-    clamp = lambda x: min(max(x - seen, 0), length)  # noqa: E731
+
+    def clamp(x: int) -> int:
+        return min(max(x - seen, 0), length)
+
     return [Span(clamp(f), clamp(f + n)) if n else Span(0, 0) for f, n in zip(first, count, strict=True)]
 
 
@@ -97,8 +101,8 @@ def hidden_tokens(mask: Any, tokens: Sequence[int], pads: Sequence[int], seen: i
     if not isinstance(mask, Tensor) or mask.ndim != 2 or seen == 0:
         return None
     real, at = mask[:, :seen] != 0, torch.arange(seen, device=mask.device)
-    last = column([seen - n for n in pads], mask.device)
-    held = (at >= last - column(tokens, mask.device)) & (at < last)
+    last = on_device([seen - n for n in pads], mask.device)[:, None]
+    held = (at >= last - on_device(tokens, mask.device)[:, None]) & (at < last)
     if torch.equal(real, held):
         return None
     shown = (real & ~held).any(1)
@@ -126,6 +130,8 @@ def check_left_padded(mask: Any) -> None:
 def check_positions(position_ids: Any, mask: Any) -> None:
     """Raise ValueError where the tokens of a row do not follow each other."""
     if not isinstance(position_ids, Tensor) or mask is not None or position_ids.ndim != 2:
+        return
+    if position_ids.shape[1] == 1:  # nothing to look at: a decoding step waits for no device
         return
     if not bool((position_ids.diff(dim=1) == 1).all()):
         raise ValueError(
@@ -157,7 +163,7 @@ def mask_view(
     Example:
         >>> import torch
         >>> from headq_ao.cache.masks import mask_view
-        >>> from headq_ao.cache.lengths import Span
+        >>> from headq_ao.cache.schedule import Span
         >>> causal = torch.ones(1, 1, 2, 5).tril(3).bool()  # two new tokens behind three cached ones
         >>> given = ([3], [0], [Span(0, 2)], 3, None)
         >>> mask_view(causal, *given) is None, mask_view(torch.ones_like(causal), *given).new.tolist()
@@ -173,7 +179,7 @@ def mask_view(
     at = torch.arange(new_slots, device=device)
     real = torch.stack([(at >= span.start) & (at < span.stop) for span in spans])  # [B, S]
     both = real[:, :, None] & real[:, None]
-    held, start = column(tokens, device), column([span.start for span in spans], device)
+    held, start = on_device(tokens, device)[:, None], on_device([span.start for span in spans], device)[:, None]
     low = torch.zeros_like(held) if window is None else (held + at - start - window + 1).clamp(min=0).minimum(held)
     usual = (low.expand_as(real), held.expand_as(real))
     low, high = usual if cached.shape[2] == 0 else _cached_ranges(cached, pads, held, real, usual)
@@ -224,7 +230,7 @@ def _cached_ranges(
     Queries of padding see what is usual, whatever the mask says of them.
     """
     slots = cached.shape[2]
-    first_slot = slots - column(pads, held.device) - held
+    first_slot = slots - on_device(pads, held.device)[:, None] - held
     at = torch.arange(slots, device=held.device)
     in_cache = ((at >= first_slot) & (at < first_slot + held))[:, None]  # padding is not
     tiles = []
@@ -257,11 +263,6 @@ def contiguous_ranges(cached: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
     return low, low + count
 
 
-def column(numbers: Sequence[int], device: torch.device) -> Tensor:
-    """Whole numbers as ``[n, 1]`` int64."""
-    return torch.tensor(numbers, dtype=torch.int64, device="cpu").to(device, non_blocking=True)[:, None]
-
-
 def view_of_call(
     mask: Tensor | None, is_causal: bool | None, lengths: Lengths, metadata: CallMetadata, window: int | None,
     device: torch.device,
@@ -279,7 +280,8 @@ def view_of_call(
     if mask is None and (is_causal is not False or new == 1):
         return None
     key = (id(given), lengths.calls, window)
-    told, view = metadata.views.get(key, (None, None))
+    found: tuple[weakref.ref[Tensor] | None, MaskView | None] = metadata.views.get(key, (None, None))
+    told, view = found
     if given is None or told is None or told() is not given:
         if mask is None:
             mask = (causal_mask(new, window, device) | (is_causal is False))[None, None]
@@ -288,6 +290,12 @@ def view_of_call(
         if given is not None:
             metadata.views[key] = weakref.ref(given), view
     return view
+
+
+def sink_share(lse: Tensor, sinks: Tensor) -> Tensor:
+    """What sink logits ``[Hq]`` leave of a softmax whose scores have the log-sum-exp ``lse [B, Hq, S]``, ``[.., 1]``:
+    they are one more score, of nothing, in the denominator: ``e^lse / (e^lse + e^s) = sigmoid(lse − s)``."""
+    return torch.sigmoid(lse - sinks.to(lse)[:, None])[..., None]
 
 
 def attend_new(q: Tensor, scaling: float, k: Tensor, v: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,18 @@ from headq_ao.cache.batch import Batch
 from headq_ao.cache.layer import PackedLayer
 from headq_ao.cache.token_ids import TokenIds
 
-KINDS = ("codes", "scales", "packed_exact_side", "bases", "moments", "exact_rows", "tables", "token_ids", "unused")
+KINDS = (
+    "codes",
+    "scales",
+    "packed_exact_side",
+    "bases",
+    "moments",
+    "exact_rows",
+    "states",
+    "tables",
+    "token_ids",
+    "unused",
+)
 
 
 class NothingPackedError(RuntimeError):
@@ -31,8 +42,13 @@ class BitsReport:
         packed_rows: mean packed tokens per sequence and layer.
         tokens: mean tokens per sequence.
         bytes: by kind: codes, scales, tokens of a side that is kept exact, per-sequence bases, queries kept for
-            statistics, full-precision tokens, lengths and block tables, token ids (of the prompt cache's check), unused
+            statistics, full-precision tokens, states of layers that are not packed (recurrent, convolution, an
+            indexer's keys), lengths and block tables, token ids (of the prompt cache's check), unused
             capacity: free slots of pages and of the ring. Their sum is ``get_memory_footprint()``.
+        layers: how many of the cache's layers are ``"packed"``, and how many of each class stay as transformers has
+            them.
+        fallback: why the model's attention cannot read packed tokens: rows are dequantized for it at each call, so that
+            memory is saved and time is not. None: it reads them.
     """
 
     key_body_bits: float | None
@@ -45,6 +61,8 @@ class BitsReport:
     packed_rows: float
     tokens: float
     bytes: dict[str, int]
+    layers: dict[str, int] = field(default_factory=dict)
+    fallback: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -73,15 +91,15 @@ class _Counts:
     kinds: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
     body: dict[str, float] = field(default_factory=dict)
     own: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("key", "value"), 0))
-    packed_elements: int = 0
-    elements: int = 0
+    packed_elements: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("key", "value"), 0))
+    elements: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("key", "value"), 0))
     tokens: int = 0
     packed: int = 0
     exact: int = 0
     sequences: int = 0
 
     def add(self, layer: PackedLayer) -> None:
-        lengths, width = layer.batch.lengths, layer.shape.n_kv_heads * layer.shape.head_dim
+        lengths = layer.batch.lengths
         plan, p = lengths.schedule, layer.batch.page_tokens
         coded = lengths.packed() if layer.packs else [0] * lengths.batch
         if layer.sliding_window is not None:  # of a ring of pages, those that a query can see
@@ -90,14 +108,16 @@ class _Counts:
         stored = coded if layer.table is None else layer.table.stored(coded)
         shared = layer.distinct(stored)
         for total, packed in zip(lengths.totals(), coded, strict=True):
-            self.elements += total * width
+            for side, width in layer.elements.items():
+                self.elements[side] += total * width
             self.tokens += total
             self.packed += packed
             self.exact += min(total, layer.sliding_window or total, plan.n_sink + layer.ring) if not packed else (
                 min(total - packed, plan.n_sink + plan.window + plan.granularity - 1)
             )  # fmt: skip
             self.sequences += 1
-        self.packed_elements += shared * width
+        for side, width in layer.elements.items():
+            self.packed_elements[side] += shared * width
         of_sides = layer.codec.tensors_by_side(layer.pool.tensors, layer.pool.layout)
         for side, tensors in of_sides.items():
             for t in tensors:
@@ -116,13 +136,13 @@ class _Counts:
             self.own["key"] += window.q.nbytes
         if window.k is not None:
             slots = min(max(lengths.totals(), default=0), window.k.shape[2])
-            entry = window.k[:1, :, :1].nbytes
-            self.kinds["exact_rows"] += 2 * entry * sum(min(t, slots) for t in lengths.totals())
+            entry = sum(t[:1, :, :1].nbytes for t in (window.k, window.v) if t is not None)
+            self.kinds["exact_rows"] += entry * sum(min(t, slots) for t in lengths.totals())
 
     def report(self, held: int) -> BitsReport:
         self.kinds["unused"] = held - sum(self.kinds.values())
-        body = {side: 8 * n / self.packed_elements for side, n in self.body.items() if self.packed_elements}
-        at_t = {side: bits + 8 * self.own[side] / self.elements for side, bits in body.items()}
+        body = {side: 8 * n / packed for side, n in self.body.items() if (packed := self.packed_elements[side])}
+        at_t = {side: bits + 8 * self.own[side] / self.elements[side] for side, bits in body.items()}
         n = max(self.sequences, 1)
         return BitsReport(
             key_body_bits=body.get("key"),

@@ -1,5 +1,6 @@
 """Pages: which physical page holds which tokens of which sequence, and the tensors that they lie in."""
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from headq_ao.ambient import neutral_modes
+from headq_ao.config import MOST
 
 
 class PageTable:
@@ -36,7 +38,7 @@ class PageTable:
         self.left_out: list[int] | None = None if self.waits else []  # tokens of each sequence; []: none
 
     def leave_out(self, tokens: Sequence[int]) -> None:
-        """So many packed tokens of each sequence are not stored."""
+        """Note how many packed tokens of each sequence are not stored."""
         self.left_out = list(tokens)
 
     def stored(self, packed: Sequence[int]) -> list[int]:
@@ -50,6 +52,13 @@ class PageTable:
         """Pages of each sequence."""
         return self.host.shape[1]
 
+    @property
+    def room(self) -> int:
+        """Body tokens that there are pages for; where older pages are used again, any number."""
+        if self.left_out is None:
+            return 0
+        return MOST if self.columns == self.most else self.columns * self.page_tokens + min(self.left_out, default=0)
+
     def on(self, device: torch.device) -> Tensor:
         """The table ``[B, C]`` int32 on a device. C is at least 2, so that compilers take it for a size like any other;
         a column beyond :attr:`columns` has the null page and is not in use."""
@@ -60,7 +69,7 @@ class PageTable:
         return self._on[device]
 
     def holds(self, tokens: Tensor, device: torch.device) -> Tensor:
-        """Whether there are pages for so many body tokens, ``[B]`` bool of ``[B]``, decided on the device."""
+        """Whether there are pages for that many body tokens, ``[B]`` bool of ``[B]``, decided on the device."""
         table, last = self.on(device), (tokens - 1).clamp(min=0) // self.page_tokens
         columns = torch.full_like(last, table.shape[1])
         inside = last < columns if self.most is None else (last < columns) | (columns >= self.most)
@@ -78,16 +87,16 @@ class PageTable:
         """
         tokens = max(self.stored([tokens] * batch))
         need = -(-tokens // self.page_tokens)
-        need = need if self.most is None else min(need, self.most)
-        if need <= self.columns and self.host.shape[0] == batch:
+        need, columns = need if self.most is None else min(need, self.most), self.host.shape[1]
+        if need <= columns and self.host.shape[0] == batch:
             return False
-        if self.columns:
-            need = max(need, self.columns + -(-self.columns // 8))
+        if columns:
+            need = max(need, columns + -(-columns // 8))
             need = need if self.most is None else min(need, self.most)
-        more = max(need, 1) - self.columns
+        more = max(need, 1) - columns
         free = self._unused(self.host.flatten().tolist())
-        new = torch.tensor([next(free) for _ in range(batch * more)], dtype=torch.int32, device="cpu").view(batch, more)
-        self._set(torch.cat([self.host.view(batch, self.columns), new], 1))
+        new = torch.tensor([*itertools.islice(free, batch * more)], dtype=torch.int32, device="cpu")
+        self._set(torch.cat([self.host.view(batch, columns), new.view(batch, more)], 1))
         return True
 
     def select(self, order: Sequence[int], packed: Sequence[int]) -> list[tuple[int, int]]:
@@ -167,19 +176,15 @@ class PageTable:
 
     def _unused(self, used: Iterable[int]) -> Iterator[int]:
         """Physical pages that nobody has: those that were let go, then new ones."""
-        taken = set(used)
-        yield from [page for page in range(1, self.pages) if page not in taken]
-        while True:
-            self.pages += 1
-            yield self.pages - 1
+        return itertools.chain(sorted({*range(1, self.pages)}.difference(used)), itertools.count(self.pages))
 
     def _set(self, host: Tensor) -> None:
-        same = self.host.shape == host.shape
+        same, self.pages = self.host.shape == host.shape, max(self.pages, int(host.max()) + 1)
         with neutral_modes():  # a copy that can be written to in any mode
             self.host = host.clone()
             if same:  # prepared steps go on
                 for t in self._on.values():
-                    t.copy_(host)
+                    t[:, : host.shape[1]].copy_(host)
                 return
         self._on.clear()
 
@@ -202,11 +207,8 @@ class PagePool:
 
     def __init__(self, layout: Any, dtype: torch.dtype, device: torch.device, segments: int = 1) -> None:
         self.layout, self.spec, self.dtype = layout, layout.spec, dtype
-        self.tensors = self._allocate(1, device)
+        self.tensors: list[Tensor] = layout.allocate(1, dtype, device)
         self.segment = torch.zeros(1, dtype=torch.int32, device=device) if segments > 1 else None
-
-    def _allocate(self, pages: int, device: torch.device) -> list[Tensor]:
-        return [growing(t, 0) for t in self.layout.allocate(pages, self.dtype, device)]
 
     @property
     def every(self) -> list[Tensor]:
@@ -220,12 +222,12 @@ class PagePool:
 
     def fit(self, pages: int) -> bool:
         """Make room for so many pages; whether the tensors are new ones."""
-        if pages <= self.pages:
+        held = self.tensors[0].shape[0]
+        if pages <= held:
             return False
-        device = self.tensors[0].device
-        larger = self._allocate(pages, device)
-        for i, (new, old) in enumerate(zip(larger, self.tensors, strict=True)):
-            new[: old.shape[0]] = old
+        for i, new in enumerate(self.layout.allocate(pages, self.dtype, self.tensors[0].device)):
+            new[:held] = self.tensors[i]
+            torch._dynamo.maybe_mark_dynamic(new, 0)
             self.tensors[i] = new
         if self.segment is not None:
             self.segment = torch.nn.functional.pad(self.segment, (0, pages - self.segment.shape[0]))

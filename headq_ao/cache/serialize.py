@@ -7,8 +7,7 @@ from torch import Tensor
 
 from headq_ao.cache.batch import Batch
 from headq_ao.cache.layer import PackedLayer
-
-NAMES = ("k", "v", "q")
+from headq_ao.cache.window import NAMES
 
 
 def batch_to_data(batch: Batch) -> dict[str, Any]:
@@ -110,9 +109,9 @@ def layer_from_tensors(
     for name in NAMES:
         if (t := tensors.get(f"window.{name}")) is None:
             continue
-        heads = layer.shape.n_heads if name == "q" else layer.shape.n_kv_heads
-        expect(f"window.{name}", t, (batch, heads, slots, layer.shape.head_dim))
-        window.allocate(name, (batch, heads, layer.shape.head_dim), t.dtype, device)[:, :, :slots] = t.to(device)
+        heads, dim = layer.forms[name]
+        expect(f"window.{name}", t, (batch, heads, slots, dim))
+        window.allocate(name, (batch, heads, dim), t.dtype, device)[:, :, :slots] = t.to(device)
     if window.k is None or "window.k" not in tensors or "window.v" not in tensors:
         raise ValueError("it lacks full-precision tokens")
     pages = pages_in_use(layer)

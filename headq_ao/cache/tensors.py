@@ -32,7 +32,7 @@ class QuantizedKV(TorchAOBaseTensor):
         >>> from headq_ao import HeadQCache, headq_config, quantize_
         >>> config = LlamaConfig(vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=2)
         >>> model = LlamaForCausalLM(config).eval()
-        >>> quantize_(model, headq_config(epoch_tokens=32))
+        >>> quantize_(model, headq_config(warmup_tokens=32))
         >>> cache = HeadQCache(model)
         >>> _ = model(torch.arange(200)[None] % 64, cache=cache)
         >>> keys, values = cache.layers[0].tensors_of(torch.zeros(1, 2, 1, 32))
@@ -78,7 +78,8 @@ class QuantizedKV(TorchAOBaseTensor):
             ValueError: where sequences differ in length.
         """
         k, v = self.layer.dequantize()
-        return (k if self.side == "key" else v).to(self.dtype)
+        rows: Tensor = k if self.side == "key" else v
+        return rows.to(self.dtype)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -90,7 +91,7 @@ class QuantizedKV(TorchAOBaseTensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for found in tree_leaves((args, kwargs)):
             if isinstance(found, QuantizedKV) and found.layer is not None:
-                found.layer.take_back()
+                found.layer.batch.take_back()
         raise RuntimeError(
             f"{func} was called on the packed HeadQ cache, which only the 'headq' attention can read; "
             "keep attn_implementation='headq' while the cache is in use, or call restore_(model) and start a new "

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headq_ao.cache.lengths import Span
+from headq_ao.cache.schedule import Span
 
 # What stands where there is no id: a call that did not say, a call by embeddings, padding.
 UNKNOWN, EMBEDDED, PAD = -1, -2, -3
@@ -53,7 +53,7 @@ class TokenIds:
         self.count = seen + length
 
     def _room(self, batch: int, slots: int, device: torch.device) -> Tensor:
-        """The tensor, with room for so many slots."""
+        """The tensor, with room for that many slots."""
         held = self.held
         if held is None or held.shape[1] < slots or held.is_inference():
             capacity = slots if held is None else max(slots, held.shape[1] + max(held.shape[1] // 8, 32))

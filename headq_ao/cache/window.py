@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from headq_ao.cache.pages import growing
+from headq_ao.ops.types import last_in_slots
 
 NAMES = ("k", "v", "q")
 ROOM = 4096  # body tokens that a ring has room for at first, where it may hold more
@@ -42,9 +43,9 @@ class Window:
         """Another R; ``total [B]`` int64, tokens of each sequence."""
         if ring == self.ring:
             return
-        slot, last = torch.arange(ring, device=total.device), (total - self.n_sink - 1)[:, None]
-        body = last - (last - slot).remainder(ring)
-        body = torch.where((body >= 0) & (last - body < self.ring), body, 0)
+        count = total - self.n_sink
+        body = last_in_slots(count, ring)
+        body = torch.where((body >= 0) & (body >= (count - self.ring)[:, None]), body, 0)
         sinks = torch.arange(self.n_sink, device=total.device).expand(len(total), -1)
         index = torch.cat([sinks, self.n_sink + body % self.ring], 1)
         self._map(lambda t: t.gather(2, index[:, None, :, None].expand(*t.shape[:2], -1, t.shape[3])))

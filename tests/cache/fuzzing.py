@@ -9,7 +9,7 @@ import torch
 
 from headq_ao.cache.batch import Batch
 from headq_ao.cache.layer import PackedLayer
-from headq_ao.cache.lengths import Span
+from headq_ao.cache.schedule import Span
 from headq_ao.cache.serialize import batch_from_data, batch_to_data, layer_from_tensors, layer_to_tensors
 from tests.cache.streams import CPU, HKV, HQ, Engine, softmax_attention
 
@@ -207,11 +207,11 @@ class Fuzz:
                     x.update(bad, v)
                     raise AssertionError("nan was taken")
                 if x is layer and how == "pack":
-                    x.take_back()
+                    x.batch.take_back()
                     raise PlantedError
                 x.update(k, v)
                 if x is layer:
-                    x.take_back()
+                    x.batch.take_back()
                     raise PlantedError
                 x.attend(q, DIM**-0.5, k, v)
                 del i

@@ -9,13 +9,12 @@ import torch
 from headq_ao import headq_config
 from headq_ao.cache.batch import Batch
 from headq_ao.cache.layer import PackedLayer
-from headq_ao.cache.lengths import Span
-from headq_ao.cache.schedule import schedule_of
+from headq_ao.cache.schedule import Span, schedule_of
 from headq_ao.calibration.observers import MomentAccumulator
 from headq_ao.codecs.base import HeadBits
 from headq_ao.codecs.layer_codec import LayerCodec
 from headq_ao.layer_shape import LayerShape
-from headq_ao.statistics.importance import seen_weights
+from headq_ao.statistics.importance import importance_weights
 
 HQ, HKV, D = 4, 2, 32
 CPU = torch.device("cpu")
@@ -45,7 +44,7 @@ def moments(like=1, head_dim=D, by_k=1.0, by_v=1.0):
     """Statistics of a stream, as a calibration takes them, of keys and values so many times as large."""
     q, k, v = sized(by_k, by_v, tokens=512, seed=1, like=like, head_dim=head_dim)
     accumulator = MomentAccumulator(512)
-    weights = (x[0].T for x in seen_weights(q, k, head_dim**-0.5, n_sink=0))
+    weights = (x[0].T for x in importance_weights(q, k, head_dim**-0.5, n_sink=0))
     g = torch.Generator().manual_seed(0)
     accumulator.add(*(x[0].transpose(0, 1) for x in (q, k, v)), list(weights), torch.rand(512, generator=g))
     return accumulator.moments()
@@ -103,7 +102,7 @@ class Engine:
                 else:
                     layer.commit(q, scaling)
             except BaseException:
-                layer.take_back()
+                layer.batch.take_back()
                 raise
         return outs
 

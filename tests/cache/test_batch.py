@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from headq_ao.cache.call import CallMetadata
-from headq_ao.cache.lengths import Span
+from headq_ao.cache.schedule import Span
 from headq_ao.codecs.planes import PlaneCodec
 from tests.cache.streams import Engine, stream
 from tests.cache.test_invariants import assert_same_state
@@ -212,7 +212,7 @@ def test_a_call_that_fails_when_statistics_were_taken_breaks_the_cache(held):
     engine.layer.update(k[:, :, part], v[:, :, part])
     engine.layer.attend(q[:, :, part], 0.2, k[:, :, part], v[:, :, part])
     assert engine.lengths.packed() == [96] and engine.layer.learned == [True]
-    engine.layers[1].take_back()
+    engine.layers[1].batch.take_back()
     with pytest.raises(RuntimeError, match="failed part-way"):
         engine.batch.settle()
 

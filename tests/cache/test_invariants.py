@@ -13,13 +13,14 @@ import torch
 from headq_ao import headq_config, quantize_
 from headq_ao.cache.batch import Batch
 from headq_ao.cache.layer import PackedLayer
-from headq_ao.cache.lengths import Counts, Span
+from headq_ao.cache.lengths import Counts
 from headq_ao.cache.memory_report import NothingPackedError
 from headq_ao.cache.pages import PagePool, PageTable
+from headq_ao.cache.schedule import Span
 from headq_ao.codecs.layer_codec import LayerCodec
 from headq_ao.codecs.planes import PlaneCodec
 from headq_ao.evals.harness.scoring import exact_logprobs, score
-from headq_ao.statistics.importance import seen_weights
+from headq_ao.statistics.importance import importance_weights
 from headq_ao.statistics.units import unit_of_rows
 from tests.cache.fuzzing import Fuzz
 from tests.cache.streams import HKV, D, Engine, HeadBits, chunks, moments, relative, softmax_attention, stream
@@ -274,7 +275,7 @@ def test_visible_statistics_are_those_of_the_stream(scaling, window):
         at += n
     own, (q, k) = engine.layer.codec.keys, (x[:, :, :68] for x in (q, k))
     assert unit_of_rows(k[:, :, 4:]) is None and own.unit is None
-    of_q, of_k, _ = seen_weights(q, k, D**-0.5 if scaling is None else scaling, n_sink=4, window=window)
+    of_q, of_k, _ = importance_weights(q, k, D**-0.5 if scaling is None else scaling, n_sink=4, window=window)
     for h in range(HKV):
         w = of_k[0, h, 4:]
         w = 0.25 + 0.75 * w / w.mean()
@@ -290,8 +291,8 @@ def test_visible_statistics_are_those_of_the_stream(scaling, window):
         values, vectors = torch.linalg.eigh(c_q + 0.1 * c_q.trace() / D * torch.eye(D))
         floor = values[:16].mean()  # a codec of head_dim 32 keeps 16 directions
         kept = (vectors[:, 16:] * (values[16:] / floor - 1)) @ vectors[:, 16:].T
-        seen = own.seen[0, h].double()
-        torch.testing.assert_close(seen @ seen.T, kept, rtol=0, atol=2e-3 * float(kept.abs().max()))
+        factor = own.q_factor[0, h].double()
+        torch.testing.assert_close(factor @ factor.T, kept, rtol=0, atol=2e-3 * float(kept.abs().max()))
 
 
 # (a) a packed token is never coded again
@@ -317,6 +318,7 @@ class Coded:
                 self.note(before, packed)
                 made[0](k, v)
 
+            update.moved = made[0].moved
             return update, made[1]
 
         monkeypatch.setattr(PlaneCodec, "pack", spy)
@@ -349,7 +351,7 @@ def check_coded_once(case, monkeypatch):
             at += 1
         if i % 5 == 4:
             engine.batch.begin(2, 3)
-            engine.layer.take_back()
+            engine.layer.batch.take_back()
     engine.batch.settle()
     for b in (0, 1):
         coded.check(engine.layer, b)

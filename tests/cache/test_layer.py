@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 
-from headq_ao.cache.lengths import Span
+from headq_ao.cache.schedule import Span
 from headq_ao.cache.tensors import QuantizedKV
 from tests.cache.streams import HKV, HQ, D, Engine, chunks, relative, softmax_attention, stream
 from tests.cache.test_invariants import CASES, assert_same_state, make
@@ -95,6 +95,10 @@ def test_a_step_is_put_together_once(monkeypatch):
     monkeypatch.setattr(type(layer), "_attend", None)
     engine.feed(*(x[:, :, 200:206] for x in (q, k, v)), [1] * 6)
     assert layer.step is step
+    columns = layer.table.columns
+    engine.feed(*(x[:, :, 206:280] for x in (q, k, v)), [1] * 74)
+    assert layer.step is step and layer.table.columns > columns, "it follows pages that grow"
+    engine.crop(74)
     monkeypatch.undo()
     engine.crop(3)
     engine.feed(*(x[:, :, 203:204] for x in (q, k, v)), [1])

@@ -5,12 +5,14 @@ import random
 import pytest
 import torch
 
-from headq_ao.cache.lengths import Counts, Lengths, Schedule, Span, on_device
+from headq_ao.cache.lengths import Lengths
+from headq_ao.cache.schedule import Schedule, Span
 
 CPU = torch.device("cpu")
 SCHEDULES = {
     "plain": Schedule(n_sink=4, window=10, slack=6),
-    "no sinks": Schedule(n_sink=0, window=5, slack=3),
+    "no sinks": Schedule(n_sink=0, window=5, slack=1),
+    "small window": Schedule(n_sink=2, window=1, slack=3),
     "groups": Schedule(n_sink=4, window=8, slack=4, granularity=8),
     "warm-up": Schedule(n_sink=2, window=6, slack=4, granularity=4, warmup=16),
 }
@@ -33,6 +35,7 @@ class Simulation:
         self.read = 0
         while self.read < self.packed and (self.read < held - plan.window or self.read not in in_ring):
             self.read += 1
+        assert in_ring.issuperset(range(self.read, held)), "a token that attention finds nowhere"
         self.total += span.length
         self.highest = max(self.highest, self.total)
         body = max(self.total - plan.n_sink, 0)
@@ -40,11 +43,15 @@ class Simulation:
         while packable + plan.granularity <= body - plan.window:
             packable += plan.granularity
         self.packed = max(self.packed, packable if packable >= plan.warmup or self.packed else 0)
+        leaving = range(self.before[1], min(self.packed, held))
+        assert in_ring.issuperset(leaving), "a token that is packed, once, without its full-precision copy"
         if self.packed:  # while nothing is, the ring grows
             self.ring = {j % plan.ring: j for j in sorted(self.ring.values()) if j >= body - plan.ring}
         for j in range(max(self.before[0] - plan.n_sink, 0), body):
             if not self.packed or j >= body - plan.ring:
                 self.ring[j % plan.ring if self.packed else ("grown", j)] = j
+        if n <= plan.slack and not plan.warmup:  # appended before attention reads
+            assert set(self.ring.values()).issuperset(range(self.read, body))
         self.pads = n - span.stop if span.length else self.pads + n
 
     def crop(self, slots):
@@ -83,10 +90,15 @@ def test_counts_are_those_of_a_simulation(name, seed):
         if what in ("call", "step", "take back") or not lengths.seen:
             n = 1 if what == "step" else rng.choice([1, 2, plan.slack, plan.slack + 1, 30])
             spans = None if what == "step" else spans_of(rng, n, len(sequences))
-            saved = [(x.total, x.packed, x.pads) for x in sequences]
+            saved, pads = [(x.total, x.packed, x.pads) for x in sequences], lengths.trailing_pads()
             first = not lengths.seen
-            lengths.begin(len(sequences), n, spans)
+            plain = not first and lengths.tokens is None and plan.granularity == 1
+            if what == "step" and plain and rng.random() < 0.5:
+                lengths.begin_token()
+            else:
+                lengths.begin(len(sequences), n, spans)
             assert lengths.first == first and lengths.new == n
+            assert lengths.before()[1] == (pads or [0] * len(sequences))
             counts = lengths.counts(CPU)
             for x, span in zip(sequences, spans or [Span(0, n)] * len(sequences), strict=True):
                 x.call(n, span)
@@ -176,19 +188,6 @@ def test_a_call_that_ran_is_taken_back_without_a_hole(name):
         assert packed == before or n > plan.slack
 
 
-def test_schedule_by_hand():
-    plan = Schedule(n_sink=4, window=10, slack=6, granularity=8, warmup=16)
-    assert plan.ring == 10 + 6 + 7
-    assert [plan.packable(n) for n in (0, 14, 21, 22, 29, 30, 37, 38)] == [0, 0, 0, 0, 0, 16, 16, 24]
-    assert [plan.packable(n, 3) for n in (7, 21, 22, 29, 30)] == [3, 3, 8, 8, 16]
-    total = torch.arange(200)
-    for one in SCHEDULES.values():
-        for n in (0, 3, 50):
-            packed = torch.full((200,), n)
-            assert one.packable_on_device(total, packed).tolist() == [one.packable(t, n) for t in total.tolist()]
-            assert torch.equal(total, torch.arange(200)) and bool((packed == n).all()), "an argument was written"
-
-
 def test_counts_stay_where_they_are():
     """Kernels and captured graphs find them at the same addresses."""
     lengths = Lengths(SCHEDULES["plain"])
@@ -240,14 +239,8 @@ def test_what_a_traced_function_counts_is_learned(name):
 def test_first_slots_of_padded_calls():
     lengths = Lengths(SCHEDULES["plain"])
     lengths.begin(2, 8, [Span(0, 8), Span(3, 8)])
-    assert lengths.start(CPU).tolist() == [0, 3] and lengths.ragged
+    assert lengths.start(CPU).tolist() == [0, 3] and lengths.tokens is not None
     lengths.begin(2, 4)
-    assert lengths.start(CPU) is None and lengths.ragged and lengths.totals() == [12, 9]
+    assert lengths.start(CPU) is None and lengths.tokens is not None and lengths.totals() == [12, 9]
     lengths.begin(2, 4, [Span(0, 4), Span(0, 4)])
     assert lengths.start(CPU) is None, "spans that are whole are no padding"
-
-
-def test_counts_of_zero_sequences_map():
-    counts = Counts.zeros(3, CPU)
-    picked = counts.map(lambda x: x.index_select(0, on_device([2, 0], CPU)))
-    assert all(x.tolist() == [0, 0] for x in vars(picked).values())

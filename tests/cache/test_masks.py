@@ -7,8 +7,8 @@ from transformers import DynamicCache
 
 from headq_ao import HeadQCache, calibrate, headq_config, quantize_, restore_
 from headq_ao.cache import masks
-from headq_ao.cache.lengths import Span
 from headq_ao.cache.masks import mask_view, real_spans
+from headq_ao.cache.schedule import Span
 
 NEAR_EXACT = {"k_bits": 8, "v_bits": 8, "epoch_tokens": 32, "residual_length": 32, "block_size": 16}
 CACHED, NEW = 150, 24
@@ -300,7 +300,10 @@ def test_image_block_in_any_call(token_ids, begin):
         with torch.no_grad():
             return torch.cat([model(ids[:, a:b], token_type_ids=types[:, :b], cache=cache).logits for a, b in calls], 1)
 
-    exact = run(DynamicCache(config=model.config), types)
+    try:
+        exact = run(DynamicCache(config=model.config), types)
+    except RuntimeError as error:
+        pytest.skip(f"this transformers has no image blocks in later calls: {error}")
     no_block = run(DynamicCache(config=model.config), torch.zeros_like(types))
     assert relative(no_block, exact) > 0.05, "the block changes nothing: this test shows nothing"
     quantize_(model, headq_config(**NEAR_EXACT))
@@ -394,7 +397,7 @@ def test_another_attn_implementation_on_a_live_model(tiny, token_ids, how):
             model.set_attn_implementation("eager" if how == "set" else {"": "eager"})
         with pytest.warns(UserWarning, match="attn_implementation was set to 'eager'"):
             assert torch.equal(model(ids[:, 140:], cache=cache).logits, expected)
-        model.generate(ids, cache=cache, max_new_tokens=3, do_sample=False)
+        model.generate(torch.cat([ids, ids[:, :1]], 1), cache=cache, max_new_tokens=3, do_sample=False)
     restore_(model)
     assert model.config._attn_implementation == "eager"
 

@@ -219,3 +219,14 @@ def test_planted_faults_are_found(fault, monkeypatch):
         monkeypatch.setattr(Pages, "copy", lambda self, pairs: None)
     with pytest.raises(AssertionError):
         [test_tokens_stay_where_they_are_found(seed) for seed in range(40)]
+
+
+def test_a_table_of_one_column_is_written_in_place():
+    """On a device it has a second column, of the null page, which stays that."""
+    table = PageTable(16)
+    table.reserve(2, 16)
+    device = torch.device("cpu")
+    assert table.on(device)[:, 1].tolist() == [0, 0]
+    for _ in range(2):
+        table.select([1, 0], [10, 10])
+        assert table.on(device).tolist() == [[*row, 0] for row in table.host.tolist()]

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from headq_ao.cache.lengths import Span
+from headq_ao.cache.schedule import Span
 from headq_ao.cache.serialize import batch_from_data, batch_to_data, layer_from_tensors, layer_to_tensors
 from tests.cache.streams import CPU, Engine, HeadBits, stream
 from tests.cache.test_invariants import assert_same_state

@@ -123,7 +123,7 @@ def test_dequantize_between_calls_gives_every_token(case, n):
 
 def test_dequantize_needs_sequences_of_one_length():
     engine, (q, k, v) = make("calibrated"), stream(2, 100)
-    from headq_ao.cache.lengths import Span
+    from headq_ao.cache.schedule import Span
 
     engine.batch.begin(2, 100, [Span(0, 100), Span(10, 100)])
     keys, _ = engine.layer.update(k, v)

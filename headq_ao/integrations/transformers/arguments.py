@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+SINKS = "s_aux"  # the argument that brings an attention function sink logits
 # What models pass along that does not change the scores.
 HARMLESS = frozenset(
     {
@@ -16,7 +17,7 @@ HARMLESS = frozenset(
 
 
 def unknown_argument(kwargs: Mapping[str, Any], options: frozenset[str] = frozenset()) -> str | None:
-    """Why an attention call with these keywords cannot be served from packed rows, None where it can.
+    """Why an attention call with these keywords cannot be served from packed tokens, None where it can.
 
     Tensors and numbers of unknown names are taken to change the scores (a bias, a softcap, sink logits); ``options``
     are the names of numbers that do not: those that a model's ``forward`` takes. A number of such a name that reaches

@@ -4,37 +4,45 @@ import copy
 import operator
 import os
 import weakref
+from collections import Counter
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicLayer
 
 from headq_ao.ambient import mode_neutral, neutral_modes
 from headq_ao.cache.batch import Batch
 from headq_ao.cache.call import CallMetadata
+from headq_ao.cache.layer import PackedLayer
 from headq_ao.cache.masks import check_positions, custom, hidden_tokens, real_spans
 from headq_ao.cache.memory_report import BitsReport, storage_bytes
 from headq_ao.cache.schedule import page_tokens, schedule_of
 from headq_ao.cache.token_ids import TokenIds
 from headq_ao.integrations.transformers.cache_layer import HeadQCacheLayer
+from headq_ao.integrations.transformers.fallback import FallbackLayer
+from headq_ao.integrations.transformers.hybrid import (
+    dense_layers,
+    forget_states,
+    keeps_states,
+    kind,
+    packed_layer,
+    select_states,
+    state_tensors,
+    states_bytes,
+    states_kind,
+)
 from headq_ao.integrations.transformers.identity import alike, stamp
 from headq_ao.integrations.transformers.model_state import HeadQState
-from headq_ao.integrations.transformers.models import (
-    attention_modules,
-    execution_device,
-    layer_shapes,
-    tensor_parallel,
-)
+from headq_ao.integrations.transformers.models import layer_shapes, tensor_parallel
 from headq_ao.integrations.transformers.prompt_cache import load_cache, save_cache
-from headq_ao.layer_shape import LayerShape
 
 ANOTHER_STATE = -1  # no stamp of a model is that: its weights or adapters were not the same in all calls
 
 
 class HeadQCache(Cache):
-    """A KV cache of packed rows for one batch of sequences.
+    """A KV cache of packed tokens for one batch of sequences.
 
     The model makes one by itself; make one to keep it across calls, to inspect it, or to pass it to a compiled model.
 
@@ -54,7 +62,7 @@ class HeadQCache(Cache):
         >>> model = LlamaForCausalLM(
         ...     LlamaConfig(vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=2)
         ... ).eval()
-        >>> quantize_(model, headq_config(epoch_tokens=32))
+        >>> quantize_(model, headq_config(warmup_tokens=32))
         >>> cache = HeadQCache(model)
         >>> _ = model(torch.arange(200)[None] % 64, cache=cache)
         >>> cache.get_seq_length(), cache.packed_bits_per_element < 3.3
@@ -77,16 +85,25 @@ class HeadQCache(Cache):
         self.keeps_ids = self.keeps_ids and holds_first_heads(model, state)
         self.filled: int | None = None  # the stamp of the model that computed the first tokens, where known
         self.foreign = False  # whether another model than that of this cache has computed tokens
-        layers = [self._new_layer(i, shape, state) for i, shape in enumerate(state.shapes)]
+        layers, places = dense_layers(model.config), state.serving.places
+        layers += [DynamicLayer() for _ in range(len(layers), max(places) + 1)]  # which a model's loops append
+        for i, place in enumerate(places):
+            layers[place] = self._new_layer(i, layers[place], state)
         super().__init__(layers=layers)
-        self.batch.layers = layers
-        self.layers: list[HeadQCacheLayer]
+        self.packed: list[Any] = [layers[place] for place in places]
+        self.batch.layers, self.batch.keeps_states = self.packed, any(map(keeps_states, layers))
         self.caller = weakref.ref(state)  # of the model that calls
         if batch_size is not None:
             self.prepare(batch_size)
 
-    def _new_layer(self, index: int, shape: LayerShape, state: HeadQState) -> HeadQCacheLayer:
-        return HeadQCacheLayer(shape, state.codecs[index], self.batch, self.config.check_finite)
+    def _new_layer(self, number: int, dense: Any, state: HeadQState) -> PackedLayer:
+        """The packed layer in place of transformers' own, ``dense``."""
+        given = state.shapes[number], state.codecs[number], self.batch, self.config.check_finite
+        if state.fallback is None:
+            made: PackedLayer = packed_layer(HeadQCacheLayer, dense, *given)
+        else:
+            made = packed_layer(FallbackLayer, dense, state.serving.tilings[number], *given)
+        return made
 
     def prepare(self, batch_size: int, layers: int | None = None) -> None:
         """Room for sequences in the first ``layers`` layers before anything comes there: a graph cannot make it."""
@@ -95,9 +112,12 @@ class HeadQCache(Cache):
             return
         with neutral_modes():
             self.batch.reserve(batch_size)
-        for layer, module in zip(self.layers[:layers], attention_modules(model, len(self.layers)), strict=False):
-            if not layer.is_initialized:
-                device = execution_device(module)
+        state: HeadQState = model._headq
+        if state.fallback is not None:
+            return
+        for i, (place, layer) in enumerate(zip(state.serving.places, self.packed, strict=True)):
+            if not layer.is_initialized and (layers is None or place < layers):
+                device = state.device(i)
                 cast = torch.is_autocast_enabled(device.type)
                 layer.initialize(torch.get_autocast_dtype(device.type) if cast else model.dtype, device)
 
@@ -111,7 +131,7 @@ class HeadQCache(Cache):
         """Raise ValueError where the cache does not fit the model that ``state`` stands for."""
         if self.config is not state.config and self.config != state.config:
             raise ValueError("this HeadQCache was made with another config; make a new one with HeadQCache(model)")
-        if [layer.shape for layer in self.layers] != state.shapes:
+        if [layer.shape for layer in self.packed] != state.shapes:
             raise ValueError("this HeadQCache was made for another model; make a new one with HeadQCache(model)")
         other = self.caller()
         if other is not state and other is not None and self.get_seq_length() and not same_print(other, state):
@@ -136,15 +156,20 @@ class HeadQCache(Cache):
             ValueError: when the cache was made for another model, or the mask or positions are not supported.
         """
         self.check_made_for(state)
-        check_positions(position_ids, mask)
         self.batch.settle()
         lengths = self.batch.lengths
-        held = sorted({layer.seen for layer in self.layers[:layers]})
+        run = sum(layers is None or place < layers for place in state.serving.places)
+        held = sorted({layer.seen for layer in self.packed[:run]})
         if held != [lengths.seen]:
             raise RuntimeError(
                 f"the layers of this cache hold {held[0]} to {held[-1]} tokens: an earlier call failed part-way or ran "
                 "fewer layers; call reset() on this cache or start a new one"
             )
+        if not lengths.seen:
+            forget_states(self.layers)
+        if state.fallback is not None:
+            return self._expect_slots(state, batch, length, mask, tokens)
+        check_positions(position_ids, mask)
         seen, pads = lengths.seen, lengths.trailing_pads()
         spans = real_spans(mask, batch, length, seen)
         if custom(mask) and any(pads):
@@ -152,7 +177,7 @@ class HeadQCache(Cache):
                 "tokens of this call would follow padding on the right of an earlier one, which a 4-D mask cannot "
                 "tell; pad on the left"
             )
-        whole = spans is None and not lengths.ragged  # most calls: no padding anywhere
+        whole = spans is None and lengths.tokens is None  # most calls: no padding anywhere
         hidden = None if whole or lengths.batch != batch else hidden_tokens(mask, lengths.totals(), pads, seen)
         self.batch.begin(batch, length, spans, CallMetadata(custom(mask), hidden, weights))
         if lengths.first:
@@ -162,11 +187,69 @@ class HeadQCache(Cache):
         if self.keeps_ids:
             self.ids.note(tokens, batch, length, seen, spans)
 
+    def _expect_slots(self, state: HeadQState, batch: int, length: int, mask: Any, tokens: Tensor | None) -> None:
+        """The same where the model computes attention itself, under its own masks: slots are what is stored."""
+        seen = self.batch.lengths.seen
+        try:
+            spans = real_spans(mask, batch, length, seen)
+        except ValueError:  # holes, or another form: the model may take it
+            tokens = spans = None
+        self.batch.begin(batch, length, None, CallMetadata())
+        self._follow(state)
+        self._note_origin(state)
+        if self.keeps_ids:
+            self.ids.note(tokens, batch, length, seen, spans)
+
+    def next_token(self, model: PreTrainedModel, state: HeadQState, tokens: Any, mask: Any, position_ids: Any) -> bool:
+        """:meth:`expect` of one token for each sequence, no padding anywhere, by the model that computed the others.
+
+        Returns:
+            Whether it was such a call, and has been counted; if not, nothing is changed.
+        """
+        batch, ids = self.batch, self.ids
+        lengths, told, held = batch.lengths, batch.metadata, ids.held
+        seen = lengths.seen
+        if (
+            self._model() is not model
+            or self.caller() is not state
+            or lengths.empty
+            or not lengths.known
+            or lengths.tokens is not None
+            or batch.unsettled
+            or batch.broken
+            or told.custom
+            or told.weights
+            or told.hidden is not None
+            or not isinstance(tokens, Tensor)
+            or tokens.shape != (lengths.batch, 1)
+            or not (position_ids is None or position_ids.shape[-1:] == (1,))
+            or (self.keeps_ids and (held is None or ids.count != seen or tokens.is_floating_point()))
+        ):
+            return False
+        if mask is not None and not (
+            isinstance(mask, Tensor) and mask.shape == (lengths.batch, seen + 1) and bool(mask.all())
+        ):
+            return False
+        for layer in self.packed:
+            if layer.seen != seen:
+                return False
+        if seen >= batch.room and not batch.grow():
+            return False
+        if not self.keeps_ids or held is None:
+            pass
+        elif seen < held.shape[1]:
+            held[:, seen : seen + 1].copy_(tokens)
+            ids.count = seen + 1
+        else:
+            ids.note(tokens, lengths.batch, 1, seen, None)
+        lengths.begin_token()
+        return True
+
     def _follow(self, state: HeadQState) -> None:
         """Use the codecs of the model that calls."""
         if self.caller() is not state:
             self.caller = weakref.ref(state)
-            for layer, source in zip(self.layers, state.codecs, strict=True):
+            for layer, source in zip(self.packed, state.codecs, strict=True):
                 layer.source, layer.step = source, None
 
     def _note_origin(self, state: HeadQState) -> None:
@@ -181,25 +264,31 @@ class HeadQCache(Cache):
             self.filled = self.filled if self.filled == stamp(model) else ANOTHER_STATE
         self.foreign |= not own
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Append keys and values to a layer; what comes back is all of them, for attention to read."""
-        return self.layers[layer_idx].update(key_states, value_states)
+    def _counting(self, index: int) -> Any:
+        """The layer of that place or, where it counts no tokens, the first that does."""
+        layer = self.layers[index]
+        return layer if isinstance(layer, PackedLayer) else self.packed[0]
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether tokens can be taken off again: not where a layer keeps states that cannot step back."""
+        return not self.batch.keeps_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Slots seen; in a traced model a tensor, as from transformers' static caches: those before the call."""
         if torch.compiler.is_compiling():
-            layer = self.layers[layer_idx]
-            return layer.counts.before[0] if layer.is_initialized else 0  # type: ignore[return-value]
-        batch, layer = self.batch, self.layers[layer_idx]
-        if batch.unsettled or not batch.lengths.known:
-            batch.settle()
-        lengths = batch.lengths
-        return layer.seen if layer.call == lengths.calls else min(layer.seen, lengths.seen - lengths.new)
+            layer = self._counting(layer_idx)
+            return layer.counts.before[0] if layer.is_initialized else 0
+        if self.batch.unsettled or not self.batch.lengths.known:
+            self.batch.settle()
+        seen: int = self._counting(layer_idx).seen
+        return seen
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Sizes of the mask; in a traced model those of the new tokens, for nothing reads it there."""
+        layer = self.layers[layer_idx]
+        if isinstance(layer, FallbackLayer):
+            return layer.get_mask_sizes(query_length)
         return (query_length if torch.compiler.is_compiling() else self.get_seq_length(layer_idx) + query_length), 0
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
@@ -229,15 +318,21 @@ class HeadQCache(Cache):
             )
         self.batch.settle()
         slots = min(-tokens_to_remove, self.batch.lengths.seen)
+        if slots and slots < self.batch.lengths.seen and self.batch.keeps_states:
+            kinds = sorted({states_kind(layer) for layer in self.layers if keeps_states(layer)})
+            raise RuntimeError(
+                f"cannot crop {slots} tokens: {', '.join(kinds)} keep states of all tokens, which cannot step back; "
+                "start a new cache, or copy.deepcopy one before what may be taken back"
+            )
         if slots == self.batch.lengths.seen:
             return self.reset()
-        held = sorted({layer.seen for layer in self.layers if layer.is_initialized})
+        held = sorted({layer.seen for layer in self.packed if layer.is_initialized})
         if len(held) > 1:
             raise RuntimeError(
                 f"cannot crop: an earlier call failed part-way and layers hold {held[0]} to {held[-1]} tokens; "
                 "call reset() on this cache or start a new one"
             )
-        for layer in self.layers:
+        for layer in self.packed:
             layer.check_crop(slots)
         self.batch.crop(slots)
         self.ids.crop(self.batch.lengths.seen)
@@ -245,8 +340,9 @@ class HeadQCache(Cache):
     def reset(self) -> None:
         """Forget all tokens; the cache can be used again."""
         self.batch.clear()
-        for layer in self.layers:
+        for layer in self.packed:
             layer.clear()
+        forget_states(self.layers)
         self.ids.clear()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -288,8 +384,9 @@ class HeadQCache(Cache):
             indices = torch.tensor(order, device="cpu")
         if order != list(range(batch)):
             copies = self.batch.select(order)
-            for layer in self.layers:
+            for layer in self.packed:
                 layer.select(indices, copies.get(layer.table_key, ()))
+            select_states(self.layers, indices)
         if order != list(range(batch)):
             self.ids.select(indices)
 
@@ -314,7 +411,7 @@ class HeadQCache(Cache):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write what the cache holds to one safetensors file, so that a prompt need not be computed again.
 
-        The file has the packed rows as they are, the token ids, and a JSON head with counts, config and what
+        The file has the packed tokens as they are, the token ids, and a JSON head with counts, config and what
         identifies the model (see :meth:`load`); it is written whole or not at all, and without unused capacity. Reading
         all weights takes about a second per GB on one CPU core. On a tensor-parallel model each rank saves
         a file of its own.
@@ -330,7 +427,7 @@ class HeadQCache(Cache):
             >>> from headq_ao import HeadQCache, headq_config, quantize_
             >>> config = LlamaConfig(vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=2)
             >>> model = LlamaForCausalLM(config).eval()
-            >>> quantize_(model, headq_config(epoch_tokens=32))
+            >>> quantize_(model, headq_config(warmup_tokens=32))
             >>> cache = HeadQCache(model)
             >>> _ = model(torch.arange(200)[None] % 64, cache=cache)
             >>> with tempfile.TemporaryDirectory() as folder:
@@ -378,7 +475,7 @@ class HeadQCache(Cache):
         return self.batch.lengths.batch or None
 
     def get_memory_footprint(self) -> int:
-        """Bytes of every tensor held: codes, scales, exact rows, statistics, per-sequence bases, ids, unused capacity.
+        """Bytes of every tensor held: codes, scales, full-precision tokens, statistics, own bases, ids, spare capacity.
 
         Not counted: the eight bytes of the handle that compiled code knows the cache by.
         """
@@ -386,26 +483,32 @@ class HeadQCache(Cache):
 
     def tensors(self) -> list[Tensor]:
         """Every tensor held for the sequences."""
-        return [t for layer in self.layers for t in layer.tensors()] + self.batch.tensors() + self.ids.tensors()
+        states = [t for layer in self.layers for t in state_tensors(layer).values()]
+        states += [t for layer in self.packed for t in layer.tensors()]
+        return states + self.batch.tensors() + self.ids.tensors()
 
     def bits_report(self) -> BitsReport:
-        """Body bits per side, bits at the current length, exact rows, bytes by kind; counted from the tensors held."""
-        return BitsReport.of(self.batch, self.ids)
+        """Body bits per side, bits at the current length, full-precision tokens, bytes by kind; of the tensors held."""
+        report = BitsReport.of(self.batch, self.ids)
+        report.bytes["states"] = states_bytes(self.layers)
+        report.layers = dict(Counter(map(kind, self.layers)))
+        report.fallback = getattr(self.caller(), "fallback", None)
+        return report
 
     @property
     def packed_bits_per_element(self) -> float:
-        """Mean body bits over the packed sides: stored bytes of packed rows × 8 / (tokens · heads · head_dim)."""
+        """Mean body bits over the packed sides: stored bytes of packed tokens × 8 / (tokens · heads · head_dim)."""
         return self.bits_report().packed_bits_per_element
 
     @property
     def rows_read(self) -> tuple[int, int]:
         """Tokens that attention has read so far: packed ones, and all, summed over layers and queries."""
-        found = [layer.tokens_read for layer in self.layers]
+        found = [layer.tokens_read for layer in self.packed]
         return sum(packed for packed, _ in found), sum(every for _, every in found)
 
     @property
     def packed_fraction(self) -> float:
-        """Packed rows read over all rows read, 0 before any."""
+        """Packed tokens read over all tokens read, 0 before any."""
         packed, total = self.rows_read
         return packed / total if total else 0.0
 

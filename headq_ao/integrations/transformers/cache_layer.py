@@ -21,9 +21,8 @@ class HeadQCacheLayer(PackedLayer, CacheLayerMixin):
 
     def get_seq_length(self) -> int:
         """Slots that have come through this layer, padding included, as transformers counts."""
-        lengths = self.batch.lengths
         self.batch.settle()
-        return self.seen if self.call == lengths.calls else min(self.seen, lengths.seen - lengths.new)
+        return self.seen
 
     def get_max_length(self) -> int:
         """The sliding window, or the capacity of a cache that has one, or -1: no limit."""
@@ -38,3 +37,7 @@ class HeadQCacheLayer(PackedLayer, CacheLayerMixin):
     def reset(self) -> None:
         """Forget everything; :meth:`HeadQCache.reset` forgets what layers share."""
         self.clear()
+
+    def rows_of_model(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values ``[B, Hkv, T, D]`` as attention reads them, and their positions ``[T]``."""
+        return self.in_order()

@@ -14,7 +14,9 @@ from headq_ao.calibration.artifact import Calibration
 from headq_ao.calibration.bit_allocation import WHOLE
 from headq_ao.calibration.observers import RECORDER, Profiler, Recorder
 from headq_ao.calibration.text import SURPRISE, counted_tokens, effective_tokens, profiled_row, read_batches, surprises
+from headq_ao.integrations.transformers.fallback import recording_cache
 from headq_ao.integrations.transformers.models import (
+    CACHE_NAME,
     execution_device,
     fingerprint,
     layer_shapes,
@@ -22,7 +24,7 @@ from headq_ao.integrations.transformers.models import (
     tensor_parallel,
 )
 from headq_ao.integrations.transformers.own_config import OwnConfigs
-from headq_ao.integrations.transformers.probe import supported_layers
+from headq_ao.integrations.transformers.serving import serving_of
 from headq_ao.statistics.moments import LayerMoments
 from headq_ao.user_warning import warn
 
@@ -93,7 +95,7 @@ def calibrate(
         >>> calibrate(model, [torch.randint(64, (300,))], progress=False).layers[0].tokens
         296
     """
-    shapes, _ = supported_layers(model)
+    serving = serving_of(model)
     vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", None)
     for name, value, least in (("n_rows", n_rows, 1), ("n_sink", n_sink, 0), ("seed", seed, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -102,13 +104,15 @@ def calibrate(
     rows = [row for batch in batches for row in batch]
     counted = counted_tokens(rows, n_sink)
     context, starts = spread_starts(model, list(map(len, rows)), context_length)
-    recorder = Recorder(len(shapes), n_rows, n_sink, seed)
+    recorder = Recorder(len(serving.shapes), n_rows, n_sink, seed, serving.places)
+    own_attention = serving.fallback is not None
     configs, training = OwnConfigs(model), [m for m in model.modules() if m.training]
     token = RECORDER.set(recorder)
     try:
         model.eval()
         device = execution_device(model)
-        model.set_attn_implementation("headq")
+        if not own_attention:
+            model.set_attn_implementation("headq")
         at, surprise = 0, list[float]()
         for batch in tqdm(batches, desc="calibrate", unit="batch", disable=not progress):
             here = slice(at, at := at + len(batch))
@@ -116,7 +120,10 @@ def calibrate(
             own = starts[here]
             slots = torch.arange(batch.shape[1], device=own.device)
             positions = (own[:, None] + slots).to(device) if bool(own.any()) else None
-            out = model(input_ids=batch.to(device), position_ids=positions, use_cache=False)
+            given: dict[str, Any] = {} if positions is None else {"position_ids": positions}
+            if own_attention:
+                given[CACHE_NAME] = recording_cache(model, serving.places, serving.tilings, recorder)
+            out = model(input_ids=batch.to(device), use_cache=own_attention, **given)
             if isinstance(getattr(out, "logits", None), Tensor):
                 surprise += surprises(out.logits, batch, torch.stack(counted[here]))
         text = [nats <= SURPRISE for nats in surprise or [0.0] * len(rows)]
@@ -126,8 +133,8 @@ def calibrate(
         )
         moments = [dataclasses.replace(layer.moments(), effective=effective) for layer in recorder.layers]
         profiled, counts = profiled_row(rows, counted)
-        if len(profiled) >= n_sink + WHOLE:
-            RECORDER.set(Profiler(moments, n_sink, counts))
+        if len(profiled) >= n_sink + WHOLE and not own_attention:
+            RECORDER.set(Profiler(moments, n_sink, counts, serving.places))
             model(input_ids=profiled[None].to(device), use_cache=False)
     finally:
         RECORDER.reset(token)
@@ -143,7 +150,7 @@ def calibrate(
         "transformers": transformers.__version__,
     }
     layers = [gathered(model, layer) for layer in moments]
-    made = Calibration(layers, fingerprint(model), meta)
+    made = Calibration(layers, fingerprint(model, serving.shapes), meta)
     if not made.suffices:
         noise = f" ({text.count(False)} of {len(text)} rows are no text to this model)" if not all(text) else ""
         warn(f"HeadQ: {made.shortage()}; quantize_ will not use it{noise}")

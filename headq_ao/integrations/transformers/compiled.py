@@ -13,6 +13,7 @@ from headq_ao.cache.layer import PackedLayer
 from headq_ao.cache.masks import visible_slots
 from headq_ao.codecs.source import SourceModule
 from headq_ao.integrations.transformers.arguments import unknown_argument
+from headq_ao.integrations.transformers.attention import with_sinks
 from headq_ao.integrations.transformers.cache import HeadQCache
 
 
@@ -65,7 +66,7 @@ _without_gradients.register_autograd(_backward, setup_context=_keep_shapes)
 
 def attention(
     module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, is_causal: bool | None,
-    weights: bool, kwargs: dict[str, Any],
+    weights: bool, kwargs: dict[str, Any], sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention over what ``update`` returned, in a traced model: ``[B, S, Hq, D]``.
 
@@ -79,18 +80,19 @@ def attention(
     if problem is not None:
         layer.batch.lengths.take_back_traced()
         out = torch.ops.headq.refuse(new_q, problem)
-    elif layer.first_call:
-        out = _first(layer, new_q, new_k, new_v, mask, scaling)
+    elif layer.batch.lengths.first:
+        out = _first(layer, new_q, new_k, new_v, mask, scaling, sinks)
         layer.count_first()
         layer.commit(new_q, scaling)
     else:
         # one new token sees all of itself: a mask counts where it speaks of several, or is the caller's own
         told = q.shape[2] > 1 or layer.batch.metadata.custom
-        out = layer.attend(new_q, scaling, new_k, new_v, mask if told else None, is_causal)
+        out = layer.attend(new_q, scaling, new_k, new_v, mask if told else None, is_causal, sinks)
     out = out.transpose(1, 2).contiguous()
     if torch.is_grad_enabled() and any(x.requires_grad for x in states):
         out = torch.ops.headq.without_gradients(out, *states)
-    return out
+    attended: Tensor = out
+    return attended
 
 
 def _problem(
@@ -107,12 +109,16 @@ def _problem(
     return unknown_argument(kwargs, source.call_options)
 
 
-def _first(layer: PackedLayer, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+def _first(
+    layer: PackedLayer, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, sinks: Tensor | None
+) -> Tensor:
     """Attention over the new tokens alone, in full precision, under the model's mask and the cache's own: ``q``'s
     form."""
     seen = None if mask is None else visible_slots(mask)[:, None]
     own = layer.visible_new(q.shape[2])
     seen = own if seen is None else seen if own is None else seen & own
+    if sinks is not None:
+        return with_sinks(q, k, v, seen, scaling, layer.sliding_window, sinks)
     k, v = k.to(q.dtype), v.to(q.dtype)  # under autocast they may differ
     return nn.functional.scaled_dot_product_attention(
         q, k, v, attn_mask=seen, is_causal=seen is None and q.shape[2] > 1, scale=scaling,
@@ -136,7 +142,7 @@ def begin(cache: HeadQCache, model: nn.Module, kwargs: dict[str, Any], tokens: T
     """Count a call with ``tokens`` (ids or embeddings) ``[B, S, ...]`` that a graph makes; why it cannot, or None."""
     mask, slots, lengths = kwargs.get("attention_mask"), tokens.shape[1], cache.batch.lengths
     # numbers, for dynamo guards no `is`
-    if cache.layers[0].source.model.number != model._headq.codecs[0].model.number:  # type: ignore[attr-defined,union-attr,index]
+    if cache.packed[0].source.model.number != model._headq.codecs[0].model.number:  # type: ignore[union-attr,index]
         return "this HeadQCache was made for another model; make a new one with HeadQCache(model)"
     if isinstance(mask, dict):
         mask = next((m for m in mask.values() if m is not None), None)

@@ -40,7 +40,7 @@ def estimate_memory(
             one on too few tokens is not, with the warning of :func:`headq_ao.quantize_`.
         tokens: per sequence.
         batch_size: sequences.
-        dtype: of the exact rows; default the model's, else bfloat16.
+        dtype: of full-precision tokens; default the model's, else bfloat16.
 
     Returns:
         A :class:`~headq_ao.cache.memory_report.BitsReport`; its ``bytes`` sum to the footprint.
@@ -79,9 +79,10 @@ def estimate_memory(
     batch.layers = [PackedLayer(shape, source, batch) for shape, source in zip(shapes, sources, strict=True)]
     batch.begin(batch_size, tokens)
     for layer in batch.layers:
-        k = torch.empty(batch_size, layer.shape.n_kv_heads, tokens, layer.shape.head_dim, dtype=dtype, device=META)
-        q = torch.empty(batch_size, layer.shape.n_heads, tokens, layer.shape.head_dim, dtype=dtype, device=META)
-        layer.update(k, k)
+        k, v, q = (
+            torch.empty(batch_size, heads, tokens, dim, dtype=dtype, device=META) for heads, dim in layer.forms.values()
+        )
+        layer.update(k, v)
         layer.commit(q)
     ids = TokenIds()
     ids.note(torch.empty(batch_size, tokens, dtype=torch.int64, device=META), batch_size, tokens, 0, None)
@@ -90,7 +91,7 @@ def estimate_memory(
 
 def _no_moments(shape: LayerShape) -> LayerMoments:
     """Moments without data."""
-    shapes = tensor_shapes(shape.n_kv_heads, shape.head_dim, TOKEN_TILE)
+    shapes = tensor_shapes(shape.n_kv_heads, shape.head_dim, TOKEN_TILE, shape.dims[1])
     empty = {name: torch.empty(shapes[name], dtype=torch.float32, device=META) for name in TENSORS}
     tensors: dict[str, Any] = dict(empty)
     return LayerMoments(1, 1, **tensors)

@@ -8,9 +8,10 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
 from transformers.masking_utils import create_masks_for_generate as default_masks
 
-from headq_ao.cache.lengths import Span
 from headq_ao.cache.masks import check_left_padded, custom, hidden_tokens, real_spans
+from headq_ao.cache.schedule import Span
 from headq_ao.integrations.transformers.cache import HeadQCache
+from headq_ao.integrations.transformers.models import CACHE_NAME
 
 
 def attach(model: PreTrainedModel) -> None:
@@ -43,29 +44,29 @@ def prepare_cache(
     type(model)._prepare_cache_for_generation(
         model, generation_config, model_kwargs, mode, batch_size, max_cache_length
     )  # fmt: skip
-    cache: Any = model_kwargs.get("cache")
+    cache: Any = model_kwargs.get(CACHE_NAME)
     if isinstance(cache, (DynamicCache, HeadQCache)):
         check_left_padded(model_kwargs.get("attention_mask"))  # before the prompt is paid for
     asked = generation_config.compile_config is not None
     if (asked or static) and type(cache) is DynamicCache and cache.get_seq_length() == 0:
         room = max(max_cache_length + 1, getattr(generation_config, "max_cache_len", None) or 0)
-        cache = model_kwargs["cache"] = HeadQCache(model, max_length=room)
+        cache = model_kwargs[CACHE_NAME] = HeadQCache(model, max_length=room)
     if isinstance(cache, HeadQCache):
-        cache.is_compileable = asked
+        cache.is_compileable = asked and model._headq.fallback is None
 
 
 def masks_for_generate(
-    model: PreTrainedModel, config: Any, inputs_embeds: Tensor, attention_mask: Tensor | None, cache: Any = None,
-    **kwargs: Any,
-) -> Any:  # fmt: skip
+    model: PreTrainedModel, config: Any, inputs_embeds: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> Any:
     """The 2-D mask as it is while it tells of padding among the new slots, else None: a packed cache masks by counts.
 
     Raises:
         ValueError: on a mask that does not fit or has holes.
     """
-    if not isinstance(cache, HeadQCache) or custom(attention_mask):
+    cache = kwargs.get(CACHE_NAME)
+    if not isinstance(cache, HeadQCache) or custom(attention_mask) or model._headq.fallback is not None:
         make = getattr(type(model), "create_masks_for_generate", default_masks)
-        return make(config, inputs_embeds, attention_mask, cache=cache, **kwargs)
+        return make(config, inputs_embeds, attention_mask, **kwargs)
     batch, length = inputs_embeds.shape[:2]
     cache.batch.settle()
     lengths = cache.batch.lengths

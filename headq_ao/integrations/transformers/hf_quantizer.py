@@ -161,7 +161,8 @@ class HeadQQuantizer(HfQuantizer):
         if self.inner is not None:
             self.inner.preprocess_model(model, dtype=dtype, **kwargs)
         processes = getattr(getattr(model.config, "distributed_config", None), "tp_size", None) or 1
-        kv_heads_here(model, layer_shapes(model.config), 0, processes)
+        if processes > 1:
+            kv_heads_here(model, layer_shapes(model.config), 0, processes)
         ours = self.quantization_config
         if self.pre_quantized and ours.calibrated:
             calibration = read_calibration(kwargs.get("checkpoint_files") or [])

@@ -3,19 +3,22 @@
 import inspect
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
-from transformers.distributed.tensor_parallel import get_kv_heads_per_rank
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, LinearAttentionLayer
+from transformers.masking_utils import create_masks_for_generate
 
+from headq_ao.integrations.transformers.hybrid import NATIVE, DummyLayer, dense_layers
 from headq_ao.layer_shape import LayerShape
 
 CACHE_NAMES = ("cache", "past_key_values")  # transformers 5.24 renamed the argument
+CACHE_NAME = next(n for n in CACHE_NAMES if n in inspect.signature(create_masks_for_generate).parameters)
+KEY_PROJECTIONS = ("k_proj", "qkv_proj", "query_key_value")
 CROSS = re.compile(r"(^|\.)(encoder_attn|enc_?dec_?attention|cross_?attn|cross_?attention)$", re.IGNORECASE)
 
 
@@ -30,32 +33,46 @@ def layer_configs(config: Any) -> list[Any]:
     return list(c.per_layer_config) if getattr(c, "is_heterogeneous", False) else [c]
 
 
+def packed_places(config: Any) -> list[int]:
+    """Which layers of a cache hold keys and values of attention, and are packed."""
+    return [i for i, layer in enumerate(dense_layers(config)) if type(layer) in NATIVE]
+
+
 def layer_shapes(config: Any) -> list[LayerShape]:
-    """The attention layers that a config describes.
+    """The attention layers that a config describes; those of other kinds, which stay as they are, are left out.
 
     Raises:
         ValueError: where a layer is of a kind that HeadQ cannot store, naming it.
     """
-    c = text_config(config)
-    name = c.model_type
-    if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(f"{name}: encoder-decoder models are not supported; HeadQ packs decoder-only causal LMs")
-    check_kind(config)
-    # a config without layer types: all layers are full attention
-    layers = DynamicCache(config=config).layers or [DynamicLayer() for _ in range(c.num_hidden_layers)]
-    if all(type(layer) is LinearAttentionLayer for layer in layers):
-        raise ValueError(f"{name} is not supported: it has no KV cache; its layers keep a state of fixed size")
+    layers = checked_layers(config)
     kv_heads, head_dim = kv_heads_and_size(config)
     n_heads = query_heads(config, len(layers))
-    for i, layer in enumerate(layers):
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
-            raise ValueError(
-                f"{name} is not supported: layer {i} caches a {type(layer).__name__}, not plain keys and values"
-            )
     return [
         LayerShape(n, kv_heads, head_dim, getattr(layer, "sliding_window", None))
         for n, layer in zip(n_heads, layers, strict=True)
+        if type(layer) in NATIVE
     ]
+
+
+def checked_layers(config: Any) -> list[Any]:
+    """The layers of transformers' own cache for a config, of kinds that HeadQ serves or leaves alone.
+
+    Raises:
+        ValueError: where one is of another kind, naming it.
+    """
+    name = text_config(config).model_type
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{name}: encoder-decoder models are not supported; HeadQ packs decoder-only causal LMs")
+    check_kind(config)
+    layers = dense_layers(config)
+    if all(isinstance(layer, (LinearAttentionLayer, DummyLayer)) and type(layer) not in NATIVE for layer in layers):
+        raise ValueError(f"{name} is not supported: it has no KV cache; its layers keep a state of fixed size")
+    for i, layer in enumerate(layers):
+        if type(layer) not in (*NATIVE, LinearAttentionLayer) and not isinstance(layer, DummyLayer):
+            raise ValueError(
+                f"{name} is not supported: layer {i} caches a {type(layer).__name__}, not plain keys and values"
+            )
+    return layers
 
 
 def check_kind(config: Any) -> None:
@@ -74,7 +91,7 @@ def check_kind(config: Any) -> None:
                 raise ValueError(f"{name} is not supported: {why} (config.{attribute}={value})")
         kinds = getattr(c, "layer_types", None) or ["chunked_attention"]
         if getattr(c, "attention_chunk_size", None) and "chunked_attention" in kinds:
-            raise ValueError(f"{name} is not supported: chunked_attention layers do not slide, they start anew")
+            raise ValueError(f"{name} is not supported: chunked_attention layers do not slide, they start again")
 
 
 def kv_heads_and_size(config: Any) -> tuple[int, int]:
@@ -113,38 +130,49 @@ def query_heads(config: Any, n_layers: int) -> list[int]:
     return list(by_layer) if len(by_layer) == n_layers else [by_layer[0]] * n_layers
 
 
-def attention_modules(model: nn.Module, n_layers: int) -> list[nn.Module]:
-    """The self-attention modules in layer order.
+def attention_modules(model: nn.Module, places: int | Sequence[int]) -> list[nn.Module]:
+    """The self-attention modules of those layers of the cache; a number: of the first so many.
 
     Raises:
         ValueError: where the model cannot route attention through transformers' attention interface.
     """
-    kind = type(model).__name__
+    kind, places = type(model).__name__, range(places) if isinstance(places, int) else places
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"HeadQ needs a transformers PreTrainedModel, got {kind}; pass the whole causal LM")
     if not model._can_set_attn_implementation():
         raise ValueError(f"{kind} is not supported: its attention does not go through transformers' AttentionInterface")
-    attentions = {
+    problem = attention_problem(model)
+    if problem is not None:
+        raise ValueError(f"{kind} is not supported: {problem}")
+    found: dict[int, nn.Module] = {}
+    for module in self_attentions(model).values():
+        found[int(module.layer_idx)] = module  # type: ignore[arg-type]
+    dense = dense_layers(model.config)
+    if not {*places} <= {*found} or any(isinstance(dense[i], DummyLayer) for i in found if i < len(dense)):
+        raise ValueError(
+            f"{kind} is not supported: layers {list(places)} of its cache hold keys and values, its attention modules "
+            f"are of layers {sorted(found)}; HeadQ needs one module for each"
+        )
+    return [found[i] for i in places]
+
+
+def self_attentions(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a model that compute attention and know their layer, by path."""
+    return {
         name: module
         for name, module in model.named_modules()
         if isinstance(getattr(module, "layer_idx", None), int) and type(module).__name__.endswith("Attention")
     }
+
+
+def attention_problem(model: nn.Module) -> str | None:
+    """Why a model is no causal LM by itself, as the decoder half of an encoder–decoder is not; None: it is."""
+    attentions = self_attentions(model)
     crossing = next((name for name, module in attentions.items() if crosses(name, module)), None)
     if crossing is not None:
-        raise ValueError(f"{kind} is not supported: it has cross-attention ({crossing})")
-    found: dict[int, nn.Module] = {}
-    for name, module in attentions.items():
-        if getattr(module, "is_causal", True) is False:
-            raise ValueError(f"{kind} is not supported: its attention is not causal ({name})")
-        if isinstance(getattr(module, "sinks", None), torch.Tensor):
-            raise ValueError(f"{kind} is not supported: its attention has sink logits, where the gauges are not free")
-        found[module.layer_idx] = module
-    if sorted(found) != list(range(n_layers)):
-        raise ValueError(
-            f"{kind} is not supported: its cache has {n_layers} layers, its attention modules are of layers "
-            f"{sorted(found)}; HeadQ needs one module for each"
-        )
-    return [found[i] for i in range(n_layers)]
+        return f"it has cross-attention ({crossing})"
+    other = next((name for name, module in attentions.items() if getattr(module, "is_causal", True) is False), None)
+    return None if other is None else f"its attention is not causal ({other})"
 
 
 def crosses(name: str, module: nn.Module) -> bool:
@@ -163,12 +191,23 @@ def input_embedding(model: PreTrainedModel) -> nn.Module:
         embedding = model.get_input_embeddings()
     except NotImplementedError:
         embedding = None
-    if not hasattr(embedding, "weight"):
+    if not (isinstance(embedding, nn.Module) and hasattr(embedding, "weight")):
         raise ValueError(
             f"{type(model).__name__} is not supported: its input embedding is a {type(embedding).__name__}, "
             "not one table of token embeddings"
         )
     return embedding
+
+
+def with_cache(cache: Cache | None) -> dict[str, Cache | None]:
+    """The argument that brings a model its cache, by the name that this version of transformers gives it.
+
+    Example:
+        >>> from headq_ao.integrations.transformers.models import with_cache
+        >>> list(with_cache(None)) in (["cache"], ["past_key_values"])
+        True
+    """
+    return {CACHE_NAME: cache}
 
 
 def forward_names(model: nn.Module) -> frozenset[str]:
@@ -205,24 +244,27 @@ def kv_heads_here(model: PreTrainedModel, shapes: list[LayerShape], rank: int, s
         ValueError: when the plan shards attention and the heads cannot be divided among the ranks.
     """
     total = shapes[0].n_kv_heads
-    held = get_kv_heads_per_rank(model.tp_plan or {}, total, size)
-    if held is None:
+    plan = model.tp_plan or {}
+    if not any(key.rsplit(".", 1)[-1] in KEY_PROJECTIONS and style == "colwise" for key, style in plan.items()):
+        return slice(0, total)  # no plan, a gathered output, or experts only
+    if total % size:
         fits = [n for n in range(2, total + 1) if total % n == 0]
         raise ValueError(
             f"{model.config.model_type} has {total} KV heads ({shapes[0].n_heads} query heads), "
             f"which cannot be divided among {size} tensor-parallel processes; "
             + (f"use {' or '.join(map(str, fits))}" if fits else "run it on one, or data-parallel")
         )
-    return slice(0, total) if held == total else slice(rank * held, (rank + 1) * held)
+    held = total // size
+    return slice(rank * held, (rank + 1) * held)
 
 
-def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
+def fingerprint(model: PreTrainedModel, shapes: Sequence[LayerShape] | None = None) -> dict[str, Any]:
     """What identifies a model for a calibration: type, shapes, rope, and the RMS of 16 slices of its embedding.
 
     The RMS values agree to 1e-3 between dtypes of one model; they are left out where the weight is not a plain tensor.
     """
     c = text_config(model.config)
-    shapes = layer_shapes(model.config)
+    shapes = layer_shapes(model.config) if shapes is None else shapes
     print_ = {
         "model_type": c.model_type,
         "layers": len(shapes),

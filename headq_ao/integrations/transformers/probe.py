@@ -19,7 +19,7 @@ import sys
 import types
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -30,15 +30,21 @@ from transformers.cache_utils import CacheLayerMixin
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from headq_ao.ambient import mode_neutral
-from headq_ao.integrations.transformers.arguments import unknown_argument
+from headq_ao.cache.masks import attend_new, sink_share
+from headq_ao.integrations.transformers.arguments import SINKS, unknown_argument
+from headq_ao.integrations.transformers.hybrid import dense_layers, packed_layer
 from headq_ao.integrations.transformers.models import (
+    CACHE_NAME,
     attention_modules,
     check_cached,
+    checked_layers,
     forward_names,
     input_embedding,
     layer_shapes,
+    packed_places,
     tensor_parallel,
     text_config,
+    with_cache,
 )
 from headq_ao.layer_shape import LayerShape
 
@@ -56,8 +62,14 @@ class UnservedError(Exception):
 
 
 @mode_neutral
-def supported_layers(model: nn.Module) -> tuple[list[LayerShape], list[nn.Module]]:
+def supported_layers(
+    model: nn.Module, shapes: list[LayerShape] | None = None
+) -> tuple[list[LayerShape], list[nn.Module]]:
     """The attention layers of a model that HeadQ can serve, and their modules; the model is not changed.
+
+    Args:
+        model: the whole causal LM.
+        shapes: of its packed layers, as they were observed; None: as its config tells.
 
     Raises:
         ValueError: where it cannot serve the model, with the reason.
@@ -69,20 +81,24 @@ def supported_layers(model: nn.Module) -> tuple[list[LayerShape], list[nn.Module
         ...     LlamaConfig(vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=2)
         ... )
         >>> supported_layers(model)[0]
-        [LayerShape(n_heads=2, n_kv_heads=2, head_dim=32, sliding_window=None)]
+        [LayerShape(n_heads=2, n_kv_heads=2, head_dim=32, sliding_window=None, value_dim=None)]
     """
     if not isinstance(model, PreTrainedModel):
         return [], attention_modules(model, 0)  # which says so
     check_cached(model)
-    shapes = layer_shapes(model.config)
-    modules = attention_modules(model, len(shapes))
+    if shapes is None:
+        shapes = layer_shapes(model.config)
+    else:
+        checked_layers(model.config)
+    places = packed_places(model.config)
+    modules = attention_modules(model, places)
     input_embedding(model)
     if hasattr(model, "_headq"):
         return shapes, modules
     for by_shapes in (False, True):
         if by_shapes or cheap(model):
             try:
-                groups = probe(model, shapes, modules, by_shapes)
+                groups = probe(model, shapes, modules, by_shapes, places)
             except UnservedError as why:
                 raise ValueError(f"{type(model).__name__} is not supported: {why}") from why
             if groups is not None:
@@ -99,7 +115,8 @@ def cheap(model: PreTrainedModel) -> bool:
         return False
     if any(moves_weights(module) for module in model.modules()):
         return False
-    return sum(p.numel() * p.element_size() for p in parameters if p.device.type == "cpu") <= CHEAP
+    held: int = sum(p.numel() * p.element_size() for p in parameters if p.device.type == "cpu")
+    return held <= CHEAP
 
 
 def moves_weights(module: nn.Module) -> bool:
@@ -110,8 +127,9 @@ def moves_weights(module: nn.Module) -> bool:
 
 
 def probe(
-    model: PreTrainedModel, shapes: list[LayerShape], modules: list[nn.Module], by_shapes: bool
-) -> list[int] | None:
+    model: PreTrainedModel, shapes: list[LayerShape], modules: list[nn.Module], by_shapes: bool,
+    places: Sequence[int],
+) -> list[int] | None:  # fmt: skip
     """Query heads per key-value head of each layer; None where the model cannot be called so.
 
     Raises:
@@ -124,7 +142,7 @@ def probe(
         twin, modules = twin_of(model, modules, by_shapes)
     except Exception:  # whatever a model holds that cannot be copied
         return None
-    cache = ProbeCache(shapes, modules, forward_names(model), eager_function(twin, modules))
+    cache = ProbeCache(twin.config, places, shapes, modules, forward_names(model), eager_function(twin, modules))
     with quiet(model):
         try:
             previous = twin.config._attn_implementation
@@ -137,6 +155,7 @@ def probe(
         except Exception as error:
             twin.set_attn_implementation(previous)
             if not runs_dense(twin):
+                check_own_cache(twin)
                 return None
             raise UnservedError(f"it runs with a DynamicCache, but not with HeadQ's: {error!r}") from error
     return cache.groups
@@ -169,6 +188,8 @@ def twin_of(
     twin: PreTrainedModel = copy.deepcopy(model, memo)
     for part in twin.modules():
         own_forward(part, by_shapes)
+        if "rope_deltas" in vars(part):  # of the last prompt, whose batch was another
+            part.rope_deltas = None
     if by_shapes:
         twin.config.pad_token_id = None  # else token ids are searched for it
         if twin._can_set_experts_implementation():
@@ -207,10 +228,11 @@ def quiet(model: PreTrainedModel) -> Iterator[None]:
         yield
 
 
-def run(twin: PreTrainedModel, cache: Cache, length: int) -> None:
-    """One call with ``length`` tokens of text."""
+def run(twin: PreTrainedModel, cache: Cache | None, length: int) -> Any:
+    """One call with ``length`` tokens of text, and what it gives."""
     device = getattr(input_embedding(twin).weight, "device", twin.device)
-    twin(input_ids=torch.tensor([plain_tokens(twin)[:length]], device=device), cache=cache, use_cache=True)
+    ids = torch.tensor([plain_tokens(twin)[:length]], device=device)
+    return twin(input_ids=ids, use_cache=True, **with_cache(cache))
 
 
 def runs_dense(twin: PreTrainedModel) -> bool:
@@ -222,6 +244,16 @@ def runs_dense(twin: PreTrainedModel) -> bool:
     except Exception:
         return False
     return True
+
+
+def check_own_cache(twin: PreTrainedModel) -> None:
+    """Raise UnservedError where a model runs with a cache of a class of its own alone."""
+    try:
+        made = getattr(run(twin, None, 1), CACHE_NAME, None)
+    except Exception:
+        return
+    if made is not None and type(made) is not DynamicCache:
+        raise UnservedError(f"it needs a cache of its own class, {type(made).__name__}")
 
 
 def plain_tokens(model: PreTrainedModel) -> list[int]:
@@ -287,8 +319,8 @@ class ProbeLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append ``[1, Hkv, S, D]`` states."""
-        expected = (1, self.shape.n_kv_heads, self.shape.head_dim)
-        for name, x in (("keys", key_states), ("values", value_states)):
+        for name, x, dim in zip(("keys", "values"), (key_states, value_states), self.shape.dims, strict=True):
+            expected = (1, self.shape.n_kv_heads, dim)
             if x.ndim != 4 or (*x.shape[:2], x.shape[3]) != expected:
                 raise UnservedError(
                     f"layer {self.index} caches {name} of shape {tuple(x.shape)}, where its config tells of "
@@ -305,7 +337,7 @@ class ProbeLayer(CacheLayerMixin):
 
     def check_call(self, module: nn.Module, query: Tensor, mask: Any, is_causal: Any, kwargs: dict[str, Any]) -> None:
         """Raise UnservedError on a call of attention that HeadQ would not compute as the model does."""
-        problem = unknown_argument(kwargs, self.options)
+        problem = unknown_argument({name: x for name, x in kwargs.items() if name != SINKS}, self.options)
         if problem is not None:
             raise UnservedError(problem)
         if module is not self.module:
@@ -323,15 +355,13 @@ class ProbeLayer(CacheLayerMixin):
         self.groups = n_heads // self.shape.n_kv_heads
         self.reads += 1
 
-    def attend(self, query: Tensor, scaling: float) -> Tensor:
+    def attend(self, query: Tensor, scaling: float, sinks: Tensor | None) -> Tensor:
         """Causal attention over all rows ``[1, S, Hq, D]``; a window does not matter to so few."""
-        k, v = (x.repeat_interleave(self.groups, 1) for x in (self.k, self.v))
         s = query.shape[2]
-        return (
-            nn.functional.scaled_dot_product_attention(query, k, v, is_causal=s > 1, scale=scaling)
-            .transpose(1, 2)
-            .contiguous()
-        )
+        shown = torch.ones(1, s, self.seen, dtype=torch.bool, device=query.device).tril(self.seen - s)
+        out, lse = attend_new(query, scaling, self.k, self.v, shown)
+        out = out if sinks is None else out * sink_share(lse, sinks)
+        return out.to(query.dtype).transpose(1, 2).contiguous()
 
     def compare(self, query: Tensor, scaling: float, out: Tensor, kwargs: dict[str, Any]) -> None:
         """Raise UnservedError where the model's own function gives another output."""
@@ -369,17 +399,22 @@ class ProbeLayer(CacheLayerMixin):
 class ProbeCache(Cache):
     """The cache of the probe."""
 
-    def __init__(self, shapes: list[LayerShape], modules: list[nn.Module], options: frozenset[str], eager: Any) -> None:
-        layers = zip(shapes, modules, strict=True)
-        super().__init__(
-            layers=[ProbeLayer(i, shape, module, options, eager) for i, (shape, module) in enumerate(layers)]
-        )
+    def __init__(
+        self, config: Any, places: Sequence[int], shapes: list[LayerShape], modules: list[nn.Module],
+        options: frozenset[str], eager: Any,
+    ) -> None:  # fmt: skip
+        layers = dense_layers(config)
+        self.packed: list[ProbeLayer] = []
+        for i, shape, module in zip(places, shapes, modules, strict=True):
+            layers[i] = packed_layer(ProbeLayer, layers[i], i, shape, module, options, eager)
+            self.packed.append(layers[i])
+        super().__init__(layers=layers)
         self.calls = 0
 
     def check_called(self) -> None:
         """After a call: raise UnservedError unless each layer has stored its rows and read them once."""
         self.calls += 1
-        for layer in self.layers:
+        for layer in self.packed:
             kind = type(layer.module).__name__
             for count, done in ((layer.updates, "caches keys"), (layer.reads, "reads them through AttentionInterface")):
                 if count != self.calls:
@@ -389,7 +424,7 @@ class ProbeCache(Cache):
     @property
     def groups(self) -> list[int]:
         """Query heads per key-value head of each layer."""
-        return [layer.groups for layer in self.layers]
+        return [layer.groups for layer in self.packed]
 
 
 def odd_mask(mask: Any, queries: int, tokens: int, window: int | None) -> str | None:
@@ -428,7 +463,7 @@ def probe_attention(
         raise UnservedError(f"a {type(module).__name__} attends over other keys and values than the cache returns")
     layer: ProbeLayer = key.layer  # type: ignore[attr-defined]
     layer.check_call(module, query, attention_mask, is_causal, kwargs)
-    out = layer.attend(query, scale)
+    out = layer.attend(query, scale, kwargs.get(SINKS))
     layer.compare(query, scale, out, kwargs)
     return out, None
 

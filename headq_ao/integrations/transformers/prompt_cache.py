@@ -16,25 +16,31 @@ from headq_ao.cache.token_ids import EMBEDDED, PAD, UNKNOWN
 from headq_ao.codecs import registry
 from headq_ao.config import HeadQConfig
 from headq_ao.files import FileKind
+from headq_ao.integrations.transformers.hybrid import keeps_states, put_states, state_data, state_tensors
 from headq_ao.integrations.transformers.identity import embedding_table, identity_problem, model_identity, stamp
-from headq_ao.integrations.transformers.models import attention_modules, execution_device
 from headq_ao.integrations.transformers.sink_check import TELLING, StoredCache, sink_error, tolerance
 from headq_ao.user_warning import warn
 
 PROMPT_CACHE = FileKind("prompt cache", 4, "fill a HeadQCache with the prompt and save it again")
-IDS = "token_ids"
+IDS, STATE = "token_ids", "state"
 
 
 def save_cache(cache: StoredCache, model: PreTrainedModel, path: str | os.PathLike[str]) -> None:
     """Write a cache; see :meth:`headq_ao.HeadQCache.save`."""
     cache.batch.settle()
+    cache.ids.crop(cache.batch.lengths.seen)
     check_saveable(cache, model)
     tensors: dict[str, Tensor] = {}
     layers = []
-    for i, layer in enumerate(cache.layers):
+    for i, layer in enumerate(cache.packed):
         held, description = layer_to_tensors(layer)
         tensors |= {f"{i}.{name}": t for name, t in held.items()}
         layers.append(description)
+    states: dict[str, Any] = {}
+    for i, layer in enumerate(cache.layers):
+        if keeps_states(layer):
+            states[str(i)] = state_data(layer)
+            tensors |= {f"{STATE}.{i}.{name}": t.contiguous() for name, t in state_tensors(layer).items()}
     ids = cache.ids.of_slots(cache.get_seq_length())
     if ids is not None:
         tensors[IDS] = ids
@@ -43,6 +49,7 @@ def save_cache(cache: StoredCache, model: PreTrainedModel, path: str | os.PathLi
     head |= {
         "counts": batch_to_data(cache.batch),
         "layers": layers,
+        "states": states,
         "ids_capacity": cache.ids.capacity,
         "embedding": embedding_told(ids),
         "sinks": sinks_at_saving(cache, model),
@@ -52,9 +59,9 @@ def save_cache(cache: StoredCache, model: PreTrainedModel, path: str | os.PathLi
 
 def check_saveable(cache: StoredCache, model: PreTrainedModel) -> None:
     """Raise ValueError where a cache holds nothing, or what cannot be written, or what the model would not compute."""
-    if not cache.layers or not all(layer.is_initialized for layer in cache.layers):
+    if not cache.packed or not all(layer.is_initialized for layer in cache.packed):
         raise ValueError("this cache holds no tokens yet; call the model with it first, model(ids, cache=cache)")
-    if len({layer.seen for layer in cache.layers}) > 1:
+    if len({layer.seen for layer in cache.packed}) > 1:
         raise ValueError("an earlier call failed part-way and its layers hold different tokens; call reset() first")
     if cache.foreign:
         raise ValueError(
@@ -91,17 +98,20 @@ def sinks_at_saving(cache: StoredCache, model: PreTrainedModel) -> float | None:
 def load_cache(cache: StoredCache, model: PreTrainedModel, path: str | os.PathLike[str]) -> None:
     """Fill an empty cache of ``model`` from a file; see :meth:`headq_ao.HeadQCache.load`."""
     head, tensors = PROMPT_CACHE.load(path)
-    modules = attention_modules(model, len(cache.layers))
+    state = model._headq
     ids = tensors.pop(IDS, None)
     with PROMPT_CACHE.refusing(path):
         check_same(model_head(model, cache.config, ids), head)
         batch_from_data(cache.batch, head["counts"])
-        for i, (layer, module, description) in enumerate(zip(cache.layers, modules, head["layers"], strict=True)):
+        for i, (layer, description) in enumerate(zip(cache.packed, head["layers"], strict=True)):
             own = {n.removeprefix(f"{i}."): t for n, t in tensors.items() if n.startswith(f"{i}.")}
             try:
-                layer_from_tensors(layer, description, own, execution_device(module))
+                layer_from_tensors(layer, description, own, state.device(i))
             except (KeyError, TypeError, ValueError, AttributeError) as error:
                 raise ValueError(f"layer {i}: {error!r}") from error
+        for i, data in head.get("states", {}).items():
+            own = {n.removeprefix(f"{STATE}.{i}."): t for n, t in tensors.items() if n.startswith(f"{STATE}.{i}.")}
+            put_states(cache.layers[int(i)], data, own, state.device(0))
         put_ids(cache, ids, head["ids_capacity"], embedding_device(model, cache))
         check_sinks(cache, model, head["sinks"])
     cache.filled = stamp(model)
@@ -118,7 +128,7 @@ def put_ids(cache: StoredCache, ids: Tensor | None, capacity: int, device: torch
 def embedding_device(model: PreTrainedModel, cache: StoredCache) -> torch.device:
     """Where a model takes token ids."""
     table = embedding_table(model)
-    return cache.layers[0].device if table is None or table.device.type == "meta" else table.device
+    return cache.packed[0].device if table is None or table.device.type == "meta" else table.device
 
 
 def check_sinks(cache: StoredCache, model: PreTrainedModel, at_saving: float | None) -> None:
@@ -144,14 +154,13 @@ def embedding_told(ids: Tensor | None) -> str:
 def model_head(model: PreTrainedModel, config: HeadQConfig, ids: Tensor | None) -> dict[str, Any]:
     """What a model must share with the one that a file was made with, for a prompt of these token ids."""
     options = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "calibration"}
-    codecs = [module.headq for module in attention_modules(model, len(model._headq.shapes))]
     return {
         "fingerprint": model._headq.fingerprint,
         "shapes": [dataclasses.asdict(shape) for shape in model._headq.shapes],
         "identity": model_identity(model, ids),
         "config": options,
         "calibrated": config.calibration is not None,
-        "codecs": [codec.sketch() for codec in codecs],  # type: ignore[union-attr,operator]
+        "codecs": [codec.sketch() for codec in model._headq.codecs],
     }
 
 

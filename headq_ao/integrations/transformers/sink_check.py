@@ -17,7 +17,7 @@ from headq_ao.cache.token_ids import TokenIds
 from headq_ao.calibration.observers import RECORDER
 from headq_ao.config import HeadQConfig
 from headq_ao.integrations.transformers.cache_layer import HeadQCacheLayer
-from headq_ao.integrations.transformers.models import tensor_parallel
+from headq_ao.integrations.transformers.models import tensor_parallel, with_cache
 
 ROUNDING = 1e-3  # relative error that is no other model, at least
 TELLING = 0.2  # above it the tokens were computed in another way, and comparing says nothing
@@ -27,7 +27,8 @@ class StoredCache(Protocol):
     """What of a :class:`headq_ao.HeadQCache` is compared and written to a file."""
 
     config: HeadQConfig
-    layers: list[HeadQCacheLayer]
+    layers: list[Any]
+    packed: list[HeadQCacheLayer]
     batch: Batch
     ids: TokenIds
     filled: int | None
@@ -59,9 +60,9 @@ def sink_error(cache: StoredCache, model: nn.Module) -> float | None:
     with undisturbed(model), contextlib.ExitStack() as plainly:
         for kind in {"cpu", ids.device.type}:
             plainly.enter_context(torch.autocast(kind, enabled=False))
-        model(torch.tensor([*begins], device=ids.device), cache=again)
+        model(torch.tensor([*begins], device=ids.device), **with_cache(again))
     rows, errors = list(begins.values()), []
-    for stored, new in zip(cache.layers, again.layers, strict=True):
+    for stored, new in zip(cache.packed, again.packed, strict=True):
         for name in ("k", "v"):
             a, b = getattr(stored.window, name), getattr(new.window, name)
             n = min(len(next(iter(begins))), a.shape[2])
@@ -81,16 +82,18 @@ def first_ids(cache: StoredCache) -> dict[tuple[int, ...], int]:
 def relative_error(stored: Tensor, new: Tensor) -> Tensor:
     """Norm of the difference by the norm of what is stored."""
     stored, new = stored.double(), new.to(stored.device).double()
-    return (new - stored).norm() / stored.norm().clamp(min=1e-30)
+    relative: Tensor = (new - stored).norm() / stored.norm().clamp(min=1e-30)
+    return relative
 
 
 def tolerance(cache: StoredCache) -> float:
     """The relative error that rounding may give in calls of another length, on other machines."""
-    layer = cache.layers[0]
+    layer = cache.packed[0]
     eps = torch.finfo(layer.dtype).eps
     if layer.dtype == torch.float32 and coarse_products(layer.device):
         eps = torch.finfo(torch.float16).eps
-    return max(ROUNDING, eps**0.5)
+    bound: float = max(ROUNDING, eps**0.5)
+    return bound
 
 
 def coarse_products(device: torch.device) -> bool:

@@ -29,7 +29,7 @@ WEIGHTS = {
 
 @torch.no_grad()
 def logits_of(model, ids):
-    """Logits of a prompt and of chunks and tokens that read packed rows."""
+    """Logits of a prompt and of chunks and tokens that read packed tokens."""
     cache = HeadQCache(model)
     logits = torch.cat([model(part, cache=cache).logits for part in ids.split([90, 20] + [1] * 10, 1)], 1)
     assert cache.packed_fraction > 0

@@ -215,8 +215,12 @@ def test_a_refused_attention_leaves_all_as_it_was(two, monkeypatch):
     model, other = two("llama")
     before = [everything(m) for m in (model, other)]
 
-    def refuse(*args, **kwargs):
-        raise ValueError("planted")
+    accept = type(model).set_attn_implementation
+
+    def refuse(self, *args, **kwargs):
+        if self is model:  # and not a copy that is probed
+            raise ValueError("planted")
+        return accept(self, *args, **kwargs)
 
     with monkeypatch.context() as patched:
         patched.setattr(type(model), "set_attn_implementation", refuse)
