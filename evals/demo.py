@@ -15,10 +15,12 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache
 
 from headq_ao import Calibration, HeadQCache, HeadQConfig, estimate_memory, headq_config, quantize_, restore_
+from headq_ao.cache.memory_report import NothingPackedError
 from headq_ao.evals.harness import inputs
 from headq_ao.evals.harness.environment import environment
-from headq_ao.evals.harness.scoring import NothingPackedError, exact_logprobs, score
+from headq_ao.evals.harness.scoring import exact_logprobs, score
 from headq_ao.evals.harness.table import number, text_table
+from headq_ao.integrations.transformers.models import with_cache
 
 EPILOG = """\
 examples:
@@ -86,11 +88,11 @@ def measure(model: Any, entry: Entry, rows: Tensor, exact: Sequence[Tensor], arg
 def decode(model: Any, entry: Entry, tokenizer: Any, prompt: Tensor, steps: int, progress: bool) -> None:
     """Greedy decoding of ``steps`` tokens, prefill not timed; the text is cut where the model ends its answer."""
     cache = DynamicCache() if entry.config is None else HeadQCache(model)
-    token = model(prompt, cache=cache, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True)
+    token = model(prompt, **with_cache(cache), logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True)
     tokens = [token]
     start = time.perf_counter()
     for _ in tqdm(range(steps - 1), desc=f"{entry.name}: decode", unit="tok", disable=not progress):
-        tokens.append(model(tokens[-1], cache=cache, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True))
+        tokens.append(model(tokens[-1], **with_cache(cache), logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True))
     seconds = time.perf_counter() - start
     ids = torch.cat(tokens, 1)[0].tolist()
     end = ids.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in ids else len(ids)
@@ -101,9 +103,9 @@ def decode(model: Any, entry: Entry, tokenizer: Any, prompt: Tensor, steps: int,
 def chat(tokenizer: Any, question: str) -> Tensor:
     """The question in the model's chat template, ``[1, T]``."""
     message = [{"role": "user", "content": question}]
-    return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=True)[
-        "input_ids"
-    ]
+    made = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    ids: Tensor = made["input_ids"]
+    return ids
 
 
 ROTATED: dict[str, Any] = {"key_codec": "affine", "value_codec": "affine", "rank": 0}  # nearest codes, no side code
@@ -161,7 +163,7 @@ def chart(compared: Sequence[Entry], tokens: int, path: Path) -> None:
     rest = [all_ - rows for all_, rows in zip(total, exact, strict=True)]
     kl = [shown_kl(entry) for entry in compared][::-1]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.2), layout="constrained")
-    left.barh(names, rest, color=packed, label="packed rows and the rest")
+    left.barh(names, rest, color=packed, label="packed tokens and the rest")
     left.barh(names, exact, left=rest, color=window, label="rows kept exact")
     left.bar_label(left.containers[-1], [f"{x:,.0f}" for x in total], padding=4)
     left.set(title=f"Bytes per cached token, {tokens} tokens", xlim=(0, 1.18 * max(total)))
@@ -272,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(
         f"\nbytes/token: all that the cache holds after {args.row_length} tokens, {report['exact_rows']:.0f} exact "
         "rows (sinks and newest tokens) included;\n"
-        "bits: per element of packed rows; at 4k: with what each sequence stores beside its rows, over 4096 tokens.\n"
+        "bits: per element of packed tokens; at 4k: with what each sequence stores beside its rows, over 4096 tokens.\n"
         f"tokens/s: one sequence, greedy, CPU threads: {torch.get_num_threads()}; not a benchmark.\n"
     )
     for entry in compared:

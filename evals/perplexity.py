@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from headq_ao import Calibration
+from headq_ao.cache.memory_report import NothingPackedError
 from headq_ao.config import PRESETS
 from headq_ao.evals.baselines.methods import METHODS
 from headq_ao.evals.harness import inputs
 from headq_ao.evals.harness.environment import environment, write_json
-from headq_ao.evals.harness.scoring import NothingPackedError, exact_logprobs, score
+from headq_ao.evals.harness.scoring import exact_logprobs, score
 from headq_ao.evals.harness.subjects import BACKENDS, Subject
 from headq_ao.evals.harness.table import measured, number, text_table
 
@@ -34,7 +35,7 @@ examples:
 
 Each row is scored teacher-forced: --prefill tokens in one exact call, the rest in chunks of --chunk that read the
 cache. KL is that of the next-token distribution to the same model with an exact cache, in nats. The run fails when
-nothing was read from packed rows, since it would then have scored the exact cache.
+nothing was read from packed tokens, since it would then have scored the exact cache.
 """
 
 
@@ -64,7 +65,7 @@ def evaluate(
         ``memory_bytes`` as plain data.
 
     Raises:
-        NothingPackedError: when no packed row was read.
+        NothingPackedError: when no packed token was read.
     """
     with subject.on(model) as make_cache:
         result = score(
@@ -242,7 +243,7 @@ def show(result: dict[str, Any]) -> str:
         ],
     ]
     foot = (
-        f"{100 * s['packed_fraction']:.0f} % of the rows read were packed; "
+        f"{100 * s['packed_fraction']:.0f} % of the tokens read were packed; "
         f"{report['exact_rows']:.0f} of a sequence's {report['tokens']:.0f} rows are exact (sinks and newest tokens)"
     )
     return "\n".join([head, "", text_table(header, rows), "", foot])

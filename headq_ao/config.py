@@ -4,7 +4,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Callable, Container
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
@@ -12,7 +12,7 @@ from torchao.core.config import ALLOWED_AO_MODULES, AOBaseConfig
 
 from headq_ao.ops.layout import PIECES, granule
 
-CodecName = Literal["visible", "affine"]
+CodecName = Literal["whitened", "affine"]
 Basis = Literal["query_pca", "score_optimal", "key_pca", "random"]
 Adapt = Literal["off", "prompt"]
 
@@ -53,13 +53,14 @@ OF_HEADQ = (
     "basis",
     "sign",
     "rotation",
-    "key_gauge",
+    "subtract_key_mean",
     "unbiased_scale",
     "v_group_size",
     "adapt",
     "prior_tokens",
-    "epoch_tokens",
+    "warmup_tokens",
 )  # what shapes HeadQ's own codec
+OLD_NAMES = ("key_gauge", "epoch_tokens")  # of subtract_key_mean and warmup_tokens
 UNIFORM_ONLY = ("k_bits", "v_bits", "key_codec", "value_codec")  # given one of these, no bits are shared by default
 
 
@@ -71,7 +72,7 @@ class CalibrationLike(Protocol):
 
     @property
     def suffices(self) -> bool:
-        """Whether it rests on enough tokens to be used."""
+        """Whether it was made of enough tokens to be used."""
         ...
 
     def check_model(self, fingerprint: dict[str, Any]) -> None:
@@ -101,42 +102,45 @@ class HeadQConfig(AOBaseConfig):
 
     Args:
         k_bits, v_bits: code bits per coordinate, 1 to 6 or 8; ``None`` keeps that side exact.
-        mean_bits: code bits per coordinate, as a mean over KV heads and packed sides, shared by what each head does
-            with errors; needs a calibration, ``k_bits`` and ``v_bits`` hold without one. ``None``: ``k_bits`` and
+        mean_bits: code bits per coordinate, as a mean over KV heads and packed sides, allocated to heads by their
+            sensitivity; needs a calibration, ``k_bits`` and ``v_bits`` hold without one. ``None``: ``k_bits`` and
             ``v_bits`` hold with one too, which is the default where either of them or a codec is given.
-        key_codec, value_codec: ``"visible"``: the same bits for each coordinate of the whitened, rotated row, codes
-            chosen by error feedback; ``"affine"``: nearest codes of the rotated row. Values of a model without a
+        key_codec, value_codec: ``"whitened"``: the same bits for each coordinate of the whitened, rotated token, codes
+            chosen by error feedback; ``"affine"``: nearest codes of the rotated token. Values of a model without a
             calibration are always coded as ``"affine"``.
-        whitening: power τ of the whitening ``C^{−τ/2}`` (``"visible"``), 0 to 1.
-        error_feedback: choose codes for a small error where it is seen (``"visible"``); False: nearest codes.
-        k_zero_point, v_zero_point: store a zero beside the scale (min-max range of the row); without it the levels
-            stand around the key gauge (keys) or zero (values) and the row saves 16 bits.
-        rank, side_bits: size of the side code of the key's error, 0: none; ``rank=None`` is 0 with ``"visible"`` keys,
+        whitening: power τ of the whitening ``C^{−τ/2}`` (``"whitened"``), 0 to 1.
+        error_feedback: round with GPTQ-style error feedback, so that the error falls in directions that queries do not
+            use (``"whitened"``); False: nearest codes.
+        k_zero_point, v_zero_point: store a zero beside the scale (min-max range of the token); without it the levels
+            stand around the mean (keys) or zero (values) and the token saves 16 bits.
+        rank, side_bits: size of the side code of the key's error, 0: none; ``rank=None`` is 0 with ``"whitened"`` keys,
             where it does not pay, and a quarter of head_dim in steps of 16 (at least 16) with ``"affine"`` ones.
         basis: of the side code. ``"query_pca"``: top eigenvectors of ``E[q qᵀ]`` (the paper);
             ``"score_optimal"``: best rank-R pair for the score error; ``"key_pca"``, ``"random"``: controls.
         sign: ``+1``; ``-1`` adds the correction with the wrong sign (control).
         rotation: quantize in a Hadamard-rotated basis.
-        key_gauge: subtract a per-head mean from keys, which softmax cannot see.
-        unbiased_scale: without a zero, store the scale that makes ``⟨y, ŷ⟩ = ‖y‖²`` (in the metric of error feedback,
-            where there is one): codes of least error shrink a row, and shrinkage does not average out over tokens.
+        subtract_key_mean: subtract a per-head mean from keys, which the softmax cancels.
+        unbiased_scale: without a zero, store the scale that makes ``⟨y, ŷ⟩ = ‖y‖²`` (under error feedback's
+            hessian, where there is one): codes of least error shrink a token, and that does not average out.
         v_group_size: coordinates of a value that share a scale; ``None`` is ``head_dim``.
         n_sink: first tokens of each sequence kept exact.
         residual_length: newest tokens kept exact, at least; up to ``residual_length + block_size − 1``.
         block_size: tokens packed at a time: 16, 32, 64 or 128.
         calibration: a :class:`headq_ao.Calibration`, the path of a saved one, or None: statistics then come from
-            each sequence's own first tokens, of visible keys with turned copies (:mod:`headq_ao.calibration.rope`).
-            Only a path fits into JSON (torchao's ``config_to_dict``). One that rests on too few effective tokens
+            each sequence's own first tokens, of whitened keys with rotated copies (:mod:`headq_ao.calibration.rope`).
+            Only a path fits into JSON (torchao's ``config_to_dict``). One of too few effective tokens
             (:attr:`headq_ao.Calibration.suffices`) is not used, with a warning: all is as without.
-        adapt: with a calibration, ``"off"`` takes it as it is, ``"prompt"`` as a prior for the key gauge, which each
+        adapt: with a calibration, ``"off"`` takes it as it is, ``"prompt"`` as a prior for the key mean, which each
             prompt refines: 0 to 5 % less KL for a second segment to read.
         prior_tokens: how many tokens the calibration counts as under ``adapt="prompt"``.
-        epoch_tokens: tokens after which a sequence's own statistics are used; ``None`` is ``max(256, 4·head_dim)``.
+        warmup_tokens: tokens after which a sequence's own statistics are used; ``None`` is ``max(256, 4·head_dim)``.
         check_finite: raise on non-finite keys or values; ``None``: on the CPU only.
         seed: of the random basis.
         codec: the name of a registered codec (:mod:`headq_ao.codecs.registry`) that takes the place of HeadQ's own,
             whose options must then be left out; ``None``: HeadQ's.
         codec_options: of that codec by name, plain data.
+        key_gauge, epoch_tokens: old names of ``subtract_key_mean`` and ``warmup_tokens``, for one version, as
+            ``"visible"`` is of ``"whitened"``.
 
     Raises:
         ValueError: on a value that is of the wrong kind, out of range, or does not fit the others.
@@ -152,8 +156,8 @@ class HeadQConfig(AOBaseConfig):
     k_bits: int | None = _default(2)
     v_bits: int | None = _default(2)
     mean_bits: float | None = _default(PRESETS[DEFAULT]["mean_bits"])
-    key_codec: CodecName = _default("visible")  # noqa: RUF009, a str
-    value_codec: CodecName = _default("visible")  # noqa: RUF009
+    key_codec: CodecName = _default("whitened")  # noqa: RUF009, a str
+    value_codec: CodecName = _default("whitened")  # noqa: RUF009
     whitening: float = 0.75
     error_feedback: bool = True
     k_zero_point: bool = False
@@ -163,7 +167,7 @@ class HeadQConfig(AOBaseConfig):
     basis: Basis = "query_pca"
     sign: int = 1
     rotation: bool = True
-    key_gauge: bool = True
+    subtract_key_mean: bool = True
     unbiased_scale: bool = True
     v_group_size: int | None = None
     n_sink: int = 4
@@ -172,16 +176,19 @@ class HeadQConfig(AOBaseConfig):
     calibration: CalibrationLike | str | os.PathLike[str] | None = None
     adapt: Adapt = "off"
     prior_tokens: int = 256
-    epoch_tokens: int | None = None
+    warmup_tokens: int | None = None
     check_finite: bool | None = None
     seed: int = 0
     codec: str | None = None
     codec_options: dict[str, Any] | None = None
     version: int = CONFIG_VERSION
+    key_gauge: InitVar[bool | None] = None
+    epoch_tokens: InitVar[int | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, key_gauge: bool | None, epoch_tokens: int | None) -> None:
         fields = dataclasses.fields(self)
         given = {f.name for f in fields if getattr(self, f.name) is not f.default}
+        self._take_old_names({"subtract_key_mean": key_gauge, "warmup_tokens": epoch_tokens})
         if given & set(UNIFORM_ONLY) and "mean_bits" not in given:
             object.__setattr__(self, "mean_bits", None)
         for f in fields:
@@ -192,13 +199,20 @@ class HeadQConfig(AOBaseConfig):
         self._check_together()
         self._check_codec()
 
+    def _take_old_names(self, named: dict[str, Any]) -> None:
+        """Values by a field's new name that came under its old one, and the old name of a codec."""
+        codecs = {name: "whitened" for name in ("key_codec", "value_codec") if getattr(self, name) == "visible"}
+        for name, value in ({n: v for n, v in named.items() if v is not None} | codecs).items():
+            object.__setattr__(self, name, value)
+
     def _check_kinds(self) -> None:
         """Raise ValueError on a value that is none of a field's choices."""
         for name, choice in {"key_codec": CodecName, "value_codec": CodecName, "basis": Basis, "adapt": Adapt}.items():
             value = getattr(self, name)
             if not isinstance(value, str) or value not in get_args(choice):
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(choice)))}, got {value!r}")
-        for name in ("k_zero_point", "v_zero_point", "rotation", "key_gauge", "unbiased_scale", "error_feedback"):
+        switches = ("k_zero_point", "v_zero_point", "rotation", "subtract_key_mean", "unbiased_scale", "error_feedback")
+        for name in switches:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.check_finite is not None and not isinstance(self.check_finite, bool):
@@ -249,11 +263,11 @@ class HeadQConfig(AOBaseConfig):
             ("residual_length", 1, MOST),
             ("prior_tokens", 0, MOST),
             ("rank", 0, MOST),
-            ("epoch_tokens", 1, MOST),
+            ("warmup_tokens", 1, MOST),
             ("v_group_size", 1, MOST),
             ("seed", 0, MOST_SEED),
         ):
-            value, optional = getattr(self, name), name in ("rank", "epoch_tokens", "v_group_size")
+            value, optional = getattr(self, name), name in ("rank", "warmup_tokens", "v_group_size")
             if optional and value is None:
                 continue
             if not _whole(value) or value < least:
@@ -267,11 +281,11 @@ class HeadQConfig(AOBaseConfig):
 
     def _check_together(self) -> None:
         """Raise ValueError on options that do not fit each other."""
-        if self.k_zero_point and self.k_bits is not None and self.key_codec == "visible":
-            raise ValueError("k_zero_point=True needs key_codec='affine': visible keys stand around the key gauge")
-        if (self.v_zero_point or self.v_group_size is not None) and self.v_bits and self.value_codec == "visible":
+        if self.k_zero_point and self.k_bits is not None and self.key_codec == "whitened":
+            raise ValueError("k_zero_point=True needs key_codec='affine': whitened keys stand around their mean")
+        if (self.v_zero_point or self.v_group_size is not None) and self.v_bits and self.value_codec == "whitened":
             raise ValueError(
-                "v_zero_point and v_group_size need value_codec='affine': visible values have one scale a row"
+                "v_zero_point and v_group_size need value_codec='affine': whitened values have one scale a token"
             )
         if not self.has_side_code and (self.sign != 1 or self.basis != "query_pca"):
             raise ValueError(
@@ -318,9 +332,9 @@ class HeadQConfig(AOBaseConfig):
         assert self.k_bits is not None
         return (self.k_bits,) * head_dim + (self.side_bits,) * self.side_rank(head_dim)
 
-    def warmup_tokens(self, head_dim: int) -> int:
+    def warmup(self, head_dim: int) -> int:
         """Body tokens, in whole blocks, that a sequence's own statistics are taken from."""
-        tokens = max(256, 4 * head_dim) if self.epoch_tokens is None else self.epoch_tokens
+        tokens = max(256, 4 * head_dim) if self.warmup_tokens is None else self.warmup_tokens
         return math.ceil(tokens / self.block_size) * self.block_size
 
     def check_head_dim(self, head_dim: int) -> None:
@@ -381,7 +395,7 @@ def headq_config(preset: str | None = None, **options: Any) -> HeadQConfig:
     if preset is not None and (not isinstance(preset, str) or preset not in PRESETS):
         raise ValueError(f"preset must be one of {sorted(PRESETS)} or None, got {preset!r}")
     names = [f.name for f in dataclasses.fields(HeadQConfig)]
-    unknown = sorted(set(options) - set(names))
+    unknown = sorted(set(options) - {*names, *OLD_NAMES})
     if unknown:
         raise ValueError(f"unknown option {', '.join(unknown)}; valid options are {', '.join(names)}")
     chosen = dict(PRESETS[DEFAULT if preset is None else preset])

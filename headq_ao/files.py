@@ -54,7 +54,7 @@ class FileKind:
             others = [key.removeprefix("headq_").replace("_", " ") for key in metadata if key.startswith("headq_")]
             other = next((f": it is a {name}" for name in others if name != CHECKSUM.removeprefix("headq_")), "")
             raise ValueError(f"its header has no {self.entry} entry{other}; {self.remedy}")
-        head = json.loads(metadata[self.entry])
+        head: dict[str, Any] = json.loads(metadata[self.entry])
         version = head.get("version") if isinstance(head, dict) else None
         if not isinstance(version, int) or isinstance(version, bool):
             raise ValueError(f"its header has no version, got {version!r}; {self.remedy}")

@@ -5,9 +5,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LayerShape:
-    """One attention layer: ``n_heads`` query and ``n_kv_heads`` key-value heads, ``sliding_window`` tokens or None."""
+    """One attention layer: ``n_heads`` query and ``n_kv_heads`` key-value heads, ``sliding_window`` tokens or None.
+
+    ``value_dim``: of values, where it is not ``head_dim``.
+    """
 
     n_heads: int
     n_kv_heads: int
     head_dim: int
     sliding_window: int | None
+    value_dim: int | None = None
+
+    @property
+    def dims(self) -> tuple[int, int]:
+        """Of a key and of a value."""
+        return self.head_dim, self.head_dim if self.value_dim is None else self.value_dim

@@ -10,9 +10,9 @@ from torchao.core.config import AOBaseConfig
 from torchao.quantization.transform_module import register_quantize_module_handler
 
 from headq_ao.config import HeadQConfig
-from headq_ao.integrations.transformers import attention, hf_quantizer, hooks, loading
+from headq_ao.integrations.transformers import calls, hf_quantizer, hooks, loading
 
-attention.register()
+calls.register()
 loading.register()
 register_quantize_module_handler(HeadQConfig)(hooks.attach)
 _DEFAULT: Any = object()
@@ -27,7 +27,7 @@ def quantize_(
     """Quantize in place: the KV cache with a :class:`HeadQConfig`, anything else as torchao does.
 
     With a HeadQ config the weights stay as they are; every later call that uses a cache keeps it packed. Any other
-    torchao config is handed to ``torchao.quantize_`` with the same arguments. A calibration that rests on too few
+    torchao config is handed to ``torchao.quantize_`` with the same arguments. A calibration of too few
     tokens is not used, with a warning that says how many it takes; the config object is left as it is.
 
     Nothing but the model is changed: other models may hold its config object, so ``model.config`` becomes a copy, the

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from headq_ao import HeadQCache, headq_config, quantize_
 from headq_ao.evals.harness.environment import environment, write_json
 from headq_ao.evals.harness.inputs import DTYPES, SMOLLM2, load
+from headq_ao.integrations.transformers.models import with_cache
 
 EPILOG = """\
 examples:
@@ -38,7 +39,7 @@ def complete(model: Any, tokenizer: Any, prompts: list[str], new: int) -> dict[s
     inputs = inputs.to(model.device)
     cache = HeadQCache(model)
     out = model.generate(
-        **inputs, max_new_tokens=new, do_sample=False, cache=cache, pad_token_id=tokenizer.pad_token_id
+        **inputs, max_new_tokens=new, do_sample=False, **with_cache(cache), pad_token_id=tokenizer.pad_token_id
     )
     texts = tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return {"texts": texts, "cache_bytes": cache.get_memory_footprint()}

@@ -18,6 +18,7 @@ from headq_ao.evals.harness.environment import environment, write_json
 from headq_ao.evals.harness.inputs import DTYPES, SMOLLM2, calibrate_on, load
 from headq_ao.evals.harness.table import fill_readme, markdown_table, measured
 from headq_ao.evals.harness.texts import find_text, token_rows
+from headq_ao.integrations.transformers.models import with_cache
 
 HERE = Path(__file__).resolve().parent
 RESULT = HERE / "results" / "presets" / "presets.json"
@@ -37,7 +38,7 @@ def seconds_of_prefill(model: Any, ids: torch.Tensor, packed: bool) -> tuple[flo
     """Wall and CPU seconds of one prefill of ``ids [1, T]`` into a new cache."""
     cache = HeadQCache(model) if packed else DynamicCache(config=model.config)
     wall, cpu = time.perf_counter(), time.process_time()
-    model(ids, cache=cache, logits_to_keep=1)
+    model(ids, **with_cache(cache), logits_to_keep=1)
     return time.perf_counter() - wall, time.process_time() - cpu
 
 

@@ -18,6 +18,7 @@ from headq_ao.evals.harness.environment import environment, write_json
 from headq_ao.evals.harness.inputs import DTYPES, SMOLLM2, calibrate_on, describe, load
 from headq_ao.evals.harness.table import fill_readme
 from headq_ao.evals.harness.texts import find_text, token_rows
+from headq_ao.integrations.transformers.models import with_cache
 
 HERE = Path(__file__).resolve().parent
 RESULT = HERE / "results" / "prompt_cache"
@@ -50,17 +51,17 @@ def measure(model: Any, ids: torch.Tensor, folder: Path, repeats: int = 5) -> di
 
     def compute() -> HeadQCache:
         cache = HeadQCache(model)
-        model(prompt, cache=cache, logits_to_keep=1)
+        model(prompt, **with_cache(cache), logits_to_keep=1)
         return cache
 
     recompute, cache = timed(compute, 1)
     packed, dense = folder / "packed.safetensors", folder / "dense.safetensors"
     save, _ = timed(lambda: cache.save(packed), 1)
     load_packed, loaded = timed(lambda: HeadQCache.load(packed, model), repeats)
-    equal = torch.equal(model(token, cache=cache).logits, model(token, cache=loaded).logits)
+    equal = torch.equal(model(token, **with_cache(cache)).logits, model(token, **with_cache(loaded)).logits)
     restore_(model)
     exact = DynamicCache(config=model.config)
-    recompute_dense, _ = timed(lambda: model(prompt, cache=exact, logits_to_keep=1), 1)
+    recompute_dense, _ = timed(lambda: model(prompt, **with_cache(exact), logits_to_keep=1), 1)
     rows = {f"{i}.{n}": getattr(x, n).bfloat16() for i, x in enumerate(exact.layers) for n in ("keys", "values")}
     safetensors.torch.save_file(rows, dense)
     load_dense, _ = timed(lambda: {n: t.clone() for n, t in safetensors.torch.load_file(dense).items()}, repeats)

@@ -24,6 +24,7 @@ from headq_ao.evals.harness.inputs import DTYPES, SMOLLM2, calibrate_on, describ
 from headq_ao.evals.harness.subjects import Subject
 from headq_ao.evals.harness.table import fill_readme
 from headq_ao.evals.harness.texts import find_text
+from headq_ao.integrations.transformers.models import with_cache
 
 HERE = Path(__file__).resolve().parent
 RESULT = HERE / "results" / "retrieval" / "retrieval.json"
@@ -213,14 +214,14 @@ def build(
 def prefill(model: Any, cache: Any, ids: Sequence[int], chunk: int = CHUNK) -> None:
     """Compute a context into a cache, in calls of ``chunk`` tokens."""
     for part in torch.tensor([ids], device=model.device).split(chunk, 1):
-        model(part, cache=cache, logits_to_keep=1)
+        model(part, **with_cache(cache), logits_to_keep=1)
 
 
 @torch.no_grad()
 def ask(model: Any, cache: Any, question: Question) -> Tensor:
     """Log-probabilities of the choices, among themselves; the cache is as long as before."""
     ids = torch.tensor([question.ids], device=model.device)
-    logits = model(ids, cache=cache, logits_to_keep=1).logits[0, -1]
+    logits = model(ids, **with_cache(cache), logits_to_keep=1).logits[0, -1]
     cache.crop(-len(question.ids))
     return logits[list(question.choices)].float().log_softmax(-1).cpu()
 
@@ -229,10 +230,10 @@ def answer_all(model: Any, subject: Subject, contexts: Sequence[Context], label:
     """Put a cache on the model, ask everything, take it off.
 
     The exact window of a packed cache stays at least ``residual_length`` less one question long: a question can make a
-    block be packed, and cropping takes the question's exact rows away, not that block's.
+    block be packed, and cropping takes the question's full-precision tokens away, not that block's.
 
     Raises:
-        NothingPackedError: when a packed cache has read no packed row.
+        NothingPackedError: when a packed cache has read no packed token.
     """
     correct = np.zeros((len(contexts), len(contexts[0].questions)))
     nll = np.zeros_like(correct)
@@ -256,7 +257,7 @@ def answer_all(model: Any, subject: Subject, contexts: Sequence[Context], label:
                 read += cache.rows_read[1] - before[1]
                 report = cache.bits_report().to_dict()
     if subject.kind != "exact" and not packed:
-        raise NothingPackedError(f"{label} read no packed row: this would score the exact cache; use longer contexts")
+        raise NothingPackedError(f"{label} read no packed token: this would score the exact cache; use longer contexts")
     bits = None if subject.kind == "exact" else subject.bits(model, report)["body"]
     return Answers(correct, nll, packed / read if read else 0.0, bits)
 
@@ -264,7 +265,7 @@ def answer_all(model: Any, subject: Subject, contexts: Sequence[Context], label:
 def paired_interval(
     x: np.ndarray, reference: np.ndarray, resamples: int = RESAMPLES, seed: int = 0
 ) -> tuple[float, float, float]:
-    """Mean of ``x − reference [contexts, questions]`` and its 95 % interval, contexts drawn anew with replacement."""
+    """Mean of ``x − reference [contexts, questions]`` and its 95 % interval, contexts drawn again with replacement."""
     difference = (x - reference).mean(1)
     drawn = np.random.default_rng(seed).integers(len(difference), size=(resamples, len(difference)))
     low, high = np.quantile(difference[drawn].mean(1), [0.025, 0.975])
@@ -344,7 +345,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--keep",
         action="store_true",
-        help="keep what --json has of caches that are not in --subjects; the exact cache is asked anew and must agree",
+        help="keep what --json has of caches that are not in --subjects; the exact cache is asked again and must agree",
     )
     p.add_argument("--readme", type=Path, help="only put the stored result into this README")
     return p
@@ -455,7 +456,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         entries[name] = summarize(answers, exact, contexts, args.seed) | subject.describe() | config
         half = entries["exact"]["accuracy"] >= 0.5
         if name == "exact" and stored and stored["exact"]["correct"] != entries["exact"]["correct"]:
-            print(f"error: the exact cache answers otherwise than in {args.json}: run all caches anew", file=sys.stderr)
+            print(f"error: the exact cache answers otherwise than in {args.json}: run all caches", file=sys.stderr)
             return 1
         shown = {n: e for n in SUBJECTS if (e := entries.get(n, stored.get(n))) is not None}
         result = {"settings": settings, "exact_at_least_half": half, "subjects": shown, "environment": environment()}

@@ -11,6 +11,7 @@ import torch
 
 from headq_ao import HeadQCache, estimate_memory, headq_config, quantize_
 from headq_ao.evals.harness.inputs import DTYPES, SMOLLM2, load
+from headq_ao.integrations.transformers.models import with_cache
 
 EPILOG = """\
 examples:
@@ -88,7 +89,7 @@ class Server:
     def forward(self, rows: list[list[int]]) -> list[int]:
         """Feed the same number of tokens to each row; the likeliest next token of each."""
         ids = torch.tensor(rows, device=self.model.device)
-        return self.model(ids, cache=self.cache, logits_to_keep=1).logits[:, -1].argmax(-1).tolist()
+        return self.model(ids, **with_cache(self.cache), logits_to_keep=1).logits[:, -1].argmax(-1).tolist()
 
     def serve(self, conversations: list[Conversation], batch_size: int) -> Iterator[Event]:
         """Run all conversations, ``batch_size`` at a time, and yield tokens as they come."""

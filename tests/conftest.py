@@ -13,9 +13,11 @@ import torch
 import transformers
 
 from headq_ao.integrations.transformers import attention
+from tests import older_transformers
 
 VOCAB = 128
 ROOT = Path(__file__).resolve().parents[1]
+older_transformers.install()
 
 
 def load_recipe(name):

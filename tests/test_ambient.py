@@ -21,7 +21,7 @@ from headq_ao import (
 )
 
 ROOT = Path(__file__).resolve().parents[1]
-NEAR_EXACT = {"k_bits": 8, "v_bits": 8, "epoch_tokens": 32, "residual_length": 32, "block_size": 16}
+NEAR_EXACT = {"k_bits": 8, "v_bits": 8, "warmup_tokens": 32, "residual_length": 32, "block_size": 16}
 FILLS = (60, 119)  # nothing is packed yet; blocks are packed, and the next one is nearly full
 
 

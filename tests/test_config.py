@@ -35,8 +35,8 @@ WHOLE = "must be a whole number of at least"
         ({"block_size": 48}, "block_size must be 16, 32, 64 or 128, got 48"),
         ({"block_size": "32"}, "block_size must be 16, 32, 64 or 128, got '32'"),
         ({"v_bits": 3, "block_size": 16}, "block_size must be a multiple of 32 with v_bits=3, got 16"),
-        ({"key_codec": "kivi"}, "key_codec must be one of 'visible', 'affine', got 'kivi'"),
-        ({"value_codec": None}, "value_codec must be one of 'visible', 'affine', got None"),
+        ({"key_codec": "kivi"}, "key_codec must be one of 'whitened', 'affine', got 'kivi'"),
+        ({"value_codec": None}, "value_codec must be one of 'whitened', 'affine', got None"),
         (
             {"basis": "pca"},
             "basis must be one of 'query_pca', 'score_optimal', 'key_pca', 'random', got 'pca'",
@@ -56,7 +56,7 @@ WHOLE = "must be a whole number of at least"
         ({"whitening": None}, "whitening must be a number from 0 to 1, got None"),
         ({"whitening": True}, "whitening must be a number from 0 to 1, got True"),
         ({"error_feedback": 1}, "error_feedback must be True or False, got 1"),
-        ({"k_zero_point": True}, "k_zero_point=True needs key_codec='affine': visible keys stand around the key gauge"),
+        ({"k_zero_point": True}, "k_zero_point=True needs key_codec='affine': whitened keys stand around their mean"),
         ({"v_zero_point": True}, "v_zero_point and v_group_size need value_codec='affine'"),
         ({"v_group_size": 32, "key_codec": "affine"}, "v_zero_point and v_group_size need value_codec='affine'"),
         ({"sign": -1}, "sign=-1 and basis='query_pca' shape the side code, and there is none: give rank (16, say)"),
@@ -66,7 +66,7 @@ WHOLE = "must be a whole number of at least"
         ({"rotation": "no"}, "rotation must be True or False, got 'no'"),
         ({"k_zero_point": 1}, "k_zero_point must be True or False, got 1"),
         ({"v_zero_point": None}, "v_zero_point must be True or False, got None"),
-        ({"key_gauge": 0}, "key_gauge must be True or False, got 0"),
+        ({"subtract_key_mean": 0}, "subtract_key_mean must be True or False, got 0"),
         ({"unbiased_scale": "yes"}, "unbiased_scale must be True or False, got 'yes'"),
         ({"check_finite": 1}, "check_finite must be True, False or None, got 1"),
         ({"n_sink": -1}, f"n_sink {WHOLE} 0, got -1"),
@@ -75,7 +75,7 @@ WHOLE = "must be a whole number of at least"
         ({"residual_length": 64.0}, f"residual_length {WHOLE} 1, got 64.0"),
         ({"prior_tokens": -5}, f"prior_tokens {WHOLE} 0, got -5"),
         ({"rank": -1}, f"rank {WHOLE} 0 or None, got -1"),
-        ({"epoch_tokens": 0}, f"epoch_tokens {WHOLE} 1 or None, got 0"),
+        ({"warmup_tokens": 0}, f"warmup_tokens {WHOLE} 1 or None, got 0"),
         ({"v_group_size": 0}, f"v_group_size {WHOLE} 1 or None, got 0"),
         ({"calibration": 3}, "calibration must be a Calibration, the path of a saved one, or None, got"),
         ({"calibration": b"c.safetensors"}, "calibration must be a Calibration, the path of a saved one, or None, got"),
@@ -104,7 +104,7 @@ WHOLE = "must be a whole number of at least"
         ({"k_bits": np.array([2, 2])}, "k_bits must be 1, 2, 3, 4, 5, 6 or 8, or None (exact), got array([2, 2])"),
         ({"k_bits": np.float32(2)}, "or None (exact), got 2.0"),
         ({"k_bits": "balanced"}, "or None (exact), got 'balanced'"),
-        ({"key_codec": ["visible"]}, "key_codec must be one of 'visible', 'affine', got ['visible']"),
+        ({"key_codec": ["whitened"]}, "key_codec must be one of 'whitened', 'affine', got ['whitened']"),
         ({"basis": np.array(["random", "key_pca"])}, "basis must be one of"),
         ({"version": 2}, "version must be 1, which this headq_ao reads, got 2"),
         ({"version": True}, "version must be 1, which this headq_ao reads, got True"),
@@ -161,8 +161,8 @@ def test_numbers_of_numpy_and_subclasses_become_plain():
 
 
 ALTERNATIVES = {
-    "k_bits": [2, 3, None], "v_bits": [2, 4], "mean_bits": [None, 2.25, 3], "key_codec": ["visible", "affine"],
-    "value_codec": ["visible", "affine"], "n_sink": [0],
+    "k_bits": [2, 3, None], "v_bits": [2, 4], "mean_bits": [None, 2.25, 3], "key_codec": ["whitened", "affine"],
+    "value_codec": ["whitened", "affine"], "n_sink": [0],
 }  # fmt: skip
 
 
@@ -279,14 +279,14 @@ def test_options_that_fit_each_other(options):
 
 def test_defaults_are_the_visible_code():
     config = headq_config()
-    assert (config.key_codec, config.value_codec, config.rank) == ("visible", "visible", None)
+    assert (config.key_codec, config.value_codec, config.rank) == ("whitened", "whitened", None)
     assert (config.whitening, config.error_feedback, config.side_rank(64)) == (0.75, True, 0)
     assert not config.k_zero_point and not config.v_zero_point
 
 
 @pytest.mark.parametrize(
     ("codec", "rank", "expected"),
-    [("affine", None, 16), ("visible", None, 0), *((c, r, r) for c in ("affine", "visible") for r in (0, 5, 64))],
+    [("affine", None, 16), ("whitened", None, 0), *((c, r, r) for c in ("affine", "whitened") for r in (0, 5, 64))],
 )
 def test_rank(codec, rank, expected):
     config = headq_config(key_codec=codec, rank=rank, k_bits=3, side_bits=4)
@@ -300,13 +300,13 @@ def test_rank(codec, rank, expected):
         ({}, 64, 256),
         ({}, 128, 512),
         ({}, 16, 256),
-        ({"epoch_tokens": 100}, 64, 128),  # whole blocks
-        ({"epoch_tokens": 128, "block_size": 16}, 64, 128),
-        ({"block_size": 128, "epoch_tokens": 1}, 64, 128),
+        ({"warmup_tokens": 100}, 64, 128),  # whole blocks
+        ({"warmup_tokens": 128, "block_size": 16}, 64, 128),
+        ({"block_size": 128, "warmup_tokens": 1}, 64, 128),
     ],
 )
 def test_warmup_tokens(options, head_dim, expected):
-    assert headq_config(**options).warmup_tokens(head_dim) == expected
+    assert headq_config(**options).warmup(head_dim) == expected
 
 
 @pytest.mark.parametrize(
@@ -333,9 +333,9 @@ def every_option_changed():
     changed = headq_config(
         k_bits=3, v_bits=None, key_codec="affine", value_codec="affine", whitening=0.5, error_feedback=False,
         k_zero_point=True, v_zero_point=True, rank=8, side_bits=4,
-        basis="score_optimal", sign=-1, rotation=False, key_gauge=False, unbiased_scale=False, v_group_size=16,
+        basis="score_optimal", sign=-1, rotation=False, subtract_key_mean=False, unbiased_scale=False, v_group_size=16,
         n_sink=0, residual_length=32, block_size=64, calibration="a/b.safetensors", adapt="prompt", prior_tokens=1,
-        epoch_tokens=512, check_finite=True, seed=3,
+        warmup_tokens=512, check_finite=True, seed=3,
     )  # fmt: skip
     default = HeadQConfig()
     same = [f.name for f in dataclasses.fields(default) if getattr(changed, f.name) == getattr(default, f.name)]
@@ -399,11 +399,11 @@ def test_each_field_is_documented():
     assert missing == ["version"]
 
 
-@pytest.mark.parametrize("name", ["residual_length", "n_sink", "epoch_tokens"])
+@pytest.mark.parametrize("name", ["residual_length", "n_sink", "warmup_tokens"])
 @pytest.mark.parametrize("room", [32, 4096])
 def test_lengths_of_any_size(tiny, token_ids, monkeypatch, name, room):
     """More exact tokens than there is memory: nothing is packed, and room is made for what comes."""
-    monkeypatch.setattr("headq_ao.cache.layer.ROOM", room)
+    monkeypatch.setattr("headq_ao.cache.state.ROOM", room)
     monkeypatch.setattr("headq_ao.cache.batch.ROOM", room)
     model, ids = tiny(), token_ids(2, 150)
     with torch.no_grad():
@@ -413,3 +413,22 @@ def test_lengths_of_any_size(tiny, token_ids, monkeypatch, name, room):
         logits = torch.cat([model(part, cache=cache).logits for part in ids.split([90] + [1] * 60, 1)], 1)
     assert cache.packed_fraction == 0 and (logits - expected).abs().max() < 1e-4
     assert max(t.shape[2] for t in cache.layers[0].window.tensors()) <= max(room, 150 + 150 // 8) + 4
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ({"key_codec": "visible", "value_codec": "visible"}, {"key_codec": "whitened", "value_codec": "whitened"}),
+        ({"epoch_tokens": 64}, {"warmup_tokens": 64}),
+        ({"key_gauge": False}, {"subtract_key_mean": False}),
+    ],
+    ids=str,
+)
+def test_old_names_are_aliases(old, new):
+    for make in (headq_config, HeadQConfig):
+        config = make(**old)
+        assert config == make(**new) and hash(config) == hash(make(**new)) and vars(config) == vars(make(**new))
+        assert dataclasses.replace(config, seed=3) == make(**new, seed=3)
+    assert config_from_dict(config_to_dict(config)) == config
+    with pytest.raises(ValueError, match="warmup_tokens must be"):
+        headq_config(epoch_tokens=0)

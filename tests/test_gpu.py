@@ -48,7 +48,7 @@ def compare(model, config, tokens, chunks, limit=5e-3):
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "qwen3", "phi3", "gpt_neox", "gpt2"])
 def test_families(tiny, token_ids, family):
-    compare(tiny(family), headq_config(epoch_tokens=32), token_ids(2, PROMPT + STEPS), [PROMPT] + [1] * STEPS)
+    compare(tiny(family), headq_config(warmup_tokens=32), token_ids(2, PROMPT + STEPS), [PROMPT] + [1] * STEPS)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_families(tiny, token_ids, family):
     ids=str,
 )
 def test_settings(tiny, token_ids, options):
-    config = headq_config(epoch_tokens=32, **options)
+    config = headq_config(warmup_tokens=32, **options)
     compare(tiny(head_dim=64), config, token_ids(2, PROMPT + STEPS), [PROMPT] + [1] * STEPS)
 
 
@@ -87,7 +87,7 @@ def test_calibrated(tiny, token_ids, tmp_path, mean_bits):
 @pytest.mark.parametrize("chunk", [8, 40])
 def test_chunks_on_history(tiny, token_ids, chunk):
     """A few queries at once go to the kernels, many to matrix products over unpacked pages."""
-    compare(tiny(head_dim=64), headq_config(epoch_tokens=32), token_ids(2, 290), [130] + [chunk] * 4)
+    compare(tiny(head_dim=64), headq_config(warmup_tokens=32), token_ids(2, 290), [130] + [chunk] * 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -96,7 +96,7 @@ def test_half_precision(tiny, token_ids, dtype):
     model = tiny(head_dim=64).cuda()
     half = copy.deepcopy(model).to(dtype)
     for m in (model, half):
-        quantize_(m, headq_config(epoch_tokens=32))
+        quantize_(m, headq_config(warmup_tokens=32))
     tokens, chunks = token_ids(2, PROMPT + STEPS).cuda(), [PROMPT] + [1] * STEPS
     assert relative(run(half, tokens, chunks)[0], run(model, tokens, chunks)[0]) <= 0.1
 
@@ -109,7 +109,7 @@ def test_padded_batch_and_generate(tiny, token_ids):
     mask[0, :13] = 0
     out = []
     for m in (model, on_gpu):
-        quantize_(m, headq_config(k_bits=8, v_bits=8, epoch_tokens=32))
+        quantize_(m, headq_config(k_bits=8, v_bits=8, warmup_tokens=32))
         ids = {"input_ids": tokens.to(m.device), "attention_mask": mask.to(m.device)}
         out.append(m.generate(**ids, max_new_tokens=24, do_sample=False).cpu())
         out.append(m.generate(**ids, max_new_tokens=24, num_beams=3).cpu())
@@ -119,7 +119,7 @@ def test_padded_batch_and_generate(tiny, token_ids):
 def test_kernels_are_used(tiny, token_ids, monkeypatch):
     """Where the kernels are taken away, the numbers change in their last digits."""
     model = tiny(head_dim=64).cuda()
-    quantize_(model, headq_config(epoch_tokens=32))
+    quantize_(model, headq_config(warmup_tokens=32))
     tokens = token_ids(2, PROMPT + STEPS)
     chunks = [PROMPT] + [1] * STEPS
     found, _ = run(model, tokens, chunks)
@@ -150,7 +150,7 @@ def test_a_step_does_not_wait_for_the_gpu(tiny, token_ids):
 def test_compiled_decoding(tiny, token_ids):
     """One graph, no recompilation, the eager tokens; through Inductor."""
     model = tiny().cuda()
-    quantize_(model, headq_config(k_bits=8, v_bits=8, epoch_tokens=32))
+    quantize_(model, headq_config(k_bits=8, v_bits=8, warmup_tokens=32))
     for seed in (0, 1):
         ids = token_ids(1, 120, seed=seed).cuda()
         eager = model.generate(ids, max_new_tokens=40, do_sample=False)

@@ -45,7 +45,7 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     if codes.shape[-1] * bits % 8:
         raise ValueError(f"{codes.shape[-1]} codes of {bits} bits do not fill whole bytes")
     shifts = torch.arange(bits, device=codes.device)
-    stream = (codes.to(torch.int32)[..., None] >> shifts & 1).flatten(-2).unflatten(-1, (-1, 8))
+    stream: Tensor = (codes.to(torch.int32)[..., None] >> shifts & 1).flatten(-2).unflatten(-1, (-1, 8))
     return (stream << torch.arange(8, device=codes.device)).sum(-1).to(torch.uint8)
 
 
@@ -53,9 +53,11 @@ def unpack_bits(packed: Tensor, bits: int) -> Tensor:
     """:func:`pack_bits`, undone; uint8."""
     if bits in (1, 2, 4):
         shifts = torch.arange(0, 8, bits, device=packed.device, dtype=torch.uint8)
-        return (packed[..., None] >> shifts & (2**bits - 1)).flatten(-2)
-    stream = (packed[..., None] >> torch.arange(8, device=packed.device) & 1).flatten(-2).unflatten(-1, (-1, bits))
-    return (stream << torch.arange(bits, device=packed.device)).sum(-1).to(torch.uint8)
+        whole: Tensor = (packed[..., None] >> shifts & (2**bits - 1)).flatten(-2)
+        return whole
+    stream = (packed[..., None] >> torch.arange(8, device=packed.device) & 1).flatten(-2)
+    codes: Tensor = stream.unflatten(-1, (-1, bits))
+    return (codes << torch.arange(bits, device=packed.device)).sum(-1).to(torch.uint8)
 
 
 class Codec:
@@ -99,14 +101,14 @@ class Affine(Codec):
         group: coordinates per scale along a token, or tokens per scale along a channel.
         per_channel: which of the two.
         rotate: code the row in a Hadamard basis (QuaRot, 2404.00456).
-        gauge: subtract the calibrated mean first.
+        subtract_mean: subtract the calibrated mean first.
     """
 
     bits: int
     group: int
     per_channel: bool = False
     rotate: bool = False
-    gauge: bool = False
+    subtract_mean: bool = False
 
     @property
     def unit(self) -> int:  # type: ignore[override]
@@ -136,13 +138,13 @@ class Affine(Codec):
         return self._out_of(x, frame)
 
     def _into(self, x: Tensor, frame: Frame) -> Tensor:
-        if self.gauge and frame.mean is not None:
+        if self.subtract_mean and frame.mean is not None:
             x = x - frame.mean.unsqueeze(-2)
         return x @ rotation_matrix(x.shape[-1]).to(x) if self.rotate else x
 
     def _out_of(self, x: Tensor, frame: Frame) -> Tensor:
         x = x @ rotation_matrix(x.shape[-1]).to(x).T if self.rotate else x
-        return x + frame.mean.unsqueeze(-2) if self.gauge and frame.mean is not None else x
+        return x + frame.mean.unsqueeze(-2) if self.subtract_mean and frame.mean is not None else x
 
     def _range(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``scale`` and ``zero``: ``[.., n / group, D]`` per channel, ``[.., n, D / group]`` per token."""
@@ -177,18 +179,18 @@ class LloydMax(Codec):
     Args:
         bits: per coordinate.
         seed: of the rotation.
-        gauge: subtract the calibrated mean first.
+        subtract_mean: subtract the calibrated mean first.
     """
 
     bits: int
     seed: int = 0
-    gauge: bool = False
+    subtract_mean: bool = False
 
     def forms(self, head_dim: int) -> dict[str, tuple[tuple[int, ...], torch.dtype, int]]:
         return {"codes": ((head_dim * self.bits // 8,), torch.uint8, 1), "norm": ((), torch.float16, 1)}
 
     def encode(self, x: Tensor, frame: Frame) -> list[Tensor]:
-        x = x.float() if frame.mean is None or not self.gauge else x.float() - frame.mean.unsqueeze(-2)
+        x = x.float() if frame.mean is None or not self.subtract_mean else x.float() - frame.mean.unsqueeze(-2)
         norm = x.norm(dim=-1).half()
         y = (x / norm.float().clamp_min(1e-8)[..., None]) @ random_rotation(x.shape[-1], self.seed).to(x)
         levels = sphere_levels(x.shape[-1], self.bits).to(x)
@@ -199,15 +201,16 @@ class LloydMax(Codec):
         index = unpack_bits(codes, self.bits).long()
         y = sphere_levels(index.shape[-1], self.bits).to(norm.device)[index] * norm.float()[..., None]
         x = y @ random_rotation(y.shape[-1], self.seed).to(y).T
-        return x + frame.mean.unsqueeze(-2) if self.gauge and frame.mean is not None else x
+        return x + frame.mean.unsqueeze(-2) if self.subtract_mean and frame.mean is not None else x
 
 
 @functools.lru_cache(maxsize=32)
 def random_rotation(head_dim: int, seed: int) -> Tensor:
     """A Haar-random orthogonal ``[D, D]``."""
-    normal = torch.randn(head_dim, head_dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    normal: Tensor = torch.randn(head_dim, head_dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     q, r = torch.linalg.qr(normal)
-    return (q * r.diagonal().sign()).float()
+    rotation: Tensor = q * r.diagonal().sign()
+    return rotation.float()
 
 
 @functools.lru_cache(maxsize=32)
@@ -223,7 +226,7 @@ def sphere_levels(head_dim: int, bits: int, iterations: int = 300) -> Tensor:
     weight = (1 - x.square()).clamp_min(0).pow((head_dim - 3) / 2)
     mass, moment = weight.cumsum(0), (weight * x).cumsum(0)
     k = 2**bits
-    levels = torch.linspace(-1, 1, k + 2, dtype=torch.float64)[1:-1] * 3 / head_dim**0.5
+    levels: Tensor = torch.linspace(-1, 1, k + 2, dtype=torch.float64)[1:-1] * 3 / head_dim**0.5
     zero = x.new_zeros(1)
     for _ in range(iterations):
         edges = torch.searchsorted(x, (levels[1:] + levels[:-1]) / 2)
@@ -274,7 +277,7 @@ class LowRank(Codec):
 
     def decode(self, packed: Sequence[Tensor], frame: Frame) -> Tensor:
         *base, a, b = packed
-        low_rank = a.float().unflatten(-2, (-1, self.block)) @ b.float().transpose(-1, -2)
+        low_rank: Tensor = a.float().unflatten(-2, (-1, self.block)) @ b.float().transpose(-1, -2)
         return self.base.decode(base, frame) + low_rank.flatten(-3, -2)
 
     def scores(self, q: Tensor, packed: Sequence[Tensor], frame: Frame) -> Tensor:
@@ -286,8 +289,9 @@ class LowRank(Codec):
 
 def query_span(q: Tensor, n_kv_heads: int, rank: int) -> Tensor:
     """The top right singular directions of a prompt's queries ``q [B, Hq, S, D]``: ``[B, Hkv, D, rank]`` fp16."""
-    rows = q.double().unflatten(1, (n_kv_heads, -1)).flatten(2, 3)
-    return torch.linalg.eigh(rows.transpose(-1, -2) @ rows).eigenvectors[..., -rank:].half()
+    rows: Tensor = q.double().unflatten(1, (n_kv_heads, -1)).flatten(2, 3)
+    directions: Tensor = torch.linalg.eigh(rows.transpose(-1, -2) @ rows).eigenvectors
+    return directions[..., -rank:].half()
 
 
 def error_factor(span: Tensor, weight: float) -> Tensor:
@@ -305,4 +309,5 @@ def error_factor(span: Tensor, weight: float) -> Tensor:
     """
     outer = span @ span.transpose(-1, -2)
     inverse = torch.eye(span.shape[-2], dtype=span.dtype, device=span.device) - weight / (1 + weight) * outer
-    return torch.linalg.cholesky(inverse, upper=True)
+    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return factor

@@ -35,7 +35,7 @@ class Pair(TokenCodec):
         self.query_rank, self.query_weight = query_rank, query_weight
         self.granularity = math.lcm(*(codec.unit for codec in (keys, values) if codec is not None))
         self.prompt = query_rank > 0
-        if layer.moments is not None and getattr(keys, "gauge", False):
+        if layer.moments is not None and getattr(keys, "subtract_mean", False):
             self.fixed = {"key_mean": layer.moments.k_mean[None].float()}
 
     def forms(self) -> dict[str, Form]:
@@ -119,19 +119,19 @@ def per_token(layer: LayerContext, *, k_bits: int | None, v_bits: int | None, gr
 
 @register("hadamard")
 def hadamard(
-    layer: LayerContext, *, k_bits: int | None, v_bits: int | None, group: int = 64, gauge: bool = False
+    layer: LayerContext, *, k_bits: int | None, v_bits: int | None, group: int = 64, subtract_mean: bool = False
 ) -> TokenCodec:
-    """Per token in a Hadamard basis (QuaRot, 2404.00456); with ``gauge`` the calibrated mean is taken off the keys."""
-    keys = None if k_bits is None else Affine(k_bits, group, rotate=True, gauge=gauge)
+    """Per token in a Hadamard basis (QuaRot, 2404.00456); ``subtract_mean``: keys without the calibrated mean."""
+    keys = None if k_bits is None else Affine(k_bits, group, rotate=True, subtract_mean=subtract_mean)
     return Pair(layer, keys, None if v_bits is None else Affine(v_bits, group, rotate=True))
 
 
 @register("turboquant")
 def turboquant(
-    layer: LayerContext, *, k_bits: int | None, v_bits: int | None, gauge: bool = False, seed: int = 0
+    layer: LayerContext, *, k_bits: int | None, v_bits: int | None, subtract_mean: bool = False, seed: int = 0
 ) -> TokenCodec:
     """Norm, random rotation, Lloyd-Max levels (TurboQuant, 2504.19874, without its residual sketch)."""
-    keys = None if k_bits is None else LloydMax(k_bits, seed, gauge)
+    keys = None if k_bits is None else LloydMax(k_bits, seed, subtract_mean)
     return Pair(layer, keys, None if v_bits is None else LloydMax(v_bits, seed))
 
 

@@ -10,7 +10,7 @@ from headq_ao.cache.memory_report import BitsReport
 
 
 class TransformersCache(QuantizedCache):
-    """``QuantizedCache`` of a backend; it quantizes anew all it holds whenever its window is full.
+    """``QuantizedCache`` of a backend; it quantizes all that it holds again whenever its window is full.
 
     Only the counting is added: ``rows_read`` (rows that came back from codes, and all, over layers and queries) and
     :meth:`bits_report`.
@@ -43,7 +43,8 @@ class TransformersCache(QuantizedCache):
     def _coded_rows(layer: Any) -> int:
         """Tokens whose rows are codes now."""
         window = layer.keys.shape[-2] if layer.is_initialized and layer.keys.ndim == 4 else 0
-        return layer.get_seq_length() - window
+        total: int = layer.get_seq_length()
+        return total - window
 
     def bits_report(self) -> BitsReport:
         """Bits of the coded rows: every byte of the quantized tensors over the elements they stand for."""

@@ -143,7 +143,7 @@ class Side:
         return {"bytes": held_bytes(cache), "nll": nll}
 
     def _text(self, model: str, tokens: int) -> Tensor:
-        ids = self.ids["text"] % self.dense[model].config.vocab_size
+        ids: Tensor = self.ids["text"] % self.dense[model].config.vocab_size
         return ids.repeat(-(-tokens // len(ids)))[None, :tokens]
 
     def _prefilled(self, model: str, kind: str, ids: Tensor) -> Any:

@@ -49,7 +49,7 @@ CONTEXTS = (1024, 4096, 16384, 65536)
 THREADS = (1, 2)
 Bits = Mapping[tuple[int, int], int]  # of KV heads with these code bits of keys and values, how many
 MIX = "default"
-# what the default config gives the 90 KV heads of SmolLM2 ("real" of a result has it anew)
+# what the default config gives the 90 KV heads of SmolLM2 ("real" of a result has it again)
 DEFAULT_MIX = (
     "2/2:31", "3/3:16", "1/1:13", "2/1:9", "4/3:6", "3/2:5", "1/2:2", "5/4:2", "3/4:2", "4/4:2", "4/2:1", "2/3:1",
 )  # fmt: skip

@@ -33,6 +33,7 @@ from headq_ao.evals.benchmarks.bench_timing import clock, linear_fit, load_avera
 from headq_ao.evals.harness.environment import environment, write_json
 from headq_ao.evals.harness.inputs import SMOLLM2, describe
 from headq_ao.evals.harness.table import fill_readme, markdown_table
+from headq_ao.integrations.transformers.models import with_cache
 
 CONTEXTS = (1024, 2048, 4096, 8192)
 STEPS = 64
@@ -67,7 +68,7 @@ def filled(models: Models, ids: Tensor) -> dict[str, Any]:
     """A cache of each kind that holds ``ids [1, T]``, by one call each."""
     caches = {kind: new_cache(kind, model) for kind, model in models.items()}
     for kind, cache in caches.items():
-        models[kind](ids, cache=cache, logits_to_keep=1)
+        models[kind](ids, **with_cache(cache), logits_to_keep=1)
     return caches
 
 
@@ -76,9 +77,9 @@ def agreement(models: Models, caches: dict[str, Any], ids: Tensor) -> float:
     """KL in nats between the next tokens of both caches, after one step; the check that lets a run report.
 
     Raises:
-        CheckFailedError: when it is too large, or the packed cache read no packed row.
+        CheckFailedError: when it is too large, or the packed cache read no packed token.
     """
-    logits = [models[kind](ids, cache=caches[kind], logits_to_keep=1).logits[:, -1].double() for kind in CACHES]
+    logits = [models[kind](ids, **with_cache(caches[kind]), logits_to_keep=1).logits[:, -1].double() for kind in CACHES]
     exact, packed = (x.log_softmax(-1) for x in logits)
     kl = float((exact.exp() * (exact - packed)).sum(-1).max())
     if not kl <= KL_LIMIT:
@@ -107,7 +108,7 @@ def decode(models: Models, caches: dict[str, Any], ids: Tensor, steps: int, thre
     for _ in range(steps):
         for kind, model in models.items():
             start = now()
-            model(ids, cache=caches[kind], logits_to_keep=1)
+            model(ids, **with_cache(caches[kind]), logits_to_keep=1)
             times[kind].append(1e3 * (now() - start))
     result: dict[str, Any] = {
         kind: {
@@ -129,7 +130,7 @@ def prefill(models: Models, ids: Tensor, repeats: int, threads: int) -> dict[str
         for kind, model in models.items():
             cache = new_cache(kind, model)
             start = now()
-            model(ids, cache=cache, logits_to_keep=1)
+            model(ids, **with_cache(cache), logits_to_keep=1)
             times[kind].append(now() - start)
     ratio = statistics.median(b / a for a, b in zip(times["dense"], times["packed"], strict=True))
     middle = {kind: statistics.median(x) for kind, x in times.items()}

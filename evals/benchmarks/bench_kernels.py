@@ -46,11 +46,12 @@ def library() -> ctypes.CDLL:
 
 def code_path() -> str:
     """The instruction set that the bf16 kernel was compiled for."""
-    return library().bench_code_path().decode()
+    path: bytes = library().bench_code_path()
+    return path.decode()
 
 
 def bf16_decode(q: Tensor, k: Tensor, v: Tensor, scaling: float, portable: bool = False) -> Tensor:
-    """Attention of one token over bf16 rows: each KV head is read once for all its query heads, fp32 sums.
+    """Attention of one token over bf16 tokens: each KV head is read once for all its query heads, fp32 sums.
 
     ``o = Σ_j softmax_j(scaling · q·k_j) v_j``, by ``torch.get_num_threads()`` threads over heads and token ranges that
     log-sum-exp joins.

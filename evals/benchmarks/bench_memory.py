@@ -18,6 +18,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from headq_ao import Calibration, HeadQCache, calibrate, headq_config, quantize_
 from headq_ao.evals.harness.inputs import calibrate_on, load
 from headq_ao.evals.harness.texts import find_text
+from headq_ao.integrations.transformers.models import with_cache
 
 TINY = "tiny"
 TINY_VOCABULARY = 512
@@ -30,7 +31,7 @@ def load_model(name: str, max_length: int) -> tuple[Any, Any]:
     """A model in fp32 and its tokenizer: ``"tiny"``, a random Llama without one, or what an evaluation loads.
 
     Raises:
-        ValueError, OSError, ModuleNotFoundError: when it is not to be had.
+        ValueError, OSError, ModuleNotFoundError: when it is missing.
     """
     if name != TINY:
         return load(name, None, torch.float32)
@@ -117,17 +118,17 @@ def measure(model: Any, kind: str, ids: Tensor) -> dict[str, int]:
     resident = Resident()
     warm = new_cache(kind, model)
     for _ in range(2):
-        model(ids[:, :32], cache=warm, logits_to_keep=1)
+        model(ids[:, :32], **with_cache(warm), logits_to_keep=1)
     del warm
     found = {"before": resident.now()}
     resident.restart()
     cache = new_cache(kind, model)
-    model(ids, cache=cache, logits_to_keep=1)
+    model(ids, **with_cache(cache), logits_to_keep=1)
     found["prefill_peak"] = resident.peak()
     resident.now()
     resident.restart()
     for _ in range(STEPS):
-        model(ids[:, -1:], cache=cache, logits_to_keep=1)
+        model(ids[:, -1:], **with_cache(cache), logits_to_keep=1)
     return found | {"decode_peak": resident.peak(), "after": resident.now(), "cache": held_bytes(cache)}
 
 

@@ -12,7 +12,7 @@ from headq_ao.evals.benchmarks.bench_rows import LIMIT, check, exact_attention, 
 from headq_ao.evals.harness.inputs import load
 from headq_ao.evals.harness.replay import attention_scaling, each_layer
 from headq_ao.evals.harness.texts import find_text, token_rows
-from headq_ao.integrations.transformers.attention import headq_attention
+from headq_ao.integrations.transformers.calls import headq_attention
 from headq_ao.integrations.transformers.models import attention_modules
 
 REAL_TOKENS = 1024
@@ -39,9 +39,9 @@ def layer_errors(model: Any, ids: Tensor) -> list[float]:
         old, new = slice(0, tokens - NEW), slice(tokens - NEW, tokens)
         layer.update(k[:, :, old], v[:, :, old])
         layer.commit(q[:, :, old], scaling)
-        history = layer.update(k[:, :, new], v[:, :, new])
+        keys, values = layer.update(k[:, :, new], v[:, :, new])
         k_hat, v_hat = (x[0] for x in layer.dequantize())
-        out, _ = headq_attention(module, q[:, :, new], *history, None, scaling)
+        out, _ = headq_attention(module, q[:, :, new], keys, values, None, scaling)
         outs, exact = [], []
         for s in range(NEW):
             seen = tokens - NEW + s + 1
@@ -49,7 +49,7 @@ def layer_errors(model: Any, ids: Tensor) -> list[float]:
             exact.append(exact_attention(query, k_hat[:, :seen], v_hat[:, :seen], scaling).flatten(0, 1))
             outs.append(out[0, s])
         errors[i] = relative_error(torch.stack(outs), torch.stack(exact))
-        cache.reset()  # the next layer starts anew, and layers share their lengths
+        cache.reset()  # the next layer starts again, and layers share their lengths
 
     each_layer(model, ids, receive)
     return [errors[i] for i in sorted(errors)]
@@ -60,7 +60,7 @@ def real_error(name: str, tokens: int) -> dict[str, Any]:
 
     Raises:
         CheckFailedError: when a layer is above the limit.
-        ValueError, OSError, ModuleNotFoundError: when model or text are not to be had.
+        ValueError, OSError, ModuleNotFoundError: when the model or the text is missing.
     """
     model, tokenizer = load(name, None, torch.float32)
     ids = token_rows(tokenizer, find_text("bundled", "report"), 1, tokens)

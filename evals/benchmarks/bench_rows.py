@@ -166,10 +166,13 @@ def random_packed(shape: Shape, tokens: int, k_bits: int, v_bits: int, seed: int
 def packed_pages(
     layout: PageLayout, tokens: int, k: Tensor, v: Tensor, key_encoder: Encoder, value_encoder: Encoder
 ) -> PagedKV:
-    """A cache of one sequence of so many packed tokens, ``k`` and ``v`` over and over."""
+    """A cache of one sequence of ``tokens`` packed tokens, ``k`` and ``v`` over and over."""
     columns, given = tokens // PAGE, k.shape[2]
     pages = layout.allocate(columns + 1, torch.float32, torch.device("cpu"))
-    length = lambda n: torch.full((1,), n, dtype=torch.int64)  # noqa: E731
+
+    def length(n: int) -> Tensor:
+        return torch.full((1,), n, dtype=torch.int64)
+
     window_k, window_v = (torch.zeros(1, layout.kv_heads, 1, d) for d in (layout.key_dim, layout.value_dim))
     table = torch.arange(1, columns + 1, dtype=torch.int32)[None]
     empty = PagedKV(pages, layout.spec, table, None, length(0), length(0), length(given), window_k, window_v, 0)

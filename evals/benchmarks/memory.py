@@ -14,6 +14,7 @@ from headq_ao import HeadQCache, headq_config, quantize_
 from headq_ao.evals.harness.environment import environment, write_json
 from headq_ao.evals.harness.inputs import DTYPES, SMOLLM2, calibrate_on, call_spans, describe, load
 from headq_ao.evals.harness.texts import find_text, token_rows
+from headq_ao.integrations.transformers.models import with_cache
 
 
 @torch.no_grad()
@@ -31,7 +32,7 @@ def measure(model: Any, ids: torch.Tensor, prefill: int, chunk: int, progress: b
     """
     cache = HeadQCache(model)
     for start, stop in tqdm(list(call_spans(prefill, ids.shape[1], chunk)), disable=not progress):
-        model(ids[:, start:stop], cache=cache, logits_to_keep=1)
+        model(ids[:, start:stop], **with_cache(cache), logits_to_keep=1)
     dense = sum(
         2 * ids.shape[1] * layer.shape.n_kv_heads * layer.shape.head_dim * model.dtype.itemsize
         for layer in cache.layers
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("--model", default=SMOLLM2, help="'smollm2' or what transformers loads (default: %(default)s)")
-    add("--dtype", choices=DTYPES, default="bfloat16", help="of model and exact rows (default: %(default)s)")
+    add("--dtype", choices=DTYPES, default="bfloat16", help="of model and full-precision tokens (default: %(default)s)")
     add("--text", default="wikitext", help="'bundled', 'wikitext' (HEADQ_WIKITEXT) or a file (default: %(default)s)")
     add("--tokens", type=int, default=4096, help="length of the sequence (default: %(default)s)")
     add("--prefill", type=int, default=1024, help="tokens of the first call (default: %(default)s)")

@@ -157,7 +157,7 @@ def _others(head_dim: int) -> Iterator[Perturbation]:
         for group in (32, 64, 128):
             codec = Affine(bits, group, per_channel=True)
             yield method("per channel", f"{bits} bits, G={group}", codec, lambda s: Frame())
-        yield method("Lloyd-Max", f"{bits} bits", LloydMax(bits, gauge=True), mean)
+        yield method("Lloyd-Max", f"{bits} bits", LloydMax(bits, subtract_mean=True), mean)
     for group in (32, 64):
         yield method("SQuat-like", f"2 bits, G={group}", Affine(2, group, per_channel=True), span)
 
@@ -226,7 +226,9 @@ def key_directions(s: States, rank: int) -> Tensor:
 
 def random_directions(s: States, rank: int) -> Tensor:
     """A random orthonormal basis ``[Hkv, D, R]``."""
-    return torch.linalg.qr(torch.randn(s.k.shape[0], s.k.shape[-1], rank, generator=s.generator))[0].to(s.k)
+    normal = torch.randn(s.k.shape[0], s.k.shape[-1], rank, generator=s.generator)
+    basis: Tensor = torch.linalg.qr(normal).Q
+    return basis.to(s.k)
 
 
 def by_attention(s: States, share: float, most: bool) -> Tensor:
@@ -239,7 +241,8 @@ def by_attention(s: States, share: float, most: bool) -> Tensor:
 def orthogonal_to_queries(s: States) -> Tensor:
     """An orthonormal basis of the directions that no judging query sees, ``[Hkv, D, D − G·S]``."""
     asked = s.q.flatten(1, 2).double()  # [Hkv, G·S, D]
-    return torch.linalg.qr(asked.transpose(-1, -2), mode="complete")[0][..., asked.shape[1] :].to(s.k)
+    basis: Tensor = torch.linalg.qr(asked.transpose(-1, -2), mode="complete").Q
+    return basis[..., asked.shape[1] :].to(s.k)
 
 
 def headq_error(s: States, config: HeadQConfig) -> tuple[Tensor, float]:

@@ -73,7 +73,8 @@ def output_projection(module: nn.Module) -> Callable[[Tensor], Tensor]:
 
             def project(x: Tensor, w: nn.Module = projection, dtype: torch.dtype = dtype) -> Tensor:
                 x = x.to(dtype)
-                return w(x) - w(torch.zeros_like(x[:1, :1]))
+                without_bias: Tensor = w(x) - w(torch.zeros_like(x[:1, :1]))
+                return without_bias
 
             return project
     raise ValueError(f"{type(module).__name__} has no output projection named {', '.join(PROJECTIONS)}")

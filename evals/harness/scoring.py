@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from headq_ao import HeadQCache
 from headq_ao.cache.memory_report import NothingPackedError
+from headq_ao.integrations.transformers.models import with_cache
 
 POSITION_BIN = 64  # positions that one entry of kl_by_position covers at least
 
@@ -82,7 +83,7 @@ def score(
     """Score ``rows [N, T]`` through a cache: prefill ``prefill`` tokens, then chunks of ``chunk``.
 
     Perplexity is over targets ``prefill … T−1``, KL over positions ``prefill … T−1``; what a chunk attends to has been
-    read from the cache. The run fails when no packed row was read.
+    read from the cache. The run fails when no packed token was read.
 
     Args:
         model: with HeadQ (:func:`headq_ao.quantize_`), or as it is together with ``make_cache``.
@@ -94,7 +95,7 @@ def score(
         label: of the progress bar.
 
     Raises:
-        NothingPackedError: when nothing was read from packed rows: the score would be that of the exact cache.
+        NothingPackedError: when nothing was read from packed tokens: the score would be that of the exact cache.
     """
     n, length = rows.shape
     if not 0 < prefill < length:
@@ -110,19 +111,19 @@ def score(
         packable = packable or hasattr(cache, "rows_read")
         batch = slice(first, min(first + batch_size, n))
         ids = rows[batch].to(model.device)
-        logits = model(ids[:, :prefill], cache=cache, logits_to_keep=1).logits
+        logits = model(ids[:, :prefill], **with_cache(cache), logits_to_keep=1).logits
         sums.add(batch, prefill - 1, logits, rows, exact)
         before = getattr(cache, "rows_read", (0, 0))
         for start in range(prefill, length, chunk):
-            logits = model(ids[:, start : start + chunk], cache=cache).logits
+            logits = model(ids[:, start : start + chunk], **with_cache(cache)).logits
             sums.add(batch, start, logits, rows, exact)
             bar.update(logits.shape[0] * logits.shape[1])
         sums.count(before, cache)
     bar.close()
     if packable and sums.packed == 0:
         raise NothingPackedError(
-            f"no packed row was read in {n} rows of {length} tokens: this would score the exact cache; "
-            "use longer rows or a smaller residual_length or epoch_tokens"
+            f"no packed token was read in {n} rows of {length} tokens: this would score the exact cache; "
+            "use longer rows or a smaller residual_length or warmup_tokens"
         )
     return sums.score(chunk)
 

@@ -54,7 +54,7 @@ class Subject:
         self.calibrate(self.calibration)
 
     def calibrate(self, calibration: Calibration | None) -> None:
-        """Set the calibration; options are checked anew."""
+        """Set the calibration; options are checked again."""
         self.calibration = calibration
         self.config: HeadQConfig | None = None
         if self.kind == "headq":
@@ -122,7 +122,7 @@ class Subject:
         return {**sides, "body": body, "at": at}
 
     def memory_bytes(self, model: Any, bits: dict[str, Any], report: dict[str, Any]) -> dict[str, int]:
-        """The whole cache of one sequence at each context of :data:`MEMORY_CONTEXTS`, exact rows in 16 bits."""
+        """The whole cache of a sequence at each of :data:`MEMORY_CONTEXTS`, full-precision tokens in 16 bits."""
         shapes = layer_shapes(model.config)
         width = _width(shapes)
         if self.kind == "exact":

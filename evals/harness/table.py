@@ -15,8 +15,8 @@ MARKERS = re.compile(
 )
 PREDICTORS = {"key_mse": "key mean square error", "score_error": "score error", "fisher_error": "Fisher error"}
 HEADER = (
-    "cache", "method and options", "bits K / V", "at 1k / 4k / 16k", "exact rows", "perplexity", "ratio", "KL (nats)",
-    "flips", "packed",
+    "cache", "method and options", "bits K / V", "at 1k / 4k / 16k", "full-precision tokens", "perplexity", "ratio",
+    "KL (nats)", "flips", "packed",
 )  # fmt: skip
 
 EPILOG = """\
@@ -115,8 +115,8 @@ def results_table(results: Sequence[dict[str, Any]]) -> str:
         f"{first['model']}, {p['dtype']}; {p['rows']} rows of {p['row_length']} tokens of {p['text']}, "
         f"prefill {p['prefill']}, chunks of {p['chunk']}; calibration on {p['calibration_tokens']} tokens of "
         f"{p['calibration']}; exact perplexity {perplexity}. "
-        "± is the standard error over rows; exact rows: sinks and window at the end of a row; packed: share of the "
-        "rows read that were packed ones."
+        "± is the standard error over rows; full-precision tokens: sinks and window at the end of a row; packed: share "
+        "of the tokens read that were packed ones."
     )
     return markdown_table(HEADER, [result_row(result) for result in results], left=2) + "\n\n" + note
 
@@ -159,7 +159,7 @@ def panel_table(folder: Path) -> str:
 
 
 def updated(readme: str, results: Path) -> str:
-    """The text of README.md with each marked table made anew."""
+    """The text of README.md with each marked table made again."""
 
     def table(match: re.Match[str]) -> str:
         folder = results / match["name"]

@@ -25,7 +25,7 @@ examples:
   short items: neutral text before each prompt, so that there is something to read from the packed cache:
     ... --model_args pretrained=smollm2,min_context=512 --tasks headq_choice ...
   or a smaller exact window:
-    ... --model_args pretrained=smollm2,residual_length=16,block_size=16,epoch_tokens=64 ...
+    ... --model_args pretrained=smollm2,residual_length=16,block_size=16,warmup_tokens=64 ...
   several processes on one machine, which split the documents; the results are those of one:
     torchrun --nproc_per_node 2 -m headq_ao.evals.lm_eval run --model headq ...             on CPUs
     accelerate launch --num_processes 4 -m headq_ao.evals.lm_eval run --model headq ...     a GPU each
@@ -41,7 +41,7 @@ examples:
   quantized           false: the exact cache, fed in the same way (true)
 
 The results say under config.headq which share of the rows that scored queries read was packed, task by task. A run
-that read no packed row fails: it would have scored the exact cache.
+that read no packed token fails: it would have scored the exact cache.
 """
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from lm_eval.models.huggingface import HFLM
 
 from headq_ao.calibration.artifact import Calibration
-from headq_ao.config import HeadQConfig, headq_config
+from headq_ao.config import OLD_NAMES, HeadQConfig, headq_config
 from headq_ao.evals.models import smollm2
 
 SMOLLM2 = "smollm2"
@@ -93,7 +93,7 @@ def split_arguments(arguments: dict[str, Any]) -> tuple[Settings, dict[str, Any]
         if arguments.get(name) not in (None, False, "default"):
             raise ModelArgumentError(f"{name} does not go with model=headq: {why}")
     names = hf_names()
-    known = {*names, *REFUSED, *OWN, *CONFIG, "preset", "quantized"}
+    known = {*names, *REFUSED, *OWN, *CONFIG, *OLD_NAMES, "preset", "quantized"}
     unknown = sorted(set(arguments) - known)
     if unknown:
         raise ModelArgumentError(
@@ -103,7 +103,7 @@ def split_arguments(arguments: dict[str, Any]) -> tuple[Settings, dict[str, Any]
     hf = {name: value for name, value in arguments.items() if name in names}
     rest = {name: plain(value) for name, value in arguments.items() if name in known and name not in names}
     own = {name: rest[name] for name in OWN if name in rest}
-    options = {name: rest[name] for name in ("preset", *CONFIG) if name in rest}
+    options = {name: rest[name] for name in ("preset", *CONFIG, *OLD_NAMES) if name in rest}
     text = options.pop("calibration", None) if is_text(options.get("calibration")) else None
     if "calibration_tokens" in own and text is None:
         raise ModelArgumentError("calibration_tokens goes with calibration=TEXT_FILE")

@@ -13,6 +13,7 @@ from headq_ao.evals.lm_eval.arguments import Settings
 from headq_ao.evals.lm_eval.reads import TaskReads, rows_read
 from headq_ao.integrations.transformers.cache import HeadQCache
 from headq_ao.integrations.transformers.model_state import HeadQState
+from headq_ao.integrations.transformers.models import with_cache
 
 PAD = 0  # any id will do: padding is masked, and holds no place in the cache
 
@@ -46,7 +47,9 @@ class Stream:
         self.real = real if self.real is None else torch.cat([self.real, real], 1)
         position = (self.real.long().cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         mask = self.real.long()
-        return self.model(ids, attention_mask=mask, position_ids=position, cache=self.cache, **options).logits
+        out = self.model(ids, attention_mask=mask, position_ids=position, **with_cache(self.cache), **options)
+        logits: Tensor = out.logits
+        return logits
 
     def feed_context(self, ids: Tensor, real: Tensor, settings: Settings) -> None:
         """The first ``settings.prefill`` slots of ``ids [R, S]`` at once, the rest in chunks; no logits are kept."""
@@ -118,7 +121,7 @@ def score(
         >>> model = LlamaForCausalLM(
         ...     LlamaConfig(vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=2)
         ... ).eval()
-        >>> config = headq_config(epoch_tokens=32)
+        >>> config = headq_config(warmup_tokens=32)
         >>> quantize_(model, config)
         >>> reads, context = TaskReads(), tuple(i % 64 for i in range(200))
         >>> answers = score(model, [Request(context, (3,)), Request(context, (4, 5))], Settings(config), reads)

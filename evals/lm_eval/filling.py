@@ -1,4 +1,4 @@
-"""Neutral text in front of short prompts, so that there are packed rows to read."""
+"""Neutral text in front of short prompts, so that there are packed tokens to read."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +26,7 @@ def fill_front(context: str, least: int, tokenizer: Any, encode: Callable[[str],
     ids = tokenizer.encode(text, add_special_tokens=False)
     while True:
         whole, part = divmod(short, len(ids))
-        filled = text * whole + tokenizer.decode(ids[:part]).rstrip() + SEPARATOR + context
+        filled: str = text * whole + tokenizer.decode(ids[:part]).rstrip() + SEPARATOR + context
         missing = least - len(encode(filled))
         if missing <= 0:
             return filled

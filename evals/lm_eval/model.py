@@ -23,6 +23,7 @@ from headq_ao.evals.lm_eval.processes import join_processes
 from headq_ao.evals.lm_eval.reads import TaskReads, check_packed, reads_table, rows_read
 from headq_ao.integrations.transformers.calibrate import calibrate
 from headq_ao.integrations.transformers.estimate import estimate_memory
+from headq_ao.integrations.transformers.models import with_cache
 from headq_ao.quantize import quantize_
 
 logger = logging.getLogger("lm_eval.headq")  # below lm-eval's own, so that its handler and level apply
@@ -220,7 +221,7 @@ class HeadQLM(HFLM):
                     stream.expand([i for i in range(len(rows)) for _ in range(kwargs.get("num_beams", 1))])
             before = rows_read(stream.cache)
             out = super()._model_generate(
-                ids, max_length - pads, stop, attention_mask=real.long(), cache=stream.cache, **kwargs
+                ids, max_length - pads, stop, attention_mask=real.long(), **with_cache(stream.cache), **kwargs
             )
             self._reads.add(stream.cache, before)
             for i, row in zip(rows, out, strict=True):
@@ -257,7 +258,7 @@ class HeadQLM(HFLM):
         ``lm_eval.evaluate``, which does not.
 
         Raises:
-            NothingPackedError: when a packed cache was asked for and no packed row was read.
+            NothingPackedError: when a packed cache was asked for and no packed token was read.
         """
         tasks = {name: task.to_dict() for name, task in self.tasks.items()}
         info = {**self._settings_dict(), "processes": self.processes.num_processes, "tasks": tasks}

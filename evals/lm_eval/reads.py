@@ -5,7 +5,7 @@ from typing import Any
 
 from headq_ao.cache.memory_report import NothingPackedError
 
-WARN_BELOW = 0.5  # packed share of the rows read: less is mostly a score of the exact window
+WARN_BELOW = 0.5  # packed share of the tokens read: less is mostly a score of the exact window
 
 
 @dataclass
@@ -59,10 +59,10 @@ def rows_read(cache: Any) -> tuple[int, int]:
 
 
 def check_packed(tasks: dict[str, TaskReads]) -> list[str]:
-    """One warning per task of which less than half of the rows read were packed.
+    """One warning per task of which less than half of the tokens read were packed.
 
     Raises:
-        NothingPackedError: when no task has read a packed row.
+        NothingPackedError: when no task has read a packed token.
 
     Example:
         >>> from headq_ao.evals.lm_eval.reads import TaskReads, check_packed
@@ -71,10 +71,10 @@ def check_packed(tasks: dict[str, TaskReads]) -> list[str]:
         >>> print(check_packed({"long": TaskReads(1, 0, 8, 10), "short": TaskReads(1, 0, 1, 10)})[0].split(",")[0])
         short: 10 % of the rows that scored queries read were packed
     """
-    remedy = "use longer items, min_context=N, or a smaller window (residual_length=16,block_size=16,epoch_tokens=64)"
+    remedy = "use longer items, min_context=N, or a smaller window (residual_length=16,block_size=16,warmup_tokens=64)"
     if tasks and not any(task.packed for task in tasks.values()):
         raise NothingPackedError(
-            f"no packed row was read in {', '.join(tasks)}: the scores would be those of the exact cache; {remedy}, "
+            f"no packed token was read in {', '.join(tasks)}: the scores would be those of the exact cache; {remedy}, "
             "or say quantized=false"
         )
     return [

@@ -113,7 +113,7 @@ def relative_entropy(a: Tensor, visible: Tensor) -> Tensor:
 
     0: all on one key (also where only one is visible), 1: uniform.
     """
-    entropy = -torch.special.xlogy(a, a).sum(-1)
+    entropy: Tensor = -torch.special.xlogy(a, a).sum(-1)
     return entropy / visible.sum(-1).clamp(min=2).to(a.dtype).log()
 
 

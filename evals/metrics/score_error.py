@@ -100,7 +100,7 @@ class ScoreErrors:
         Args:
             layer: index.
             q: ``[B, Hq, S, D]``.
-            k, v, k_hat, v_hat: exact rows, and as a cache gives them, ``[B, Hkv, T, D]``.
+            k, v, k_hat, v_hat: full-precision tokens, and as a cache gives them, ``[B, Hkv, T, D]``.
             scaling: of the scores.
             window: tokens that a query sees back, itself included; None: all.
             project: the linear output projection ``[B, S, Hq·D] → [B, S, hidden]``; None: no ``output_error``.
@@ -146,7 +146,7 @@ class ScoreErrors:
 
     def _outputs(self, a: Tensor, v: Tensor) -> Tensor:
         """``Σ_j a_j v_j`` of all heads side by side, ``[B, S, Hq·D]``."""
-        o = a.unflatten(1, (-1, self.groups)) @ v[:, :, None]
+        o: Tensor = a.unflatten(1, (-1, self.groups)) @ v[:, :, None]
         return o.flatten(1, 2).transpose(1, 2).flatten(2)
 
     def _count(self, name: str, layer: int, value: Tensor) -> None:
@@ -226,7 +226,7 @@ def score_error(
 
     Raises:
         ValueError: on arguments that do not fit, before any work.
-        NothingPackedError: when no scored query read a packed row.
+        NothingPackedError: when no scored query read a packed token.
 
     Example:
         >>> import torch
@@ -236,7 +236,7 @@ def score_error(
         >>> model = LlamaForCausalLM(
         ...     LlamaConfig(vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=2)
         ... ).eval()
-        >>> quantize_(model, headq_config(epoch_tokens=32))
+        >>> quantize_(model, headq_config(warmup_tokens=32))
         >>> errors = score_error(model, torch.randint(64, (1, 300)), progress=False)
         >>> sorted(errors.to_dict())
         ['flips_by_entropy', 'mean', 'packed_fraction', 'per_head', 'per_layer', 'queries', 'worst_layer']
@@ -253,14 +253,14 @@ def score_error(
             def receive(i: int, q: Tensor, k: Tensor, v: Tensor, cache: Any = cache) -> None:
                 calls = call_spans(prefill, k.shape[2], chunk)
                 feed(errors, i, cache.layers[i], modules[i], projections[i], (q, k, v), calls)
-                cache.reset()  # the next layer starts anew, and layers share their lengths
+                cache.reset()  # the next layer starts again, and layers share their lengths
                 bar.update()
 
             each_layer(model, row[None], receive)
     if errors.packed_fraction == 0:
         raise NothingPackedError(
-            f"no packed row was read in {len(rows)} rows of {rows.shape[1]} tokens: nothing was compared; "
-            "use longer rows or a smaller residual_length or epoch_tokens"
+            f"no packed token was read in {len(rows)} rows of {rows.shape[1]} tokens: nothing was compared; "
+            "use longer rows or a smaller residual_length or warmup_tokens"
         )
     return errors
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from headq_ao.evals.harness.table import number
 from headq_ao.evals.report import text
 from headq_ao.evals.report.choice import BUDGETS, SIDE_CODE, Choice, choose
 from headq_ao.evals.report.data import CONTROLS, Group, Recipe, Setting
@@ -22,7 +23,7 @@ def rivals(choice: Choice, pick: Setting) -> Table:
     rows = [
         [
             f"{role}: {s.name}",
-            text.number(s.bits),
+            number(s.bits),
             text.kl_text(s),
             "1" if s is pick else text.kl_ratio_text(s, pick),
             text.ratio_text(s),
@@ -32,7 +33,15 @@ def rivals(choice: Choice, pick: Setting) -> Table:
         for role, s in roles
         if s is not None
     ]
-    header = ("setting", "bits at 4096", "KL (nats)", "KL over the pick's", "perplexity ratio", "flips", "exact rows")
+    header = (
+        "setting",
+        "bits at 4096",
+        "KL (nats)",
+        "KL over the pick's",
+        "perplexity ratio",
+        "flips",
+        "full-precision tokens",
+    )
     return Table("Beside it (KL ratios: ± over rows, paired)", header, rows)
 
 
@@ -58,7 +67,7 @@ def choice_card(choice: Choice, group: Group, recipes: Sequence[Recipe], exact: 
     if elsewhere:
         words.append(f"The same setting in other recipes: {'; '.join(elsewhere)}.")
     return card | {
-        "pick": {"name": pick.name, "title": pick.title, "bits": text.number(pick.bits), "call": text.call(pick)},
+        "pick": {"name": pick.name, "title": pick.title, "bits": number(pick.bits), "call": text.call(pick)},
         "words": [w for w in words if w],
         "table": rivals(choice, pick),
     }
@@ -79,7 +88,7 @@ def summary(choices: Sequence[Choice], exact: Mapping[int, float] | None) -> Tab
             memory.append("–" if held is None else text.size(held) + times)
         rows.append(
             [
-                *(budget, pick.name, text.number(pick.bits), text.kl_text(pick), text.ratio_text(pick)),
+                *(budget, pick.name, number(pick.bits), text.kl_text(pick), text.ratio_text(pick)),
                 *(text.percent(pick.score["flips"]), *memory),
                 "–" if baseline is None else text.kl_ratio_text(pick, baseline),
             ]
@@ -100,7 +109,7 @@ def compared_chunks(groups: Sequence[Group]) -> Table | None:
         for setting in group.settings if groups.index(first) < i else ():
             for other in first.settings:
                 if other.same_as == setting.same_as:
-                    chunks = [text.number(g.protocol["chunk"], 0) for g in (first, group)]
+                    chunks = [number(g.protocol["chunk"], 0) for g in (first, group)]
                     name = f"{group.model}: {other.name} / {setting.name}"
                     kls = (text.kl_text(other), text.kl_text(setting), text.kl_ratio_text(setting, other))
                     rows.append([name, *chunks, *kls])
@@ -119,7 +128,7 @@ def across_models(groups: Sequence[Group]) -> Table:
                 rows.append([name, "none fits", *["–"] * 5])
                 continue
             against = ("–", "–") if baseline is None else (baseline.name, text.kl_ratio_text(pick, baseline))
-            numbers = (text.number(pick.bits), text.kl_text(pick), text.ratio_text(pick))
+            numbers = (number(pick.bits), text.kl_text(pick), text.ratio_text(pick))
             rows.append([name, pick.name, *numbers, *against])
     header = ("model, budget", "pick", "bits at 4096", "KL (nats)", "perplexity ratio", "best baseline", "KL over it")
     return Table("Does the choice hold on other models?", header, rows, text_columns=(1, 5))

@@ -56,7 +56,8 @@ class Setting:
 
     @property
     def score(self) -> Mapping[str, Any]:
-        return self.data["score"]
+        score: Mapping[str, Any] = self.data["score"]
+        return score
 
     @property
     def kl(self) -> float:
@@ -116,7 +117,8 @@ class Group:
 
     @property
     def protocol(self) -> Mapping[str, Any]:
-        return self.settings[0].data["protocol"]
+        protocol: Mapping[str, Any] = self.settings[0].data["protocol"]
+        return protocol
 
     @property
     def packed(self) -> list[Setting]:

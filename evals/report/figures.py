@@ -139,8 +139,8 @@ def by_context(settings: Sequence[Setting], exact: Mapping[int, float] | None, p
     """Memory by context."""
     curves.memory(settings, exact, path)
     caption = (
-        "The whole cache of one sequence, sinks and window included, in bf16. At short contexts the exact rows weigh "
-        "most."
+        "The whole cache of one sequence, sinks and window included, in bf16. At short contexts full-precision tokens "
+        "weigh most."
     )
     first, longest = settings[0], max(settings[0].memory, default=None)
     if longest is not None:

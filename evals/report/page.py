@@ -7,6 +7,7 @@ from typing import Any
 
 import jinja2
 
+from headq_ao.evals.harness.table import number
 from headq_ao.evals.report import text
 from headq_ao.evals.report.cards import across_models, choice_card, compared_chunks, summary
 from headq_ao.evals.report.choice import choose
@@ -18,7 +19,17 @@ TEMPLATES = Path(__file__).parent / "templates"
 PAGE = "report.html"
 DECIDING = "frontier"
 COLUMNS = (
-    *("setting", "family", "packed", "bits K / V", "at 1k", "at 4k", "at 16k", "exact rows", "rows read packed"),
+    *(
+        "setting",
+        "family",
+        "packed",
+        "bits K / V",
+        "at 1k",
+        "at 4k",
+        "at 16k",
+        "full-precision tokens",
+        "tokens read packed",
+    ),
     *("KL (nats)", "perplexity", "ratio", "flips"),
 )
 
@@ -26,7 +37,7 @@ GroupKey = tuple[str, str]
 
 
 def deciding_group(recipes: Sequence[Recipe]) -> Group | None:
-    """The group that the choice of a setting rests on: the recipe ``frontier``, else most settings to choose from."""
+    """The group that a setting is chosen by: the recipe ``frontier``, else most settings to choose from."""
     groups = [g for r in recipes if r.name != CONTROLS for g in r.groups]
 
     def candidates(group: Group) -> int:
@@ -71,7 +82,7 @@ def setting_row(setting: Setting) -> dict[str, Any]:
         "sides": setting.sides,
         "numbers": [
             (text.body_bits(setting), body),
-            *((text.number(bits), bits) for bits in at),
+            *((number(bits), bits) for bits in at),
             (text.exact_rows(setting), rows),
             ("–" if packed is None else text.percent(packed, 0), packed),
             (text.kl_text(setting), setting.kl),
@@ -127,7 +138,7 @@ def headline_table(group: Group) -> Table:
     shown = [s for s in group.settings if s.data["headline"] or s.kind == "exact"]
     rows = [
         [
-            *(s.title, text.body_bits(s), text.number(s.bits_at(4096)), text.perplexity_text(s), text.ratio_text(s)),
+            *(s.title, text.body_bits(s), number(s.bits_at(4096)), text.perplexity_text(s), text.ratio_text(s)),
             *(text.kl_text(s), text.percent(s.score["flips"])),
         ]
         for s in shown

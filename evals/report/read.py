@@ -36,7 +36,7 @@ def recipe_order(name: str) -> tuple[int, str]:
 
 
 def remake(recipe: str) -> str:
-    """The command that makes a recipe's results anew."""
+    """The command that makes a recipe's results again."""
     return f"python recipes/run.py recipes/{recipe}.yaml --force"
 
 
@@ -70,9 +70,9 @@ def check(data: Any, recipe: str, file_name: str) -> Setting:
     """A setting of the present format, with finite numbers.
 
     Raises:
-        ValueError: naming the file, what it lacks and the command that makes it anew.
+        ValueError: naming the file, what it lacks and the command that makes it again.
     """
-    file, again = f"{recipe}/{file_name}", f"make it anew with: {remake(recipe)}"
+    file, again = f"{recipe}/{file_name}", f"make it again with: {remake(recipe)}"
     if not isinstance(data, dict) or "score" not in data:
         raise ValueError(f"{file} must be a result of recipes/run.py, an object with a score; {again}")
     if "bits" not in data:
@@ -113,7 +113,7 @@ def group_by_model(recipe: str, settings: Sequence[Setting]) -> tuple[Group, ...
                 differ = ", ".join(f"{key} {one.get(key)!r} and {two.get(key)!r}" for key in keys)
                 raise ValueError(
                     f"settings of one frontier must share a protocol; in {recipe}, {first.name} and {other.name} "
-                    f"have {differ}: make them anew with {remake(recipe)}, or give them a recipe of their own"
+                    f"have {differ}: make them again with {remake(recipe)}, or give them a recipe of their own"
                 )
         chunks = list(dict.fromkeys(s.data["protocol"]["chunk"] for s in members))
         for chunk in chunks:
@@ -131,7 +131,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path.parent.name}/{path.name} is not JSON ({error}); delete it or make it anew") from error
+        raise ValueError(f"{path.parent.name}/{path.name} is not JSON ({error}); delete it or make it again") from error
 
 
 def read_recipe(folder: Path) -> Recipe:

@@ -57,7 +57,7 @@ def perplexity_text(setting: Setting) -> str:
 
 
 def body_bits(setting: Setting) -> str:
-    """Bits of packed rows, keys / values."""
+    """Bits of packed tokens, keys / values."""
     sides = [setting.data["bits"].get(side) for side in ("key", "value")]
     return " / ".join("exact" if bits is None else number(bits) for bits in sides)
 

@@ -113,7 +113,7 @@ class Calibration:
 
     @property
     def suffices(self) -> bool:
-        """Whether it rests on as many effective tokens as it takes, or on a number that nobody counted."""
+        """Whether it was made of enough effective tokens, or their number is not known."""
         return self.effective_tokens is None or self.effective_tokens >= self.needed_tokens
 
     def shortage(self) -> str:
@@ -152,8 +152,8 @@ def _same(here: Any, there: Any) -> bool:
 def usable_calibration(
     config: HeadQConfig, fingerprint: dict[str, Any] | None = None
 ) -> tuple[HeadQConfig, Calibration | None]:
-    """A config and its calibration, read where it is a path; without it, and a warning, where the calibration rests on
-    too few tokens to be better than none.
+    """A config and its calibration, read where it is a path; without it, and a warning, where it was made of too
+    few tokens to be better than none.
 
     Args:
         config: with or without a calibration.

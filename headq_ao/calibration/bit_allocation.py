@@ -12,11 +12,11 @@ from torch import Tensor
 from headq_ao.calibration.artifact import Calibration
 from headq_ao.codecs.base import HeadBits
 from headq_ao.codecs.linalg import centred_moment
-from headq_ao.codecs.whitened import visible_codec, visible_value_codec
+from headq_ao.codecs.whitened import whitened_codec, whitened_value_codec
 from headq_ao.config import HeadQConfig
 from headq_ao.layer_shape import LayerShape
 from headq_ao.ops.layout import PIECES, granule
-from headq_ao.statistics.importance import score_tiles
+from headq_ao.statistics.importance import attention, score_tiles
 from headq_ao.statistics.moments import PROFILED_BITS, LayerMoments
 
 Part = TypeVar("Part", bound=Hashable)
@@ -28,7 +28,7 @@ PER_BIT = 0.27  # what a further bit leaves of the error of a fine code; 1/4 in 
 @torch.no_grad()
 def output_errors(
     moments: LayerMoments, q: Tensor, k: Tensor, v: Tensor, scaling: float, *, n_sink: int, window: int | None,
-    every: int, counted: Tensor | None = None,
+    every: int, counted: Tensor | None = None, sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """What coded keys or values change in a layer's output, at each of :data:`PROFILED_BITS`, and the output's energy.
 
@@ -52,19 +52,19 @@ def output_errors(
     keys, values = [], []
     for bits in PROFILED_BITS:
         config = HeadQConfig(k_bits=bits, v_bits=bits)
-        codec = visible_codec(config, c_q, k_mean, centred_moment(k_mean, k_outer))
+        codec = whitened_codec(config, c_q, k_mean, centred_moment(k_mean, k_outer))
         codec = dataclasses.replace(codec, unit=k_unit)
         keys.append(codec.dequantize(*codec.quantize(k, config.unbiased_scale)) - k)
-        of_values = visible_value_codec(config, v_mean, v_outer)
+        of_values = whitened_value_codec(config, v_mean, v_outer)
         of_values = of_values if v_unit is None else of_values.in_unit(v_unit)
         values.append(of_values.dequantize(*of_values.quantize(v)) - v)
     errors, energy = k.new_zeros(k.shape[1], 2, len(PROFILED_BITS)), k.new_zeros(k.shape[1])
     for at, query, s, packed in score_tiles(q, k, scaling, n_sink=n_sink, window=window, every=every):
         shown = 1.0 if counted is None else counted[at, None].to(s.dtype)
-        a = s.softmax(-1)
+        a = attention(s, sinks)
         energy += (shown * torch.einsum("bhgst,bhtd->bhgsd", a, v)).square().sum((0, 2, 3, 4))
         for i, (dk, dv) in enumerate(zip(keys, values, strict=True)):
-            moved = (s + torch.einsum("bhgsd,bhtd->bhgst", query, dk) * packed).softmax(-1) - a
+            moved = attention(s + torch.einsum("bhgsd,bhtd->bhgst", query, dk) * packed, sinks) - a
             for side, (weights, rows) in enumerate(((moved, v), (a * packed, dv))):
                 out = shown * torch.einsum("bhgst,bhtd->bhgsd", weights, rows)
                 errors[:, side, i] += out.square().sum((0, 2, 3, 4))
@@ -86,37 +86,39 @@ def head_bits(config: HeadQConfig, calibration: Calibration | None, shapes: Sequ
     unknown = [i for i, layer in enumerate(calibration.layers) if layer.errors is None]
     if unknown:
         raise ValueError(
-            f"mean_bits={config.mean_bits} shares bits by what heads do with errors, and the calibration has not "
-            "measured that; make it anew with calibrate(...), or give k_bits and v_bits"
+            f"mean_bits={config.mean_bits} allocates bits by the sensitivity of heads, and the calibration has not "
+            "measured that; make it again with calibrate(...), or give k_bits and v_bits"
         )
     sides = [side for side, bits in given.items() if bits is not None]
-    damage: dict[HeadSide, Sequence[float]] = {
+    sensitivity: dict[HeadSide, Sequence[float]] = {
         (i, side, h): errors
         for i, layer in enumerate(calibration.layers)
         for side in sides
         for h, errors in enumerate(layer.relative_errors("kv".index(side)))
     }
-    damage = cautious(damage, calibration)
+    sensitivity = cautious(sensitivity, calibration)
     levels = {side: config.levels(side) for side in sides}
-    bits = share_bits(damage, {part: levels[part[1]] for part in damage}, config.mean_bits)
+    bits = allocate_bits(sensitivity, {part: levels[part[1]] for part in sensitivity}, config.mean_bits)
     of = {
         (i, side): tuple(bits[i, side, h] for h in range(s.n_kv_heads)) for i, s in enumerate(shapes) for side in sides
     }
     return [HeadBits(of.get((i, "k"), ()), of.get((i, "v"), ())) for i in range(layers)]
 
 
-def cautious(damage: Mapping[HeadSide, Sequence[float]], calibration: Calibration) -> dict[HeadSide, Sequence[float]]:
-    """What heads do with errors, pulled towards the (geometric) mean of their side where the calibration is small.
+def cautious(
+    sensitivity: Mapping[HeadSide, Sequence[float]], calibration: Calibration
+) -> dict[HeadSide, Sequence[float]]:
+    """The sensitivity of heads, pulled towards the (geometric) mean of their side where the calibration is small.
 
     Args:
-        damage: of each ``(layer, side, head)`` at 1, 2, 3 and 4 bits.
+        sensitivity: of each ``(layer, side, head)`` at 1, 2, 3 and 4 bits.
         calibration: that they were measured with.
     """
     share = max((layer.doubt for layer in calibration.layers), default=0.0)  # the same in all
     if not share:
-        return dict(damage)
+        return dict(sensitivity)
     exact: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
-    logs = {part: torch.tensor(d, **exact).clamp(min=1e-30).log() for part, d in damage.items()}
+    logs = {part: torch.tensor(d, **exact).clamp(min=1e-30).log() for part, d in sensitivity.items()}
     found: dict[HeadSide, Sequence[float]] = {}
     for part, own in logs.items():
         mean = torch.stack([x for other, x in logs.items() if other[1] == part[1]]).mean(0)
@@ -124,13 +126,13 @@ def cautious(damage: Mapping[HeadSide, Sequence[float]], calibration: Calibratio
     return found
 
 
-def share_bits(
-    damage: Mapping[Part, Sequence[float]], levels: Mapping[Part, Sequence[int]], mean: float
+def allocate_bits(
+    sensitivity: Mapping[Part, Sequence[float]], levels: Mapping[Part, Sequence[int]], mean: float
 ) -> dict[Part, int]:
-    """Bits of every part, of mean at most ``mean``: each next bit goes where it takes away most damage.
+    """Bits of every part, of mean at most ``mean``: each next bit goes where it lowers the error most.
 
     Args:
-        damage: of each part at 1, 2, 3 and 4 bits; beyond, :data:`PER_BIT` of it remains per bit.
+        sensitivity: of each part at 1, 2, 3 and 4 bits; beyond, :data:`PER_BIT` of it remains per bit.
         levels: bits that each part may have, in rising order.
         mean: over parts.
 
@@ -138,25 +140,25 @@ def share_bits(
         ValueError: when ``mean`` is below the least that the parts can have.
 
     Example:
-        >>> from headq_ao.calibration.bit_allocation import share_bits
+        >>> from headq_ao.calibration.bit_allocation import allocate_bits
         >>> flat, steep = [0.1, 0.02, 0.005, 0.001], [0.9, 0.3, 0.1, 0.02]
-        >>> share_bits({"first": flat, "second": steep}, {"first": [1, 2, 3], "second": [1, 2, 3]}, 2.5)
+        >>> allocate_bits({"first": flat, "second": steep}, {"first": [1, 2, 3], "second": [1, 2, 3]}, 2.5)
         {'first': 2, 'second': 3}
     """
-    at = dict.fromkeys(damage, 0)
-    left = mean * len(damage) - sum(levels[part][0] for part in damage)
+    at = dict.fromkeys(sensitivity, 0)
+    left = mean * len(sensitivity) - sum(levels[part][0] for part in sensitivity)
     if left < 0:
-        least = sum(levels[part][0] for part in damage) / len(damage)
+        least = sum(levels[part][0] for part in sensitivity) / len(sensitivity)
         raise ValueError(f"mean_bits must be at least {least:g} with this block_size, got {mean}")
     order = itertools.count()
 
     def next_step(part: Part) -> None:
         here, there = levels[part][at[part] : at[part] + 2]
-        gain = (_at(damage[part], here) - _at(damage[part], there)) / (there - here)
+        gain = (_at(sensitivity[part], here) - _at(sensitivity[part], there)) / (there - here)
         heapq.heappush(heap, (-gain, next(order), there - here, part))
 
     heap: list[tuple[float, int, int, Part]] = []
-    for part in damage:
+    for part in sensitivity:
         next_step(part)
     while heap:
         _, _, cost, part = heapq.heappop(heap)
@@ -169,6 +171,6 @@ def share_bits(
     return {part: levels[part][i] for part, i in at.items()}
 
 
-def _at(damage: Sequence[float], bits: int) -> float:
+def _at(sensitivity: Sequence[float], bits: int) -> float:
     last = PROFILED_BITS[-1]
-    return damage[bits - 1] if bits <= last else damage[last - 1] * PER_BIT ** (bits - last)
+    return sensitivity[bits - 1] if bits <= last else sensitivity[last - 1] * PER_BIT ** (bits - last)

@@ -9,17 +9,18 @@ from torch import Tensor
 
 from headq_ao.ambient import mode_neutral
 from headq_ao.calibration.bit_allocation import output_errors
-from headq_ao.statistics.importance import seen_weights
+from headq_ao.statistics.importance import importance_weights
 from headq_ao.statistics.moments import TENSORS, LayerMoments
 
-SEEN_EVERY = 4  # every fourth query serves for the weights that attention gives
+IMPORTANCE_EVERY = 4  # every fourth query serves for the weights that attention gives
 RECORDER: contextvars.ContextVar["Recorder | Profiler | None"] = contextvars.ContextVar("headq_recorder", default=None)
 
 
 class Recorder:
     """Collects what attention reads during one calibration; found through a context variable, so threads are apart."""
 
-    def __init__(self, n_layers: int, n_rows: int, n_sink: int, seed: int) -> None:
+    def __init__(self, n_layers: int, n_rows: int, n_sink: int, seed: int, places: Sequence[int] | None = None) -> None:
+        self.numbers = {place: i for i, place in enumerate(range(n_layers) if places is None else places)}
         self.layers = [MomentAccumulator(n_rows) for _ in range(n_layers)]
         self.n_sink = n_sink
         self.generator = torch.Generator("cpu").manual_seed(seed)
@@ -34,14 +35,24 @@ class Recorder:
         self.priority = drawn[behind]
         self.counted = None if bool(counted.all()) else counted
 
-    def record(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None) -> None:
-        """Fold one layer's ``[B, H, T, D]`` states, sinks left out."""
+    def record(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None,
+        sinks: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Fold one layer's ``[B, H, T, D]`` states, sinks left out; ``sinks``: logits in the softmax's denominator."""
         counted = None if self.counted is None else self.counted.to(k.device)
-        weights = seen_weights(
-            q.float(), k.float(), scaling, n_sink=self.n_sink, window=window, every=SEEN_EVERY, counted=counted
+        weights = importance_weights(
+            q.float(),
+            k.float(),
+            scaling,
+            n_sink=self.n_sink,
+            window=window,
+            every=IMPORTANCE_EVERY,
+            counted=counted,
+            sinks=sinks,
         )
         q, k, v = (x[:, :, self.n_sink :].transpose(1, 2).flatten(0, 1) for x in (q, k, v))
-        rows = [SEEN_EVERY * w[:, :, self.n_sink :].transpose(1, 2).flatten(0, 1) for w in weights]
+        rows = [IMPORTANCE_EVERY * w[:, :, self.n_sink :].transpose(1, 2).flatten(0, 1) for w in weights]
         if counted is not None:
             behind = counted[:, self.n_sink :].flatten()
             q, k, v, *rows = (x[behind] for x in (q, k, v, *rows))
@@ -50,20 +61,27 @@ class Recorder:
                 raise ValueError(
                     f"layer {layer}: calibration met non-finite {name}; run the model in float32 or bfloat16"
                 )
-        self.layers[layer].add(q, k, v, rows, self.priority)
+        self.layers[self.numbers[layer]].add(q, k, v, rows, self.priority)
 
 
 class Profiler:
     """Measures what coded keys and values change in the output of every layer, on one sequence."""
 
-    def __init__(self, moments: list[LayerMoments], n_sink: int, counted: Tensor) -> None:
+    def __init__(
+        self, moments: list[LayerMoments], n_sink: int, counted: Tensor, places: Sequence[int] | None = None
+    ) -> None:
+        self.numbers = {place: i for i, place in enumerate(range(len(moments)) if places is None else places)}
         self.moments, self.n_sink, self.counted = moments, n_sink, counted
 
-    def record(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None) -> None:
+    def record(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None,
+        sinks: Tensor | None = None,
+    ) -> None:  # fmt: skip
         """Fold one layer's ``[1, H, T, D]`` states."""
-        m = self.moments[layer]
+        m = self.moments[self.numbers[layer]]
         m.errors, m.energy = output_errors(
-            m, q, k, v, scaling, n_sink=self.n_sink, window=window, every=SEEN_EVERY, counted=self.counted.to(k.device)
+            m, q, k, v, scaling, n_sink=self.n_sink, window=window, every=IMPORTANCE_EVERY,
+            counted=self.counted.to(k.device), sinks=sinks,
         )  # fmt: skip
 
 

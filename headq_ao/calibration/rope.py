@@ -1,7 +1,7 @@
-"""Rotary embeddings as the model applies them, to see a sequence's first rows as they would stand further on.
+"""Rotary embeddings as the model applies them, for statistics of a sequence's first tokens at later positions.
 
-Attention sees differences of positions, but the coordinates of a row turn with the position itself, so variances of the
-first few hundred keys say little of the thousandth. Turned copies of them stand for it, and cost nothing to store.
+Scores depend on differences of positions, but the coordinates of a key rotate with the position itself, so variances of
+the first few hundred keys say little of the thousandth. Rotated copies of them stand in for it and need no storage.
 """
 
 import ast
@@ -15,33 +15,33 @@ import torch
 from torch import Tensor, nn
 
 from headq_ao.layer_shape import LayerShape
-from headq_ao.statistics.turns import Turns
+from headq_ao.statistics.rope_shift import RopeShift
 
-TURNED = (0, 16, 32, 64, 128, 256, 512, 1024)  # positions by which a sequence's first rows are turned
+SHIFTS = (0, 16, 32, 64, 128, 256, 512, 1024)  # positions by which a sequence's first tokens are rotated
 TOLERANCE = 1e-3
 
 
-def rotary_turns(
-    embedding: nn.Module | None, attention: nn.Module, shape: LayerShape, turned: tuple[int, ...] = TURNED
-) -> Turns | None:
-    """How rows of a layer turn in some positions; None where that cannot be told.
+def rope_shift(
+    embedding: nn.Module | None, attention: nn.Module, shape: LayerShape, shifts: tuple[int, ...] = SHIFTS
+) -> RopeShift | None:
+    """How keys of a layer rotate from position to position; None where that cannot be told.
 
-    The embedding and the function that applies it turn the unit vectors. What they give is taken only when it is a turn
-    of pairs, the same after 1 and 2 positions as after 3.
+    The embedding and the function that applies it rotate the unit vectors. The result is used only where it is a
+    rotation of pairs, the same after 1 and 2 positions as after 3.
 
     Args:
         embedding: :func:`headq_ao.integrations.transformers.models.rotary_embedding` of the model; it is not changed.
         attention: of the layer.
         shape: of the layer.
-        turned: the positions, 0 among them.
+        shifts: the positions, 0 among them.
     """
     apply: Any = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
-    if embedding is None or apply is None or not _turns_always(attention):
+    if embedding is None or apply is None or not _always_rotary(attention):
         return None
-    positions, head_dim = torch.tensor([1, 2, 3, *turned], device="cpu"), shape.head_dim
+    positions, head_dim = torch.tensor([1, 2, 3, *shifts], device="cpu"), shape.head_dim
     one = torch.eye(head_dim, dtype=torch.float32, device="cpu")
     try:
-        matrices = _turned_units(copy.deepcopy(embedding), apply, positions, shape)
+        matrices = _rotated_units(copy.deepcopy(embedding), apply, positions, shape)
     except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError):
         return None  # of another form
     (by_1, by_2, by_3), matrices = matrices[:3], matrices[3:]
@@ -49,12 +49,12 @@ def rotary_turns(
         return None
     partner = (matrices.abs().sum(0) * (1 - one)).argmax(0)
     every = torch.arange(head_dim, device="cpu")
-    turns = Turns(matrices[:, every, every], matrices[:, partner, every], partner)
-    rebuilt = torch.stack(turns.turned(one))
-    return turns if torch.allclose(rebuilt, matrices, atol=TOLERANCE) else None
+    found = RopeShift(matrices[:, every, every], matrices[:, partner, every], partner)
+    rebuilt = torch.stack(found.shifted(one))
+    return found if torch.allclose(rebuilt, matrices, atol=TOLERANCE) else None
 
 
-def _turns_always(attention: nn.Module) -> bool:
+def _always_rotary(attention: nn.Module) -> bool:
     """Whether the layer applies its rotary embedding whatever happens; some models leave it out in some layers."""
     if getattr(attention, "use_rope", False):
         return True
@@ -67,7 +67,7 @@ def _turns_always(attention: nn.Module) -> bool:
     return "apply_rotary_pos_emb" not in names
 
 
-def _turned_units(embedding: nn.Module, apply: Any, positions: Tensor, shape: LayerShape) -> Tensor:
+def _rotated_units(embedding: nn.Module, apply: Any, positions: Tensor, shape: LayerShape) -> Tensor:
     """``[P, D, D]``: the unit vectors, as rows, at each of the positions."""
     plain: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
     embedding = embedding.to("cpu")
@@ -75,7 +75,7 @@ def _turned_units(embedding: nn.Module, apply: Any, positions: Tensor, shape: La
     extra = {"layer_type": layer_type} if "layer_type" in inspect.signature(embedding.forward).parameters else {}
     cos, sin = embedding(torch.zeros(1, len(positions), 1, **plain), positions[None], **extra)
     at_0 = positions.tolist().index(0)
-    cos, sin = (x.float() / cos[:, at_0 : at_0 + 1, :1].float() for x in (cos, sin))  # some scale what they turn
+    cos, sin = (x.float() / cos[:, at_0 : at_0 + 1, :1].float() for x in (cos, sin))  # some scale what they rotate
     part = cos.shape[-1]
     units = torch.eye(part, **plain)[None, :, None].expand(1, part, len(positions), part)
     whole = torch.eye(shape.head_dim, **plain).repeat(len(positions), 1, 1)

@@ -12,9 +12,9 @@ from torch import Tensor
 PROFILED_TOKENS = 1024
 JOINED_BELOW = 256  # tokens of the longest row, with which rows are profiled as one
 CONTEXT = 4  # a token and the three before it: what it is taken to be
-REPEATS = 8  # a token in the same context counts so many times; more of it teaches nothing
+REPEATS = 8  # a token in the same context counts at most that often; more of it adds nothing
 SURPRISE = 3.0  # nats per token beyond what a model expects of itself; text has 0 to 1, shuffled words 2, random ids 6
-VARIETY = 64  # effective tokens are at most so many for each effectively different id
+VARIETY = 64  # at most that many effective tokens for each effectively different id
 
 
 def read_batches(token_batches: Any, attention_mask: Any, n_sink: int, vocabulary: int | None) -> list[Tensor]:

@@ -19,8 +19,8 @@ def base_codec(config: HeadQConfig, mean: Tensor) -> KeyCodec:
     bits = config.key_bits(head_dim)[:head_dim]
     rotation = rotation_matrix(head_dim, config.rotation).to(mean.device, mean.dtype)[None, None]
     ones = mean.new_ones(1, 1, head_dim)
-    step, weight = (ones, None) if config.k_zero_point else (ones * GAUSSIAN_STEP[bits[0]], ones)
-    return KeyCodec(mean, rotation, rotation, step, weight, None, None, None, bits)
+    step = ones if config.k_zero_point else ones * GAUSSIAN_STEP[bits[0]]
+    return KeyCodec(mean, rotation, rotation, step, not config.k_zero_point, None, None, None, bits)
 
 
 def affine_codec(config: HeadQConfig, c_q: Tensor, mean: Tensor, rows: Tensor) -> KeyCodec:
@@ -32,7 +32,7 @@ def affine_codec(config: HeadQConfig, c_q: Tensor, mean: Tensor, rows: Tensor) -
         mean: of the keys, ``[B or 1, Hkv, D]``.
         rows: exact keys to fit steps and ``C_e`` on, ``[B or 1, Hkv, n, D]``, ``n`` a multiple of 16.
     """
-    base = base_codec(config, mean if config.key_gauge else torch.zeros_like(mean))
+    base = base_codec(config, mean if config.subtract_key_mean else torch.zeros_like(mean))
     return with_side_code(config, base, c_q, rows)
 
 

@@ -58,13 +58,13 @@ class Codec:
 
 @dataclass(frozen=True)
 class KeyCodec(Codec):
-    """How the keys of one epoch are written and read. Leading dimensions are ``[B or 1, Hkv or 1]``.
+    """How the keys of a segment are written and read. Leading dimensions are ``[B or 1, Hkv or 1]``.
 
-    ``mean [.., D]``, ``encode``/``read`` ``[.., D, M0]``, ``step [.., M0]``, ``weight [.., M0]`` or None (affine),
-    ``side_encode``/``side_read`` ``[.., D, R]`` and ``side_step [.., R]`` or None, ``bits`` of the M0 + R coordinates.
-    ``metric [.., M0, M0]``, how an error of the coordinates is seen, turns error feedback on. The visible basis of a
-    prompt's own statistics comes without matrices of its own: ``spread [.., D]`` stretches the basis
-    (``diag(spread) @ read``, ``diag(1/spread) @ encode``), and ``seen [.., D, r]`` stands for ``C_q ∝ I + seen seenᵀ``.
+    ``mean [.., D]``, ``encode``/``read`` ``[.., D, M0]``, ``step [.., M0]``; ``symmetric``: levels stand
+    around the mean, without a zero; ``side_encode``/``side_read`` ``[.., D, R]`` and ``side_step [.., R]`` or None;
+    ``bits`` of the M0 + R coordinates. ``hessian [.., M0, M0]`` of the score error turns error feedback on.
+    The basis of a prompt's own statistics has no matrices of its own: ``spread [.., D]`` stretches the shared basis
+    (``diag(spread) @ read``, ``diag(1/spread) @ encode``), and ``q_factor [.., D, r]`` stands for ``C_q ∝ I + F Fᵀ``.
     ``unit [.., 1]`` (:mod:`headq_ao.statistics.units`): all this is of ``k / unit``; None: of the keys as they are.
     ``own`` names the tensors that belong to the sequences of a batch: indexed with it, and charged to it.
     ``head_bits``: of the base of each KV head, where they differ; ``bits`` are then those of the first.
@@ -74,15 +74,15 @@ class KeyCodec(Codec):
     encode: Tensor
     read: Tensor
     step: Tensor
-    weight: Tensor | None
+    symmetric: bool
     side_encode: Tensor | None
     side_read: Tensor | None
     side_step: Tensor | None
     bits: tuple[int, ...]
     own: frozenset[str] = frozenset()
-    metric: Tensor | None = None
+    hessian: Tensor | None = None
     spread: Tensor | None = None
-    seen: Tensor | None = None
+    q_factor: Tensor | None = None
     unit: Tensor | None = None
     mapped: Tensor | None = None  # query_map, where it is kept
     head_bits: tuple[int, ...] = ()
@@ -119,8 +119,8 @@ class KeyCodec(Codec):
         encode = self.encode if self.spread is None else self.encode / self.spread.float().unsqueeze(-1)
         side = self.side_encode is not None
         return Encoder(
-            encode, self.bits, None if self.weight is None else self.step, mean=self.mean, unit=self.unit,
-            hessian=self.error_metric(), cholesky=self.factor, read=self.reader if side else None,
+            encode, self.bits, self.step if self.symmetric else None, mean=self.mean, unit=self.unit,
+            hessian=self.error_hessian(), cholesky=self.factor, read=self.reader if side else None,
             side_encode=self.side_encode, side_step=self.side_step, unbiased=unbiased,
         )  # fmt: skip
 
@@ -144,24 +144,24 @@ class KeyCodec(Codec):
     @property
     def has_zero(self) -> bool:
         """Whether a row stores a zero beside its scale."""
-        return self.weight is None
+        return not self.symmetric
 
     @functools.cached_property
     def factor(self) -> Tensor | None:
-        """:func:`headq_ao.ops.unit_factor` of the metric, kept: it takes as long as the codes of a block."""
-        return None if self.metric is None else unit_factor(self.metric)
+        """:func:`headq_ao.ops.unit_factor` of the hessian, kept: it takes as long as the codes of a block."""
+        return None if self.hessian is None else unit_factor(self.hessian)
 
     @property
     def reader(self) -> Tensor:
         """``[.., D, M0]``: ``(q @ reader)·ŷ`` is what the coordinates ``ŷ`` add to a score, by the unit."""
         return self.read if self.spread is None else self.read * self.spread.float().unsqueeze(-1)
 
-    def error_metric(self) -> Tensor | None:
+    def error_hessian(self) -> Tensor | None:
         """``readerᵀ C_q reader`` ``[.., M0, M0]``, or None: every code is the nearest."""
-        if self.seen is None:
-            return self.metric
+        if self.q_factor is None:
+            return self.hessian
         read = self.reader.float()
-        shown = read.transpose(-1, -2) @ self.seen.float()
+        shown = read.transpose(-1, -2) @ self.q_factor.float()
         return read.transpose(-1, -2) @ read + shown @ shown.transpose(-1, -2)
 
     def query_map(self, sign: int, dtype: torch.dtype) -> Tensor:
@@ -184,7 +184,7 @@ class KeyCodec(Codec):
         base = self.read.shape[-1]
         of_heads = [(b,) * base + self.bits[base:] for b in self.head_bits] or [self.bits]
         middle = torch.stack([highest_codes(bits, like) for bits in of_heads]) / 2
-        if self.weight is None:
+        if not self.symmetric:
             middle[:, :base] = 0.0
         return middle if self.head_bits else middle[0]
 
@@ -207,7 +207,7 @@ class KeyCodec(Codec):
 class ValueCodec(Codec):
     """How values are written and read: ``encode``/``read`` ``[1, Hkv or 1, D, D]``; ``mean [1, Hkv, D]`` or None.
 
-    ``metric [1, Hkv, D, D]``, how an error of the coordinates reaches the output, turns error feedback on.
+    ``hessian [1, Hkv, D, D]``, how an error of the coordinates reaches the output, turns error feedback on.
     ``head_bits``: of each KV head, where they differ; ``bits`` and ``step`` are then those of the first.
     ``unit [B, Hkv, 1]`` (:mod:`headq_ao.statistics.units`), of sequences without a mean: all this is of ``v / unit``;
     None: of the values as they are.
@@ -220,7 +220,7 @@ class ValueCodec(Codec):
     step: float
     unbiased: bool
     mean: Tensor | None = None
-    metric: Tensor | None = None
+    hessian: Tensor | None = None
     unit: Tensor | None = None
     head_bits: tuple[int, ...] = ()
     parts: dict[tuple[int, int], Any] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -243,7 +243,7 @@ class ValueCodec(Codec):
         """How tokens are written, of heads with the same bits."""
         groups = 0 if self.group_size == self.read.shape[-2] else self.group_size
         return Encoder(
-            self.encode, (self.bits,), self.step or None, groups, mean=self.mean, unit=self.unit, hessian=self.metric,
+            self.encode, (self.bits,), self.step or None, groups, mean=self.mean, unit=self.unit, hessian=self.hessian,
             cholesky=self.factor, unbiased=self.unbiased,
         )  # fmt: skip
 
@@ -254,8 +254,8 @@ class ValueCodec(Codec):
 
     @functools.cached_property
     def factor(self) -> Tensor | None:
-        """:func:`headq_ao.ops.unit_factor` of the metric, kept."""
-        return None if self.metric is None else unit_factor(self.metric)
+        """:func:`headq_ao.ops.unit_factor` of the hessian, kept."""
+        return None if self.hessian is None else unit_factor(self.hessian)
 
     @property
     def reader(self) -> Tensor:
@@ -289,7 +289,7 @@ class ValueCodec(Codec):
         scale = scale.float()
         zero = -scale * ((2**self.bits - 1) / 2) if zero is None else zero.float()
         y_hat = (codes.float().unflatten(-1, (scale.shape[-1], -1)) * scale[..., None] + zero[..., None]).flatten(-2)
-        v_hat = y_hat @ self.reader.float().transpose(-1, -2)
+        v_hat: Tensor = y_hat @ self.reader.float().transpose(-1, -2)
         return v_hat if self.mean is None else v_hat + self.mean.float().unsqueeze(-2)
 
 

@@ -14,13 +14,13 @@ from headq_ao.codecs.planes import PlaneCodec
 from headq_ao.codecs.protocol import Codec
 from headq_ao.codecs.side_code import with_side_code
 from headq_ao.codecs.source import SourceModule
-from headq_ao.codecs.whitened import prompt_visible_codec, visible_codec, visible_value_codec
+from headq_ao.codecs.whitened import prompt_whitened_codec, whitened_codec, whitened_value_codec
 from headq_ao.config import HeadQConfig
 from headq_ao.layer_shape import LayerShape
 from headq_ao.ops.layout import TOKEN_TILE
-from headq_ao.statistics.importance import mixed, seen_weights
+from headq_ao.statistics.importance import importance_weights, mixed
 from headq_ao.statistics.moments import LayerMoments
-from headq_ao.statistics.turns import Turns
+from headq_ao.statistics.rope_shift import RopeShift
 from headq_ao.statistics.units import unit_of_rows
 
 AnyCodec = TypeVar("AnyCodec", KeyCodec, ValueCodec)
@@ -36,12 +36,12 @@ class LayerCodec(SourceModule):
         device: of the attention module.
         heads: the KV heads of the moments that are here, None: all. The codec is made for all and cut.
         bits: of all heads; None: those of the config.
-        turns: what a sequence's own statistics are spread over; None: they stay where they were taken.
+        shift: what a sequence's own statistics are spread over; None: they stay where they were taken.
     """
 
-    turn_cos: Tensor
-    turn_sin: Tensor
-    turn_partner: Tensor
+    shift_cos: Tensor
+    shift_sin: Tensor
+    shift_partner: Tensor
     anchor: Tensor
 
     def __init__(
@@ -52,13 +52,14 @@ class LayerCodec(SourceModule):
         device: torch.device,
         heads: slice | None = None,
         bits: HeadBits | None = None,
-        turns: Turns | None = None,
+        shift: RopeShift | None = None,
     ) -> None:
         super().__init__()
-        config.check_head_dim(shape.head_dim)
+        for dim in set(shape.dims):
+            config.check_head_dim(dim)
         self.config = config
         self.head_dim, self.has_moments = shape.head_dim, moments is not None
-        self.form = shape.n_kv_heads, shape.head_dim, shape.head_dim
+        self.form = shape.n_kv_heads, *shape.dims
         self._whole: PlaneCodec | None = None
         self.frame: KeyCodec | None = None
         self._made: dict[str, KeyCodec | ValueCodec] = {}
@@ -74,9 +75,9 @@ class LayerCodec(SourceModule):
 
         if moments is None:  # where a sequence's own codec is to lie
             self.register_buffer("anchor", torch.empty(0, dtype=torch.float32, device=device), persistent=False)
-        self.turning = turns is not None
-        for name, tensor in () if turns is None else vars(turns).items():
-            self.register_buffer(f"turn_{name}", tensor.to(device), persistent=False)
+        self.shifting = shift is not None
+        for name, tensor in () if shift is None else vars(shift).items():
+            self.register_buffer(f"shift_{name}", tensor.to(device), persistent=False)
 
     def _keep(self, side: str, codec: AnyCodec, device: torch.device) -> AnyCodec:
         """Register the tensors of a codec as buffers; what is left of it without them."""
@@ -98,13 +99,14 @@ class LayerCodec(SourceModule):
         return None if self.frame is None else self._current("key", self.frame)
 
     def _current(self, side: str, frame: AnyCodec) -> AnyCodec:
-        """A codec over the buffers, put together once; anew where they were moved, or loaded by a hook."""
-        codec: Any = self._made.get(side)
-        if codec is None or codec.read is not self._buffers[f"{side}_read"]:
-            codec = self._kept(side, frame)
-            if isinstance(codec, KeyCodec):
-                codec = dataclasses.replace(codec, mapped=codec.query_map(self.config.sign, torch.float32))
-            self._made[side] = codec
+        """A codec over the buffers, put together once; again where they were moved, or loaded by a hook."""
+        made = self._made.get(side)
+        if isinstance(made, type(frame)) and made.read is self._buffers[f"{side}_read"]:
+            return made
+        codec = self._kept(side, frame)
+        if isinstance(codec, KeyCodec):
+            codec = dataclasses.replace(codec, mapped=codec.query_map(self.config.sign, torch.float32))
+        self._made[side] = codec
         return codec
 
     def start(self, batch: int, dtype: torch.dtype) -> PlaneCodec:
@@ -118,13 +120,13 @@ class LayerCodec(SourceModule):
         group = self.config.block_size
         return PlaneCodec(
             keys, values, *self.form, self.config.sign, self.config.unbiased_scale, group,
-            self.config.warmup_tokens(self.head_dim), self._learn, batch, keys if self.has_moments else None,
+            self.config.warmup(self.head_dim), self._learn, batch, keys if self.has_moments else None,
         )  # fmt: skip
 
     @property
     def prototype(self) -> PlaneCodec:
         """See :class:`headq_ao.codecs.protocol.CodecSource`; without tensors, for each new cache asks for it."""
-        group, warmup = (self.config.block_size, self.config.warmup_tokens(self.head_dim)) if self.learns else (1, 0)
+        group, warmup = (self.config.block_size, self.config.warmup(self.head_dim)) if self.learns else (1, 0)
         return PlaneCodec(None, None, *self.form, granularity=group, warmup=warmup)
 
     def current(self, codec: Codec) -> Codec:
@@ -139,7 +141,7 @@ class LayerCodec(SourceModule):
     @property
     def learns(self) -> bool:
         """Whether sequences bring statistics of their own."""
-        adapts = self.config.adapt == "prompt" and self.config.key_gauge and self.config.k_bits is not None
+        adapts = self.config.adapt == "prompt" and self.config.subtract_key_mean and self.config.k_bits is not None
         return adapts or not self.has_moments
 
     def restore(self, codec: Codec, own: dict[str, Tensor]) -> Codec:
@@ -207,12 +209,12 @@ class LayerCodec(SourceModule):
             c_q = grouped.transpose(-1, -2) @ grouped / grouped.shape[-2]
             codec = affine_codec(config, c_q, rows.mean(-2), rows)
         else:
-            of_q, of_k, _ = seen_weights(q, k, scaling, n_sink=n_sink, window=window)
+            of_q, of_k, _ = importance_weights(q, k, scaling, n_sink=n_sink, window=window)
             of_q = mixed(of_q[..., n_sink:].unflatten(1, (k.shape[1], -1)).flatten(2, 3))
             c_q, mean, variance = self._spread_moments(grouped, of_q, rows, mixed(of_k[..., n_sink:]))
-            codec = with_side_code(config, prompt_visible_codec(config, c_q, mean, variance), c_q, rows)
+            codec = with_side_code(config, prompt_whitened_codec(config, c_q, mean, variance), c_q, rows)
         codec = dataclasses.replace(codec, unit=unit)
-        names = {"mean", "side_encode", "side_read", "side_step", "spread", "seen", "unit"}
+        names = {"mean", "side_encode", "side_read", "side_step", "spread", "q_factor", "unit"}
         return dataclasses.replace(codec, own=frozenset(names & codec.tensors().keys()))
 
     def from_prior(self, k: Tensor) -> KeyCodec:
@@ -227,19 +229,19 @@ class LayerCodec(SourceModule):
         return codec.replace({"mean": mean}).owning(frozenset({"mean"}))
 
     def _spread_moments(self, q: Tensor, of_q: Tensor, k: Tensor, of_k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``C_q``, mean and variances of the keys, weighted, over the turns; see :mod:`headq_ao.calibration.rope`."""
+        """``C_q``, mean and variances of the keys, weighted, over positions; see :mod:`headq_ao.calibration.rope`."""
         found = []
-        for turned_q, turned_k in zip(self._turned(q), self._turned(k), strict=True):
-            c_q = turned_q.transpose(-1, -2) @ (of_q[..., None] * turned_q) / q.shape[-2]
-            mean = (of_k[..., None] * turned_k).mean(-2)
-            square = (of_k[..., None] * (turned_k - mean.unsqueeze(-2)).square()).mean(-2)
+        for q_at, k_at in zip(self._shifted(q), self._shifted(k), strict=True):
+            c_q = q_at.transpose(-1, -2) @ (of_q[..., None] * q_at) / q.shape[-2]
+            mean = (of_k[..., None] * k_at).mean(-2)
+            square = (of_k[..., None] * (k_at - mean.unsqueeze(-2)).square()).mean(-2)
             found.append((c_q, mean, square))
         c_q, means, squares = (torch.stack(x) for x in zip(*found, strict=True))
         mean = means.mean(0)
         return c_q.mean(0), mean, (squares + (means - mean).square()).mean(0)
 
-    def _turned(self, x: Tensor) -> list[Tensor]:
-        return Turns(self.turn_cos, self.turn_sin, self.turn_partner).turned(x) if self.turning else [x]
+    def _shifted(self, x: Tensor) -> list[Tensor]:
+        return RopeShift(self.shift_cos, self.shift_sin, self.shift_partner).shifted(x) if self.shifting else [x]
 
     def sketch(self) -> list[float]:
         """See :class:`SourceModule`; without a calibration, none."""
@@ -274,17 +276,17 @@ def _key_codec(config: HeadQConfig, moments: LayerMoments) -> KeyCodec:
         return affine_codec(config, moments.c_q[None], moments.k_mean[None], rows)
     mean, outer = moments.shrunk("k")
     covariance = centred_moment(mean, outer)
-    base = visible_codec(config, moments.shrunk_c_q[None], mean[None], covariance[None])
+    base = whitened_codec(config, moments.shrunk_c_q[None], mean[None], covariance[None])
     return with_side_code(config, base, moments.shrunk_c_q[None], rows)
 
 
 def value_codec(config: HeadQConfig, shape: LayerShape, moments: LayerMoments | None) -> ValueCodec:
     """The value codec of a layer; without a calibration, sequences bring a unit of their own."""
     if moments is None:
-        return rotated_value_codec(config, shape.head_dim)
+        return rotated_value_codec(config, shape.dims[1])
     unit, moments = moments.unit("v"), moments.in_units()
     if config.value_codec == "affine":
-        codec = rotated_value_codec(config, shape.head_dim)
+        codec = rotated_value_codec(config, shape.dims[1])
     else:
-        codec = visible_value_codec(config, *(x[None] for x in moments.shrunk("v")))
+        codec = whitened_value_codec(config, *(x[None] for x in moments.shrunk("v")))
     return codec if unit is None else codec.in_unit(unit)

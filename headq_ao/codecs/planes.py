@@ -15,7 +15,7 @@ from headq_ao.ops import Encoder, cache_update, paged_attention, plan_attention,
 from headq_ao.ops.layout import unpack_keys, unpack_values
 from headq_ao.ops.page_layout import NULL_PAGE, GroupLayout, PagedTokens, PageLayout, Side
 from headq_ao.ops.paged_attention.reference import by_sequence
-from headq_ao.ops.types import PagedKV, Readers, Visible
+from headq_ao.ops.types import PagedKV, Plan, Readers, Visible
 
 SideCodec = TypeVar("SideCodec", KeyCodec, ValueCodec)
 # of q, k, v [n, H, T, D], scaling and sliding window: the codecs of those sequences
@@ -32,7 +32,7 @@ class PlaneCodec(Codec):
         sign: of the side code (a control takes the wrong one).
         unbiased: whether the scales of keys make ``⟨y, ŷ⟩ = ‖y‖²``.
         granularity, warmup: see :class:`Codec`; 1 and 0 under a calibration. A sequence's own hessians take as long
-            as the codes of many tokens, so they are made anew for each ``granularity`` of them and not kept.
+            as the codes of many tokens, so they are made again for each ``granularity`` of them and not kept.
         learner: of a sequence's own statistics; None: all belongs to the model.
         batch: sequences, where they have their own.
         first: another codec of the keys in the first ``warmup`` tokens' pages, of the same form; None: ``keys``.
@@ -95,7 +95,7 @@ class PlaneCodec(Codec):
 
     @property
     def readers(self) -> Readers:
-        """How its tokens are read; made anew where they belong to the sequences: they take more than codes do."""
+        """How its tokens are read; made again where they belong to the sequences: they take more than codes do."""
         return self._readers if self.learner is None else self._make_readers()
 
     @functools.cached_property
@@ -107,8 +107,10 @@ class PlaneCodec(Codec):
         if self.first is not None and query_map is not None:
             of_first = self.first.query_map(self.sign, torch.float32).expand(query_map.shape[1:])
             query_map = torch.cat([of_first[None], query_map])
-        values = self.values
-        return Readers(query_map, None if values is None else values.reader, None if values is None else values.mean)
+        if self.values is None:
+            return Readers(query_map, None, None)
+        read = self.values.reader.mT.contiguous().mT  # as the CPU kernel reads it: no plan makes a copy of its own
+        return Readers(query_map, read, self.values.mean)
 
     def encoders(self) -> tuple[list[Encoder | None], list[Encoder | None]]:
         """How tokens of each head group are written: of keys, and of values."""
@@ -156,7 +158,7 @@ class PlaneCodec(Codec):
     def plan(
         self, before: PagedKV, packed: Tensor, reading: PagedKV, q_heads: int, sliding: int, reads: Tensor | None,
         check_finite: bool,
-    ) -> tuple[Callable[[Tensor, Tensor], None], Callable[[Tensor, float], Tensor]] | None:  # fmt: skip
+    ) -> tuple[Plan, Plan] | None:  # fmt: skip
         """See :class:`Codec`."""
         update = plan_update(before, packed, *self.encoders(), check_finite)
         attend = plan_attention(reading, self.readers, q_heads, sliding, reads)
@@ -223,8 +225,10 @@ class PlaneCodec(Codec):
     def tensors_by_side(self, tensors: Sequence[Tensor], layout: PageLayout) -> dict[str, list[Tensor]]:
         """See :class:`Codec`."""
         groups = layout.split(tensors)
-        keys, values = ([t for g in groups for t in side(g).tensors] for side in (lambda g: g.keys, lambda g: g.values))
-        return {"key": keys, "value": values}
+        return {
+            "key": [t for g in groups for t in g.keys.tensors],
+            "value": [t for g in groups for t in g.values.tensors],
+        }
 
     def own_tensors(self) -> dict[str, Tensor]:
         """See :class:`Codec`."""

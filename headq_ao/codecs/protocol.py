@@ -5,13 +5,13 @@ A codec knows no cache, no model and no engine. Those that code every token by i
 :class:`headq_ao.codecs.tokenwise.TokenCodec`'s plain PyTorch.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from headq_ao.ops.types import PagedKV, Visible
+from headq_ao.ops.types import PagedKV, Plan, Visible
 
 
 class Codec:
@@ -76,9 +76,9 @@ class Codec:
     def plan(
         self, before: PagedKV, packed: Tensor, reading: PagedKV, q_heads: int, sliding: int, reads: Tensor | None,
         check_finite: bool,
-    ) -> tuple[Callable[[Tensor, Tensor], None], Callable[[Tensor, float], Tensor]] | None:  # fmt: skip
+    ) -> tuple[Plan, Plan] | None:  # fmt: skip
         """A decoding step put together once: what appends ``k``, ``v`` to ``before`` and packs up to ``packed``, and
-        what attends over ``reading``; None where there is no such thing."""
+        what attends over ``reading``, of ``q`` and the scaling; None where there is no such thing."""
         return None
 
     def decode(self, kv: PagedKV, begin: int, end: int) -> tuple[Tensor, Tensor]:

@@ -97,7 +97,7 @@ class TokenSource(SourceModule):
         assert isinstance(codec, TokenCodec)
         wrong = sorted(name for name, t in own.items() if not t.ndim or t.shape[0] != codec.batch)
         if wrong:
-            raise ValueError(f"{codec.name} holds {codec.batch} sequences, and {', '.join(wrong)} are not of so many")
+            raise ValueError(f"{codec.name} holds {codec.batch} sequences, and {', '.join(wrong)} of another number")
         return codec.replaced(own=own)
 
 

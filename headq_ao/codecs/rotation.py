@@ -5,12 +5,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from headq_ao.statistics.turns import Turns
+from headq_ao.statistics.rope_shift import RopeShift
 
 
 @dataclass(frozen=True)
 class Rotation:
-    """Rotary turns of pairs of coordinates: ``x_i cos(p θ_i) + x_{partner(i)} sin(p θ_i)`` at position p.
+    """Rotation of pairs of coordinates: ``x_i cos(p θ_i) + x_{partner(i)} sin(p θ_i)`` at position p.
 
     ``angle [D]`` float64, of opposite sign in the two of a pair, and ``partner [D]``.
 
@@ -26,11 +26,11 @@ class Rotation:
     partner: Tensor
 
     @classmethod
-    def of_turn(cls, turns: Turns) -> "Rotation":
-        """From the turn by one position, the last of ``turns``."""
-        return cls(torch.atan2(turns.sin[-1].double(), turns.cos[-1].double()), turns.partner)
+    def of_shift(cls, shift: RopeShift) -> "Rotation":
+        """From the rotation by one position, the last of ``shift``."""
+        return cls(torch.atan2(shift.sin[-1].double(), shift.cos[-1].double()), shift.partner)
 
     def at(self, x: Tensor, position: Tensor) -> Tensor:
-        """``x [B, H, n, D]`` turned by ``position [B, n]``; by minus the position, turned back."""
-        turn = (position[..., None].double() * self.angle.to(x.device))[:, None]
-        return x * turn.cos().to(x.dtype) + x[..., self.partner.to(x.device)] * turn.sin().to(x.dtype)
+        """``x [B, H, n, D]`` rotated by ``position [B, n]``; by minus the position, rotated back."""
+        angle = (position[..., None].double() * self.angle.to(x.device))[:, None]
+        return x * angle.cos().to(x.dtype) + x[..., self.partner.to(x.device)] * angle.sin().to(x.dtype)

@@ -10,17 +10,17 @@ from headq_ao.codecs.base import KeyCodec, ValueCodec
 from headq_ao.codecs.linalg import centred_moment, eigh, ridged
 from headq_ao.config import HeadQConfig
 
-VISIBLE_RIDGE = 1.0  # of the mean eigenvalue of a calibration's C_q: other queries see other errors
+CALIBRATED_RIDGE = 1.0  # of the mean eigenvalue of a calibration's C_q: other prompts have other queries
 PROMPT_RIDGE = 0.1  # of the mean eigenvalue of a prompt's own C_q
 SPREAD_RIDGE = 1e-4  # of the mean eigenvalue of a covariance
-SEEN_RANK = 16  # directions of a prompt's own C_q that are kept
+QUERY_RANK = 16  # directions of a prompt's own C_q that are kept
 
 
-def visible_codec(config: HeadQConfig, c_q: Tensor, mean: Tensor, covariance: Tensor) -> KeyCodec:
+def whitened_codec(config: HeadQConfig, c_q: Tensor, mean: Tensor, covariance: Tensor) -> KeyCodec:
     """A base with equal bits for each coordinate of ``y = (k − mean) C_k^{−τ/2} R``, rounded with error feedback.
 
     The whitening ``C_k^{−τ/2}`` evens out the coordinates, the Hadamard rotation ``R`` mixes them, and codes are
-    chosen for a small ``(y − ŷ)ᵀ M (y − ŷ)``, ``M = Rᵀ C_k^{τ/2} C_q C_k^{τ/2} R``: the error that the scores show.
+    chosen for a small ``(y − ŷ)ᵀ M (y − ŷ)``, ``M = Rᵀ C_k^{τ/2} C_q C_k^{τ/2} R``: the error of the scores.
     With τ = 1 and a fine code the error is that of reverse water-filling, ``det(C_q C_k)^{1/D} 2^{−2b}``, though every
     coordinate has the same bits.
 
@@ -29,28 +29,28 @@ def visible_codec(config: HeadQConfig, c_q: Tensor, mean: Tensor, covariance: Te
         c_q: ``C_q``, ``[B or 1, Hkv, D, D]``.
         mean, covariance: of the keys, ``[B or 1, Hkv, D]`` and ``[B or 1, Hkv, D, D]``.
     """
-    base = base_codec(config, mean if config.key_gauge else torch.zeros_like(mean))
+    base = base_codec(config, mean if config.subtract_key_mean else torch.zeros_like(mean))
     encode, read = whitening(covariance, config.whitening, base.read)
-    metric = read.transpose(-1, -2) @ ridged(c_q, VISIBLE_RIDGE) @ read if config.error_feedback else None
-    return dataclasses.replace(base, encode=encode, read=read, metric=metric)
+    hessian = read.transpose(-1, -2) @ ridged(c_q, CALIBRATED_RIDGE) @ read if config.error_feedback else None
+    return dataclasses.replace(base, encode=encode, read=read, hessian=hessian)
 
 
-def prompt_visible_codec(config: HeadQConfig, c_q: Tensor, mean: Tensor, variance: Tensor) -> KeyCodec:
-    """:func:`visible_codec` in the little that a sequence can afford: variances ``[B, Hkv, D]`` instead of a
-    covariance, and the leading :data:`SEEN_RANK` directions of ``C_q``."""
-    base = base_codec(config, mean if config.key_gauge else torch.zeros_like(mean))
+def prompt_whitened_codec(config: HeadQConfig, c_q: Tensor, mean: Tensor, variance: Tensor) -> KeyCodec:
+    """:func:`whitened_codec` in the little that a sequence can afford: variances ``[B, Hkv, D]`` instead of a
+    covariance, and the leading :data:`QUERY_RANK` directions of ``C_q``."""
+    base = base_codec(config, mean if config.subtract_key_mean else torch.zeros_like(mean))
     ridge = SPREAD_RIDGE * variance.mean(-1, keepdim=True)
     spread = (variance + ridge).clamp(min=1e-12).pow(config.whitening / 2)
     spread = spread / spread.log().mean(-1, keepdim=True).exp()  # around 1, as fp16 likes it
-    seen = None
+    q_factor = None
     if config.error_feedback:
         values, vectors = eigh(ridged(c_q, PROMPT_RIDGE))
-        rank = min(SEEN_RANK, values.shape[-1] // 2)
+        rank = min(QUERY_RANK, values.shape[-1] // 2)
         floor = values[..., :-rank].mean(-1, keepdim=True).clamp(min=1e-30)
-        seen = (vectors[..., -rank:] * (values[..., -rank:] / floor - 1).clamp(min=0).sqrt()[..., None, :]).to(
+        q_factor = (vectors[..., -rank:] * (values[..., -rank:] / floor - 1).clamp(min=0).sqrt()[..., None, :]).to(
             mean.dtype
         )
-    return dataclasses.replace(base, spread=spread.to(mean.dtype), seen=seen)
+    return dataclasses.replace(base, spread=spread.to(mean.dtype), q_factor=q_factor)
 
 
 def whitening(matrix: Tensor, power: float, rotation: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,9 +63,9 @@ def whitening(matrix: Tensor, power: float, rotation: Tensor) -> tuple[Tensor, T
     return encode.to(matrix.dtype), read.to(matrix.dtype)
 
 
-def visible_value_codec(config: HeadQConfig, mean: Tensor, outer: Tensor) -> ValueCodec:
+def whitened_value_codec(config: HeadQConfig, mean: Tensor, outer: Tensor) -> ValueCodec:
     """Equal bits for each coordinate of ``y = (v − mean) C_v^{−τ/2} R``, rounded with error feedback for a small
-    ``‖v − v̂‖²``; statistics weighted by A², as values are seen.
+    ``‖v − v̂‖²``; statistics weighted by A², as attention reads values.
 
     Args:
         config: what to build.
@@ -73,5 +73,5 @@ def visible_value_codec(config: HeadQConfig, mean: Tensor, outer: Tensor) -> Val
     """
     base = rotated_value_codec(config, mean.shape[-1])
     encode, read = whitening(centred_moment(mean, outer), config.whitening, base.read)
-    metric = read.transpose(-1, -2) @ read if config.error_feedback else None
-    return dataclasses.replace(base, encode=encode, read=read, mean=mean, metric=metric)
+    hessian = read.transpose(-1, -2) @ read if config.error_feedback else None
+    return dataclasses.replace(base, encode=encode, read=read, mean=mean, hessian=hessian)

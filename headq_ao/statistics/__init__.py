@@ -1,4 +1,4 @@
-"""What is measured of queries, keys and values: moments, what attention sees of them, units, rotary turns."""
+"""What is measured of queries, keys and values: moments, importance, units, rotation to other positions."""
 
 from headq_ao.statistics.moments import LayerMoments
 

@@ -10,9 +10,9 @@ QUERY_TILE = 128
 UNIFORM = 0.25  # share of plain averages in statistics weighted by attention
 
 
-def seen_weights(
+def importance_weights(
     q: Tensor, k: Tensor, scaling: float, *, n_sink: int, window: int | None = None, every: int = 1,
-    counted: Tensor | None = None,
+    counted: Tensor | None = None, sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """How much of each row the output shows, from the exact attention ``a`` of a causal sequence.
 
@@ -29,15 +29,16 @@ def seen_weights(
         window: of a sliding-window layer.
         every: take every such query only.
         counted: ``[B, T]``, which tokens count, as queries and as keys; None: all.
+        sinks: logits ``[Hq]`` in the softmax's denominator, or None.
 
     Returns:
         Weights of queries ``[B, Hq, T]`` (0 for those not taken), keys ``[B, Hkv, T]`` and values ``[B, Hkv, T]``.
 
     Example:
         >>> import torch
-        >>> from headq_ao.statistics.importance import seen_weights
+        >>> from headq_ao.statistics.importance import importance_weights
         >>> q, k = torch.randn(1, 4, 80, 16), torch.randn(1, 2, 80, 16)
-        >>> of_q, of_k, of_v = seen_weights(q, k, 0.25, n_sink=4)
+        >>> of_q, of_k, of_v = importance_weights(q, k, 0.25, n_sink=4)
         >>> of_q.shape, bool((of_k[..., :4] == 0).all())
         (torch.Size([1, 4, 80]), True)
     """
@@ -45,14 +46,22 @@ def seen_weights(
     of_q = k.new_zeros(b, hkv, q.shape[1] // hkv, tokens)
     of_k, of_v = k.new_zeros(b, hkv, tokens), k.new_zeros(b, hkv, tokens)
     for at, _, s, packed in score_tiles(q, k, scaling, n_sink=n_sink, window=window, every=every):
-        a = s.softmax(-1) * packed
+        a = attention(s, sinks) * packed
         if counted is not None:
             a = a * (counted[:, at, None] & counted[:, None])[:, None, None]
-        damage = a * (1 - a)
-        of_q[..., at] = damage.sum(-1)
-        of_k += damage.sum((2, 3))
+        slope = a * (1 - a)
+        of_q[..., at] = slope.sum(-1)
+        of_k += slope.sum((2, 3))
         of_v += a.square().sum((2, 3))
     return of_q.flatten(1, 2), of_k, of_v
+
+
+def attention(s: Tensor, sinks: Tensor | None) -> Tensor:
+    """The softmax of scores ``[B, Hkv, G, S, T]``, with sink logits ``[Hq]`` in its denominator."""
+    a = s.softmax(-1)
+    if sinks is None:
+        return a
+    return a * torch.sigmoid(s.logsumexp(-1, keepdim=True) - sinks.to(s).view(s.shape[1], s.shape[2], 1, 1))
 
 
 def score_tiles(

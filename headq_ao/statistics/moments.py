@@ -18,12 +18,15 @@ PROFILE = ("errors", "energy")
 PROFILED_BITS = (1, 2, 3, 4)
 
 
-def tensor_shapes(heads: int, head_dim: int, rows: int) -> dict[str, tuple[int, ...]]:
-    """The shape of each tensor of :class:`LayerMoments`."""
-    square, vector = (heads, head_dim, head_dim), (heads, head_dim)
-    kinds = {"outer": square, "sum": vector, "seen": (heads,), "rows": (rows, heads, head_dim)}
+def tensor_shapes(heads: int, head_dim: int, rows: int, value_dim: int | None = None) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor of :class:`LayerMoments`; ``value_dim``: where it is another."""
     profile = {"errors": (heads, 2, len(PROFILED_BITS)), "energy": (heads,)}
-    return {name: kinds[name.rpartition("_")[2]] for name in TENSORS} | profile
+    found: dict[str, tuple[int, ...]] = {}
+    for name in TENSORS:
+        d = value_dim if name[0] == "v" and value_dim is not None else head_dim
+        kinds = {"outer": (heads, d, d), "sum": (heads, d), "seen": (heads,), "rows": (rows, heads, d)}
+        found[name] = kinds[name.rpartition("_")[2]]
+    return found | profile
 
 
 @dataclass(eq=False)
@@ -32,10 +35,11 @@ class LayerMoments:
 
     ``q_outer [Hkv, D, D]`` = Σ q qᵀ over the query heads of each KV head (``tokens · groups`` terms);
     ``k_sum``, ``v_sum`` ``[Hkv, D]``; ``k_outer``, ``v_outer`` ``[Hkv, D, D]``;
-    ``k_rows [n, Hkv, D]``, a uniform sample of keys. Those with ``seen`` are weighted by what attention sees
-    (:func:`headq_ao.statistics.importance.seen_weights`); ``k_seen``, ``v_seen`` ``[Hkv]`` are the sums of the weights.
-    ``effective``: how many different tokens they rest on (:func:`headq_ao.calibration.text.effective_tokens`); None
-    where nobody counted: the moments are then taken as they are.
+    ``k_rows [n, Hkv, D]``, a uniform sample of keys. Those with ``seen`` in their names, which are
+    the file's, are weighted by importance (:func:`headq_ao.statistics.importance.importance_weights`); ``k_seen`` and
+    ``v_seen`` ``[Hkv]`` are the sums of the weights.
+    ``effective``: how many different tokens there are (:func:`headq_ao.calibration.text.effective_tokens`); None where
+    nobody counted: the moments are then taken as they are.
     ``errors [Hkv, 2, 4]`` and ``energy [Hkv]``, where measured: what 1 to 4 bits of keys and of values change in the
     output (:func:`headq_ao.calibration.bit_allocation.output_errors`).
     """
@@ -70,29 +74,31 @@ class LayerMoments:
         return self.k_sum / max(self.tokens, 1)
 
     @property
-    def seen_c_q(self) -> Tensor:
+    def weighted_c_q(self) -> Tensor:
         """``C_q = E[w q qᵀ]`` with each query's weight, ``[Hkv, D, D]``; ``C_q`` where no query has any."""
         counted = self.q_seen_outer.diagonal(dim1=-2, dim2=-1).sum(-1) > 0
         return torch.where(counted[:, None, None], self.q_seen_outer / max(self.tokens * self.groups, 1), self.c_q)
 
-    def seen(self, side: str) -> tuple[Tensor, Tensor]:
-        """Mean ``[Hkv, D]`` and second moment ``[Hkv, D, D]`` of ``"k"`` or ``"v"``, weighted as attention sees them.
+    def weighted(self, side: str) -> tuple[Tensor, Tensor]:
+        """Mean ``[Hkv, D]`` and second moment ``[Hkv, D, D]`` of ``"k"`` or ``"v"``, weighted by importance.
 
-        A quarter of the weight is uniform (:data:`~.importance.UNIFORM`), all of it where nothing was seen.
+        A quarter of the weight is uniform (:data:`~.importance.UNIFORM`), all of it where no token has any.
         """
-        weight, n = getattr(self, f"{side}_seen"), max(self.tokens, 1)
+        weight: Tensor = getattr(self, f"{side}_seen")
+        n = max(self.tokens, 1)
         share = (weight > 0).to(weight.dtype) * (1 - UNIFORM)
 
         def mix(name: str) -> Tensor:
-            plain, seen = getattr(self, f"{side}_{name}"), getattr(self, f"{side}_seen_{name}")
+            plain: Tensor = getattr(self, f"{side}_{name}")
+            seen: Tensor = getattr(self, f"{side}_seen_{name}")
             wide = (-1, *[1] * (plain.ndim - 1))
             return (1 - share).view(wide) * plain / n + (share / weight.clamp(min=1e-30)).view(wide) * seen
 
         return mix("sum"), mix("outer")
 
     def shrunk(self, side: str) -> tuple[Tensor, Tensor]:
-        """:meth:`seen`, the covariance shrunk towards the isotropic one by what the effective tokens leave open."""
-        mean, outer = self.seen(side)
+        """:meth:`weighted`, the covariance shrunk towards the isotropic one by what the effective tokens leave open."""
+        mean, outer = self.weighted(side)
         if not self.doubt:
             return mean, outer
         square = mean[..., :, None] * mean[..., None, :]
@@ -100,8 +106,8 @@ class LayerMoments:
 
     @property
     def shrunk_c_q(self) -> Tensor:
-        """:attr:`seen_c_q`, shrunk alike."""
-        return self._shrunk(self.seen_c_q)
+        """:attr:`weighted_c_q`, shrunk alike."""
+        return self._shrunk(self.weighted_c_q)
 
     @property
     def doubt(self) -> float:
@@ -147,7 +153,7 @@ class LayerMoments:
     def check(self, layer: int) -> None:
         """Raise ValueError, naming ``layer``, where counts or shapes do not fit together or a number is not finite."""
         heads, head_dim = self.k_sum.shape
-        shapes = tensor_shapes(heads, head_dim, self.k_rows.shape[0])
+        shapes = tensor_shapes(heads, head_dim, self.k_rows.shape[0], self.v_sum.shape[-1])
         if (self.errors is None) != (self.energy is None):
             raise ValueError(f"layer {layer}: errors and energy must come together")
         for name in ("tokens", "groups"):

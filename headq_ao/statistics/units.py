@@ -1,4 +1,4 @@
-"""Units in which rows are stored: scales, zeros and gauges take 16 bits, and fp16 ends at 65504."""
+"""Units in which rows are stored: scales, zeros and means take 16 bits, and fp16 ends at 65504."""
 
 import torch
 from torch import Tensor

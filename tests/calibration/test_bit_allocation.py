@@ -6,16 +6,16 @@ import pytest
 import torch
 
 from headq_ao import HeadQCache, calibrate, headq_config, quantize_
-from headq_ao.calibration.bit_allocation import head_bits, output_errors, share_bits
+from headq_ao.calibration.bit_allocation import allocate_bits, head_bits, output_errors
 from headq_ao.calibration.observers import MomentAccumulator
 from headq_ao.codecs.base import HeadBits
 from headq_ao.codecs.layer_codec import LayerCodec
 from headq_ao.codecs.linalg import centred_moment
-from headq_ao.codecs.whitened import visible_codec, visible_value_codec
+from headq_ao.codecs.whitened import whitened_codec, whitened_value_codec
 from headq_ao.config import HeadQConfig
 from headq_ao.integrations.transformers.models import layer_shapes
 from headq_ao.layer_shape import LayerShape
-from headq_ao.statistics.importance import RECENT, seen_weights
+from headq_ao.statistics.importance import RECENT, importance_weights
 
 LEVELS = [1, 2, 3, 4]
 
@@ -29,16 +29,16 @@ def made(tiny, token_ids):
 
 @pytest.mark.parametrize("mean", [1.0, 1.3, 2.0, 2.75, 3.5, 4.0])
 def test_greedy_sharing_is_the_best_there_is(mean):
-    """Damage that falls by less with each bit: no other choice of as many bits leaves less."""
+    """Errors that fall by less with each bit: no other choice of as many bits leaves less."""
     g = torch.Generator().manual_seed(0)
-    damage = {}
+    sensitivity = {}
     for part in "abcde":
         falls = torch.rand(3, generator=g).sort(descending=True).values
-        damage[part] = [float(falls.sum() - falls[:i].sum()) for i in range(4)]
-    bits = share_bits(damage, dict.fromkeys(damage, LEVELS), mean)
-    left = sum(damage[part][b - 1] for part, b in bits.items())
+        sensitivity[part] = [float(falls.sum() - falls[:i].sum()) for i in range(4)]
+    bits = allocate_bits(sensitivity, dict.fromkeys(sensitivity, LEVELS), mean)
+    left = sum(sensitivity[part][b - 1] for part, b in bits.items())
     best = min(
-        sum(damage[part][b - 1] for part, b in zip(damage, choice, strict=True))
+        sum(sensitivity[part][b - 1] for part, b in zip(sensitivity, choice, strict=True))
         for choice in itertools.product(LEVELS, repeat=5)
         if sum(choice) <= mean * 5 + 1e-9
     )
@@ -47,7 +47,7 @@ def test_greedy_sharing_is_the_best_there_is(mean):
 
 def test_a_budget_below_the_least():
     with pytest.raises(ValueError, match=r"mean_bits must be at least 2 .* got 1\.5"):
-        share_bits({"a": [4.0, 3.0, 2.0, 1.0]}, {"a": [2, 4]}, 1.5)
+        allocate_bits({"a": [4.0, 3.0, 2.0, 1.0]}, {"a": [2, 4]}, 1.5)
 
 
 def test_every_head_gets_bits_of_its_own(made):
@@ -57,11 +57,11 @@ def test_every_head_gets_bits_of_its_own(made):
     assert [len(x.k) for x in given] == [len(x.v) for x in given] == [s.n_kv_heads for s in shapes]
     flat = [b for x in given for b in (*x.k, *x.v)]
     assert 2.25 - 1 / len(flat) < sum(flat) / len(flat) <= 2.25
-    damage = {
+    sensitivity = {
         (i, s, h): calibration.layers[i].relative_errors("kv".index(s))[h]
         for i, shape in enumerate(shapes) for s in "kv" for h in range(shape.n_kv_heads)
     }  # fmt: skip
-    shared = share_bits(damage, {part: [1, 2, 3, 4, 5, 6, 8] for part in damage}, 2.25)
+    shared = allocate_bits(sensitivity, {part: [1, 2, 3, 4, 5, 6, 8] for part in sensitivity}, 2.25)
     assert flat == [
         shared[i, s, h]
         for i, shape in enumerate(shapes) for s in "kv" for h in range(shape.n_kv_heads)
@@ -92,16 +92,16 @@ def test_damage_by_hand():
     torch.manual_seed(0)
     q, k, v = torch.randn(1, 4, 96, 16), torch.randn(1, 2, 96, 16), torch.randn(1, 2, 96, 16)
     accumulator = MomentAccumulator(96)
-    weights = [x[0].T for x in seen_weights(q, k, 0.25, n_sink=0)]
+    weights = [x[0].T for x in importance_weights(q, k, 0.25, n_sink=0)]
     accumulator.add(*(x[0].transpose(0, 1) for x in (q, k, v)), weights, torch.rand(96))
     moments = accumulator.moments()
     errors, energy = output_errors(moments, q, k, v, 0.25, n_sink=4, window=None, every=5)
-    (k_mean, k_outer), (v_mean, v_outer) = ((x[None] for x in moments.seen(side)) for side in "kv")
+    (k_mean, k_outer), (v_mean, v_outer) = ((x[None] for x in moments.weighted(side)) for side in "kv")
     recent = min(RECENT, 96 // 4)
     for i, bits in enumerate((1, 2, 3, 4)):
         config = HeadQConfig(k_bits=bits, v_bits=bits)
-        keys = visible_codec(config, moments.seen_c_q[None], k_mean, centred_moment(k_mean, k_outer))
-        values = visible_value_codec(config, v_mean, v_outer)
+        keys = whitened_codec(config, moments.weighted_c_q[None], k_mean, centred_moment(k_mean, k_outer))
+        values = whitened_value_codec(config, v_mean, v_outer)
         k_hat = keys.dequantize(*keys.quantize(k, True))
         v_hat = values.dequantize(*values.quantize(v))
         want, total = torch.zeros(2, 2), torch.zeros(2)

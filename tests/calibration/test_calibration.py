@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 
 from headq_ao import Calibration, calibrate, headq_config, quantize_
-from headq_ao.calibration.observers import RECORDER, SEEN_EVERY, MomentAccumulator
+from headq_ao.calibration.observers import IMPORTANCE_EVERY, RECORDER, MomentAccumulator
 from headq_ao.files import checksum
 from headq_ao.integrations.transformers.models import fingerprint
 from headq_ao.statistics.moments import TENSORS, LayerMoments
@@ -114,7 +114,7 @@ def expected_seen(q, k, v, scaling, window=None):
     sums = {name: torch.zeros(heads, *[d] * ("sum" in name) + [d, d] * ("outer" in name)).double() for name in SEEN}
     for head in range(q.shape[0]):
         kv = head // groups
-        for i in range(recent, tokens, SEEN_EVERY):
+        for i in range(recent, tokens, IMPORTANCE_EVERY):
             first = 0 if window is None else max(0, i - window + 1)
             a = (scaling * k[kv, first : i + 1] @ q[head, i]).softmax(0)
             of_q = 0.0
@@ -122,11 +122,11 @@ def expected_seen(q, k, v, scaling, window=None):
                 share = float(a[j - first])
                 of_q += share * (1 - share)
                 for side, x, w in (("k", k[kv, j], share * (1 - share)), ("v", v[kv, j], share**2)):
-                    sums[f"{side}_seen"][kv] += SEEN_EVERY * w
-                    sums[f"{side}_seen_sum"][kv] += SEEN_EVERY * w * x
-                    sums[f"{side}_seen_outer"][kv] += SEEN_EVERY * w * torch.outer(x, x)
+                    sums[f"{side}_seen"][kv] += IMPORTANCE_EVERY * w
+                    sums[f"{side}_seen_sum"][kv] += IMPORTANCE_EVERY * w * x
+                    sums[f"{side}_seen_outer"][kv] += IMPORTANCE_EVERY * w * torch.outer(x, x)
             if i >= N_SINK:
-                sums["q_seen_outer"][kv] += SEEN_EVERY * of_q * torch.outer(q[head, i], q[head, i])
+                sums["q_seen_outer"][kv] += IMPORTANCE_EVERY * of_q * torch.outer(q[head, i], q[head, i])
     return sums
 
 
@@ -216,13 +216,13 @@ def test_seen_mixes_a_quarter_of_plain_statistics(made):
             *(getattr(moments, f"{side}_{n}") for n in ("sum", "seen_sum")),
         )
         setattr(moments, f"{side}_seen", weight)
-        mean, outer = moments.seen(side)
+        mean, outer = moments.weighted(side)
         torch.testing.assert_close(mean, 0.25 * plain / 7 + 0.75 * seen / weight[:, None])
         plain, seen = (getattr(moments, f"{side}_{n}") for n in ("outer", "seen_outer"))
         torch.testing.assert_close(outer, 0.25 * plain / 7 + 0.75 * seen / weight[:, None, None])
     q = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(1))
     moments.q_seen_outer = q.mT @ q
-    torch.testing.assert_close(moments.seen_c_q, q.mT @ q / 21)  # 7 tokens of 3 query heads
+    torch.testing.assert_close(moments.weighted_c_q, q.mT @ q / 21)  # 7 tokens of 3 query heads
 
 
 def test_what_was_never_seen_counts_as_plain(made):
@@ -232,12 +232,12 @@ def test_what_was_never_seen_counts_as_plain(made):
         weight = getattr(moments, f"{side}_seen")
         weight[0], weight[1] = 0.0, 3.0
         getattr(moments, f"{side}_seen_sum")[0] = getattr(moments, f"{side}_seen_outer")[0] = 0.0
-        mean, outer = moments.seen(side)
+        mean, outer = moments.weighted(side)
         torch.testing.assert_close(mean[0], getattr(moments, f"{side}_sum")[0] / 7)
         torch.testing.assert_close(outer[0], getattr(moments, f"{side}_outer")[0] / 7)
         assert not torch.allclose(mean[1], getattr(moments, f"{side}_sum")[1] / 7)
     moments.q_seen_outer = torch.stack([torch.zeros(4, 4), torch.eye(4)])
-    torch.testing.assert_close(moments.seen_c_q, torch.stack([moments.c_q[0], torch.eye(4) / 21]))
+    torch.testing.assert_close(moments.weighted_c_q, torch.stack([moments.c_q[0], torch.eye(4) / 21]))
 
 
 def test_all_keys_are_kept_where_they_are_few(llama, token_ids):

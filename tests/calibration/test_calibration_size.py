@@ -20,17 +20,17 @@ from headq_ao import (
     restore_,
 )
 from headq_ao.calibration.artifact import COUNTS
-from headq_ao.calibration.bit_allocation import cautious, head_bits, share_bits
+from headq_ao.calibration.bit_allocation import allocate_bits, cautious, head_bits
 from headq_ao.codecs.layer_codec import key_codec, value_codec
 from headq_ao.codecs.linalg import centred_moment
-from headq_ao.codecs.whitened import visible_codec, visible_value_codec
+from headq_ao.codecs.whitened import whitened_codec, whitened_value_codec
 from headq_ao.evals.harness import inputs
 from headq_ao.files import checksum
 from headq_ao.integrations.transformers.models import layer_shapes
 from tests.conftest import load_recipe
 
 recipe = load_recipe("calibration_size")
-FAST = {"residual_length": 32, "block_size": 16, "epoch_tokens": 64}
+FAST = {"residual_length": 32, "block_size": 16, "warmup_tokens": 64}
 RESTS = "the calibration rests on {} effective tokens .* and needs {}"
 SOME = [  # of the recipe's, those that tell most for their time
     "natural, 16 tokens", "natural, 64 tokens", "natural, 320 tokens", "natural, 640 tokens", "natural, 1024 tokens",
@@ -196,20 +196,20 @@ def test_version_3_gives_the_codes_it_gave(tiny, token_ids, tmp_path):
         assert old.effective_tokens is None and old.suffices
         shapes, config = layer_shapes(model.config), headq_config()
         for layer, new in zip(old.layers, made.layers, strict=True):
-            mean, outer = layer.seen("k")
-            c_q = layer.seen_c_q[None]
-            want = visible_codec(config, c_q, mean[None], centred_moment(mean, outer)[None])
-            values = visible_value_codec(config, *(x[None] for x in layer.seen("v")))
+            mean, outer = layer.weighted("k")
+            c_q = layer.weighted_c_q[None]
+            want = whitened_codec(config, c_q, mean[None], centred_moment(mean, outer)[None])
+            values = whitened_value_codec(config, *(x[None] for x in layer.weighted("v")))
             got = key_codec(config, layer), value_codec(config, shapes[0], layer)
             for a, b in zip((want, values), got, strict=True):
                 assert a.tensors().keys() == b.tensors().keys()
                 assert all(torch.equal(x, b.tensors()[name]) for name, x in a.tensors().items())
             assert not torch.equal(got[0].encode, key_codec(config, new).encode)
-        damage = {
+        sensitivity = {
             (i, side, h): layer.relative_errors("kv".index(side))[h]
             for i, layer in enumerate(old.layers) for side in "kv" for h in range(2)
         }  # fmt: skip
-        shared = share_bits(damage, {part: [1, 2, 3, 4, 5, 6, 8] for part in damage}, 2.25)
+        shared = allocate_bits(sensitivity, {part: [1, 2, 3, 4, 5, 6, 8] for part in sensitivity}, 2.25)
         given = head_bits(config, old, shapes)
         assert shared == {(i, s, h): getattr(x, s)[h] for i, x in enumerate(given) for s in "kv" for h in range(2)}
         quantize_(model, headq_config(calibration=str(path)))
@@ -242,7 +242,7 @@ def test_shrinking_by_hand(tiny, token_ids):
     for effective in (8, 32, 64, 191):
         counted = dataclasses.replace(layer, effective=effective)
         for side in "kv":
-            mean, outer = counted.seen(side)
+            mean, outer = counted.weighted(side)
             same, shrunk = counted.shrunk(side)
             plain, got = centred_moment(mean, outer), centred_moment(same, shrunk)
             trace = plain.diagonal(dim1=-2, dim2=-1).mean(-1)
@@ -256,24 +256,24 @@ def test_shrinking_by_hand(tiny, token_ids):
     for effective in (None, 384, 5000):
         plain = dataclasses.replace(layer, effective=effective)
         assert plain.doubt == 0
-        assert all(torch.equal(a, b) for a, b in zip(plain.shrunk("k"), plain.seen("k"), strict=True))
-        assert torch.equal(plain.shrunk_c_q, plain.seen_c_q)
+        assert all(torch.equal(a, b) for a, b in zip(plain.shrunk("k"), plain.weighted("k"), strict=True))
+        assert torch.equal(plain.shrunk_c_q, plain.weighted_c_q)
 
 
 def test_bits_of_few_tokens_are_shared_with_caution(tiny, token_ids):
     """Heads are pulled to what their side does on average: the fewer the tokens, the more."""
     made = calibrate(tiny(layers=4), token_ids(2, 200), progress=False)
-    damage = {
+    sensitivity = {
         (i, side, h): layer.relative_errors("kv".index(side))[h]
         for i, layer in enumerate(made.layers) for side in "kv" for h in range(2)
     }  # fmt: skip
     spread = []
     for effective in (0, 16, 64, None):
         layers = [dataclasses.replace(layer, effective=effective) for layer in made.layers]
-        pulled = cautious(damage, Calibration(layers, made.fingerprint))
-        logs = torch.tensor([pulled[part] for part in damage if part[1] == "k"]).log()
+        pulled = cautious(sensitivity, Calibration(layers, made.fingerprint))
+        logs = torch.tensor([pulled[part] for part in sensitivity if part[1] == "k"]).log()
         spread.append(float(logs.std(0).mean()))
-        own = torch.tensor([damage[part] for part in damage if part[1] == "k"]).log()
+        own = torch.tensor([sensitivity[part] for part in sensitivity if part[1] == "k"]).log()
         torch.testing.assert_close(logs.mean(0), own.mean(0))
     assert spread[0] < 1e-5 < spread[1] < spread[2] < spread[3]
-    assert pulled == damage
+    assert pulled == sensitivity

@@ -7,7 +7,7 @@ from headq_ao import HeadQCache, calibrate, headq_config, quantize_, restore_
 from headq_ao.codecs.base import head_groups
 
 WARMUP, SINKS, BLOCK = 64, 4, 16
-OPTIONS = {"adapt": "prompt", "prior_tokens": 40, "epoch_tokens": WARMUP, "residual_length": 16, "block_size": BLOCK}
+OPTIONS = {"adapt": "prompt", "prior_tokens": 40, "warmup_tokens": WARMUP, "residual_length": 16, "block_size": BLOCK}
 
 
 @pytest.fixture(autouse=True)
@@ -136,7 +136,7 @@ def test_short_prompts_are_in_full_precision(calibrated, token_ids):
 
 
 def test_off_is_without(calibrated):
-    model = calibrated(OPTIONS | {"key_gauge": False})
+    model = calibrated(OPTIONS | {"subtract_key_mean": False})
     layer = HeadQCache(model).layers[0]  # there is no mean to refine
     feed(layer, *states(), (100,))
     assert layer.codec.segments == 1 and layer.codec.captured and layer.pool.segment is None

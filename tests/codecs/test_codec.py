@@ -14,7 +14,13 @@ from headq_ao.codecs.base import GAUSSIAN_STEP, KeyCodec
 from headq_ao.codecs.layer_codec import LayerCodec
 from headq_ao.codecs.linalg import ridged, rotation_matrix, square_roots, top_eigenvectors
 from headq_ao.codecs.side_code import STEP_GRID, fit_steps, side_basis, with_side_code
-from headq_ao.codecs.whitened import PROMPT_RIDGE, prompt_visible_codec, visible_codec, visible_value_codec, whitening
+from headq_ao.codecs.whitened import (
+    PROMPT_RIDGE,
+    prompt_whitened_codec,
+    whitened_codec,
+    whitened_value_codec,
+    whitening,
+)
 from headq_ao.layer_shape import LayerShape
 
 
@@ -227,14 +233,14 @@ CODECS = {
     "symmetric": AFFINE | {"rank": 0},
     "symmetric + side": AFFINE,
     "symmetric + optimal side": AFFINE | {"basis": "score_optimal", "rank": 8, "side_bits": 4},
-    "no gauge": AFFINE | {"key_gauge": False, "k_bits": 4},
+    "no mean": AFFINE | {"subtract_key_mean": False, "k_bits": 4},
     "no rotation": AFFINE | {"rotation": False, "k_bits": 3, "basis": "random"},
     "biased": AFFINE | {"unbiased_scale": False, "basis": "key_pca", "side_bits": 1},
-    "visible": {},
-    "visible + side": {"rank": 8, "side_bits": 4, "basis": "score_optimal"},
-    "visible, nearest": {"error_feedback": False, "k_bits": 3},
-    "visible, no gauge": {"key_gauge": False, "k_bits": 4, "whitening": 1.0},
-    "visible, no rotation": {"rotation": False, "whitening": 0.0, "unbiased_scale": False},
+    "whitened": {},
+    "whitened + side": {"rank": 8, "side_bits": 4, "basis": "score_optimal"},
+    "whitened, nearest": {"error_feedback": False, "k_bits": 3},
+    "whitened, no mean": {"subtract_key_mean": False, "k_bits": 4, "whitening": 1.0},
+    "whitened, no rotation": {"rotation": False, "whitening": 0.0, "unbiased_scale": False},
     "prompt": {"prompt": True},
     "prompt + side": {"prompt": True, "rank": 5},
     "prompt, nearest": {"prompt": True, "error_feedback": False, "k_bits": 3},
@@ -248,15 +254,15 @@ def build(config, c_q, rows, prompt=False):
     if config.key_codec == "affine":
         return affine_codec(config, c_q, mean, rows[:, :, :256])
     if prompt:
-        codec = prompt_visible_codec(config, c_q, mean, centred.square().mean(-2))
+        codec = prompt_whitened_codec(config, c_q, mean, centred.square().mean(-2))
     else:
-        codec = visible_codec(config, c_q, mean, second_moment(centred))
+        codec = whitened_codec(config, c_q, mean, second_moment(centred))
     return with_side_code(config, codec, c_q, rows[:, :, :256])
 
 
 @pytest.fixture
 def packed(statistics):
-    """A codec, queries, exact keys and their packed rows."""
+    """A codec, queries, exact keys and their packed tokens."""
 
     def make(head_dim, dtype=torch.float64, prompt=False, **options):
         config = headq_config(**options)
@@ -273,8 +279,8 @@ def mapped(codec, q, scaling, sign=1):
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     mapping = codec.query_map(sign, dtype)
     found = ((q.to(dtype) * scaling).unflatten(1, (mapping.shape[1], -1)) @ mapping.unsqueeze(2)).flatten(1, 2)
-    bias, zero, gauge = found[..., -3:].unbind(-1)
-    return SimpleNamespace(codes=found[..., :-3], bias=bias, zero=zero, gauge=gauge)
+    bias, zero, of_mean = found[..., -3:].unbind(-1)
+    return SimpleNamespace(codes=found[..., :-3], bias=bias, zero=zero, of_mean=of_mean)
 
 
 def integer_scores(query, codes, scale, zero):
@@ -284,7 +290,7 @@ def integer_scores(query, codes, scale, zero):
     s = (query.codes @ codes.mT + query.bias[..., None]) * scale[:, :, None]
     if zero is not None:
         s = s + query.zero[..., None] * zero.to(scale.dtype).repeat_interleave(groups, 1)[:, :, None]
-    return s + query.gauge[..., None]
+    return s + query.of_mean[..., None]
 
 
 @pytest.mark.parametrize("head_dim", [16, 64, 80])
@@ -296,7 +302,7 @@ def test_integer_scores_are_scores_of_dequantized_keys(packed, options, head_dim
     torch.testing.assert_close(scores, 0.125 * q @ k_hat.mT, rtol=0, atol=1e-4)  # dequantize is fp32
 
 
-@pytest.mark.parametrize("name", ["affine + side", "symmetric + optimal side", "visible + side", "prompt + side"])
+@pytest.mark.parametrize("name", ["affine + side", "symmetric + optimal side", "whitened + side", "prompt + side"])
 def test_wrong_sign_takes_the_side_code_off(packed, name):
     codec, q, k, (codes, scale, zero) = packed(64, **CODECS[name])
     with_side, without = (codec.dequantize(codes, scale, zero, side=s).double() for s in (True, False))
@@ -314,7 +320,7 @@ def test_wrong_sign_takes_the_side_code_off(packed, name):
 @pytest.mark.parametrize(
     "options",
     [AFFINE, AFFINE | {"k_zero_point": True}, {}, {"prompt": True}, {"rank": 8}],
-    ids=["symmetric", "affine", "visible", "prompt", "visible + side"],
+    ids=["symmetric", "affine", "whitened", "prompt", "whitened + side"],
 )
 def test_dequantized_keys_are_near_the_exact_ones(packed, options):
     previous = float("inf")
@@ -327,7 +333,7 @@ def test_dequantized_keys_are_near_the_exact_ones(packed, options):
     assert previous < 1e-4
 
 
-@pytest.mark.parametrize("name", ["symmetric + side", "visible", "prompt"])
+@pytest.mark.parametrize("name", ["symmetric + side", "whitened", "prompt"])
 def test_the_gauge_is_free(packed, name):
     """The same codec over keys moved by a vector: the same codes, and softmax sees no difference."""
     codec, q, k, (codes, scale, _) = packed(64, **CODECS[name])
@@ -349,7 +355,7 @@ def test_queries_keep_their_dtype(packed):
         assert {x.dtype for x in vars(mapped(codec, q.to(dtype), 1.0)).values()} == {wide}
 
 
-@pytest.mark.parametrize("name", ["affine + side", "symmetric + side", "no gauge", "visible", "prompt"])
+@pytest.mark.parametrize("name", ["affine + side", "symmetric + side", "no mean", "whitened", "prompt"])
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_fp32_scores_are_as_exact_as_plain_attention(packed, head_dim, name):
     """The integers' coordinates cost no precision: at most twice the error of fp32 attention over k̂."""
@@ -382,22 +388,22 @@ def test_tensors_names_what_there_is(packed):
     side = {"side_encode", "side_read", "side_step"}
     wanted = {
         "affine": plain,
-        "symmetric": plain | {"weight"},
-        "symmetric + side": plain | side | {"weight"},
-        "visible": plain | {"weight", "metric"},
-        "visible + side": plain | side | {"weight", "metric"},
-        "visible, nearest": plain | {"weight"},
-        "prompt": plain | {"weight", "spread", "seen"},
-        "prompt, nearest": plain | {"weight", "spread"},
+        "symmetric": plain,
+        "symmetric + side": plain | side,
+        "whitened": plain | {"hessian"},
+        "whitened + side": plain | side | {"hessian"},
+        "whitened, nearest": plain,
+        "prompt": plain | {"spread", "q_factor"},
+        "prompt, nearest": plain | {"spread"},
     }
     for name, want in wanted.items():
         assert set(packed(16, **CODECS[name])[0].tensors()) == want, name
     in_unit = dataclasses.replace(packed(16)[0], unit=torch.ones(1, 2, 1)).tensors()
     names = {f.name for f in dataclasses.fields(KeyCodec)}
-    assert set(in_unit).union(*wanted.values()) == names - {"bits", "head_bits", "own", "mapped", "parts"}
+    assert set(in_unit).union(*wanted.values()) == names - {"bits", "symmetric", "head_bits", "own", "mapped", "parts"}
 
 
-@pytest.mark.parametrize("options", [AFFINE, {}, {"prompt": True}], ids=["affine", "visible", "prompt"])
+@pytest.mark.parametrize("options", [AFFINE, {}, {"prompt": True}], ids=["affine", "whitened", "prompt"])
 def test_rank_zero_and_full_rank(packed, options):
     codec, *_ = packed(16, **options | {"rank": 0})
     assert codec.side_encode is None and codec.bits == (2,) * 16
@@ -405,13 +411,13 @@ def test_rank_zero_and_full_rank(packed, options):
     assert codec.side_encode.shape[-1] == 16 and codec.bits == (2,) * 32
 
 
-# Visible codes
+# Whitened codes
 
 
 @pytest.fixture
-def seen_states():
-    """``seen_states(correlated, bias)``: queries and keys ``[1, 2, 2048, 64]``, both anisotropic, ``correlated`` in one
-    basis; ``bias``: of three pairs of key coordinates, turned as RoPE turns it."""
+def correlated_states():
+    """``correlated_states(correlated, bias)``: queries and keys ``[1, 2, 2048, 64]``, both anisotropic,
+    ``correlated`` in one basis; ``bias``: of three pairs of key coordinates, rotated as RoPE rotates it."""
 
     def make(correlated=True, bias=0.0, head_dim=64, n=2048):
         basis, other = orthogonal(1, 2, head_dim, seed=1), orthogonal(1, 2, head_dim, seed=2)
@@ -439,9 +445,9 @@ def held_out_error(q, k, prompt=False, **options):
 @pytest.mark.parametrize("correlated", [True, False], ids=["one basis", "two bases"])
 @pytest.mark.parametrize("bias", [0.0, 10.0])
 @pytest.mark.parametrize("bits", [2, 3])
-def test_visible_codes_show_less_error(seen_states, correlated, bias, bits):
+def test_whitened_codes_show_less_error(correlated_states, correlated, bias, bits):
     """At equal bits a tenth of the affine base's error, and less than with half a bit more for its side code."""
-    q, k = seen_states(correlated, bias)
+    q, k = correlated_states(correlated, bias)
     plain = held_out_error(q, k, key_codec="affine", rank=0, k_bits=bits)
     side = held_out_error(q, k, key_codec="affine", k_bits=bits)
     visible = held_out_error(q, k, k_bits=bits)
@@ -452,21 +458,21 @@ def test_visible_codes_show_less_error(seen_states, correlated, bias, bits):
 
 
 @pytest.mark.parametrize("bias", [0.0, 10.0])
-def test_each_part_of_the_visible_code_helps(seen_states, bias):
-    q, k = seen_states(bias=bias)
+def test_each_part_of_the_whitened_code_helps(correlated_states, bias):
+    q, k = correlated_states(bias=bias)
     whole = held_out_error(q, k)
     assert whole < 0.2 * held_out_error(q, k, error_feedback=False), "whitening alone puts errors where they show"
     assert whole < 0.5 * held_out_error(q, k, whitening=0.0)
     assert held_out_error(q, k, rank=16) < 0.7 * whole
     isotropic = torch.eye(64, dtype=torch.float64).expand(1, 2, 64, 64)
-    unaware = visible_codec(headq_config(), isotropic, k.mean(-2), second_moment(k - k.mean(-2, keepdim=True)))
+    unaware = whitened_codec(headq_config(), isotropic, k.mean(-2), second_moment(k - k.mean(-2, keepdim=True)))
     e = unaware.dequantize(*unaware.quantize(k, True)).double() - k
     assert whole < 0.6 * float((q @ e.mT).square().mean()), "queries matter"
 
 
-def test_without_whitening_and_feedback_visible_is_affine(seen_states):
+def test_without_whitening_and_feedback_whitened_is_affine(correlated_states):
     """The same rotated nearest codes, up to the rounding of an identity that was computed."""
-    q, k = seen_states()
+    q, k = correlated_states()
     q, k = q[:, :, :512], k[:, :, :512]
     plain, visible = (
         build(headq_config(rank=0, **options), second_moment(q), k)
@@ -511,27 +517,27 @@ def test_the_metric_is_what_scores_show(statistics):
     e = randn(1, 2, 8, 64, seed=12)
     k_err = e @ codec.reader.mT
     shown = (q @ k_err.mT).square().mean(-2) + ridge[..., None] * k_err.square().sum(-1)
-    torch.testing.assert_close(((e @ codec.error_metric()) * e).sum(-1), shown)
-    assert codec.error_metric() is codec.metric and codec.reader is codec.read
+    torch.testing.assert_close(((e @ codec.error_hessian()) * e).sum(-1), shown)
+    assert codec.error_hessian() is codec.hessian and codec.reader is codec.read
 
 
 @pytest.mark.parametrize("power", [0.0, 0.75, 1.0])
-def test_the_prompt_codec_is_a_visible_codec_of_little(statistics, power, monkeypatch):
+def test_the_prompt_codec_is_a_whitened_codec_of_little(statistics, power, monkeypatch):
     """Diagonal covariance and a C_q of 16 directions over a flat rest: where that is all, both are one codec."""
-    monkeypatch.setattr("headq_ao.codecs.whitened.VISIBLE_RIDGE", PROMPT_RIDGE)
+    monkeypatch.setattr("headq_ao.codecs.whitened.CALIBRATED_RIDGE", PROMPT_RIDGE)
     _, k, _ = statistics()
     config, d = headq_config(whitening=power), 64
     basis = orthogonal(1, 2, d, seed=8)
     values = torch.cat([torch.ones(48), torch.linspace(2, 90, 16)]).double()
     c_q = (basis * values[:, None]) @ basis.mT
     variance, mean = (k - k.mean(-2, keepdim=True)).square().mean(-2), k.mean(-2)
-    whole = visible_codec(config, c_q, mean, torch.diag_embed(variance))
-    little = prompt_visible_codec(config, c_q, mean, variance)
-    assert (little.spread.shape, little.seen.shape) == ((1, 2, d), (1, 2, d, 16))
+    whole = whitened_codec(config, c_q, mean, torch.diag_embed(variance))
+    little = prompt_whitened_codec(config, c_q, mean, variance)
+    assert (little.spread.shape, little.q_factor.shape) == ((1, 2, d), (1, 2, d, 16))
     ratio = (whole.read / little.reader).nanmean((-2, -1))  # the spread is around 1: another unit
     torch.testing.assert_close(whole.read, little.reader * ratio[..., None, None], rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(little.spread.log().mean(-1), torch.zeros(1, 2).double(), rtol=0, atol=1e-9)
-    a, b = (codec.error_metric() for codec in (whole, little))
+    a, b = (codec.error_hessian() for codec in (whole, little))
     size = (a.diagonal(dim1=-2, dim2=-1).mean(-1) / b.diagonal(dim1=-2, dim2=-1).mean(-1))[..., None, None]
     torch.testing.assert_close(a, size.to(a) * b.to(a), rtol=1e-4, atol=1e-5 * float(a.abs().max()))
     k = k[:, :, :64]
@@ -543,10 +549,10 @@ def test_spread_and_seen_are_shorthand(packed):
     """The same rows as of a codec that holds the stretched basis and the metric themselves."""
     codec, q, k, (codes, scale, zero) = packed(64, prompt=True)
     encode = codec.encode / codec.spread[..., None]
-    seen = codec.reader.mT @ codec.seen
+    seen = codec.reader.mT @ codec.q_factor
     metric = codec.reader.mT @ codec.reader + seen @ seen.mT
-    full = dataclasses.replace(codec, encode=encode, read=codec.reader, metric=metric, spread=None, seen=None)
-    torch.testing.assert_close(codec.error_metric().double(), metric, rtol=1e-4, atol=1e-4)
+    full = dataclasses.replace(codec, encode=encode, read=codec.reader, hessian=metric, spread=None, q_factor=None)
+    torch.testing.assert_close(codec.error_hessian().double(), metric, rtol=1e-4, atol=1e-4)
     again, scale_again, _ = full.quantize(k, True)
     assert int((codes != again).sum()) <= 2
     assert float((scale_again != scale).double().mean()) < 0.02
@@ -555,7 +561,7 @@ def test_spread_and_seen_are_shorthand(packed):
         torch.testing.assert_close(x, vars(mapped(full, q, 0.3))[name])
 
 
-@pytest.mark.parametrize("name", ["visible", "visible + side", "prompt", "prompt + side", "symmetric + side"])
+@pytest.mark.parametrize("name", ["whitened", "whitened + side", "prompt", "prompt + side", "symmetric + side"])
 def test_heads_of_a_codec(packed, name):
     """A codec cut to some heads writes and reads them as the whole one does."""
     codec, q, k, (codes, scale, _) = packed(32, **CODECS[name])
@@ -590,7 +596,7 @@ def test_a_moved_layer_keeps_one_side_basis(basis, one):
 def test_sequences_of_a_codec(packed, name):
     """Statistics of two sequences: each row is coded with its own, in any order."""
     codec, _, k, _ = packed(32, **CODECS[name])
-    own = {"mean", "spread", "seen", "side_encode", "side_read", "side_step"} & codec.tensors().keys()
+    own = {"mean", "spread", "q_factor", "side_encode", "side_read", "side_step"} & codec.tensors().keys()
     other = {n: codec.tensors()[n].flip(1) for n in own}
     both = {n: torch.cat([codec.tensors()[n], other[n]]) for n in own}
     if codec.side_read is codec.side_encode and codec.side_read is not None:
@@ -607,10 +613,10 @@ def test_sequences_of_a_codec(packed, name):
 
 
 VALUES = {
-    "visible": {},
-    "visible, no whitening": {"whitening": 0.0},
-    "visible, nearest": {"error_feedback": False},
-    "visible, no rotation": {"rotation": False},
+    "whitened": {},
+    "whitened, no whitening": {"whitening": 0.0},
+    "whitened, nearest": {"error_feedback": False},
+    "whitened, no rotation": {"rotation": False},
     "affine": {"value_codec": "affine"},
     "affine, zero": {"value_codec": "affine", "v_zero_point": True, "v_group_size": 16},
 }
@@ -626,7 +632,7 @@ def values():
         if config.value_codec == "affine":
             codec = rotated_value_codec(config, 64)
         else:
-            codec = visible_value_codec(config, v.mean(-2), second_moment(v))
+            codec = whitened_value_codec(config, v.mean(-2), second_moment(v))
 
         def coordinates(rows):
             """``ŷ`` of tokens, float64, by hand."""
@@ -658,11 +664,11 @@ def test_readout_is_the_sum_of_dequantized_values(values, name):
     out = readout(codec, a @ coordinates(v).repeat_interleave(3, 1))
     torch.testing.assert_close(out, a @ v_hat.repeat_interleave(3, 1), rtol=0, atol=1e-5)  # dequantize is fp32
     assert set(codec.tensors()) == {"encode", "read"} | (
-        set() if "affine" in name else {"mean"} if "nearest" in name else {"mean", "metric"}
+        set() if "affine" in name else {"mean"} if "nearest" in name else {"mean", "hessian"}
     )
 
 
-@pytest.mark.parametrize("name", ["visible", "visible, nearest"])
+@pytest.mark.parametrize("name", ["whitened", "whitened, nearest"])
 def test_the_value_gauge_is_free(values, name):
     """Values and mean moved by one vector: the same codes, and an output moved by it."""
     codec, v, _ = values(**VALUES[name])
@@ -678,7 +684,7 @@ def test_the_value_gauge_is_free(values, name):
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
-def test_visible_values_err_less(values, bits):
+def test_whitened_values_err_less(values, bits):
     """``‖v − v̂‖²`` at equal bits, on anisotropic values with a mean; in each coordinate that a row has."""
 
     def error(**options):

@@ -11,7 +11,7 @@ from headq_ao.evals.harness.scoring import exact_logprobs
 from headq_ao.evals.harness.subjects import Subject
 from headq_ao.evals.harness.texts import WIKITEXT_VARIABLE
 
-SMALL = ["--row-length", "160", "--prefill", "64", "--chunk", "32", "--no-progress", "--set", "epoch_tokens=32"]
+SMALL = ["--row-length", "160", "--prefill", "64", "--chunk", "32", "--no-progress", "--set", "warmup_tokens=32"]
 PACKED = [*SMALL, "--set", "residual_length=16", "--set", "block_size=16"]
 
 
@@ -51,7 +51,7 @@ def test_fails_when_nothing_was_packed(tiny_folder, text_file, capsys):
     arguments = ["--model", str(tiny_folder), "--text", str(text_file()), *SMALL, "--set", "residual_length=500"]
     assert perplexity.main(arguments) == 1
     captured = capsys.readouterr()
-    assert "no packed row was read" in captured.err
+    assert "no packed token was read" in captured.err
     assert captured.out == ""
 
 
@@ -112,7 +112,7 @@ def test_parse_value():
 def test_evaluate_leaves_the_model_as_it_was(tiny, token_ids):
     model, rows = tiny(), token_ids(1, 160)
     exact = exact_logprobs(model, rows, 64, progress=False)
-    subject = Subject("headq", {"epoch_tokens": 32})
+    subject = Subject("headq", {"warmup_tokens": 32})
     perplexity.evaluate(model, rows, exact, subject, prefill=64, chunk=32, progress=False)
     again = exact_logprobs(model, rows, 64, progress=False)
     assert (exact[0] == again[0]).all()

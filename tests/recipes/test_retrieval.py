@@ -113,7 +113,7 @@ def contexts(token_ids):
     return [context(0), context(1)]
 
 
-def test_exact_answers_equal_those_computed_anew(tiny, contexts):
+def test_exact_answers_equal_those_computed_again(tiny, contexts):
     model = tiny()
     answers = retrieval.answer_all(model, Subject("exact"), contexts, "exact", progress=False)
     for c, context in enumerate(contexts):

@@ -18,8 +18,8 @@ RECIPE = {
     "protocol": {"text": "bundled", "rows": 2, "row_length": 160, "prefill": 64, "chunk": 32},
     "calibration": {"text": "bundled", "tokens": 300},
     "settings": [
-        {"name": "first", "title": "first", "options": {"epoch_tokens": 32}},
-        {"name": "second", "title": "second", "options": {"epoch_tokens": 32, "v_bits": None}, "calibration": False},
+        {"name": "first", "title": "first", "options": {"warmup_tokens": 32}},
+        {"name": "second", "title": "second", "options": {"warmup_tokens": 32, "v_bits": None}, "calibration": False},
         {
             "name": "third",
             "title": "third",
@@ -59,7 +59,7 @@ def test_resumes(recipe, tmp_path, capsys):
     assert recipe() == (0, ["second", "third"])
     shown = capsys.readouterr().out
     assert "mini: 2 of 3 settings to run, 1 already there" in shown
-    assert "| first | `epoch_tokens=32` |" in shown and "no calibration" in shown and "`kivi(k_bits=2" in shown
+    assert "| first | `warmup_tokens=32` |" in shown and "no calibration" in shown and "`kivi(k_bits=2" in shown
     assert recipe() == (0, [])
     assert recipe("--force") == (0, ["first", "second", "third"])
     result = json.loads((tmp_path / "results" / "mini" / "second.json").read_text(encoding="utf-8"))
@@ -68,7 +68,7 @@ def test_resumes(recipe, tmp_path, capsys):
 
 def test_changes_are_measured_again(recipe, tmp_path):
     recipe()
-    changed = [RECIPE["settings"][0] | {"options": {"epoch_tokens": 32, "rank": 0}}, *RECIPE["settings"][1:]]
+    changed = [RECIPE["settings"][0] | {"options": {"warmup_tokens": 32, "rank": 0}}, *RECIPE["settings"][1:]]
     assert recipe(settings=changed) == (0, ["first"])
     assert recipe(protocol=RECIPE["protocol"] | {"chunk": 16}) == (0, ["first", "second", "third"])
     (tmp_path / "results" / "mini" / "first.json").write_text("{", encoding="utf-8")

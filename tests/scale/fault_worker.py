@@ -18,7 +18,7 @@ IDS = torch.randint(3, 128, (1, 400), generator=torch.Generator().manual_seed(0)
 
 def prepared():
     model = build_tiny(head_dim=64)
-    quantize_(model, headq_config(epoch_tokens=64, residual_length=32, block_size=16))
+    quantize_(model, headq_config(warmup_tokens=64, residual_length=32, block_size=16))
     return model
 
 

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from headq_ao import HeadQCache, calibrate, headq_config, quantize_, restore_
 
-FAST = {"epoch_tokens": 64, "residual_length": 32, "block_size": 16}
+FAST = {"warmup_tokens": 64, "residual_length": 32, "block_size": 16}
 FAMILIES = ["llama", "qwen3", "mistral", "gemma3", "phi3", "gpt_neox", "gpt2"]
 
 
@@ -49,7 +49,7 @@ PLACEMENTS = {
 
 
 def results(model, ids):
-    """Greedy tokens of a padded batch, and logits of a chunk that reads packed rows."""
+    """Greedy tokens of a padded batch, and logits of a chunk that reads packed tokens."""
     mask = torch.ones_like(ids)
     mask[1, :50] = 0
     cache = HeadQCache(model)

@@ -16,7 +16,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from headq_ao import HeadQCache, headq_config, quantize_
 from tests.conftest import ROOT
 
-FAST = {"epoch_tokens": 64, "residual_length": 32, "block_size": 16}
+FAST = {"warmup_tokens": 64, "residual_length": 32, "block_size": 16}
 WORKER = Path(__file__).with_name("fault_worker.py")
 
 
@@ -47,7 +47,7 @@ from headq_ao.ops.paged_attention import cpu_kernel
 from headq_ao.ops.error_feedback import cpu_kernel as feedback_kernel
 warnings.simplefilter("error")  # not before: other libraries warn as they are imported
 model = build_tiny(head_dim=64)
-quantize_(model, headq_config(epoch_tokens=64, residual_length=32, block_size=16))
+quantize_(model, headq_config(warmup_tokens=64, residual_length=32, block_size=16))
 ids = torch.randint(3, 128, (1, 200), generator=torch.Generator().manual_seed(0))
 cache = HeadQCache(model)
 print("ready", flush=True)

@@ -21,7 +21,7 @@ from tests.scale.conftest import torchrun
 
 pytestmark = pytest.mark.xdist_group("processes")
 FAMILIES = ["llama", "qwen3", "mistral", "gemma3", "phi3", "gpt_neox", "gpt2"]
-SMALL = {"epoch_tokens": 32, "residual_length": 16, "block_size": 16, "max_length": 400}
+SMALL = {"warmup_tokens": 32, "residual_length": 16, "block_size": 16, "max_length": 400}
 TASKS = {
     "choices": "output_type: multiple_choice\ndoc_to_text: '{{text}}'\ndoc_to_choice: '{{choices}}'\n"
     "doc_to_target: 1\nnum_fewshot: 2\nfewshot_split: train\n",
@@ -206,11 +206,11 @@ def test_each_process_takes_its_share(make, shares, monkeypatch):
 
 @pytest.mark.parametrize("lengths", [(10, 90), (10, 10)])
 def test_packed_rows_of_any_process_count(make, shares, lengths):
-    """A run fails if no process has read a packed row, and only then."""
+    """A run fails if no process has read a packed token, and only then."""
     docs = [document for n in lengths for document in documents(1, length=n)]
     _, lm = shares(make(), lambda lm: lm.loglikelihood(instances("loglikelihood", docs)))
     if max(lengths) < 50:
-        with pytest.raises(NothingPackedError, match="no packed row was read in task"):
+        with pytest.raises(NothingPackedError, match="no packed token was read in task"):
             lm.get_model_info()
     else:
         info = lm.get_model_info()["headq"]

@@ -67,7 +67,7 @@ def test_any_number_of_processes_gives_the_same(recipe, tiny, token_ids, family)
     from headq_ao import headq_config, quantize_
 
     model = tiny(family)
-    quantize_(model, headq_config(epoch_tokens=64, residual_length=32, block_size=16))
+    quantize_(model, headq_config(warmup_tokens=64, residual_length=32, block_size=16))
 
     class Tokenizer:
         pad_token_id = 0

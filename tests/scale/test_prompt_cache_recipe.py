@@ -16,7 +16,7 @@ def recipe():
 
 def test_measure(recipe, tiny, token_ids, tmp_path):
     model = tiny(head_dim=64)
-    quantize_(model, headq_config(epoch_tokens=64))
+    quantize_(model, headq_config(warmup_tokens=64))
     result = recipe.measure(model, token_ids(1, 2001), tmp_path, repeats=1)
     assert result["next_token_bit_equal"]
     assert result["dense_bf16_bytes"] > 2 * 2 * 2 * 2000 * 64 * 2  # layers, sides, KV heads, tokens, head_dim, bytes

@@ -6,7 +6,7 @@ import torch
 from headq_ao import HeadQCache, estimate_memory, headq_config, quantize_
 from tests.conftest import load_recipe
 
-FAST = {"epoch_tokens": 64, "residual_length": 32, "block_size": 16}
+FAST = {"warmup_tokens": 64, "residual_length": 32, "block_size": 16}
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ WORKER = Path(__file__).with_name("tensor_parallel_worker.py")
 FAMILIES = {"llama": 2, "qwen3": 2, "mistral": 2, "gemma3": 2, "gpt_neox": 4, "phi3": 2}  # with their KV heads
 WHOLE = ("phi3",)  # its plan gathers q, k and v, so that each rank attends with all heads
 UNCALIBRATED = ("llama", "gemma3")
-FAST = {"epoch_tokens": 64, "residual_length": 32, "block_size": 16}
+FAST = {"warmup_tokens": 64, "residual_length": 32, "block_size": 16}
 NEW = 24
 
 
@@ -93,7 +93,7 @@ def test_tiny(two, name):
 
 
 @pytest.mark.parametrize("basis", [None, "query_pca", "score_optimal", "key_pca", "random"])
-@pytest.mark.parametrize("codec_name", ["visible", "affine"])
+@pytest.mark.parametrize("codec_name", ["whitened", "affine"])
 def test_a_codec_made_for_all_heads_is_cut(tiny, codec_name, basis):
     """Bit for bit, also where the basis of a head depends on how many there are; values like keys."""
     model = tiny(heads=8, kv_heads=4)
@@ -102,7 +102,7 @@ def test_a_codec_made_for_all_heads_is_cut(tiny, codec_name, basis):
     config = headq_config(key_codec=codec_name, value_codec=codec_name, calibration=calibration, **options)
     shape = layer_shapes(model.config)[0]
     whole = LayerCodec(config, shape, calibration.layers[0], torch.device("cpu"))
-    assert ("metric" in whole.calibrated.tensors()) == ("mean" in whole.values.tensors()) == (codec_name == "visible")
+    assert ("hessian" in whole.calibrated.tensors()) == ("mean" in whole.values.tensors()) == (codec_name == "whitened")
     for part in (slice(0, 2), slice(2, 4)):
         mine = dataclasses.replace(shape, n_heads=4, n_kv_heads=2)
         codec = LayerCodec(config, mine, calibration.layers[0], torch.device("cpu"), part)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from headq_ao.statistics import importance as seen
-from headq_ao.statistics.importance import mixed, seen_weights
+from headq_ao.statistics.importance import importance_weights, mixed
 
 
 def states(batch=1, heads=4, kv_heads=2, tokens=40, head_dim=8, dtype=torch.float64, seed=0):
@@ -59,7 +59,7 @@ def by_hand(q, k, scaling, n_sink, window=None, every=1):
 def test_against_a_loop(shape, options):
     q, k = states(**shape)
     options = {"scaling": 0.4, "n_sink": 4} | options
-    found = seen_weights(q, k, **options)
+    found = importance_weights(q, k, **options)
     for x, want, like in zip(found, by_hand(q, k, **options), (q, k, k), strict=True):
         assert x.shape == like.shape[:3] and x.dtype == k.dtype
         torch.testing.assert_close(x, want, rtol=1e-9, atol=1e-12)
@@ -67,16 +67,16 @@ def test_against_a_loop(shape, options):
 
 def test_tiles_of_queries_add_up(monkeypatch):
     q, k = states(tokens=100)
-    whole = seen_weights(q, k, 0.4, n_sink=4, every=3)
+    whole = importance_weights(q, k, 0.4, n_sink=4, every=3)
     monkeypatch.setattr(seen, "QUERY_TILE", 7)
-    for a, b in zip(seen_weights(q, k, 0.4, n_sink=4, every=3), whole, strict=True):
+    for a, b in zip(importance_weights(q, k, 0.4, n_sink=4, every=3), whole, strict=True):
         torch.testing.assert_close(a, b)
 
 
 def test_what_does_not_count():
     """Sinks, keys that no query sees from afar, queries that come early, and queries that are not taken."""
     q, k = states(tokens=80)
-    of_q, of_k, of_v = seen_weights(q, k, 0.4, n_sink=6, every=2)
+    of_q, of_k, of_v = importance_weights(q, k, 0.4, n_sink=6, every=2)
     recent = 80 // 4
     for x in (of_k, of_v):
         assert bool((x[..., :6] == 0).all()) and bool((x[..., 80 - recent :] == 0).all())
@@ -89,30 +89,32 @@ def test_what_does_not_count():
 
 def test_a_sink_draws_attention_from_the_others():
     q, k = (x.abs() for x in states(tokens=40))
-    plain, drawn = (seen_weights(q, torch.cat([k[:, :, :4] * x, k[:, :, 4:]], 2), 0.4, n_sink=4) for x in (0, 4))
+    plain, drawn = (importance_weights(q, torch.cat([k[:, :, :4] * x, k[:, :, 4:]], 2), 0.4, n_sink=4) for x in (0, 4))
     assert all(bool((b.sum() < 0.2 * a.sum()).all()) for a, b in zip(plain, drawn, strict=True))
 
 
 def test_later_rows_and_hidden_ones_have_no_influence():
     """The weights of a prompt's queries do not depend on what follows, nor on keys outside of the window."""
     q, k = states(tokens=60)
-    of_q, _, _ = seen_weights(q, k, 0.4, n_sink=4, window=20)
+    of_q, _, _ = importance_weights(q, k, 0.4, n_sink=4, window=20)
     changed = k.clone()
     changed[:, :, 50] += 100
-    other, _, _ = seen_weights(q, changed, 0.4, n_sink=4, window=20)
+    other, _, _ = importance_weights(q, changed, 0.4, n_sink=4, window=20)
     assert torch.equal(of_q[..., :50], other[..., :50]) and not torch.equal(of_q[..., 50:], other[..., 50:])
     changed = k.clone()
     changed[:, :, 10] += 100
-    other, _, _ = seen_weights(q, changed, 0.4, n_sink=4, window=20)
+    other, _, _ = importance_weights(q, changed, 0.4, n_sink=4, window=20)
     assert torch.equal(of_q[..., 30:], other[..., 30:]) and not torch.equal(of_q[..., :30], other[..., :30])
 
 
 def test_heads_and_sequences_are_their_own():
     q, k = states(batch=2, heads=6, kv_heads=3)
-    whole = seen_weights(q, k, 0.4, n_sink=4)
+    whole = importance_weights(q, k, 0.4, n_sink=4)
     for b in range(2):
         for h in range(3):
-            of_q, of_k, of_v = seen_weights(q[b : b + 1, 2 * h : 2 * h + 2], k[b : b + 1, h : h + 1], 0.4, n_sink=4)
+            of_q, of_k, of_v = importance_weights(
+                q[b : b + 1, 2 * h : 2 * h + 2], k[b : b + 1, h : h + 1], 0.4, n_sink=4
+            )
             torch.testing.assert_close(whole[0][b, 2 * h : 2 * h + 2], of_q[0])
             torch.testing.assert_close(whole[1][b, h], of_k[0, 0])
             torch.testing.assert_close(whole[2][b, h], of_v[0, 0])
@@ -123,7 +125,7 @@ def test_weights_predict_the_damage():
     g = torch.Generator().manual_seed(1)
     tokens, recent, scaling = 48, 12, 1.0
     q, k = states(heads=1, kv_heads=1, tokens=tokens)
-    of_q, of_k, of_v = seen_weights(q, k, scaling, n_sink=0)
+    of_q, of_k, of_v = importance_weights(q, k, scaling, n_sink=0)
     hidden = torch.ones(tokens, tokens).triu(1).bool()
     a = (q @ k.mT).masked_fill(hidden, float("-inf")).softmax(-1)[0, 0]
     packed = torch.ones(tokens, tokens).tril(-recent).bool()
@@ -137,7 +139,7 @@ def test_weights_predict_the_damage():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_weights_are_between_bounds(dtype):
     q, k = states(batch=2, tokens=90, dtype=dtype)
-    of_q, of_k, of_v = seen_weights(50 * q, k, 1.0, n_sink=0)  # nearly one-hot
+    of_q, of_k, of_v = importance_weights(50 * q, k, 1.0, n_sink=0)  # nearly one-hot
     for x in (of_q, of_k, of_v):
         assert bool((x >= 0).all()) and bool(torch.isfinite(x).all())
     assert bool((of_q <= 1).all())

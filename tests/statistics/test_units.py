@@ -30,7 +30,7 @@ CASES = {
     "zero points": (ZEROS | {"v_group_size": 16}, False),
     "zero points, calibrated": (ZEROS | {"v_group_size": 16, "adapt": "prompt"}, True),
     "groups": (AFFINE | {"v_group_size": 16, "rank": 0}, False),
-    "no gauge": ({"key_gauge": False}, False),
+    "no mean": ({"subtract_key_mean": False}, False),
     "keys only": ({"v_bits": None}, False),
     "values only": ({"k_bits": None}, False),
     "values only, calibrated": ({"k_bits": None}, True),
@@ -246,7 +246,7 @@ def resized(tiny):
     return make
 
 
-MODEL = {"epoch_tokens": 32, "residual_length": 32, "block_size": 16}
+MODEL = {"warmup_tokens": 32, "residual_length": 32, "block_size": 16}
 
 
 @torch.no_grad()

@@ -65,12 +65,12 @@ def test_affine_error_is_half_a_step(per_channel, bits):
 
 def test_rotation_and_gauge_are_undone():
     x, mean = rows(1, 2, 16, 64) + 5, torch.full((1, 2, 64), 5.0)
-    for rotate, gauge in ((True, False), (False, True), (True, True)):
-        codec = Affine(8, 64, rotate=rotate, gauge=gauge)
+    for rotate, subtract_mean in ((True, False), (False, True), (True, True)):
+        codec = Affine(8, 64, rotate=rotate, subtract_mean=subtract_mean)
         frame = Frame(mean)
         torch.testing.assert_close(codec.decode(codec.encode(x, frame), frame), x, atol=0.3, rtol=0)
     plain = Affine(2, 64, rotate=True)
-    with_mean = Affine(2, 64, rotate=True, gauge=True)
+    with_mean = Affine(2, 64, rotate=True, subtract_mean=True)
     error = [(c.decode(c.encode(x, Frame(mean)), Frame(mean)) - x).square().mean() for c in (plain, with_mean)]
     assert error[1] < 0.5 * error[0]  # a constant offset costs range unless it is taken off
 

@@ -16,7 +16,7 @@ CASES = [
     ("kivi", SIDES | {"k_group": 16, "v_group": 16}),
     ("kivi", SIDES | {"v_bits": None, "k_group": 16}),
     ("per_token", SIDES | {"group": 32, "k_bits": 3}),
-    ("hadamard", SIDES | {"group": 32, "gauge": True}),
+    ("hadamard", SIDES | {"group": 32, "subtract_mean": True}),
     ("hadamard", SIDES | {"group": 32, "k_bits": None}),
     ("turboquant", SIDES | {"k_bits": 3}),
     ("squat", SIDES | {"k_group": 16, "v_group": 16, "rank": 4}),

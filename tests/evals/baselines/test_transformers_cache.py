@@ -5,6 +5,7 @@ import torch
 from transformers import QuantizedCache
 
 from headq_ao.evals.baselines.transformers_cache import TransformersCache
+from headq_ao.integrations.transformers.models import CACHE_NAME
 
 BACKENDS = [
     ("fp8", {}, None),
@@ -25,7 +26,11 @@ def skip_without(package):
 def test_counts(tiny, token_ids, backend, options, package):
     skip_without(package)
     model, ids = tiny(), token_ids(1, 96)
-    ours, theirs = TransformersCache(backend, model.config, **options), QuantizedCache(backend, model.config, **options)
+    try:
+        theirs = QuantizedCache(backend, model.config, **options)
+    except ValueError as error:
+        pytest.skip(f"this transformers has none: {error}")
+    ours = TransformersCache(backend, model.config, **options)
     for call in (slice(0, 64), slice(64, 80), slice(80, 96)):
         a, b = (model(ids[:, call], cache=cache).logits for cache in (ours, theirs))
         assert torch.equal(a, b)
@@ -37,4 +42,5 @@ def test_counts(tiny, token_ids, backend, options, package):
         assert report.key_body_bits == pytest.approx(8, abs=0.01)
     else:  # codes, and a scale and a zero of 16 bits for 32 values
         assert report.key_body_bits == report.value_body_bits == options["nbits"] + 1
-    assert report.exact_rows == 0 and report.tokens == 96
+    waiting = 0 if backend == "fp8" or CACHE_NAME == "cache" else 32  # before 5.24 a window that is just full waits
+    assert report.exact_rows == waiting and report.tokens == 96

@@ -68,7 +68,7 @@ def test_hand_computed():
 def test_packed_cache(tiny, token_ids):
     model, rows = tiny(), token_ids(2, 200)
     exact = exact_logprobs(model, rows, PREFILL, progress=False)
-    options = {"epoch_tokens": 32, "residual_length": 16, "block_size": 16}
+    options = {"warmup_tokens": 32, "residual_length": 16, "block_size": 16}
     kl = []
     for bits in (8, 2):
         quantize_(model, headq_config(k_bits=bits, v_bits=bits, rank=0, **options))
@@ -86,7 +86,7 @@ def test_fails_when_nothing_was_packed(tiny, token_ids):
     model, rows = tiny(), token_ids(1, 100)
     exact = exact_logprobs(model, rows, PREFILL, progress=False)
     quantize_(model, headq_config())
-    with pytest.raises(NothingPackedError, match="no packed row was read in 1 rows of 100 tokens"):
+    with pytest.raises(NothingPackedError, match="no packed token was read in 1 rows of 100 tokens"):
         score(model, rows, exact, prefill=PREFILL, chunk=CHUNK, progress=False)
 
 

@@ -70,7 +70,7 @@ def test_refuses(method, options, message):
 
 
 def test_bits_and_memory(tiny, token_ids):
-    model, subject = tiny(), Subject("headq", {"epoch_tokens": 32, "residual_length": 16})
+    model, subject = tiny(), Subject("headq", {"warmup_tokens": 32, "residual_length": 16})
     with subject.on(model):
         cache = HeadQCache(model)
         model(token_ids(1, 300), cache=cache)

@@ -42,12 +42,18 @@ def test_defaults():
 def test_as_the_command_line_gives_them(tmp_path):
     Calibration([], {"model_type": "other"}, {"source": "x"}).save(tmp_path / "c.safetensors")
     line = (
-        f"pretrained=some/model,dtype=float32,k_bits=3,v_bits=none,key_codec=affine,whitening=0.5,error_feedback=false,sign=-1,adapt=off,key_gauge=false,chunk_size=1,"
+        f"pretrained=some/model,dtype=float32,k_bits=3,v_bits=none,key_codec=affine,whitening=0.5,error_feedback=false,sign=-1,adapt=off,subtract_key_mean=false,chunk_size=1,"
         f"prefill=256,min_context=512,calibration={tmp_path / 'c.safetensors'}"
     )
     settings, hf = split({**key_val_to_dict(line), "batch_size": 2, "max_batch_size": None, "device": "cpu"})
     config = settings.config
-    assert (config.k_bits, config.v_bits, config.sign, config.adapt, config.key_gauge) == (3, None, -1, "off", False)
+    assert (config.k_bits, config.v_bits, config.sign, config.adapt, config.subtract_key_mean) == (
+        3,
+        None,
+        -1,
+        "off",
+        False,
+    )
     assert (config.key_codec, config.whitening, config.error_feedback) == ("affine", 0.5, False)
     assert config.calibration.meta == {"source": "x"}
     assert (settings.chunk_size, settings.prefill, settings.min_context) == (1, 256, 512)

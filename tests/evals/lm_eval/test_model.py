@@ -18,7 +18,7 @@ from headq_ao.evals.lm_eval import HeadQLM, ModelArgumentError, NothingPackedErr
 from headq_ao.evals.lm_eval import model as module
 
 WORDS = [f"w{i}" for i in range(125)]
-SMALL = {"epoch_tokens": 32, "residual_length": 16, "block_size": 16, "chunk_size": 16}
+SMALL = {"warmup_tokens": 32, "residual_length": 16, "block_size": 16, "chunk_size": 16}
 
 
 @pytest.fixture
@@ -210,7 +210,7 @@ def test_table_is_printed(lm, capsys):
 def test_fails_when_nothing_was_packed(lm):
     each = lm()
     each.loglikelihood([scored(50, 3)])
-    with pytest.raises(NothingPackedError, match="no packed row was read in task: the scores would be those of the"):
+    with pytest.raises(NothingPackedError, match="no packed token was read in task: the scores would be those of the"):
         each.get_model_info()
 
 

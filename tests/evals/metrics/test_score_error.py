@@ -18,7 +18,7 @@ from headq_ao.evals.metrics.score_error import ScoreErrors, score_error
 from headq_ao.integrations.transformers.models import attention_modules
 
 PREFILL, CHUNK = 64, 40
-PACKING = {"epoch_tokens": 32, "residual_length": 16, "block_size": 32}
+PACKING = {"warmup_tokens": 32, "residual_length": 16, "block_size": 32}
 ALL = tensor([True, True, True])
 TWO = tensor([True, True, False])
 
@@ -315,7 +315,7 @@ def test_refuses(tiny, token_ids):
         score_error(model, rows, prefill=100)
     with pytest.raises(ValueError, match="chunk must be at least 1, got 0"):
         score_error(model, rows, prefill=50, chunk=0)
-    with pytest.raises(NothingPackedError, match="no packed row was read in 1 rows of 100 tokens"):
+    with pytest.raises(NothingPackedError, match="no packed token was read in 1 rows of 100 tokens"):
         score_error(model, rows, prefill=50, progress=False)
     with pytest.raises(ValueError, match="train mode"):
         score_error(model.train(), rows, prefill=50)

@@ -30,7 +30,7 @@ def test_pieces_are_joined_in_order(parts, tmp_path):
 
 def test_other_bytes_are_refused_and_nothing_is_left(parts, tmp_path):
     target = tmp_path / "cache" / "model.gguf"
-    with pytest.raises(ValueError, match=r"join to SHA-256 [0-9a-f]{64}, expected 00; install them anew"):
+    with pytest.raises(ValueError, match=r"join to SHA-256 [0-9a-f]{64}, expected 00; install them again"):
         qwen.join(parts, target, "00")
     assert list(target.parent.iterdir()) == []
 

