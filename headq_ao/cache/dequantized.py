@@ -10,14 +10,11 @@ from torch.nn import functional
 from headq_ao.ambient import mode_neutral
 from headq_ao.cache.batch import Batch
 from headq_ao.cache.layer import PackedLayer
+from headq_ao.cache.reading import NO_GRADIENTS
 from headq_ao.codecs.protocol import CodecSource
 from headq_ao.layer_shape import LayerShape
 
 WIDEST, STEP = 256, 16  # coordinates of a head that a codec stores: at most, and a multiple of
-NO_GRADIENTS = (
-    "a call that reads packed tokens has no gradients to give, and gradients are wanted: call it under "
-    "torch.no_grad() or torch.inference_mode(), or pass use_cache=False"
-)
 
 
 @dataclass(frozen=True)

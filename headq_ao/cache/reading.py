@@ -20,6 +20,11 @@ from headq_ao.cache.writing import WritingLayer
 from headq_ao.ops.paged_attention.reference import merge
 from headq_ao.ops.types import Visible
 
+NO_GRADIENTS = (
+    "a call that reads packed tokens has no gradients to give, and gradients are wanted: call it under "
+    "torch.no_grad() or torch.inference_mode(), or pass use_cache=False"
+)
+
 
 class ReadingLayer(WritingLayer):
     """Attends, and packs what attention has read."""

@@ -15,7 +15,7 @@ from headq_ao.ops.cache_update import triton_step
 from headq_ao.ops.cache_update.check import refuse_not_finite
 from headq_ao.ops.cache_update.encoders import Encoders, coders, flatten, unflatten
 from headq_ao.ops.cache_update.reference import Encoder
-from headq_ao.ops.cache_update.triton_pages import key_byte, page_of, put_value_piece
+from headq_ao.ops.cache_update.triton_pages import append_token, copy_token, key_byte, page_of, put_value_piece
 from headq_ao.ops.layout import PIECES
 from headq_ao.ops.page_layout import PagedTokens, PageLayout
 from headq_ao.ops.paged_attention.triton_codes import CHUNK, key_chunks, query_columns
@@ -24,15 +24,6 @@ from headq_ao.ops.types import PagedKV
 
 GRANULE = tl.constexpr(32)  # tokens whose value codes one program writes: no others share their bytes
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@triton.jit
-def _copy_token(to, to_strides, at, x, x_strides, number, b, h, kept, D: tl.constexpr, D_PADDED: tl.constexpr):
-    """Copy one head's token ``number`` of ``x`` to token ``at`` of ``to``; zeros behind its coordinate ``kept``."""
-    d = tl.arange(0, D_PADDED)
-    source = x + b * x_strides[0] + h * x_strides[1] + number * x_strides[2]
-    token = tl.load(source + d, mask=d < kept, other=0.0)
-    tl.store(to + b * to_strides[0] + h * to_strides[1] + at * to_strides[2] + d, token, mask=d < D)
 
 
 @triton.jit(
@@ -58,9 +49,9 @@ def leaving_kernel(
         kept = tl.where(live, DIMS[i], 0)
         if in_ring:
             slot = n_sink + j % ring
-            _copy_token(to, to_strides, n, window, window_strides, slot, b, h, kept, DIMS[i], PADDED[i])
+            copy_token(to, to_strides, n, window, window_strides, slot, b, h, kept, DIMS[i], PADDED[i])
         else:
-            _copy_token(to, to_strides, n, new, new_strides, number, b, h, kept, DIMS[i], PADDED[i])
+            copy_token(to, to_strides, n, new, new_strides, number, b, h, kept, DIMS[i], PADDED[i])
 
 
 @triton.jit(
@@ -73,17 +64,11 @@ def append_kernel(sides, held, total, start, heads, n_sink, ring, DIMS: tl.const
     b = tl.program_id(0).to(tl.int64) // heads
     h = tl.program_id(0).to(tl.int64) % heads
     n = tl.program_id(1).to(tl.int64)
-    end = tl.load(total + b)
-    real = n
-    if start is not None:
-        real -= tl.load(start + b)
-    position = tl.load(held + b) + real
-    sink = position < n_sink
-    if (real >= 0) & (position < end) & (sink | (position >= end - ring)):
-        slot = tl.where(sink, position, n_sink + (position - n_sink) % ring)
-        for i in tl.static_range(2):
-            window, window_strides, new, new_strides = sides[i]
-            _copy_token(window, window_strides, slot, new, new_strides, n, b, h, DIMS[i], DIMS[i], PADDED[i])
+    for i in tl.static_range(2):
+        window, window_strides, new, new_strides = sides[i]
+        append_token(
+            window, window_strides, new, new_strides, held, total, start, b, h, n, n_sink, ring, DIMS[i], PADDED[i]
+        )
 
 
 @triton.jit

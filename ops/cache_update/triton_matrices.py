@@ -23,6 +23,7 @@ from torch.nn.functional import pad
 from headq_ao.ops.cache_update.encoders import unflatten
 from headq_ao.ops.encode.types import Encoder
 from headq_ao.ops.error_feedback.reference import PASSES, SPREADS
+from headq_ao.ops.error_feedback.triton_kernel import in_levels
 from headq_ao.ops.page_layout import PageLayout
 
 BLOCK = 16  # coordinates whose errors enter the sums together
@@ -115,12 +116,8 @@ def _rows(encoder: Encoder, heads: int, shape: Shape) -> Tensor:
         assert encoder.factor is not None
         step = step if number is None else step * number
         hessian, feedback = encoder.hessian[0].double(), encoder.factor[0].double()
-    hessian = hessian * step[:, :, None] * step[:, None]
-    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
-    descent = hessian / diagonal.clamp(min=torch.finfo(torch.float32).tiny)[..., None]  # no pull on what is not seen
-    elimination = feedback.transpose(-1, -2) * (step[:, None] / step[:, :, None])
-    sweeps_of = torch.stack([elimination.tril(-1) + descent.triu(1), descent.tril(-1) + descent.triu(1)], 1)
-    pulls = pad(sweeps_of, (0, spare, 0, spare)).transpose(-1, -2)  # [h, 2, j, i]
+    _, diagonal, of_sweeps = in_levels(hessian, feedback, step)
+    pulls = pad(of_sweeps.transpose(0, 1), (0, spare, 0, spare)).transpose(-1, -2)  # [h, 2, j, i]
     block = torch.arange(shape.width, device=device) // BLOCK
     same = block[:, None] == block
     own = pulls.triu(1).masked_fill(~same, 0).transpose(-1, -2)  # [h, 2, i, j]

@@ -1,9 +1,35 @@
-"""How a token's codes become bytes of its page, in Triton."""
+"""What the kernels of ``cache_update`` share: tokens into the window, and codes into the bytes of a page."""
 
 import triton
 import triton.language as tl
 
 from headq_ao.ops.paged_attention.triton_codes import CHUNK
+
+
+@triton.jit
+def copy_token(to, to_strides, at, x, x_strides, number, b, h, kept, D: tl.constexpr, D_PADDED: tl.constexpr):
+    """Copy one head's token ``number`` of ``x`` to token ``at`` of ``to``; zeros behind its coordinate ``kept``."""
+    d = tl.arange(0, D_PADDED)
+    source = x + b * x_strides[0] + h * x_strides[1] + number * x_strides[2]
+    token = tl.load(source + d, mask=d < kept, other=0.0)
+    tl.store(to + b * to_strides[0] + h * to_strides[1] + at * to_strides[2] + d, token, mask=d < D)
+
+
+@triton.jit
+def append_token(
+    window, window_strides, new, new_strides, held, total, start, b, h, n, n_sink, ring, D: tl.constexpr,
+    D_PADDED: tl.constexpr,
+):  # fmt: skip
+    """The call's token in slot ``n`` into one side's window, unless another will have its place there."""
+    end = tl.load(total + b)
+    real = n
+    if start is not None:
+        real -= tl.load(start + b)
+    position = tl.load(held + b) + real
+    sink = position < n_sink
+    if (real >= 0) & (position < end) & (sink | (position >= end - ring)):
+        slot = tl.where(sink, position, n_sink + (position - n_sink) % ring)
+        copy_token(window, window_strides, slot, new, new_strides, n, b, h, D, D, D_PADDED)
 
 
 @triton.jit

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from headq_ao.ops.cache_update import triton_matrices
-from headq_ao.ops.cache_update.triton_pages import key_byte, page_of, put_value_piece
+from headq_ao.ops.cache_update.triton_pages import append_token, key_byte, page_of, put_value_piece
 from headq_ao.ops.error_feedback.reference import SPREADS
 from headq_ao.ops.error_feedback.triton_kernel import INTEGER, LARGEST, SMALLEST
 from headq_ao.ops.page_layout import PageLayout
@@ -289,28 +289,6 @@ def _put_leaving(
         tl.debug_barrier()  # other threads than those that wrote a byte may read it for the next token
 
 
-@triton.jit
-def _append(
-    window, window_strides, new, new_strides, held, total, start, heads, n_sink, ring, D: tl.constexpr,
-    D_PADDED: tl.constexpr,
-):  # fmt: skip
-    """One of the call's tokens into one side's window, unless another will have its slot."""
-    b = tl.program_id(0).to(tl.int64) // heads
-    h = tl.program_id(0).to(tl.int64) % heads
-    n = tl.program_id(2).to(tl.int64) - 1
-    end = tl.load(total + b)
-    real = n
-    if start is not None:
-        real -= tl.load(start + b)
-    position = tl.load(held + b) + real
-    sink = position < n_sink
-    if (real >= 0) & (position < end) & (sink | (position >= end - ring)):
-        slot = tl.where(sink, position, n_sink + (position - n_sink) % ring)
-        d = tl.arange(0, D_PADDED)
-        x = tl.load(new + b * new_strides[0] + h * new_strides[1] + n * new_strides[2] + d, mask=d < D)
-        tl.store(window + b * window_strides[0] + h * window_strides[1] + slot * window_strides[2] + d, x, mask=d < D)
-
-
 @triton.jit(
     do_not_specialize=["table_columns", "heads", "most", "n_sink", "ring"],
     do_not_specialize_on_alignment=["block_table", "packed", "packed_after", "held", "total", "start"],
@@ -327,10 +305,18 @@ def finish_kernel(
             codes, found, table, columns, block_table, table_stride, table_columns, packed, packed_after, heads, most,
             KINDS, DIMS, D, M, P,
         )  # fmt: skip
-    elif tl.program_id(1) == 0:
-        _append(window_k, window_k_strides, k, k_strides, held, total, start, heads, n_sink, ring, DIMS[0], D)
     else:
-        _append(window_v, window_v_strides, v, v_strides, held, total, start, heads, n_sink, ring, DIMS[1], D)
+        b = tl.program_id(0).to(tl.int64) // heads
+        h = tl.program_id(0).to(tl.int64) % heads
+        n = tl.program_id(2).to(tl.int64) - 1
+        if tl.program_id(1) == 0:
+            append_token(
+                window_k, window_k_strides, k, k_strides, held, total, start, b, h, n, n_sink, ring, DIMS[0], D
+            )
+        else:
+            append_token(
+                window_v, window_v_strides, v, v_strides, held, total, start, b, h, n, n_sink, ring, DIMS[1], D
+            )
 
 
 class Step:

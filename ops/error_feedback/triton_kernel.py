@@ -170,6 +170,17 @@ def tiling(padded: int) -> dict[str, int]:
     return {"ROWS": max(16, min(32, 4096 // padded)), "TF32": True, "num_warps": 1 if padded <= 64 else 2}
 
 
+def in_levels(hessian: Tensor, factor: Tensor, step: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``M`` for errors in levels, ``[.., M, M]``, its diagonal, and what errors add to the pulls of the elimination and
+    of the descents, ``[2, .., M, M]``; of a ``factor`` as :func:`headq_ao.ops.unit_factor` gives it."""
+    hessian = hessian * step[..., None] * step[..., None, :]
+    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
+    descent = hessian / diagonal.clamp(min=torch.finfo(torch.float32).tiny)[..., None]  # no pull on what is not seen
+    elimination = factor.transpose(-1, -2) * (step[..., None, :] / step[..., None])
+    pulls = [elimination.tril(-1) + descent.triu(1), descent.tril(-1) + descent.triu(1)]
+    return hessian, diagonal, torch.stack(pulls)
+
+
 def launch(
     y: Tensor, metric: Tensor, feedback: Tensor, step: Tensor, bits: int, unbiased: bool
 ) -> tuple[Tensor, Tensor] | None:
@@ -187,11 +198,7 @@ def launch(
     in_tiles = (triton.cdiv(rows, tile["ROWS"]), tile["ROWS"])
     spare, spare_rows = blocks * BLOCK.value - width, -rows % tile["ROWS"]
 
-    metric = metric * step[..., None] * step[..., None, :]
-    diagonal = metric.diagonal(dim1=-2, dim2=-1)
-    descent = metric / diagonal.clamp(min=torch.finfo(torch.float32).tiny)[..., None]  # no pull on what is not seen
-    elimination = feedback.transpose(-1, -2) * (step[..., None, :] / step[..., None])
-    pulls = torch.stack([elimination.tril(-1) + descent.triu(1), descent.tril(-1) + descent.triu(1)])
+    metric, diagonal, pulls = in_levels(metric, feedback, step)
     pulls = pad(pulls, (0, spare, 0, padded - width))
     metric, diagonal = pad(metric, (0, spare, 0, spare)), pad(diagonal, (0, spare)).contiguous()
 

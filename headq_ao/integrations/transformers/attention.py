@@ -9,15 +9,12 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from headq_ao.ambient import mode_neutral
 from headq_ao.cache.layer import PackedLayer
 from headq_ao.cache.masks import attend_new, causal_mask, sink_share, visible_slots
+from headq_ao.cache.reading import NO_GRADIENTS
 from headq_ao.cache.schedule import Span
 from headq_ao.ops.types import Visible, visible_positions
 from headq_ao.user_warning import warn
 
 NAME = "headq"
-NO_GRADIENTS = (
-    "a call that reads packed tokens has no gradients to give, and gradients are wanted: call it under "
-    "torch.no_grad() or torch.inference_mode(), or pass use_cache=False"
-)
 
 
 @mode_neutral

@@ -11,11 +11,12 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from headq_ao.ambient import neutral_modes
 from headq_ao.cache.layer import PackedLayer
+from headq_ao.cache.reading import NO_GRADIENTS
 from headq_ao.cache.tensors import QuantizedKV
 from headq_ao.calibration.observers import RECORDER
 from headq_ao.integrations.transformers import attention, compiled
 from headq_ao.integrations.transformers.arguments import HARMLESS, SINKS, unknown_argument
-from headq_ao.integrations.transformers.attention import NAME, NO_GRADIENTS
+from headq_ao.integrations.transformers.attention import NAME
 from headq_ao.integrations.transformers.cache import HeadQCache
 from headq_ao.integrations.transformers.model_state import Depth, HeadQState
 from headq_ao.integrations.transformers.models import CACHE_NAME, CACHE_NAMES

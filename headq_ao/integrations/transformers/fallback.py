@@ -15,6 +15,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from headq_ao.cache.dequantized import DequantizedLayer, Tiling
 from headq_ao.calibration.observers import Recorder
 from headq_ao.codecs.unseen import isotropic_queries
+from headq_ao.integrations.transformers.cache_layer import HeadQCacheLayer
 from headq_ao.integrations.transformers.hybrid import dense_layers, kind, packable, packed_layer
 from headq_ao.integrations.transformers.models import (
     attention_problem,
@@ -37,39 +38,14 @@ class Rows(NamedTuple):
     sliding_window: int | None
 
 
-class FallbackLayer(DequantizedLayer, CacheLayerMixin):
+class FallbackLayer(DequantizedLayer, HeadQCacheLayer):
     """:class:`DequantizedLayer` by the names that transformers calls."""
-
-    is_compileable = False
-    is_croppable = True
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Room comes with the first update."""
-
-    def get_seq_length(self) -> int:
-        """Slots that have come through this layer."""
-        self.batch.settle()
-        return self.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Rows that the next :meth:`update` will return, and the position of the first."""
         seen = self.get_seq_length()
         first = 0 if self.sliding_window is None else max(seen - self.sliding_window + 1, 0)
         return seen - first + query_length, first
-
-    def get_max_length(self) -> int:
-        """The sliding window, or the capacity of a cache that has one, or -1: no limit."""
-        capacity = self.batch.capacity
-        return self.sliding_window if self.sliding_window is not None else -1 if capacity is None else capacity
-
-    def offload(self) -> None:
-        raise NotImplementedError("a HeadQ cache stays on its device; it is small: drop offloading=True")
-
-    prefetch = offload
-
-    def reset(self) -> None:
-        """Forget everything; :meth:`HeadQCache.reset` forgets what layers share."""
-        self.clear()
 
 
 def truly_refused(model: PreTrainedModel) -> bool:
