@@ -1,6 +1,6 @@
 """The attention backend: what vLLM is told about pages, and what it hands to each step."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -54,12 +54,12 @@ class HeadQBackend(AttentionBackend):
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
         """A page is read as it was allocated."""
-        return [MultipleOf(UNIT)]
+        return [PAGE_TOKENS if kv_cache_spec is None else kv_cache_spec.block_size]
 
     @classmethod
-    def get_preferred_block_size(cls, default_block_size: int) -> int:
-        """See :data:`PAGE_TOKENS`."""
-        return PAGE_TOKENS
+    def supports_block_size(cls, block_size: int | None) -> bool:
+        """Any number of whole tiles."""
+        return block_size is None or block_size % UNIT == 0
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
@@ -83,7 +83,7 @@ class WindowBackend(HeadQBackend):
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
         """See :data:`WINDOW_TOKENS`."""
-        return [WINDOW_TOKENS]
+        return [WINDOW_TOKENS if kv_cache_spec is None else kv_cache_spec.block_size]
 
 
 @dataclass
@@ -108,15 +108,16 @@ class HeadQMetadata(AttentionMetadata):
     held: Tensor
     packed: Tensor
     total: Tensor
-    joined: Requests | None = None
+    joined: dict[int, Requests] = field(default_factory=dict)
 
     def requests(self, window: "HeadQMetadata") -> Requests:
-        """What the operators take, with the other group's block table; the same in all layers."""
-        if self.joined is None:
-            self.joined = Requests(
+        """What the operators take, with the block table of the group that holds a layer's newest tokens."""
+        found = self.joined.get(id(window))
+        if found is None:
+            found = self.joined[id(window)] = Requests(
                 self.start, self.held, self.packed, self.total, self.table, window.table, self.most, self.few, self.long
             )
-        return self.joined
+        return found
 
 
 class HeadQMetadataBuilder(AttentionMetadataBuilder[HeadQMetadata]):
