@@ -201,7 +201,9 @@ class PageLayout:
         found = []
         for at, shape, kind in places:
             part = raw[:, at : at + math.prod(shape) * kind.itemsize]
-            found.append(part.view(kind).unflatten(1, shape) if part.shape[1] else part.new_zeros(len(raw), *shape).to(kind))
+            found.append(
+                part.view(kind).unflatten(1, shape) if part.shape[1] else part.new_zeros(len(raw), *shape).to(kind)
+            )
         return found[:-2], found[-2], found[-1]
 
     def split(self, tensors: Sequence[Tensor]) -> list[PagedGroup]:

@@ -127,7 +127,9 @@ class LayerPages:
         """By the operator, which takes equally many queries of each sequence: those before the first are of no use."""
         index = of.start[1:, None] - of.most + torch.arange(of.most, device=q.device)
         tokens = q[index.clamp(min=0)].transpose(1, 2)
-        found, _ = paged_attention(tokens, scaling, self._cache(of, of.packed, of.total), self.readers, None, self.sliding)
+        found, _ = paged_attention(
+            tokens, scaling, self._cache(of, of.packed, of.total), self.readers, None, self.sliding
+        )
         if of.most == 1 and len(of) == len(out):
             out.copy_(found[:, :, 0])
             return

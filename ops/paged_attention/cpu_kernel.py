@@ -14,6 +14,7 @@ from torch import Tensor
 from headq_ao.ops import cpu_build
 from headq_ao.ops.layout import PIECES, granule, plane_columns, plane_pieces
 from headq_ao.ops.page_layout import PagedGroup, PageLayout
+from headq_ao.ops.paged_attention import long_chunk, tiled
 from headq_ao.ops.paged_attention.new_tokens import with_new_tokens
 from headq_ao.ops.paged_attention.tiled import overlap
 from headq_ao.ops.paged_attention.tiles import tiles
@@ -113,6 +114,14 @@ def launch(
         return _launch(_call(kv, readers, q.shape[1], sliding, reads), q, scaling, readers.query_map, visible)
     shown = visible_positions(kv.total, q.shape[2], sliding) if visible is None else visible
     of_cache = None
+    if (
+        kv.new_k is not None
+        and bool((kv.held > 0).all() and (kv.total - kv.held == q.shape[2]).all())
+        and long_chunk.serves(q, kv, visible, sliding)
+    ):
+        if reads is not None:
+            tiled.count(kv, shown, PageLayout.parse(kv.layout), reads)
+        return long_chunk.attention(q, scaling, kv, readers)
     if kv.new_k is None or bool(kv.held.any()):
         call = _call(replace(kv, new_k=None, new_v=None), readers, q.shape[1], 0, reads)
         outs = []

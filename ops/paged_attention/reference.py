@@ -112,15 +112,20 @@ def read_back(out: Tensor, lse: Tensor, readers: Readers) -> Tensor:
 
 def window_part(q: Tensor, kv: PagedKV, shown: Visible) -> tuple[Tensor, Tensor]:
     """Over sinks and the newest tokens."""
+    return dense_part(q, *window_tokens(kv), *window_positions(kv), shown)
+
+
+def window_tokens(kv: PagedKV) -> tuple[Tensor, Tensor]:
+    """Keys and values in the slots of :func:`window_positions`, ``[B, Hkv, slots, D]``."""
     if kv.window_table is None:
-        return dense_part(q, kv.window_k, kv.window_v, *window_positions(kv), shown)
+        return kv.window_k, kv.window_v
     assert kv.sink_k is not None and kv.sink_v is not None
     first, table = kv.table[:, :1].long(), kv.window_table.long()
     k, v = (
         torch.cat([by_sequence(sinks, first).flatten(2, 3), by_sequence(pages, table).flatten(2, 3)], 2)
         for sinks, pages in ((kv.sink_k, kv.window_k), (kv.sink_v, kv.window_v))
     )
-    return dense_part(q, k, v, *window_positions(kv), shown)
+    return k, v
 
 
 def window_positions(kv: PagedKV) -> tuple[Tensor, Tensor]:

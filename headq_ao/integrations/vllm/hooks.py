@@ -90,6 +90,7 @@ def _with_window(made: Callable[..., None]) -> Callable[..., None]:
         from vllm.config import get_current_vllm_config
         from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 
+        from headq_ao.integrations.vllm.backend import PAGE_TOKENS
         from headq_ao.integrations.vllm.settings import layer_number, settings
         from headq_ao.integrations.vllm.window import WindowLayer, window_name
 
@@ -102,6 +103,8 @@ def _with_window(made: Callable[..., None]) -> Callable[..., None]:
                 f"HeadQ's calibration is of {impl.codec.kv_heads} KV heads in {self.layer_name}, which has "
                 f"{self.num_kv_heads}"
             )
+        if not config.cache_config.user_specified_block_size:  # the CPU platform asks no backend
+            config.cache_config.block_size = PAGE_TOKENS
         newest = WindowLayer(self, ours.config.residual_length)
         config.compilation_config.static_forward_context[window_name(self.layer_name)] = newest
 

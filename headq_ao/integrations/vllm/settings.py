@@ -30,7 +30,7 @@ VARIABLE = "HEADQ_CALIBRATION"
 WINDOW = "window"  # the name that engines give to residual_length
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 HOW = (
-    f"name a calibration of this model: --additional-config '{{\"headq\": {{\"calibration\": FILE}}}}' or {VARIABLE}=FILE; "
+    f'name a calibration of this model: --additional-config \'{{"headq": {{"calibration": FILE}}}}\' or {VARIABLE}=FILE; '
     "`headq calibrate MODEL -o FILE` makes one, and a checkpoint that save_pretrained wrote from a calibrated model has "
     "its own"
 )
@@ -96,7 +96,6 @@ class _Hashed:
     def __init__(self, model_config: Any) -> None:
         self.model_config = model_config
 
-
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Hashed) and other.model_config.model == self.model_config.model
 
@@ -149,7 +148,9 @@ def _checked(config: HeadQConfig, known: Calibration, model_config: Any) -> tupl
     }
     wrong = [name for name, is_given in problems.items() if is_given]
     if wrong:
-        raise ValueError(f"vLLM serves HeadQ's own calibrated codec with both sides packed; leave out {', '.join(wrong)}")
+        raise ValueError(
+            f"vLLM serves HeadQ's own calibrated codec with both sides packed; leave out {', '.join(wrong)}"
+        )
     c = text_config(model_config.hf_config)
     shapes = tuple(layer_shapes(model_config.hf_config))
     here = {
