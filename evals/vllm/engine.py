@@ -18,7 +18,8 @@ class EngineSpec:
     Args:
         model: checkpoint folder.
         cache: ``"bf16"``, ``"fp8"`` or ``"headq"``.
-        max_model_len, batched_tokens, sequences: vLLM's ``max_model_len``, ``max_num_batched_tokens``, ``max_num_seqs``.
+        max_model_len: vLLM's.
+        batched_tokens, sequences: vLLM's ``max_num_batched_tokens`` and ``max_num_seqs``.
         block_size: tokens of a page.
         cache_bytes: of all pages together.
         headq: the plug-in's settings (``calibration``, ``preset``, ``window``), used where ``cache`` is ``"headq"``.

@@ -30,9 +30,7 @@ def add_common(parser: argparse.ArgumentParser, rounds: int = 1) -> None:
     add("--threads", type=int, default=1, help="of OpenMP (default: %(default)s)")
     add("--rounds", type=int, default=rounds, help="each cache's turns (default: %(default)s)")
     add("--gib", type=float, default=1.0, help="of pages (default: %(default)s)")
-    add(
-        "--compiled", action="store_true", help="the model through torch.compile, as vLLM's default is (default: eager)"
-    )
+    add("--eager", action="store_true", help="without torch.compile, which is vLLM's default: a faster start")
     add("--quick", action="store_true", help="small sizes: whether it works, not how well")
     add("--out", type=Path, default=OUT, help="folder of the results (default: %(default)s)")
 
@@ -49,7 +47,7 @@ def spec_of(args: argparse.Namespace, cache: str, **options: Any) -> EngineSpec:
             raise ValueError("headq needs --calibration FILE; convert makes one, or say --caches bf16 fp8")
         headq = {"calibration": str(Path(args.calibration).resolve())}
         headq |= {name: getattr(args, name) for name in ("preset", "window") if getattr(args, name) is not None}
-    options = {"cache_bytes": int(args.gib * GIB), "compiled": args.compiled} | options
+    options = {"cache_bytes": int(args.gib * GIB), "compiled": not args.eager} | options
     return EngineSpec(str(args.model.resolve()), cache, headq=headq, **options)
 
 
@@ -91,8 +89,9 @@ def capacity(args: argparse.Namespace) -> int:
     code = 0
     for length in args.max_model_len:
         for tokens in args.batched_tokens:
-            options = {"max_model_len": length, "batched_tokens": tokens, "sequences": min(tokens, 64), "dummy": True}
-            cells = {c: Cell("capacity", spec_of(args, c, **options), {}, args.threads) for c in args.caches}
+            options = {"max_model_len": length, "batched_tokens": tokens, "sequences": min(tokens, 64)}
+            specs = {c: spec_of(args, c, **options | {"dummy": True, "compiled": False}) for c in args.caches}
+            cells = {c: Cell("capacity", spec, {}, args.threads) for c, spec in specs.items()}
             code |= in_turns(args, f"capacity_{length}_{tokens}", cells)
     return code
 
@@ -133,8 +132,8 @@ def quality(args: argparse.Namespace) -> int:
 def quality_spec(args: argparse.Namespace, cache: str, chunk: int) -> EngineSpec:
     """An engine that takes ``chunk`` tokens a step, of one request at a time."""
     length = max(8192 if not args.quick else 0, args.row_length + 1)
-    spec = spec_of(args, cache, max_model_len=length, batched_tokens=chunk, sequences=1, prefix_caching=True)
-    return spec
+    options = {"max_model_len": length, "batched_tokens": chunk, "sequences": 1, "prefix_caching": True}
+    return spec_of(args, cache, **options)
 
 
 def add_decode(parser: argparse.ArgumentParser) -> None:
