@@ -51,9 +51,9 @@ def clean():
 
 
 def ids(length, seed=0):
-    """A prompt of random bytes."""
+    """A prompt of random printable ASCII."""
     rng = random.Random(seed)
-    return [rng.randrange(3, 259) for _ in range(length)]
+    return [rng.randrange(3, 97) for _ in range(length)]
 
 
 def greedy(tokens, **options):

@@ -145,11 +145,8 @@ def test_logprobs_of_sampled_tokens_and_of_the_prompt(llm):
         best = max(found, key=lambda t: found[t].logprob)
         assert best == token and found[token].rank == 1 and len(found) == 3
     prompt = output.prompt_logprobs
-    assert (
-        len(prompt) == 150
-        and prompt[0] is None
-        and all(-60 < p[t].logprob < 0 for p, t in zip(prompt[1:], ids(150)[1:]))
-    )
+    assert len(prompt) == 150 and prompt[0] is None
+    assert all(-60 < found[t].logprob < 0 for found, t in zip(prompt[1:], ids(150)[1:], strict=True))
 
 
 def test_prompt_logprobs_agree_with_those_of_decoding(llm):
@@ -179,7 +176,7 @@ def test_structured_output_follows_its_grammar(llm):
     sampling = greedy(20, ignore_eos=False, structured_outputs=StructuredOutputsParams(regex="(ab|cd){2}[0-9]{3}"))
     fresh(llm)
     texts = [o.outputs[0].text for o in generate(llm, [ids(180, s) for s in range(3)], sampling)]
-    print(texts)
+
     assert all(re.fullmatch("(ab|cd){2}[0-9]{3}", text) for text in texts)
 
 
