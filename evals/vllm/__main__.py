@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from headq_ao.evals.vllm import convert, measure
+from headq_ao.evals.vllm import convert, measure, server
 
 COMMANDS = {
     "convert": (convert.add_arguments, convert.run, "a model of the evaluations as a folder that vLLM serves"),
@@ -13,6 +13,7 @@ COMMANDS = {
     "decode": (measure.add_decode, measure.decode, "time of a decode step over full pages"),
     "requests": (measure.add_requests, measure.requests, "many requests at once"),
     "conversations": (measure.add_conversations, measure.conversations, "conversations that return to long prefixes"),
+    "serve": (server.add_arguments, server.run, "SmolLM2 behind an OpenAI server on loopback"),
 }
 EPILOG = """\
 example, in the environment of `make test-vllm` (convert runs in any that has the model):

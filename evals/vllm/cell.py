@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from headq_ao.evals.vllm import decode, quality, serve
+from headq_ao.evals.vllm import decode, quality, workloads
 from headq_ao.evals.vllm.engine import EngineSpec, pages, start
 
 
@@ -28,11 +28,11 @@ def run_decode(spec: EngineSpec, options: dict[str, Any], progress: Progress) ->
 
 
 def run_requests(spec: EngineSpec, options: dict[str, Any], progress: Progress) -> Any:
-    return serve.requests(spec, **options, progress=progress)
+    return workloads.requests(spec, **options, progress=progress)
 
 
 def run_conversations(spec: EngineSpec, options: dict[str, Any], progress: Progress) -> Any:
-    return serve.conversations(spec, **options, progress=progress)
+    return workloads.conversations(spec, **options, progress=progress)
 
 
 def run_capacity(spec: EngineSpec, options: dict[str, Any], progress: Progress) -> Any:
