@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from headq_ao.evals.vllm import convert, measure, server
+from headq_ao.evals.vllm import convert, measure, recall, server, soak
 
 COMMANDS = {
     "convert": (convert.add_arguments, convert.run, "a model of the evaluations as a folder that vLLM serves"),
@@ -13,6 +13,8 @@ COMMANDS = {
     "decode": (measure.add_decode, measure.decode, "time of a decode step over full pages"),
     "requests": (measure.add_requests, measure.requests, "many requests at once"),
     "conversations": (measure.add_conversations, measure.conversations, "conversations that return to long prefixes"),
+    "recall": (recall.add_arguments, recall.run, "lm_eval --model vllm on the recall tasks"),
+    "soak": (soak.add_arguments, soak.run, "random requests on a small cache, checked one by one (slow)"),
     "serve": (server.add_arguments, server.run, "SmolLM2 behind an OpenAI server on loopback"),
 }
 EPILOG = """\

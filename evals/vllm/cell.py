@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from headq_ao.evals.vllm import decode, quality, workloads
+from headq_ao.evals.vllm import decode, quality, soak, workloads
 from headq_ao.evals.vllm.engine import EngineSpec, pages, start
 
 
@@ -20,7 +20,8 @@ class Progress:
 
     def __call__(self, step: Any) -> None:
         self.bar.update()
-        self.bar.set_postfix(prompt=step.prompt_tokens, decode=step.decode_tokens, refresh=False)
+        if step is not None:
+            self.bar.set_postfix(prompt=step.prompt_tokens, decode=step.decode_tokens, refresh=False)
 
 
 def run_decode(spec: EngineSpec, options: dict[str, Any], progress: Progress) -> Any:
@@ -43,12 +44,17 @@ def run_quality(spec: EngineSpec, options: dict[str, Any], progress: Progress) -
     return quality.measure(spec, **options, progress=progress)
 
 
+def run_soak(spec: EngineSpec, options: dict[str, Any], progress: Progress) -> Any:
+    return soak.measure(spec, **options, progress=progress)
+
+
 KINDS: dict[str, Callable[[EngineSpec, dict[str, Any], Progress], Any]] = {
     "decode": run_decode,
     "requests": run_requests,
     "conversations": run_conversations,
     "capacity": run_capacity,
     "quality": run_quality,
+    "soak": run_soak,
 }
 
 
