@@ -212,6 +212,6 @@ class Driver:
             for output in outputs:
                 if output.finished:
                     run.outputs.append(output)
-                    if (ask := then(output)) is not None:
-                        self.engine.add_request(ask.name, {"prompt_token_ids": ask.prompt}, ask.sampling)
+                    if (follow := then(output)) is not None:
+                        self.engine.add_request(follow.name, {"prompt_token_ids": follow.prompt}, follow.sampling)
         return run

@@ -112,11 +112,13 @@ class Soak:
         """Bytes ``[pages, n]`` of a request that has just finished, full pages only; they are not used again yet."""
         found = self.blocks.get(name) or self.blocks[name.rpartition("-")[0]]
         full = torch.tensor(found[0][: found[1] // self.block], dtype=torch.long)
-        return self.pages_of_layer[full].contiguous().view(torch.uint8).reshape(len(full), -1)
+        held: torch.Tensor = self.pages_of_layer[full]
+        return held.contiguous().view(torch.uint8).reshape(len(full), -1)
 
     def together(self, progress: Any) -> tuple[dict[int, tuple[Any, torch.Tensor]], int, int]:
         """All requests, a dozen in flight, one in ten aborted: outputs and pages, preemptions, aborts."""
-        out, waiting, aborted, preempted = {}, list(range(len(self.prompts))), 0, 0
+        out: dict[int, tuple[Any, torch.Tensor]] = {}
+        waiting, aborted, preempted = list(range(len(self.prompts))), 0, 0
         while waiting or self.engine.has_unfinished_requests():
             while waiting and len(self.scheduler.requests) < IN_FLIGHT:
                 i = waiting.pop(0)
