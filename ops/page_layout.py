@@ -12,6 +12,7 @@ See :mod:`headq_ao.ops.layout` for the bits in a plane. Physical page 0 belongs 
 what is to be thrown away, so that a step needs no decision on the host.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -23,6 +24,7 @@ from torch import Tensor
 from headq_ao.ops.layout import PIECES, key_plane_shapes, value_plane_shapes
 
 NULL_PAGE = 0
+ALIGNED = 16  # bytes, where the tensors of a page in one piece begin
 # Forms of keys and values that heads of such pages have had so far (:attr:`PageLayout.known_forms`).
 KNOWN_FORMS: dict[tuple[int, ...], dict[tuple["Side", "Side"], None]] = {}
 
@@ -161,6 +163,48 @@ class PageLayout:
                 kind = torch.uint8 if codes else torch.float16 if side.bits else dtype
                 made.append(torch.zeros((g.heads, pages, *shape), dtype=kind, device=device).transpose(0, 1))
         return made
+
+    def bytes_of_page(self, n_sink: int, dtype: torch.dtype) -> int:
+        """Bytes of a page in one piece (:meth:`views`), with ``n_sink`` sinks of that dtype behind its tokens."""
+        return self._places(n_sink, dtype)[-1][0]
+
+    def _places(self, n_sink: int, dtype: torch.dtype) -> list[tuple[int, tuple[int, ...], torch.dtype]]:
+        """Where each tensor of a page in one piece begins, keys' and values' sinks last; then the page's end."""
+        sinks = [((self.kv_heads, n_sink, dim), dtype) for dim in (self.key_dim, self.value_dim)]
+        places, at = [], 0
+        for shape, kind in [*self.page_shapes(), *sinks]:
+            kind = dtype if kind is None else kind
+            places.append((at, shape, kind))
+            at += -(-math.prod(shape) * kind.itemsize // ALIGNED) * ALIGNED
+        return [*places, (at, (), dtype)]
+
+    def views(self, raw: Tensor, n_sink: int, dtype: torch.dtype) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Pages in one piece each, as an engine allocates them, in the form of :meth:`allocate`.
+
+        Args:
+            raw: ``[N, bytes]`` uint8 of at least :meth:`bytes_of_page` bytes, which lie side by side.
+            n_sink: sinks behind the tokens of each page.
+            dtype: of the model.
+
+        Returns:
+            The tensors in the order of :meth:`split`, and the sinks of keys and of values, ``[N, Hkv, n_sink, D]``.
+
+        Raises:
+            ValueError: where a page's bytes are too few, or do not begin where numbers may lie.
+        """
+        *places, (end, _, _) = self._places(n_sink, dtype)
+        if raw.dtype != torch.uint8 or raw.shape[1] < end or raw.stride(1) != 1:
+            raise ValueError(f"raw must be uint8 [N, {end} or more] with bytes side by side, got {tuple(raw.shape)}")
+        size = max(2, dtype.itemsize)
+        if raw.stride(0) % size or raw.storage_offset() % size:
+            raise ValueError(f"pages must begin on multiples of {size} bytes, got strides {raw.stride()}")
+        found = []
+        for at, shape, kind in places:
+            part = raw[:, at : at + math.prod(shape) * kind.itemsize]
+            found.append(
+                part.view(kind).unflatten(1, shape) if part.shape[1] else part.new_zeros(len(raw), *shape).to(kind)
+            )
+        return found[:-2], found[-2], found[-1]
 
     def split(self, tensors: Sequence[Tensor]) -> list[PagedGroup]:
         """The tensors of a layer by head group and side."""

@@ -20,6 +20,13 @@ class PagedKV:
       tokens at slot ``n_sink + j % R``, a ring.
     - Tokens ``held[b] ≤ p < total[b]`` are ``new``: number ``new_start[b] + p − held[b]`` of ``new_k`` and ``new_v``.
 
+    With a ``window_table`` an engine owns all pages, those of full precision too, and each token lies where its
+    position says, so that a page can be shared by all requests that begin with the same tokens:
+
+    - Token ``p < packed[b]`` is body token ``j = p`` of the pages, sinks among them; sinks are not read there.
+    - Tokens ``packed[b] ≤ p < held[b]`` are number ``p % Pw`` of page ``window_table[b, p // Pw]`` of ``window_k``,
+      ``window_v``. Sinks are number ``p`` of page ``table[b, 0]`` of ``sink_k``, ``sink_v``.
+
     Attributes:
         pages: of :meth:`PageLayout.allocate`.
         layout: :attr:`PageLayout.spec`.
@@ -30,6 +37,8 @@ class PagedKV:
         n_sink: sinks.
         new_k, new_v: ``[B, Hkv, S, D]``, or None where ``held`` is ``total``.
         new_start: ``[B]`` int64, the first real slot of ``new_k`` (padding on the left); None: 0.
+        window_table: ``[B, Cw]`` int32, or None; with it, ``window_k``, ``window_v`` are ``[Nw, Hkv, Pw, D]``.
+        sink_k, sink_v: ``[N, Hkv, n_sink, D]`` with a ``window_table``.
     """
 
     pages: list[Tensor]
@@ -45,6 +54,14 @@ class PagedKV:
     new_k: Tensor | None = None
     new_v: Tensor | None = None
     new_start: Tensor | None = None
+    window_table: Tensor | None = None
+    sink_k: Tensor | None = None
+    sink_v: Tensor | None = None
+
+    @property
+    def body_start(self) -> int:
+        """The position of body token 0."""
+        return self.n_sink if self.window_table is None else 0
 
 
 @dataclass(frozen=True)

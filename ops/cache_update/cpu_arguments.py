@@ -61,12 +61,14 @@ class Group(ctypes.Structure):
 
 class Args(ctypes.Structure):
     _fields_ = (
-        *_fields("batch kv_heads page_tokens columns n_sink ring slots dtype threads check_finite groups bad", _I32),
-        *_fields("most table_row", _I64),
+        *_fields("batch kv_heads page_tokens columns n_sink body ring slots dtype threads", _I32),
+        *_fields("check_finite groups bad padding", _I32),
+        *_fields("most table_row window_row", _I64),
         ("dim", _I32 * 2),
-        *_fields("table packed after held total start", _P),
+        *_fields("table window_table packed after held total start", _P),
         ("window", _Tokens * 2),
         ("added", _Tokens * 2),
+        ("sinks", _Tokens * 2),
     )
 
 
@@ -75,7 +77,8 @@ def arguments(
 ) -> tuple[Args, "ctypes.Array[Group]", list[object]]:
     """All but the call's tokens; what the structures point to is in the last, and to be kept: pages and table first."""
     layout = PageLayout.parse(kv.layout)
-    batch, heads, slots, _ = kv.window_k.shape
+    batch, heads, slots = len(kv.table), layout.kv_heads, kv.window_k.shape[2]
+    owned, window = kv.window_table is not None, kv.window_table
     groups = (Group * len(layout.groups))()
     lengths = kv.packed, packed, kv.held, kv.total, kv.new_start
     kept: list[object] = [(list(kv.pages), kv.table), *lengths, kv.window_k, kv.window_v, key_encoders, value_encoders]
@@ -87,12 +90,16 @@ def arguments(
             into.side[i] = _side(tokens, form, encoder, dim, batch, group.layout.heads, bool(i), most != 0)
     args = Args(
         batch=batch, kv_heads=heads, page_tokens=layout.page_tokens, columns=kv.table.shape[1], n_sink=kv.n_sink,
-        ring=slots - kv.n_sink, dtype=DTYPES[kv.window_k.dtype], check_finite=check_finite, groups=len(groups),
+        body=kv.body_start, ring=slots if owned else slots - kv.n_sink, dtype=DTYPES[kv.window_k.dtype], check_finite=check_finite, groups=len(groups),
         most=most, table_row=kv.table.stride(0), dim=(layout.key_dim, layout.value_dim), table=kv.table.data_ptr(),
         packed=kv.packed.data_ptr(), after=packed.data_ptr(), held=kv.held.data_ptr(), total=kv.total.data_ptr(),
         start=None if kv.new_start is None else kv.new_start.data_ptr(),
         window=(strided(kv.window_k), strided(kv.window_v)),
+        window_table=None if window is None else window.data_ptr(),
+        window_row=0 if window is None else window.stride(0),
     )  # fmt: skip
+    if kv.sink_k is not None and kv.sink_v is not None:
+        args.sinks[0], args.sinks[1] = strided(kv.sink_k), strided(kv.sink_v)
     return args, groups, kept
 
 
@@ -107,6 +114,8 @@ def supported(kv: PagedKV, packed: Tensor, *encoders: Encoder | None) -> bool:
         and kv.window_v.dtype == dtype
         and all(x.dtype == dtype for x in exact)
         and kv.window_k.stride(3) == kv.window_v.stride(3) == kv.table.stride(1) == 1
+        and all(x is None or (x.dtype == dtype and x.stride(3) == 1) for x in (kv.sink_k, kv.sink_v))
+        and (kv.window_table is None or kv.window_table.stride(1) == 1)
         and all(x.dtype == torch.int64 and x.is_contiguous() for x in lengths)
         and all(x[0, 0].is_contiguous() for x in stored)
         and not any(e is not None and e.encode.dtype == torch.float64 for e in encoders)

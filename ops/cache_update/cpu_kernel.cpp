@@ -41,12 +41,12 @@ struct Group {
 };
 
 struct Args {
-  int32_t batch, kv_heads, page_tokens, columns, n_sink, ring, slots, dtype, threads, check_finite, groups, bad;
-  int64_t most, table_row;
+  int32_t batch, kv_heads, page_tokens, columns, n_sink, body, ring, slots, dtype, threads, check_finite, groups, bad, padding;
+  int64_t most, table_row, window_row;
   int32_t dim[2];
-  const int32_t* table;                               // [batch, columns]
+  const int32_t *table, *window_table;                // [batch, columns]; [batch, ..], pages of `ring` tokens, or null: a ring of each sequence
   const int64_t *packed, *after, *held, *total, *start;  // [batch]; start may be null
-  Tokens window[2], added[2];                         // of keys, of values
+  Tokens window[2], added[2], sinks[2];               // of keys, of values; sinks with a window_table
 };
 
 inline const float* of(const Matrix& m, int64_t b, int64_t h) { return m.data ? m.data + b * m.batch + h * m.head : nullptr; }
@@ -227,8 +227,11 @@ void write_token(const Side& s, int64_t page, int64_t h, int offset, const uint8
 
 // Where the body token j of a sequence lies now: in the ring, or among the call's own.
 inline const char* source(const Args& a, int side, int64_t b, int64_t head, int64_t j) {
-  const int64_t position = j + a.n_sink;
-  if (position < a.held[b]) return of(a.window[side], b, head, a.n_sink + j % a.ring);
+  const int64_t position = j + a.body;
+  if (position < a.held[b]) {
+    if (a.window_table) return of(a.window[side], a.window_table[b * a.window_row + position / a.ring], head, position % a.ring);
+    return of(a.window[side], b, head, a.n_sink + j % a.ring);
+  }
   const int64_t number = (a.start ? a.start[b] : 0) + position - a.held[b];
   return of(a.added[side], b, head, std::min<int64_t>(std::max<int64_t>(number, 0), a.slots - 1));
 }
@@ -302,13 +305,18 @@ void pack(const Args& a, const Group& group, int64_t b, int64_t h, int64_t from,
 void append(const Args& a, int side, int64_t b, int64_t head) {
   const int64_t held = a.held[b], total = a.total[b], start = a.start ? a.start[b] : 0;
   const size_t bytes = size_t(a.dim[side]) * (a.dtype == FP32 ? 4 : 2);
-  auto put = [&](int64_t p, int64_t slot) {
+  auto put = [&](int64_t p, char* to) {
     const int64_t number = std::min<int64_t>(std::max<int64_t>(start + p - held, 0), a.slots - 1);
-    std::memcpy(of(a.window[side], b, head, slot), of(a.added[side], b, head, number), bytes);
+    std::memcpy(to, of(a.added[side], b, head, number), bytes);
   };
-  for (int64_t p = held; p < std::min<int64_t>(total, a.n_sink); p++) put(p, p);
+  if (a.window_table) {
+    for (int64_t p = held; p < std::min<int64_t>(total, a.n_sink); p++) put(p, of(a.sinks[side], a.table[b * a.table_row], head, p));
+    for (int64_t p = held; p < total; p++) put(p, of(a.window[side], a.window_table[b * a.window_row + p / a.ring], head, p % a.ring));
+    return;
+  }
+  for (int64_t p = held; p < std::min<int64_t>(total, a.n_sink); p++) put(p, of(a.window[side], b, head, p));
   for (int64_t p = std::max(std::max<int64_t>(held, a.n_sink), total - a.ring); p < total; p++)
-    put(p, a.n_sink + (p - a.n_sink) % a.ring);
+    put(p, of(a.window[side], b, head, a.n_sink + (p - a.n_sink) % a.ring));
 }
 
 // The first side and sequence whose new tokens are not all finite, as side * batch + sequence; -1: none.

@@ -4,6 +4,7 @@ import ctypes
 import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from headq_ao.ops.cache_update.check import not_finite
 from headq_ao.ops.cache_update.cpu_arguments import Args, Group, arguments, strided, supported
 from headq_ao.ops.cache_update.encoders import Encoders, unflatten
 from headq_ao.ops.types import PagedKV
+
+if TYPE_CHECKING:
+    from headq_ao.ops.requests import Requests
 
 KEPT = 1024  # of :data:`_updates`; no tensor is kept with them
 
@@ -105,6 +109,21 @@ class Update:
         if failed:
             self._raise(failed)
 
+    def requests(self, k: Tensor, v: Tensor, of: "Requests") -> None:
+        """Of sequences with unequally many new tokens: ``k``, ``v`` ``[T, Hkv, D]``."""
+        k, v = (x if x.dtype == self.dtype and x.stride(2) == 1 else x.to(self.dtype).contiguous() for x in (k, v))
+        args, size = self.args, self.size
+        for into, x in zip(self.added, (k, v), strict=True):
+            into.data, into.batch, into.head, into.token = x.data_ptr(), 0, size * x.stride(1), size * x.stride(0)
+        args.batch, args.slots, args.threads = len(of.table), len(k), torch.get_num_threads()
+        args.table, args.table_row, args.columns = of.table.data_ptr(), of.table.stride(0), of.table.shape[1]
+        args.window_table, args.window_row = of.window_table.data_ptr(), of.window_table.stride(0)
+        args.packed = args.held = of.held.data_ptr()
+        args.after = args.total = of.total.data_ptr()
+        args.start = of.start.data_ptr()
+        if failed := self.call(*self.by):
+            self._raise(failed)
+
     def _take(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """``k`` and ``v`` as the kernel reads them, tokens of another form than the last call's."""
         k, v = (x.to(self.dtype) for x in (k, v))
@@ -136,7 +155,7 @@ def _kept_update(kv: PagedKV, packed: Tensor, most: int, encoders: Sequence[Tens
     if lib is None:
         return None
     own = (kv.table, kv.packed, kv.held, kv.total, packed, kv.window_k, kv.window_v, *kv.pages, *encoders)
-    own = own if kv.new_start is None else (*own, kv.new_start)
+    own = (*own, *(x for x in (kv.new_start, kv.window_table, kv.sink_k, kv.sink_v) if x is not None))
     key = (kv.layout, spec, kv.n_sink, most != 0, *[(x.data_ptr(), x.shape, x.stride(), x.dtype) for x in own])
     found = _updates.get(key)
     if found is not None:

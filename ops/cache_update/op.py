@@ -33,6 +33,9 @@ def cache_update(
         ValueError: when shapes do not fit each other, or for ``check_finite``; nothing is written then.
     """
     tensors, spec = flatten(key_encoders, value_encoders)
+    if kv.window_table is not None:
+        by_quantize(kv, k, v, packed, most, key_encoders, value_encoders, check_finite)
+        return
     run = _cache_update
     if not (direct(k) and direct(v)):
         run, k, v = torch.ops.headq.cache_update, k.detach(), v.detach()

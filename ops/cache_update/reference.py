@@ -43,14 +43,22 @@ def cache_update(
                     continue
                 write = write_keys if side is group.keys else write_values
                 write(side, page, offset, encode(tokens[:, part], part))
-    for window, x in ((kv.window_k, k), (kv.window_v, v)):
-        append(window, x, kv, start)
+    for window, sinks, x in ((kv.window_k, kv.sink_k, k), (kv.window_v, kv.sink_v, v)):
+        if kv.window_table is None:
+            append(window, x, kv, start)
+        else:
+            assert sinks is not None
+            append_to_pages(window, sinks, x, kv, start)
 
 
 def leaving_tokens(kv: PagedKV, window: Tensor, new: Tensor, j: Tensor, start: Tensor) -> Tensor:
     """Body tokens ``j [B, n]`` from the ring, or from the call's own: ``[B, Hkv, n, D]``."""
-    ring, position = window.shape[2] - kv.n_sink, j + kv.n_sink
-    of_ring = at(window, kv.n_sink + j % ring)
+    position = j + kv.body_start
+    if kv.window_table is None:
+        of_ring = at(window, kv.n_sink + j % (window.shape[2] - kv.n_sink))
+    else:
+        page, offset = in_window(kv, position)
+        of_ring = window[page, :, offset].transpose(1, 2)
     number = start[:, None] + position - kv.held[:, None]
     of_new = at(new, number.clamp(0, new.shape[2] - 1))
     return torch.where((position < kv.held[:, None])[:, None, :, None], of_ring, of_new.to(of_ring.dtype))
@@ -71,6 +79,26 @@ def append(window: Tensor, new: Tensor, kv: PagedKV, start: Tensor) -> None:
     mine = (position >= kv.held[:, None]) & (position < kv.total[:, None])
     number = (start[:, None] + position - kv.held[:, None]).clamp(0, new.shape[2] - 1)
     window.copy_(torch.where(mine[:, None, :, None], at(new, number).to(window.dtype), window))
+
+
+def in_window(kv: PagedKV, position: Tensor) -> tuple[Tensor, Tensor]:
+    """Page and slot of the window table for positions ``[B, n]``."""
+    assert kv.window_table is not None
+    table, size = kv.window_table.long(), kv.window_k.shape[2]
+    return table.gather(1, (position // size).clamp(max=table.shape[1] - 1)), position % size
+
+
+def append_to_pages(window: Tensor, sinks: Tensor, new: Tensor, kv: PagedKV, start: Tensor) -> None:
+    """Put the call's tokens into the pages of the window table, and the sinks among them into those of the first page;
+    what is no token goes to the null page."""
+    position = kv.held[:, None] + torch.arange(new.shape[2], device=new.device) - start[:, None]  # [B, S]
+    live = (position >= kv.held[:, None]) & (position < kv.total[:, None])
+    page, offset = in_window(kv, position.clamp(min=0))
+    tokens = new.transpose(1, 2).to(window.dtype)
+    window[torch.where(live, page, NULL_PAGE), :, offset] = tokens
+    if kv.n_sink:
+        page = torch.where(live & (position < kv.n_sink), kv.table[:, :1].long(), NULL_PAGE)
+        sinks[page, :, position.clamp(0, kv.n_sink - 1)] = tokens
 
 
 def write_keys(side: PagedTokens, page: Tensor, offset: Tensor, codes: Codes) -> None:

@@ -200,7 +200,7 @@ def update(
 
 
 def _served(kv: PagedKV, k: Tensor, layout: PageLayout) -> bool:
-    coded = all(g.keys.bits and g.values.bits for g in layout.groups)
+    coded = all(g.keys.bits and g.values.bits for g in layout.groups) and kv.window_table is None
     return coded and k.dtype in DTYPES and kv.window_k.dtype in DTYPES
 
 

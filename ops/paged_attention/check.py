@@ -18,7 +18,7 @@ def check_cache(kv: PagedKV, readers: Readers, q_heads: int, reads: Tensor | Non
     """Raise ValueError where a cache, its readers and that many query heads do not fit each other."""
     tensors = (
         *kv.pages, kv.table, kv.segment, kv.packed, kv.held, kv.total, kv.window_k, kv.window_v, kv.new_k, kv.new_v,
-        kv.new_start, readers.query_map, readers.read, readers.mean, reads,
+        kv.new_start, kv.window_table, kv.sink_k, kv.sink_v, readers.query_map, readers.read, readers.mean, reads,
     )  # fmt: skip
     forms = [None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in tensors]
     key = (kv.layout, kv.n_sink, q_heads, len(kv.pages), *forms)
@@ -42,18 +42,35 @@ def _check_cache(kv: PagedKV, readers: Readers, q_heads: int, reads: Tensor | No
         _fits(name, getattr(kv, name), (batch,), device, torch.int64)
     _fits("segment", kv.segment, (kv.pages[0].shape[0],), device, torch.int32)
     _fits("reads", reads, (2,), device, torch.int64)
-    slots = kv.window_k.shape[2]
-    if not 0 <= kv.n_sink < slots:
-        raise ValueError(f"the window must have more slots than the {kv.n_sink} sinks, got {slots}")
+    _check_window(kv, layout, batch, device)
     if (kv.new_k is None) != (kv.new_v is None):
         raise ValueError("new_k and new_v go together")
     new = 0 if kv.new_k is None else kv.new_k.shape[2]
     for name, x, tokens, dim in (
-        ("window_k", kv.window_k, slots, layout.key_dim), ("window_v", kv.window_v, slots, layout.value_dim),
-        ("new_k", kv.new_k, new, layout.key_dim), ("new_v", kv.new_v, new, layout.value_dim),
+        ("new_k", kv.new_k, new, layout.key_dim), ("new_v", kv.new_v, new, layout.value_dim)
     ):  # fmt: skip
         _fits(name, x, (batch, layout.kv_heads, tokens, dim), device)
     _check_readers(readers, layout, batch, device)
+
+
+def _check_window(kv: PagedKV, layout: PageLayout, batch: int, device: torch.device) -> None:
+    """The window: a ring of each sequence, or pages beside their table."""
+    slots, dims = kv.window_k.shape[2], (layout.key_dim, layout.value_dim)
+    lead = batch
+    if kv.window_table is None:
+        if not 0 <= kv.n_sink < slots:
+            raise ValueError(f"the window must have more slots than the {kv.n_sink} sinks, got {slots}")
+        if kv.sink_k is not None or kv.sink_v is not None:
+            raise ValueError("sink_k and sink_v go with a window_table")
+    else:
+        if kv.sink_k is None or kv.sink_v is None or kv.n_sink > layout.page_tokens:
+            raise ValueError(f"a window_table needs sink_k and sink_v, and at most {layout.page_tokens} sinks")
+        _fits("window_table", kv.window_table, (batch, kv.window_table.shape[-1]), device, torch.int32)
+        lead = kv.window_k.shape[0]
+        for name, x, dim in (("sink_k", kv.sink_k, dims[0]), ("sink_v", kv.sink_v, dims[1])):
+            _fits(name, x, (kv.pages[0].shape[0], layout.kv_heads, kv.n_sink, dim), device, kv.window_k.dtype)
+    for name, x, dim in (("window_k", kv.window_k, dims[0]), ("window_v", kv.window_v, dims[1])):
+        _fits(name, x, (lead, layout.kv_heads, slots, dim), device)
 
 
 def check_call(q: Tensor, kv: PagedKV, visible: Visible | None, sliding: int) -> None:

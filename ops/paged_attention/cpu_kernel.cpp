@@ -12,6 +12,7 @@
 #include <memory>
 #include <new>
 #include <omp.h>
+#include <vector>
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -49,19 +50,23 @@ struct Group {
 
 struct Args {
   Dense q, window_k, window_v, new_k, new_v;                  // new_k.data, new_v.data may be null
+  Dense sink_k, sink_v;                                       // with a window_table: pages [pages, heads, n_sink, dim]
+  Dense out;                                                  // [batch, query heads, new_tokens, value_dim]
   const int32_t *table, *segment;                             // [batch, columns]; [physical pages] or null
-  int64_t table_row;
+  const int32_t* window_table;                                // [batch, ..], pages of window_k and window_v, or null: a ring of each sequence
+  int64_t table_row, window_row;
   const int64_t *packed, *held, *total, *new_start;           // [batch]; new_start may be null
   const int64_t *low, *high;                                  // [batch, new_tokens], or null: causal, under `sliding`
   int64_t* reads;                                             // [2], or null
   PerHead map, read, mean;                                    // map: [segments] of [key_dim, M + 3]; read, of [value_dim, value_dim], transposed, and mean may be null
   int64_t map_segment;
   const float* mapped;                                        // [segments, batch, kv_heads, queries, M + 3], or null: the kernel maps
-  float *out, *lse;                                           // [batch, kv_heads, queries, value_dim]; [.., queries] or null
+  float* lse;                                                 // [batch, kv_heads, queries] or null
+  const int64_t* query_start;                                 // [batch + 1], or null: sequences of unequal new tokens, one after the other in q and out
   const Group* groups;
   int32_t n_groups, batch, kv_heads, queries, new_tokens;     // queries: rows per KV head (group x new tokens)
   int32_t key_dim, value_dim, coordinates, segments;          // coordinates: M
-  int32_t page_tokens, columns, n_sink, sliding, threads;
+  int32_t page_tokens, columns, n_sink, body, sliding, threads;  // body: position of the first token in pages
   float scaling;
 };
 
@@ -477,14 +482,14 @@ float split_weights(float* row, float most, const float* sigma, const float* off
   return offset ? sum_of(constant) : -0.5f * top * unit * sum_of(to_float(whole));
 }
 
-// What is visible of one sequence: body tokens from:to in pages, of which pages hold first:packed, in chunks; tokens in full
-// precision in at most four pieces, neighbours in memory.
-struct Piece { const Dense *k, *v; int64_t slot, position; int n; };
+// What is visible of one sequence: body tokens from:to in pages, of which first:packed are read there, in chunks; tokens in full
+// precision in pieces, neighbours in memory, of batch entry or page `at`.
+struct Piece { const Dense *k, *v; int64_t at, slot, position; int n; };
 struct Sequence {
   int64_t first, packed;
-  int from, to, chunks, rows, pieces;
+  int from, to, chunks, rows;
   int64_t before;                                             // chunks of the sequences before it
-  Piece piece[4];
+  std::vector<Piece> piece;
 };
 
 struct Positions { int64_t low, high; };
@@ -501,10 +506,10 @@ inline int64_t shared(Positions x, int64_t from, int64_t to) {
   return std::max<int64_t>(std::min(x.high, to) - std::max(x.low, from), 0);
 }
 
-void add(Sequence& s, Positions all, const Dense& k, const Dense& v, int64_t slot, int64_t position, int64_t n) {
+void add(Sequence& s, Positions all, const Dense& k, const Dense& v, int64_t at, int64_t slot, int64_t position, int64_t n) {
   const int64_t skip = std::max<int64_t>(all.low - position, 0), stop = std::min(n, all.high - position);
   if (!k.data || stop <= skip) return;
-  s.piece[s.pieces++] = {&k, &v, slot + skip, position + skip, int(stop - skip)};
+  s.piece.push_back({&k, &v, at, slot + skip, position + skip, int(stop - skip)});
   s.rows += int(stop - skip);
 }
 
@@ -516,24 +521,33 @@ Sequence sequence(const Args& a, int b) {
     if (x.low < x.high) all = {std::min(all.low, x.low), std::max(all.high, x.high)};
   }
   if (all.low >= all.high) return s;
-  const int64_t p = a.page_tokens, held = a.held[b], ring = a.window_k.tokens - a.n_sink, body = std::max<int64_t>(held - a.n_sink, 0);
+  const int64_t p = a.page_tokens, held = a.held[b];
   s.packed = a.packed[b];
-  s.first = std::max<int64_t>(((s.packed + p - 1) / p - a.columns) * p, 0);
-  const int64_t low = std::max(all.low - a.n_sink, s.first), high = std::min(all.high - a.n_sink, s.packed);
+  s.first = std::max<int64_t>(((s.packed + p - 1) / p - a.columns) * p, a.n_sink - a.body);
+  const int64_t low = std::max(all.low - a.body, s.first), high = std::min(all.high - a.body, s.packed);
   if (low < high) {
     const int64_t unit = std::min<int64_t>(p, LANES);  // whole tiles and granules
     s.from = int(low / p * p);
     s.to = int((high + unit - 1) / unit * unit);
     s.chunks = (s.to - s.from + CHUNK - 1) / CHUNK;
   }
-  add(s, all, a.window_k, a.window_v, 0, 0, std::min<int64_t>(a.n_sink, held));
-  for (int64_t j = std::max({body - ring, s.packed, int64_t(0)}); j < body;) {
-    const int64_t n = std::min(body - j, ring - j % ring);
-    add(s, all, a.window_k, a.window_v, a.n_sink + j % ring, a.n_sink + j, n);
-    j += n;
+  if (a.window_table) {
+    add(s, all, a.sink_k, a.sink_v, a.table[b * a.table_row], 0, 0, std::min<int64_t>(a.n_sink, held));
+    const int64_t size = a.window_k.tokens;
+    for (int64_t t = std::max<int64_t>(s.packed, a.n_sink), n; t < held; t += n) {
+      n = std::min(held - t, size - t % size);
+      add(s, all, a.window_k, a.window_v, a.window_table[b * a.window_row + t / size], t % size, t, n);
+    }
+  } else {
+    const int64_t ring = a.window_k.tokens - a.n_sink, body = std::max<int64_t>(held - a.n_sink, 0);
+    add(s, all, a.window_k, a.window_v, b, 0, 0, std::min<int64_t>(a.n_sink, held));
+    for (int64_t j = std::max({body - ring, s.packed, int64_t(0)}), n; j < body; j += n) {
+      n = std::min(body - j, ring - j % ring);
+      add(s, all, a.window_k, a.window_v, b, a.n_sink + j % ring, a.n_sink + j, n);
+    }
   }
   const int64_t start = a.new_start ? a.new_start[b] : 0;
-  add(s, all, a.new_k, a.new_v, start, held, std::min(a.total[b] - held, a.new_k.tokens - start));
+  add(s, all, a.new_k, a.new_v, b, start, held, std::min(a.total[b] - held, a.new_k.tokens - start));
   return s;
 }
 
@@ -541,9 +555,9 @@ Sequence sequence(const Args& a, int b) {
 void count(const Args& a, const Sequence& s, int b) {
   for (int i = 0; i < a.new_tokens; i++) {
     const Positions x = visible(a, b, i);
-    int64_t n = shared(x, a.n_sink + s.first, a.n_sink + s.packed);
+    int64_t n = shared(x, a.body + s.first, a.body + s.packed);
     a.reads[0] += n;
-    for (int p = 0; p < s.pieces; p++) n += shared(x, s.piece[p].position, s.piece[p].position + s.piece[p].n);
+    for (const Piece& p : s.piece) n += shared(x, p.position, p.position + p.n);
     a.reads[1] += n;
   }
 }
@@ -605,7 +619,7 @@ struct Range { int low, high; };
 Range seen(const Args& a, const Sequence& of, int b, int q, int t0, int t1) {
   const Positions x = visible(a, b, q % a.new_tokens);
   const int64_t last = std::min<int64_t>(t1, of.packed), first = std::max<int64_t>(t0, of.first);
-  const int low = int(std::clamp<int64_t>(x.low - a.n_sink, first, std::max(first, last))), high = int(std::clamp<int64_t>(x.high - a.n_sink, first, std::max(first, last)));
+  const int low = int(std::clamp<int64_t>(x.low - a.body, first, std::max(first, last))), high = int(std::clamp<int64_t>(x.high - a.body, first, std::max(first, last)));
   return {low - t0, std::max(low, high) - t0};
 }
 
@@ -789,6 +803,29 @@ void attend_chunk(const Work& w, int isa) {
   attend_queries<Portable>(w, pages, 0);
 }
 
+// To the nearest, ties to even; NaN stays one.
+inline uint16_t bf16_bits(float x) {
+  uint32_t u;
+  std::memcpy(&u, &x, 4);
+  return uint16_t(x != x ? 0x7fc0 : (u + 0x7fff + (u >> 16 & 1)) >> 16);
+}
+
+inline uint16_t half_bits(float x) {
+#if defined(__F16C__)
+  return uint16_t(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT));
+#else
+  uint32_t u, sign;
+  std::memcpy(&u, &x, 4);
+  sign = u >> 16 & 0x8000;
+  const float size = std::fabs(x);
+  if (x != x) return 0x7e00;
+  if (size >= 65520.0f) return uint16_t(sign | 0x7c00);
+  if (size < 6.1035156e-5f) return uint16_t(sign | uint32_t(std::nearbyint(size * 16777216.0f)));
+  u = (u & 0x7fffffff) - (112u << 23);
+  return uint16_t(sign | (u + 0xfff + (u >> 13 & 1)) >> 13);
+#endif
+}
+
 inline float wide(uint32_t bits) {
   float f;
   std::memcpy(&f, &bits, 4);
@@ -811,7 +848,7 @@ inline float dot(const float* x, const float* y, int n) {
 }
 
 // Where a token's vector lies, and as fp32.
-inline void vector_at(const Dense& x, int b, int h, int64_t token, int n, float* to) {
+inline void vector_at(const Dense& x, int64_t b, int h, int64_t token, int n, float* to) {
   const int width = x.dtype == 1 ? 4 : 2;
   widen((const char*)x.data + width * (b * x.batch_stride + h * x.head_stride + token * x.token_stride), x.dtype, n, to);
 }
@@ -831,9 +868,9 @@ void attend_exact(const Args& a, const Sequence& of, int b, int h, const float* 
   const int64_t n = of.rows;
   alignas(64) float row[256];
   int64_t j = 0;
-  for (int p = 0; p < of.pieces; p++)
-    for (int t = 0; t < of.piece[p].n; t++, j++) {
-      vector_at(*of.piece[p].k, b, h, of.piece[p].slot + t, a.key_dim, row);
+  for (const Piece& p : of.piece)
+    for (int t = 0; t < p.n; t++, j++) {
+      vector_at(*p.k, p.at, h, p.slot + t, a.key_dim, row);
       for (int i = 0; i < a.queries; i++) s[i * n + j] = dot(q + int64_t(i) * a.key_dim, row, a.key_dim);
     }
   std::fill(out, out + int64_t(a.queries) * d, 0.0f);
@@ -842,9 +879,9 @@ void attend_exact(const Args& a, const Sequence& of, int b, int h, const float* 
     float *w = s + i * n, most = NEG, total = 0;
     bool bad = false;
     j = 0;
-    for (int p = 0; p < of.pieces; p++) {
-      const int m = of.piece[p].n;
-      const int low = int(std::clamp<int64_t>(x.low - of.piece[p].position, 0, m)), high = int(std::clamp<int64_t>(x.high - of.piece[p].position, low, m));
+    for (const Piece& p : of.piece) {
+      const int m = p.n;
+      const int low = int(std::clamp<int64_t>(x.low - p.position, 0, m)), high = int(std::clamp<int64_t>(x.high - p.position, low, m));
       std::fill(w + j, w + j + low, NEG);
       for (int t = low; t < high; t++) {
         most = std::max(most, w[j + t]);
@@ -858,9 +895,9 @@ void attend_exact(const Args& a, const Sequence& of, int b, int h, const float* 
     for (j = 0; j < n && total > 0; j++) w[j] /= total;
   }
   j = 0;
-  for (int p = 0; p < of.pieces; p++)
-    for (int t = 0; t < of.piece[p].n; t++, j++) {
-      vector_at(*of.piece[p].v, b, h, of.piece[p].slot + t, d, row);
+  for (const Piece& p : of.piece)
+    for (int t = 0; t < p.n; t++, j++) {
+      vector_at(*p.v, p.at, h, p.slot + t, d, row);
       for (int i = 0; i < a.queries; i++) {
         const float w = s[i * n + j];
         if (w != 0)  // a hidden token may hold anything
@@ -893,6 +930,14 @@ void join(float* out, float& lse, const float* other, float other_lse, int n) {
   lse = most + std::log(mine + theirs);
 }
 
+// The output of a query of KV head h.
+void write_out(const Args& a, int b, int h, int q, const float* from) {
+  const Dense& x = a.out;
+  const int64_t head = int64_t(h) * (a.queries / a.new_tokens) + q / a.new_tokens;
+  char* to = (char*)x.data + (x.dtype == 1 ? 4 : 2) * (b * x.batch_stride + head * x.head_stride + q % a.new_tokens * x.token_stride);
+  if (x.dtype == 1) std::memcpy(to, from, a.value_dim * sizeof(float));
+  for (int c = 0; c < a.value_dim && x.dtype != 1; c++) ((uint16_t*)to)[c] = x.dtype == 2 ? bf16_bits(from[c]) : half_bits(from[c]);
+}
 
 // Join what the chunks of a query have: its output, normalized, and lse; NaN where `bad`.
 void join_chunks(const Args& a, const float* part, int chunks, int q, bool bad, float* out, float& lse) {
@@ -938,11 +983,9 @@ extern "C" int headq_args_size() { return int(sizeof(Args)); }
 
 extern "C" int headq_group_size() { return int(sizeof(Group)); }
 
-// Returns 1 where there is no memory, 2 where HEADQ_CPU_ISA names no path.
-extern "C" int headq_paged_attention(const Args* args) {
-  const Args& a = *args;
-  const int isa = headq_isa(), heads = a.batch * a.kv_heads, columns = a.coordinates + 3;
-  if (isa < 0) return 2;
+// Sequences of equally many new tokens. Returns 1 where there is no memory.
+static int attend(const Args& a, int isa) {
+  const int heads = a.batch * a.kv_heads, columns = a.coordinates + 3;
   const std::unique_ptr<Sequence[]> sequences(new (std::nothrow) Sequence[a.batch]);
   if (!sequences) return 1;
   int64_t bytes = 0, chunks = 0, rows = 0;
@@ -1004,14 +1047,43 @@ extern "C" int headq_paged_attention(const Args* args) {
         bool bad = false;
         for (int g = 0; g < a.segments && range.low < range.high; g++)
           for (int p = 0; p < f.key_planes; p++) bad = bad || std::isnan(Query(a, f, memory.get() + (int64_t(g) * heads + i) * bytes).scale[p * a.queries + q]);
-        float *out = a.out + (int64_t(i) * a.queries + q) * a.value_dim, lse;
+        alignas(64) float out[256];
+        float lse;
         join_chunks(a, parts + width * (s.before * a.kv_heads + int64_t(h) * s.chunks), s.chunks, q, bad, out, lse);
         alignas(64) float work[256];
         if (lse != NEG) read_back(a, b, h, out, work);
         join(out, lse, exact + int64_t(q) * a.value_dim, exact_lse[q], a.value_dim);
+        write_out(a, b, h, q, out);
         if (a.lse) a.lse[int64_t(i) * a.queries + q] = lse;
       }
     }
+  }
+  return 0;
+}
+
+// Returns 1 where there is no memory, 2 where HEADQ_CPU_ISA names no path.
+extern "C" int headq_paged_attention(const Args* args) {
+  const int isa = headq_isa();
+  if (isa < 0) return 2;
+  if (!args->query_start) return attend(*args, isa);
+  const int64_t* start = args->query_start;
+  const int group = args->queries / args->new_tokens;
+  for (int b = 0, n; b < args->batch; b += n) {  // neighbours of equally many new tokens at once
+    const int64_t tokens = start[b + 1] - start[b];
+    for (n = 1; b + n < args->batch && start[b + n + 1] - start[b + n] == tokens;) n++;
+    if (tokens <= 0) continue;
+    Args a = *args;
+    a.query_start = nullptr;
+    a.batch = n, a.new_tokens = int32_t(tokens), a.queries = int32_t(group * tokens);
+    for (Dense* x : {&a.q, &a.out}) {
+      x->data = (const char*)x->data + (x->dtype == 1 ? 4 : 2) * start[b] * x->token_stride;
+      x->batch_stride = tokens * x->token_stride;
+    }
+    a.table += b * a.table_row;
+    if (a.window_table) a.window_table += b * a.window_row;
+    for (const int64_t** x : {&a.packed, &a.held, &a.total, &a.new_start})
+      if (*x) *x += b;
+    if (const int failed = attend(a, isa)) return failed;
   }
   return 0;
 }

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,10 +14,14 @@ from torch import Tensor
 from headq_ao.ops import cpu_build
 from headq_ao.ops.layout import PIECES, granule, plane_columns, plane_pieces
 from headq_ao.ops.page_layout import PagedGroup, PageLayout
+from headq_ao.ops.paged_attention import long_chunk, tiled
 from headq_ao.ops.paged_attention.new_tokens import with_new_tokens
 from headq_ao.ops.paged_attention.tiled import overlap
 from headq_ao.ops.paged_attention.tiles import tiles
 from headq_ao.ops.types import PagedKV, Readers, Visible, visible_positions
+
+if TYPE_CHECKING:
+    from headq_ao.ops.requests import Requests
 
 PATHS = {"portable": 0, "avx2": 1, "avx512": 2}
 DTYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -66,20 +70,20 @@ class _Group(ctypes.Structure):
 
 _INTS = (
     "n_groups batch kv_heads queries new_tokens key_dim value_dim coordinates segments page_tokens columns n_sink "
-    "sliding threads"
+    "body sliding threads"
 )
 
 
 class _Args(ctypes.Structure):
     _fields_ = (
-        *((name, _Dense) for name in ("q", "window_k", "window_v", "new_k", "new_v")),
-        ("table", _P),
-        ("segment", _P),
+        *((name, _Dense) for name in ("q", "window_k", "window_v", "new_k", "new_v", "sink_k", "sink_v", "out")),
+        *((name, _P) for name in ("table", "segment", "window_table")),
         ("table_row", _I64),
+        ("window_row", _I64),
         *((name, _P) for name in ("packed", "held", "total", "new_start", "low", "high", "reads")),
         *((name, _PerHead) for name in ("map", "read", "mean")),
         ("map_segment", _I64),
-        *((name, _P) for name in ("mapped", "out", "lse", "groups")),
+        *((name, _P) for name in ("mapped", "lse", "query_start", "groups")),
         *((name, _I32) for name in _INTS.split()),
         ("scaling", ctypes.c_float),
     )
@@ -110,6 +114,14 @@ def launch(
         return _launch(_call(kv, readers, q.shape[1], sliding, reads), q, scaling, readers.query_map, visible)
     shown = visible_positions(kv.total, q.shape[2], sliding) if visible is None else visible
     of_cache = None
+    if (
+        kv.new_k is not None
+        and bool((kv.held > 0).all() and (kv.total - kv.held == q.shape[2]).all())
+        and long_chunk.serves(q, kv, visible, sliding)
+    ):
+        if reads is not None:
+            tiled.count(kv, shown, PageLayout.parse(kv.layout), reads)
+        return long_chunk.attention(q, scaling, kv, readers)
     if kv.new_k is None or bool(kv.held.any()):
         call = _call(replace(kv, new_k=None, new_v=None), readers, q.shape[1], 0, reads)
         outs = []
@@ -160,7 +172,7 @@ def plan(kv: PagedKV, readers: Readers, q_heads: int, sliding: int, reads: Tenso
 def serves(kv: PagedKV) -> bool:
     """Whether both sides are coded, in pages that make up chunks, beside vectors of a dtype that the kernel reads."""
     layout = PageLayout.parse(kv.layout)
-    dense = [x for x in (kv.window_k, kv.window_v, kv.new_k, kv.new_v) if x is not None]
+    dense = [x for x in (kv.window_k, kv.window_v, kv.new_k, kv.new_v, kv.sink_k, kv.sink_v) if x is not None]
     return (
         all(g.keys.bits and g.values.bits and _columns(g.keys.bits)[0] <= MOST_COLUMNS for g in layout.groups)
         and layout.page_tokens in PAGE_TOKENS
@@ -203,16 +215,30 @@ class _Call:
         fields = _Args.from_buffer_copy(self.fields)
         batch, heads, tokens, _ = q.shape
         out = torch.empty((batch, heads, tokens, self.dim), dtype=torch.float32, device="cpu")
-        x = fields.q
-        x.data, x.dtype = q.data_ptr(), DTYPES[q.dtype]
-        x.batch, x.head, x.token, _ = q.stride()
-        fields.out, fields.scaling, fields.threads = out.data_ptr(), scaling, torch.get_num_threads()
+        fields.q, fields.out = _dense(q), _dense(out)
+        fields.scaling, fields.threads = scaling, torch.get_num_threads()
         fields.new_tokens, fields.queries = tokens, self.heads * tokens
         for name in more:
             setattr(fields, name, more[name])
         if code := self.kernel(ctypes.byref(fields)):
             raise _error(code)
         return out
+
+    def requests(self, q: Tensor, scaling: float, out: Tensor, of: "Requests") -> None:
+        """Of sequences with unequally many new tokens: ``out`` of ``q``, ``[T, Hq, D]`` both."""
+        fields = self.fields
+        for held, x in ((fields.q, q), (fields.out, out)):
+            if x.stride(2) != 1 or x.dtype not in DTYPES:
+                raise ValueError(f"tokens must be fp32, bf16 or fp16 with coordinates side by side, got {x.dtype}")
+            held.data, held.dtype = x.data_ptr(), DTYPES[x.dtype]
+            held.token, held.head = x.stride(0), x.stride(1)
+        fields.batch, fields.new_tokens, fields.queries = len(of.table), 1, self.heads
+        fields.table, fields.table_row, fields.columns = of.table.data_ptr(), of.table.stride(0), of.table.shape[1]
+        fields.window_table, fields.window_row = of.window_table.data_ptr(), of.window_table.stride(0)
+        fields.packed, fields.held, fields.total = of.packed.data_ptr(), of.total.data_ptr(), of.total.data_ptr()
+        fields.query_start, fields.scaling, fields.threads = of.start.data_ptr(), scaling, torch.get_num_threads()
+        if code := self.kernel(ctypes.byref(fields)):
+            raise _error(code)
 
 
 _calls: dict[tuple[object, ...], tuple[_Args, object]] = {}
@@ -226,7 +252,7 @@ def _call(kv: PagedKV, readers: Readers, q_heads: int, sliding: int, reads: Tens
     """
     tensors = (
         *kv.pages, kv.table, kv.segment, kv.packed, kv.held, kv.total, kv.window_k, kv.window_v, kv.new_k, kv.new_v,
-        kv.new_start, readers.query_map, readers.read, readers.mean, reads,
+        kv.new_start, kv.window_table, kv.sink_k, kv.sink_v, readers.query_map, readers.read, readers.mean, reads,
     )  # fmt: skip
     forms = [None if x is None else (x.data_ptr(), x.shape, x.stride(), x.dtype) for x in tensors]
     key = (kv.layout, kv.n_sink, q_heads, sliding, *forms)
@@ -263,22 +289,26 @@ def _arguments(kv: PagedKV, readers: Readers, q_heads: int, sliding: int, reads:
     segment = None if kv.segment is None else kv.segment.contiguous()
     query_map, mean = (None if x is None else x.float().contiguous() for x in (readers.query_map, readers.mean))
     read = None if readers.read is None else _transposed(readers.read)
-    window_k, window_v, new_k, new_v = (
-        x if x is None or x.stride(3) == 1 else x.contiguous() for x in (kv.window_k, kv.window_v, kv.new_k, kv.new_v)
-    )
+    window = kv.window_table
+    window = window if window is None or window.stride(1) == 1 else window.contiguous()
+    dense = [
+        x if x is None or x.stride(3) == 1 else x.contiguous()
+        for x in (kv.window_k, kv.window_v, kv.new_k, kv.new_v, kv.sink_k, kv.sink_v)
+    ]
     assert query_map is not None
     args = _Args(
         n_groups=len(groups), batch=kv.table.shape[0], kv_heads=layout.kv_heads, queries=q_heads // layout.kv_heads,
         key_dim=layout.key_dim, value_dim=layout.value_dim, coordinates=query_map.shape[-1] - 3,
         segments=1 if segment is None else len(query_map), page_tokens=layout.page_tokens, columns=table.shape[1],
-        n_sink=kv.n_sink, sliding=sliding, table=table.data_ptr(), table_row=table.stride(0),
-        segment=_address(segment), new_start=_address(start), reads=_address(reads),
-        window_k=_dense(window_k), window_v=_dense(window_v), new_k=_dense(new_k), new_v=_dense(new_v),
+        n_sink=kv.n_sink, body=kv.body_start, sliding=sliding, table=table.data_ptr(), table_row=table.stride(0),
+        segment=_address(segment), new_start=_address(start), reads=_address(reads), window_table=_address(window),
+        window_row=0 if window is None else window.stride(0),
+        **dict(zip(("window_k", "window_v", "new_k", "new_v", "sink_k", "sink_v"), map(_dense, dense), strict=True)),
         map=_per_head(query_map[0]), map_segment=query_map.stride(0), read=_per_head(read), mean=_per_head(mean),
         groups=ctypes.addressof(groups),
     )  # fmt: skip
     args.packed, args.held, args.total = (x.data_ptr() for x in lengths)
-    kept = [groups, *lengths, start, segment, query_map, read, mean, reads, window_k, window_v, new_k, new_v]
+    kept = [groups, *lengths, start, segment, query_map, read, mean, reads, window, *dense]
     return _Call(args, [*kept, *kv.pages, table])
 
 

@@ -21,18 +21,28 @@ def with_new_tokens(
     if q.device.type != "cpu" or q.dtype == torch.float64 or kv.new_k.shape[-1] != kv.new_v.shape[-1]:
         parts = by_products(q, scaling, kv, shown)
     elif visible is None and not 0 < sliding < q.shape[2] and bool((kv.total - kv.held == q.shape[2]).all()):
-        parts = flash(q.float() * scaling, kv.new_k.float(), kv.new_v.float(), None)
+        parts = flash(q, kv.new_k, kv.new_v, None, scaling)
     else:
         parts = masked(q, scaling, kv, shown)
     return parts if of_cache is None else reference.merge([of_cache, parts])
 
 
-def flash(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Part:
-    """PyTorch's CPU kernel, which gives the log-sum-exp that ``scaled_dot_product_attention`` keeps to itself."""
+def flash(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float = 1.0, causal: bool = True) -> Part:
+    """PyTorch's CPU kernel, which gives the log-sum-exp that ``scaled_dot_product_attention`` keeps to itself; in the
+    queries' dtype where keys and values have it, else in fp32.
+
+    Args:
+        q, k, v: ``[B, Hq, S, D]``, ``[B, Hkv, n, D]``.
+        mask: added to the scores; with None, ``causal`` says whether query ``i`` sees keys up to its own.
+        scaling: of the scores.
+        causal: see ``mask``.
+    """
+    if not q.dtype == k.dtype == v.dtype:
+        q, k, v = q.float(), k.float(), v.float()
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, 0.0, mask is None, attn_mask=mask, scale=1.0
+        q, k, v, 0.0, mask is None and causal, attn_mask=mask, scale=scaling
     )
-    return out, lse
+    return out.float(), lse.float()
 
 
 def masked(q: Tensor, scaling: float, kv: PagedKV, shown: Visible) -> Part:

@@ -40,9 +40,14 @@ def paged_attention(
 
     Raises:
         ValueError: where shapes, dtypes or devices do not fit each other.
+        NotImplementedError: where a cache with a window table is traced or differentiated.
     """
     if direct(q):
         return _run(q, scaling, kv, readers, visible, sliding, reads)
+    if kv.window_table is not None:
+        raise NotImplementedError(
+            "the operator has no window_table in its schema: an engine's cache is read outside traces and autograd"
+        )
     low, high = (None, None) if visible is None else (visible.low, visible.high)
     out, lse = _operator(
         q, scaling, kv.pages, kv.layout, kv.table, kv.segment, kv.packed, kv.held, kv.total, kv.window_k, kv.window_v,

@@ -30,8 +30,8 @@ def packed_part(
 ) -> tuple[Tensor, Tensor]:
     """Over the pages of the block table, or of a part of its columns."""
     j = body_tokens(kv, layout.page_tokens)[:, part].flatten(1)  # [B, C·P]
-    here = (j >= 0) & (j < kv.packed[:, None])
-    seen = visible_at(j + kv.n_sink, here, shown)  # [B, S, C·P]
+    here = (j >= 0) & (j < kv.packed[:, None]) & (j + kv.body_start >= kv.n_sink)
+    seen = visible_at(j + kv.body_start, here, shown)  # [B, S, C·P]
     table = kv.table[:, part].long()
     scores, outs = [], []
     for group in layout.split(kv.pages):
@@ -111,19 +111,37 @@ def read_back(out: Tensor, lse: Tensor, readers: Readers) -> Tensor:
 
 
 def window_part(q: Tensor, kv: PagedKV, shown: Visible) -> tuple[Tensor, Tensor]:
-    """Over sinks and ring."""
-    return dense_part(q, kv.window_k, kv.window_v, *window_positions(kv), shown)
+    """Over sinks and the newest tokens."""
+    return dense_part(q, *window_tokens(kv), *window_positions(kv), shown)
+
+
+def window_tokens(kv: PagedKV) -> tuple[Tensor, Tensor]:
+    """Keys and values in the slots of :func:`window_positions`, ``[B, Hkv, slots, D]``."""
+    if kv.window_table is None:
+        return kv.window_k, kv.window_v
+    assert kv.sink_k is not None and kv.sink_v is not None
+    first, table = kv.table[:, :1].long(), kv.window_table.long()
+    k, v = (
+        torch.cat([by_sequence(sinks, first).flatten(2, 3), by_sequence(pages, table).flatten(2, 3)], 2)
+        for sinks, pages in ((kv.sink_k, kv.window_k), (kv.sink_v, kv.window_v))
+    )
+    return k, v
 
 
 def window_positions(kv: PagedKV) -> tuple[Tensor, Tensor]:
-    """The position of the token in each slot of the window, ``[B, n_sink + R]``, below 0: none; and which of them are
-    read there. Ring slot ``r`` holds the last body token ``j ≡ r (mod R)`` in it."""
-    ring = kv.window_k.shape[2] - kv.n_sink
-    body = last_in_slots(kv.held - kv.n_sink, ring)
+    """The position of the token in each slot of sinks and window, ``[B, n_sink + R]``, below 0: none; and which of them
+    are read there. Ring slot ``r`` holds the last body token ``j ≡ r (mod R)`` in it; with a window table, slot ``r``
+    is position ``r``."""
     sinks = torch.arange(kv.n_sink, device=kv.held.device).expand(len(kv.held), -1)
-    position = torch.cat([sinks, torch.where(body >= 0, body + kv.n_sink, -1)], 1)
-    sink = position < kv.n_sink
-    here = (position >= 0) & (position < kv.held[:, None]) & (sink | (position >= kv.n_sink + kv.packed[:, None]))
+    if kv.window_table is None:
+        body = last_in_slots(kv.held - kv.n_sink, kv.window_k.shape[2] - kv.n_sink)
+        newest = torch.where(body >= 0, body + kv.n_sink, -1)
+    else:
+        newest = torch.arange(kv.window_table.shape[1] * kv.window_k.shape[2], device=kv.held.device)
+        newest = newest.expand(len(kv.held), -1)
+    from_window = (newest >= kv.n_sink) & (newest >= kv.body_start + kv.packed[:, None])
+    position = torch.cat([sinks, newest], 1)
+    here = (position < kv.held[:, None]) & torch.cat([torch.ones_like(sinks, dtype=torch.bool), from_window], 1)
     return position, here
 
 

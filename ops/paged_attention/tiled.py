@@ -21,7 +21,7 @@ def paged_attention(
     if reads is not None:
         count(kv, shown, layout, reads)
     columns = max(TOKEN_TILE // layout.page_tokens, 1)
-    tokens = reference.body_tokens(kv, layout.page_tokens) + kv.n_sink
+    tokens = reference.body_tokens(kv, layout.page_tokens) + kv.body_start
     outs = []
     for grouped, of_tile in query_tiles(q, scaling, layout.kv_heads, shown):
         parts = [reference.window_part(grouped, kv, of_tile)]
@@ -39,7 +39,8 @@ def paged_attention(
 def count(kv: PagedKV, shown: Visible, layout: PageLayout, reads: Tensor) -> None:
     """Add how many packed tokens, and how many at all, queries see."""
     first = (kv.packed.add(layout.page_tokens - 1) // layout.page_tokens - kv.table.shape[1]).clamp(min=0)
-    packed = overlap(shown, kv.n_sink + first * layout.page_tokens, kv.n_sink + kv.packed)
+    first = (kv.body_start + first * layout.page_tokens).clamp(min=kv.n_sink)
+    packed = overlap(shown, first, kv.body_start + kv.packed)
     position, here = reference.window_positions(kv)
     others = reference.visible_at(position, here, shown).sum()
     if kv.new_k is not None:

@@ -110,7 +110,7 @@ def plan(
 
 
 def _served(q: Tensor, kv: PagedKV, layout: PageLayout) -> bool:
-    coded = all(g.keys.bits and g.values.bits for g in layout.groups)
+    coded = all(g.keys.bits and g.values.bits for g in layout.groups) and kv.window_table is None
     return coded and q.shape[2] <= QUERIES and q.dtype in WINDOW_DTYPES and kv.window_k.dtype in WINDOW_DTYPES
 
 

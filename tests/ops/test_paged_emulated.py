@@ -50,7 +50,7 @@ class Emulated:
                 regions += [(at, plane.columns * 4) for at in (column, factor) if at]
         regions += [(x.untyped_storage().data_ptr(), x.untyped_storage().nbytes()) for x in self.tensors]
         rows = fields.batch * fields.kv_heads * fields.queries
-        written = [(fields.out, rows * fields.value_dim * 4), (fields.lse, rows * 4)]
+        written = [(fields.out.data, rows * fields.value_dim * 4), (fields.lse, rows * 4)]
         given, taken = self.folder / "in", self.folder / "out"
         given.write_bytes(b"".join(struct.pack("qq", *r) + ctypes.string_at(*r) for r in regions + written))
         code = subprocess.run([EMULATOR, str(self.program), str(given), str(taken)], check=False).returncode

@@ -1,0 +1,167 @@
+"""What a vLLM engine is told about HeadQ, and the codecs of its layers.
+
+``--additional-config '{"headq": {"calibration": FILE, "preset": NAME, ...}}'``, with any option of
+:func:`headq_ao.headq_config`, or the environment variable ``HEADQ_CALIBRATION``; a checkpoint that was saved with a
+calibration needs neither.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from headq_ao.calibration.artifact import Calibration
+from headq_ao.calibration.bit_allocation import head_bits
+from headq_ao.codecs.layer_codec import LayerCodec
+from headq_ao.codecs.planes import PlaneCodec
+from headq_ao.config import HeadQConfig, headq_config
+from headq_ao.layer_shape import LayerShape
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+VARIABLE = "HEADQ_CALIBRATION"
+WINDOW = "window"  # the name that engines give to residual_length
+LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+HOW = (
+    f'name a calibration of this model: --additional-config \'{{"headq": {{"calibration": FILE}}}}\' or {VARIABLE}=FILE; '
+    "`headq calibrate MODEL -o FILE` makes one, and a checkpoint that save_pretrained wrote from a calibrated model has "
+    "its own"
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """HeadQ in one engine: a config with its calibration, and the shapes and bits of the model's layers."""
+
+    config: HeadQConfig
+    calibration: Calibration
+    shapes: tuple[LayerShape, ...]
+    bits: tuple[Any, ...]
+
+    def codec(self, layer: int, rank: int, size: int) -> PlaneCodec:
+        """The codec of a layer's KV heads on one of ``size`` tensor-parallel ranks."""
+        shape = self.shapes[layer]
+        if shape.n_kv_heads % size:
+            raise ValueError(
+                f"HeadQ cannot divide {shape.n_kv_heads} KV heads among {size} tensor-parallel ranks evenly; use a size "
+                "that divides them"
+            )
+        held = shape.n_kv_heads // size
+        part = slice(rank * held, (rank + 1) * held)
+        whole = LayerCodec(
+            self.config, shape, self.calibration.layers[layer], torch.device("cpu"), heads=part, bits=self.bits[layer]
+        )
+        keys, values = whole.calibrated, whole.values
+        codec = PlaneCodec(keys, values, held, *shape.dims, self.config.sign, self.config.unbiased_scale)
+        codec.put_together()
+        return codec
+
+
+def layer_number(name: str) -> int:
+    """The number of an attention layer from the name that vLLM gives it.
+
+    Raises:
+        ValueError: where the name has none.
+    """
+    found = LAYER.search(name)
+    if found is None:
+        raise ValueError(f"HeadQ cannot tell which layer of the model {name!r} is")
+    return int(found[1])
+
+
+def settings(vllm_config: "VllmConfig") -> Settings:
+    """The settings of an engine, read once.
+
+    Raises:
+        ValueError: where there is no calibration, it is of another model, or an option is none.
+        FileNotFoundError: where a named file does not exist.
+    """
+    model = vllm_config.model_config
+    given = (getattr(vllm_config, "additional_config", None) or {}).get("headq", {})
+    if not isinstance(given, dict):
+        raise ValueError(f"additional_config['headq'] must be an object of options, got {given!r}")
+    return _settings(json.dumps(given, sort_keys=True), os.environ.get(VARIABLE), str(model.model), _Hashed(model))
+
+
+class _Hashed:
+    """A model config as an argument of a cached function: equal where it is the same object."""
+
+    def __init__(self, model_config: Any) -> None:
+        self.model_config = model_config
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Hashed) and other.model_config.model == self.model_config.model
+
+    def __hash__(self) -> int:
+        return hash(self.model_config.model)
+
+
+@functools.lru_cache(maxsize=8)
+def _settings(given: str, variable: str | None, checkpoint: str, model: _Hashed) -> Settings:
+    options = json.loads(given)
+    saved, config = _of_checkpoint(Path(checkpoint), model.model_config.hf_config)
+    if WINDOW in options:
+        options["residual_length"] = options.pop(WINDOW)
+    calibration = options.pop("calibration", None) or variable or saved
+    if calibration is None:
+        raise ValueError(f"HeadQ's attention backend needs a calibration; {HOW}")
+    known = calibration if isinstance(calibration, Calibration) else Calibration.load(calibration)
+    if options or config is None:
+        config = headq_config(options.pop("preset", None), **options)
+    config = dataclasses.replace(config, calibration=known)
+    shapes = _checked(config, known, model.model_config)
+    return Settings(config, known, shapes, tuple(head_bits(config, known, shapes)))
+
+
+def _of_checkpoint(folder: Path, hf_config: Any) -> tuple[Calibration | None, HeadQConfig | None]:
+    """The calibration and config that a checkpoint was saved with."""
+    saved = getattr(hf_config, "quantization_config", None)
+    saved = saved if isinstance(saved, dict) or saved is None else saved.to_dict()
+    if not saved or saved.get("quant_method") != "headq":
+        return None, None
+    from headq_ao.integrations.transformers.hf_quantizer import HeadQQuantizationConfig, read_calibration
+
+    config = HeadQQuantizationConfig.from_dict(saved).config
+    files = sorted(str(f) for f in folder.glob("*.safetensors"))
+    return read_calibration(files) if saved.get("calibrated") and files else None, config
+
+
+def _checked(config: HeadQConfig, known: Calibration, model_config: Any) -> tuple[LayerShape, ...]:
+    """The shapes of the model's layers, once everything fits.
+
+    Raises:
+        ValueError: naming what does not.
+    """
+    from headq_ao.integrations.transformers.models import layer_shapes, text_config
+
+    problems = {
+        "codec": config.codec is not None,
+        "adapt": config.adapt != "off",
+        "k_bits=None or v_bits=None": config.k_bits is None or config.v_bits is None,
+    }
+    wrong = [name for name, is_given in problems.items() if is_given]
+    if wrong:
+        raise ValueError(
+            f"vLLM serves HeadQ's own calibrated codec with both sides packed; leave out {', '.join(wrong)}"
+        )
+    c = text_config(model_config.hf_config)
+    shapes = tuple(layer_shapes(model_config.hf_config))
+    here = {
+        "model_type": c.model_type,
+        "layers": len(shapes),
+        "heads": shapes[0].n_heads,
+        "kv_heads": shapes[0].n_kv_heads,
+        "head_dim": shapes[0].head_dim,
+        "rope": json.dumps(getattr(c, "rope_parameters", None), sort_keys=True, default=str),
+    }
+    known.check_model(here)
+    if not known.suffices:
+        raise ValueError(f"{known.shortage()}: vLLM serves no uncalibrated cache")
+    return shapes

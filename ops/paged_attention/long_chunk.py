@@ -1,0 +1,109 @@
+"""A chunk of many queries in half precision on the CPU: tiles of packed tokens are dequantized one at a time, and read
+by PyTorch's flash kernel, whose matrix products repay that from some hundred queries on."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from headq_ao.ops.page_layout import PageLayout
+from headq_ao.ops.paged_attention import reference
+from headq_ao.ops.paged_attention.new_tokens import Part, flash
+from headq_ao.ops.types import PagedKV, Readers, Visible
+
+LEAST_QUERIES = 512  # measured: fewer are read faster as codes
+TILE = 4096  # tokens that are dequantized at a time
+
+
+def serves(q: Tensor, kv: PagedKV, visible: Visible | None, sliding: int) -> bool:
+    """Whether these are such chunks, whose queries see all that was there before."""
+    layout = PageLayout.parse(kv.layout)
+    alike = layout.key_dim == layout.value_dim and kv.segment is None and kv.new_start is None
+    half = q.dtype in (torch.bfloat16, torch.float16) and kv.window_k.dtype == q.dtype
+    return half and alike and q.shape[2] >= LEAST_QUERIES and visible is None and not sliding
+
+
+def attention(q: Tensor, scaling: float, kv: PagedKV, readers: Readers) -> Part:
+    """:func:`headq_ao.ops.paged_attention` of such a chunk."""
+    assert kv.new_k is not None and kv.new_v is not None
+    return joined(read_cache(q, scaling, kv, readers), flash(q, kv.new_k, kv.new_v, None, scaling))
+
+
+def read_cache(q: Tensor, scaling: float, kv: PagedKV, readers: Readers) -> Part:
+    """Attention over all tokens ``p < held`` of the cache, ``new_k`` and ``new_v`` left out."""
+    parts = []
+    for b in range(len(q)):
+        one = slice(b, b + 1)
+        fields = ("table", "packed", "held", "total", "window_table")
+        of = {name: x[one] for name in fields if (x := getattr(kv, name)) is not None}
+        window = {} if kv.window_table is not None else {"window_k": kv.window_k[one], "window_v": kv.window_v[one]}
+        mine = readers_of(readers, b)
+        parts.append(_read_one(q[one], scaling, replace(kv, new_k=None, new_v=None, **of, **window), mine))
+    return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
+
+
+def readers_of(readers: Readers, b: int) -> Readers:
+    """Those of one sequence."""
+
+    def cut(x: Tensor | None) -> Tensor | None:
+        return x if x is None or len(x) == 1 else x[b : b + 1]
+
+    query_map = readers.query_map
+    if query_map is not None and query_map.shape[1] > 1:
+        query_map = query_map[:, b : b + 1]
+    return Readers(query_map, cut(readers.read), cut(readers.mean))
+
+
+def _read_one(q: Tensor, scaling: float, kv: PagedKV, readers: Readers) -> Part:
+    """Of one sequence."""
+    layout, packed = PageLayout.parse(kv.layout), int(kv.packed)
+    oldest = (-(-packed // layout.page_tokens) - kv.table.shape[1]) * layout.page_tokens
+    oldest = max(oldest, kv.n_sink - kv.body_start)
+    tiles = [(begin, min(begin + TILE, packed)) for begin in range(oldest, packed, TILE)]
+    _, here = reference.window_positions(kv)
+    kept = here[0].nonzero()[:, 0]
+    rest = [(x[:, :, kept],) for x in reference.window_tokens(kv)]  # read with the last tile
+    found: Part | None = None
+    for tile in [*tiles[:-1], tiles[-1] if tiles else None]:
+        tokens = [()] * 2 if tile is None else [(x.to(q.dtype),) for x in dequantized(kv, layout, readers, *tile)]
+        if tile is None or tile == tiles[-1]:
+            tokens = [(*x, *y) for x, y in zip(tokens, rest, strict=True)]
+        k, v = (torch.cat(x, 2) for x in tokens)
+        part = flash(q, k, v, None, scaling, causal=False)
+        found = part if found is None else joined(found, part)
+    assert found is not None
+    return found
+
+
+def joined(one: Part, other: Part) -> Part:
+    """Two parts of a softmax, each of which sees something for every query."""
+    (out, lse), (out_b, lse_b) = one, other
+    return torch.lerp(out, out_b, torch.sigmoid(lse_b - lse)[..., None]), torch.logaddexp(lse, lse_b)
+
+
+def dequantized(kv: PagedKV, layout: PageLayout, readers: Readers, begin: int, end: int) -> tuple[Tensor, Tensor]:
+    """What body tokens ``begin:end`` of one sequence stand for, ``[1, Hkv, n, D]`` fp32 each.
+
+    Keys as queries see them: from ``s = q·k̂`` for all ``q``, ``k̂ = σ (M_c c + M_b) + m M_h + M_μ`` with the columns
+    ``M`` of the query map.
+    """
+    assert readers.query_map is not None
+    p = layout.page_tokens
+    pages = torch.arange(begin // p, -(-end // p), device=kv.table.device) % kv.table.shape[1]
+    table, inside = kv.table[:, pages].long(), slice(begin - begin // p * p, end - begin // p * p)
+    mapping = readers.query_map[0].expand(-1, layout.kv_heads, -1, -1)
+    keys, values = [], []
+    for group in layout.split(kv.pages):
+        of = mapping[:, group.layout.part]
+        to_codes, bias, of_zero, of_mean = of.split([of.shape[-1] - 3, 1, 1, 1], -1)
+        codes = reference.gathered(group.keys, table, torch.float32, keys=True)[:, :, inside]
+        assert group.keys.scale is not None
+        sigma = reference.numbers(group.keys.scale, table, torch.float32)[:, :, inside, None]
+        k = (codes @ to_codes.mT + bias.mT) * sigma + of_mean.mT
+        if group.keys.zero is not None:
+            k = k + reference.numbers(group.keys.zero, table, torch.float32)[:, :, inside, None] * of_zero.mT
+        keys.append(k)
+        values.append(reference.gathered(group.values, table, torch.float32, keys=False)[:, :, inside])
+    v = torch.cat(values, 1)
+    v = v if readers.read is None else v @ readers.read.mT
+    return torch.cat(keys, 1), v if readers.mean is None else v + readers.mean[:, :, None]

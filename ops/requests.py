@@ -1,0 +1,149 @@
+"""A layer's pages in an engine's hands: a step's tokens are coded, and its queries read all that they see.
+
+Requests are of unequal lengths and bring unequal numbers of new tokens, which lie one after the other.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headq_ao.ops.cache_update.encoders import Encoders
+from headq_ao.ops.cache_update.op import cache_update, plan_update
+from headq_ao.ops.page_layout import PageLayout
+from headq_ao.ops.paged_attention.op import paged_attention, plan_attention
+from headq_ao.ops.types import PagedKV, Readers
+
+
+@dataclass(frozen=True)
+class Requests:
+    """The requests of one step, ``B`` of them with ``T`` new tokens together.
+
+    Attributes:
+        start: ``[B + 1]`` int64, where the new tokens of each begin.
+        held, packed, total: ``[B]`` int64: tokens before the step; how many of these are read as codes; and tokens with
+            the step's. All three contiguous.
+        table: ``[B, C]`` int32, block table of the packed pages.
+        window_table: ``[B, Cw]`` int32, that of the pages of the newest tokens.
+        most: new tokens of one of them, at most.
+        few: the same of those that are not long.
+        long: those whose new tokens are many, in rising order: number, first token, the one behind the last. They are
+            read one at a time, all others at once.
+    """
+
+    start: Tensor
+    held: Tensor
+    packed: Tensor
+    total: Tensor
+    table: Tensor
+    window_table: Tensor
+    most: int
+    few: int
+    long: tuple[tuple[int, int, int], ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def part(self, first: int, stop: int) -> "Requests":
+        """Those numbers of them, none of them long."""
+        at = slice(first, stop)
+        return Requests(
+            self.start[first : stop + 1], self.held[at], self.packed[at], self.total[at], self.table[at],
+            self.window_table[at], self.few, self.few,
+        )  # fmt: skip
+
+
+class LayerPages:
+    """One layer's packed pages and the pages of its newest tokens, in tensors that an engine has allocated.
+
+    Args:
+        raw: ``[N, H, P, C]`` uint8; the ``H·P·C`` bytes of a page lie side by side.
+        window: ``[Nw, Hkv, Pw, 2 D]``, key and value of a token beside each other.
+        layout: of the packed pages.
+        n_sink: first tokens of a request in full precision.
+        readers: how the layer's codec is read.
+        encoders: how keys and values are written, by head group.
+        q_heads: query heads.
+        sliding: positions of a sliding window, 0: none.
+    """
+
+    def __init__(
+        self, raw: Tensor, window: Tensor, layout: PageLayout, n_sink: int, readers: Readers,
+        encoders: tuple[Encoders, Encoders], q_heads: int, sliding: int = 0,
+    ) -> None:  # fmt: skip
+        self.raw, self.layout, self.q_heads, self.sliding = raw, layout, q_heads, sliding
+        size = raw.shape[1] * raw.shape[2] * raw.shape[3]
+        pages, sink_k, sink_v = layout.views(raw.as_strided((len(raw), size), (raw.stride(0), 1)), n_sink, window.dtype)
+        self.readers, self.encoders = readers, encoders
+        lengths = torch.zeros(1, dtype=torch.int64, device=raw.device)
+        table = torch.zeros(1, 1, dtype=torch.int32, device=raw.device)
+        self.kv = PagedKV(
+            pages, layout.spec, table, None, lengths, lengths, lengths, window[..., : layout.key_dim],
+            window[..., layout.key_dim :], n_sink, window_table=table, sink_k=sink_k, sink_v=sink_v,
+        )  # fmt: skip
+        self.update: Any = plan_update(self.kv, lengths, *encoders)
+        self.read: Any = plan_attention(self.kv, readers, q_heads, sliding)
+        self.planned = hasattr(self.update, "requests") and hasattr(self.read, "requests")
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scaling: float, of: Requests) -> None:
+        """Code the new tokens, then write to ``out`` what their queries read.
+
+        Args:
+            q, out: ``[T, Hq, D]``.
+            k, v: ``[T, Hkv, D]``.
+            scaling: of the scores.
+            of: the step's requests.
+        """
+        if self.planned:
+            self.update.requests(k, v, of)
+        else:
+            self._update(k, v, of)
+        first = 0
+        for number, begin, end in (*of.long, (len(of), 0, 0)):
+            if number > first:
+                few = of.part(first, number) if of.long else of
+                if self.planned:
+                    self.read.requests(q, scaling, out, few)
+                else:
+                    self._read(q, scaling, out, few)
+            if end:
+                at = slice(begin, end)
+                out[at] = self._read_long(q[at], k[at], v[at], scaling, of, number).to(out.dtype)
+            first = number + 1
+
+    def _cache(self, of: Requests, packed: Tensor, held: Tensor) -> PagedKV:
+        return replace(
+            self.kv, table=of.table, window_table=of.window_table, packed=packed, held=held, total=of.total
+        )  # fmt: skip
+
+    def _update(self, k: Tensor, v: Tensor, of: Requests) -> None:
+        """By the operator, which takes equally many tokens of each sequence."""
+        index = of.start[:-1, None] + torch.arange(of.most, device=k.device)
+        k, v = (x[index.clamp(max=len(x) - 1)].transpose(1, 2) for x in (k, v))
+        cache_update(self._cache(of, of.held, of.held), k, v, of.total, of.most, *self.encoders)
+
+    def _read(self, q: Tensor, scaling: float, out: Tensor, of: Requests) -> None:
+        """By the operator, which takes equally many queries of each sequence: those before the first are of no use."""
+        index = of.start[1:, None] - of.most + torch.arange(of.most, device=q.device)
+        tokens = q[index.clamp(min=0)].transpose(1, 2)
+        found, _ = paged_attention(
+            tokens, scaling, self._cache(of, of.packed, of.total), self.readers, None, self.sliding
+        )
+        if of.most == 1 and len(of) == len(out):
+            out.copy_(found[:, :, 0])
+            return
+        real = index >= of.start[:-1, None]
+        out[index[real]] = found.transpose(1, 2)[real].to(out.dtype)
+
+    def _read_long(self, q: Tensor, k: Tensor, v: Tensor, scaling: float, of: Requests, number: int) -> Tensor:
+        """Of one request; its own tokens are read as they came."""
+        one = slice(number, number + 1)
+        new_k, new_v = (x.transpose(0, 1)[None] for x in (k, v))
+        kv = PagedKV(
+            self.kv.pages, self.kv.layout, of.table[one], None, of.packed[one], of.held[one], of.total[one],
+            self.kv.window_k, self.kv.window_v, self.kv.n_sink, new_k, new_v, window_table=of.window_table[one],
+            sink_k=self.kv.sink_k, sink_v=self.kv.sink_v,
+        )  # fmt: skip
+        found, _ = paged_attention(q.transpose(0, 1)[None], scaling, kv, self.readers, None, self.sliding)
+        return found[0].transpose(0, 1)
