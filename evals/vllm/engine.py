@@ -98,10 +98,17 @@ def pages(llm: Any) -> dict[str, Any]:
     config = llm.llm_engine.vllm_config.cache_config
     return {
         "pages": config.num_gpu_blocks,
-        "page_tokens": config.block_size,
+        "page_tokens": page_tokens(llm),
         "tokens": config.kv_cache_size_tokens,
         "requests_of_max_model_len": config.kv_cache_max_concurrency,
     }
+
+
+def page_tokens(llm: Any) -> int:
+    """Tokens of a page of the first KV cache group, the one that holds whole requests."""
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    size: int = scheduler.kv_cache_manager.kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
+    return size
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 from headq_ao.evals.vllm.cells import Cell, keep, run_cell
-from headq_ao.evals.vllm.engine import Ask, Driver, EngineSpec, start
+from headq_ao.evals.vllm.engine import Ask, Driver, EngineSpec, page_tokens, start
 from headq_ao.evals.vllm.measure import add_common, result_path, spec_of
 
 IN_FLIGHT = 12
@@ -84,7 +84,7 @@ class Soak:
         self.llm = start(spec)
         self.driver = Driver(self.llm)
         self.engine, self.scheduler = self.driver.engine, self.driver.scheduler
-        self.block = self.engine.vllm_config.cache_config.block_size
+        self.block = page_tokens(self.llm)
         self.rng = random.Random(0)
         self.prompts = prompts(requests, longest, self.rng, self.engine.model_config.get_vocab_size())
         self.lengths = [self.rng.randrange(1, 100) for _ in range(requests)]
