@@ -138,12 +138,7 @@ class LayerPages:
 
     def _read_long(self, q: Tensor, k: Tensor, v: Tensor, scaling: float, of: Requests, number: int) -> Tensor:
         """Of one request; its own tokens are read as they came."""
-        one = slice(number, number + 1)
         new_k, new_v = (x.transpose(0, 1)[None] for x in (k, v))
-        kv = PagedKV(
-            self.kv.pages, self.kv.layout, of.table[one], None, of.packed[one], of.held[one], of.total[one],
-            self.kv.window_k, self.kv.window_v, self.kv.n_sink, new_k, new_v, window_table=of.window_table[one],
-            sink_k=self.kv.sink_k, sink_v=self.kv.sink_v,
-        )  # fmt: skip
+        kv = replace(self._cache(of, of.packed, of.held).sequence(number), new_k=new_k, new_v=new_v)
         found, _ = paged_attention(q.transpose(0, 1)[None], scaling, kv, self.readers, None, self.sliding)
         return found[0].transpose(0, 1)

@@ -63,6 +63,19 @@ class PagedKV:
         """The position of body token 0."""
         return self.n_sink if self.window_table is None else 0
 
+    def sequence(self, b: int) -> "PagedKV":
+        """The cache of one sequence alone."""
+        one = slice(b, b + 1)
+        ring = self.window_table is None
+        window_k, window_v = (x[one] if ring else x for x in (self.window_k, self.window_v))
+        new_k, new_v, new_start, window_table = (
+            None if x is None else x[one] for x in (self.new_k, self.new_v, self.new_start, self.window_table)
+        )
+        return PagedKV(
+            self.pages, self.layout, self.table[one], self.segment, self.packed[one], self.held[one], self.total[one],
+            window_k, window_v, self.n_sink, new_k, new_v, new_start, window_table, self.sink_k, self.sink_v,
+        )  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Readers:

@@ -90,7 +90,8 @@ def arguments(
             into.side[i] = _side(tokens, form, encoder, dim, batch, group.layout.heads, bool(i), most != 0)
     args = Args(
         batch=batch, kv_heads=heads, page_tokens=layout.page_tokens, columns=kv.table.shape[1], n_sink=kv.n_sink,
-        body=kv.body_start, ring=slots if owned else slots - kv.n_sink, dtype=DTYPES[kv.window_k.dtype], check_finite=check_finite, groups=len(groups),
+        body=kv.body_start, ring=slots if owned else slots - kv.n_sink, dtype=DTYPES[kv.window_k.dtype],
+        check_finite=check_finite, groups=len(groups),
         most=most, table_row=kv.table.stride(0), dim=(layout.key_dim, layout.value_dim), table=kv.table.data_ptr(),
         packed=kv.packed.data_ptr(), after=packed.data_ptr(), held=kv.held.data_ptr(), total=kv.total.data_ptr(),
         start=None if kv.new_start is None else kv.new_start.data_ptr(),

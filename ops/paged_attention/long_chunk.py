@@ -1,8 +1,6 @@
 """A chunk of many queries in half precision on the CPU: tiles of packed tokens are dequantized one at a time, and read
 by PyTorch's flash kernel, whose matrix products repay that from some hundred queries on."""
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -16,11 +14,12 @@ TILE = 4096  # tokens that are dequantized at a time
 
 
 def serves(q: Tensor, kv: PagedKV, visible: Visible | None, sliding: int) -> bool:
-    """Whether these are such chunks, whose queries see all that was there before."""
+    """Whether these are such chunks, over a cache that is not empty, whose queries see all of it."""
+    if q.shape[2] < LEAST_QUERIES or q.dtype not in (torch.bfloat16, torch.float16) or visible is not None or sliding:
+        return False
     layout = PageLayout.parse(kv.layout)
-    alike = layout.key_dim == layout.value_dim and kv.segment is None and kv.new_start is None
-    half = q.dtype in (torch.bfloat16, torch.float16) and kv.window_k.dtype == q.dtype
-    return half and alike and q.shape[2] >= LEAST_QUERIES and visible is None and not sliding
+    alike = layout.key_dim == layout.value_dim and kv.segment is None and kv.window_k.dtype == q.dtype
+    return alike and kv.new_k is not None and bool((kv.held > 0).all() and (kv.total - kv.held == q.shape[2]).all())
 
 
 def attention(q: Tensor, scaling: float, kv: PagedKV, readers: Readers) -> Part:
@@ -31,14 +30,7 @@ def attention(q: Tensor, scaling: float, kv: PagedKV, readers: Readers) -> Part:
 
 def read_cache(q: Tensor, scaling: float, kv: PagedKV, readers: Readers) -> Part:
     """Attention over all tokens ``p < held`` of the cache, ``new_k`` and ``new_v`` left out."""
-    parts = []
-    for b in range(len(q)):
-        one = slice(b, b + 1)
-        fields = ("table", "packed", "held", "total", "window_table")
-        of = {name: x[one] for name in fields if (x := getattr(kv, name)) is not None}
-        window = {} if kv.window_table is not None else {"window_k": kv.window_k[one], "window_v": kv.window_v[one]}
-        mine = readers_of(readers, b)
-        parts.append(_read_one(q[one], scaling, replace(kv, new_k=None, new_v=None, **of, **window), mine))
+    parts = [_read_one(q[b : b + 1], scaling, kv.sequence(b), readers_of(readers, b)) for b in range(len(q))]
     return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
 
 
@@ -62,17 +54,17 @@ def _read_one(q: Tensor, scaling: float, kv: PagedKV, readers: Readers) -> Part:
     tiles = [(begin, min(begin + TILE, packed)) for begin in range(oldest, packed, TILE)]
     _, here = reference.window_positions(kv)
     kept = here[0].nonzero()[:, 0]
-    rest = [(x[:, :, kept],) for x in reference.window_tokens(kv)]  # read with the last tile
+    k, v = (x[:, :, kept] for x in reference.window_tokens(kv))
     found: Part | None = None
-    for tile in [*tiles[:-1], tiles[-1] if tiles else None]:
-        tokens = [()] * 2 if tile is None else [(x.to(q.dtype),) for x in dequantized(kv, layout, readers, *tile)]
-        if tile is None or tile == tiles[-1]:
-            tokens = [(*x, *y) for x, y in zip(tokens, rest, strict=True)]
-        k, v = (torch.cat(x, 2) for x in tokens)
-        part = flash(q, k, v, None, scaling, causal=False)
-        found = part if found is None else joined(found, part)
-    assert found is not None
-    return found
+    for tile in tiles:
+        of_tile = [x.to(q.dtype) for x in dequantized(kv, layout, readers, *tile)]
+        if tile == tiles[-1]:  # all in one
+            k, v = (torch.cat(x, 2) for x in zip(of_tile, (k, v), strict=True))
+        else:
+            part = flash(q, of_tile[0], of_tile[1], None, scaling, causal=False)
+            found = part if found is None else joined(found, part)
+    last = flash(q, k, v, None, scaling, causal=False)
+    return last if found is None else joined(found, last)
 
 
 def joined(one: Part, other: Part) -> Part:

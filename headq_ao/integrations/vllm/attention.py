@@ -42,8 +42,9 @@ class HeadQAttention(AttentionImpl[HeadQMetadata]):
         self.pages: LayerPages | None = None
 
     def forward(
-        self, layer: Any, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, attn_metadata: HeadQMetadata,
-        output: Tensor, output_scale: Tensor | None = None, output_block_scale: Tensor | None = None,
+        self, layer: Any, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor,
+        attn_metadata: HeadQMetadata | None, output: Tensor, output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """``output [T, Hq, D]`` of ``query [T, Hq, D]``, ``key`` and ``value`` ``[T, Hkv, D]``."""
         if attn_metadata is None:  # vLLM measures how much memory the model takes
@@ -71,6 +72,6 @@ def refuse(problems: dict[str, bool]) -> None:
     wrong = [what for what, holds in problems.items() if holds]
     if wrong:
         raise ValueError(
-            f"HeadQ cannot serve {', '.join(wrong)} in vLLM; leave out --attention-backend CUSTOM for this model, or the "
-            "option"
+            f"HeadQ cannot serve {', '.join(wrong)} in vLLM; leave out --attention-backend CUSTOM for this model, or "
+            "the option"
         )

@@ -1,5 +1,6 @@
 """The attention backend: what vLLM is told about pages, and what it hands to each step."""
 
+import itertools
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -32,7 +33,7 @@ class HeadQBackend(AttentionBackend):
     accept_output_buffer: bool = True
     forward_includes_kv_cache_update: bool = True
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
-    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "float16", "bfloat16"]  # type: ignore[assignment]
+    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "float16", "bfloat16"]
 
     @staticmethod
     def get_name() -> str:
@@ -74,7 +75,7 @@ class HeadQBackend(AttentionBackend):
     @classmethod
     def supports_attn_type(cls, attn_type: str) -> bool:
         """Decoders alone."""
-        return attn_type == AttentionType.DECODER
+        return bool(attn_type == AttentionType.DECODER)
 
 
 class WindowBackend(HeadQBackend):
@@ -149,7 +150,7 @@ class HeadQMetadataBuilder(AttentionMetadataBuilder[HeadQMetadata]):
         few = m.max_query_len
         if few > FEW:
             bounds = m.query_start_loc_cpu[: n + 1].tolist()
-            each = [(r, *pair) for r, pair in enumerate(zip(bounds, bounds[1:], strict=False))]
+            each = [(r, *pair) for r, pair in enumerate(itertools.pairwise(bounds))]
             long = [(r, begin, end) for r, begin, end in each if end - begin > FEW]
             few = max((end - begin for _, begin, end in each if end - begin <= FEW), default=0)
         return HeadQMetadata(

@@ -23,6 +23,7 @@ def install() -> None:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     register_backend(AttentionBackendEnum.CUSTOM, BACKEND)
+    _register_checkpoints()
     from vllm.model_executor.layers.attention.attention import Attention
     from vllm.platforms import current_platform
 
@@ -38,6 +39,16 @@ def install() -> None:
     setattr(Attention, MARK, True)
 
 
+def _register_checkpoints() -> None:
+    """Let vLLM load what ``save_pretrained`` wrote of a model with HeadQ."""
+    from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
+
+    from headq_ao.integrations.vllm.checkpoint import METHOD, HeadQCheckpoint
+
+    if METHOD not in QUANTIZATION_METHODS:
+        register_quantization_config(METHOD)(HeadQCheckpoint)
+
+
 def _chosen(attention: Any) -> bool:
     from headq_ao.integrations.vllm.backend import HeadQBackend
 
@@ -48,12 +59,12 @@ def _refuse_version(attention_class: Any, version: str) -> None:
     """Let another vLLM run as it is, unless the backend is asked for."""
     made = attention_class.__init__
 
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+    def refusing(self: Any, *args: Any, **kwargs: Any) -> None:
         made(self, *args, **kwargs)
         if _chosen(self):
             raise ValueError(f"headq_ao serves with vLLM {SUPPORTED}, got {version}; install vllm=={SUPPORTED}.*")
 
-    attention_class.__init__ = __init__
+    attention_class.__init__ = refusing
     setattr(attention_class, MARK, True)
 
 
@@ -83,7 +94,7 @@ def _honour_choice(platform: Any) -> None:
 def _with_window(made: Callable[..., None]) -> Callable[..., None]:
     """``Attention.__init__``, which also puts a layer for the newest tokens beside, and gives the layer its codec."""
 
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+    def with_window(self: Any, *args: Any, **kwargs: Any) -> None:
         made(self, *args, **kwargs)
         if not _chosen(self):
             return
@@ -108,7 +119,7 @@ def _with_window(made: Callable[..., None]) -> Callable[..., None]:
         newest = WindowLayer(self, ours.config.residual_length)
         config.compilation_config.static_forward_context[window_name(self.layer_name)] = newest
 
-    return __init__
+    return with_window
 
 
 def _packed_spec(before: Callable[..., Any]) -> Callable[..., Any]:

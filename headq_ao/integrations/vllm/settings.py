@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import safetensors
 import torch
 
 from headq_ao.calibration.artifact import Calibration
@@ -30,10 +31,11 @@ VARIABLE = "HEADQ_CALIBRATION"
 WINDOW = "window"  # the name that engines give to residual_length
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 HOW = (
-    f'name a calibration of this model: --additional-config \'{{"headq": {{"calibration": FILE}}}}\' or {VARIABLE}=FILE; '
-    "`headq calibrate MODEL -o FILE` makes one, and a checkpoint that save_pretrained wrote from a calibrated model has "
+    f'name one of this model by --additional-config \'{{"headq": {{"calibration": FILE}}}}\' or {VARIABLE}=FILE; '
+    "`headq calibrate MODEL -o FILE` makes it, and a checkpoint that save_pretrained wrote from a calibrated model has "
     "its own"
 )
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,8 @@ class Settings:
         shape = self.shapes[layer]
         if shape.n_kv_heads % size:
             raise ValueError(
-                f"HeadQ cannot divide {shape.n_kv_heads} KV heads among {size} tensor-parallel ranks evenly; use a size "
-                "that divides them"
+                f"HeadQ cannot divide {shape.n_kv_heads} KV heads among {size} tensor-parallel ranks; use a size that "
+                "divides them"
             )
         held = shape.n_kv_heads // size
         part = slice(rank * held, (rank + 1) * held)
@@ -91,7 +93,7 @@ def settings(vllm_config: "VllmConfig") -> Settings:
 
 
 class _Hashed:
-    """A model config as an argument of a cached function: equal where it is the same object."""
+    """A model config as an argument of a cached function: the same for the same checkpoint."""
 
     def __init__(self, model_config: Any) -> None:
         self.model_config = model_config
@@ -106,7 +108,8 @@ class _Hashed:
 @functools.lru_cache(maxsize=8)
 def _settings(given: str, variable: str | None, checkpoint: str, model: _Hashed) -> Settings:
     options = json.loads(given)
-    saved, config = _of_checkpoint(Path(checkpoint), model.model_config.hf_config)
+    folder = _folder(checkpoint, getattr(model.model_config, "revision", None))
+    saved, config = _of_checkpoint(folder, model.model_config.hf_config)
     if WINDOW in options:
         options["residual_length"] = options.pop(WINDOW)
     calibration = options.pop("calibration", None) or variable or saved
@@ -116,11 +119,21 @@ def _settings(given: str, variable: str | None, checkpoint: str, model: _Hashed)
     if options or config is None:
         config = headq_config(options.pop("preset", None), **options)
     config = dataclasses.replace(config, calibration=known)
-    shapes = _checked(config, known, model.model_config)
+    shapes = _checked(config, known, model.model_config, folder)
     return Settings(config, known, shapes, tuple(head_bits(config, known, shapes)))
 
 
-def _of_checkpoint(folder: Path, hf_config: Any) -> tuple[Calibration | None, HeadQConfig | None]:
+def _folder(model: str, revision: str | None) -> Path | None:
+    """Where a model's files lie: a folder, or the hub's cache; None where they are not on this machine yet."""
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(model, "config.json", revision=revision)
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def _of_checkpoint(folder: Path | None, hf_config: Any) -> tuple[Calibration | None, HeadQConfig | None]:
     """The calibration and config that a checkpoint was saved with."""
     saved = getattr(hf_config, "quantization_config", None)
     saved = saved if isinstance(saved, dict) or saved is None else saved.to_dict()
@@ -129,11 +142,11 @@ def _of_checkpoint(folder: Path, hf_config: Any) -> tuple[Calibration | None, He
     from headq_ao.integrations.transformers.hf_quantizer import HeadQQuantizationConfig, read_calibration
 
     config = HeadQQuantizationConfig.from_dict(saved).config
-    files = sorted(str(f) for f in folder.glob("*.safetensors"))
+    files = [] if folder is None else sorted(str(f) for f in folder.glob("*.safetensors"))
     return read_calibration(files) if saved.get("calibrated") and files else None, config
 
 
-def _checked(config: HeadQConfig, known: Calibration, model_config: Any) -> tuple[LayerShape, ...]:
+def _checked(config: HeadQConfig, known: Calibration, model_config: Any, folder: Path | None) -> tuple[LayerShape, ...]:
     """The shapes of the model's layers, once everything fits.
 
     Raises:
@@ -161,7 +174,22 @@ def _checked(config: HeadQConfig, known: Calibration, model_config: Any) -> tupl
         "head_dim": shapes[0].head_dim,
         "rope": json.dumps(getattr(c, "rope_parameters", None), sort_keys=True, default=str),
     }
-    known.check_model(here)
+    known.check_model(here | _weights(folder))
     if not known.suffices:
         raise ValueError(f"{known.shortage()}: vLLM serves no uncalibrated cache")
     return shapes
+
+
+def _weights(folder: Path | None) -> dict[str, Any]:
+    """What tells the weights of a checkpoint from those of another, as
+    :func:`headq_ao.integrations.transformers.models.fingerprint` does; nothing where no file shows it."""
+    for file in [] if folder is None else sorted(folder.glob("*.safetensors")):
+        with safetensors.safe_open(file, "pt") as f:
+            for name in f.keys():  # noqa: SIM118, not a dict
+                if name.endswith(EMBEDDINGS):
+                    rows = f.get_slice(name)
+                    count = rows.get_shape()[0] // 16
+                    parts = [rows[i * count : i * count + min(count, 64)] for i in range(16)]
+                    if all(x.is_floating_point() for x in parts):
+                        return {"weights": [float(x.float().square().mean().sqrt()) for x in parts]}
+    return {}
