@@ -20,7 +20,7 @@ class EngineSpec:
         cache: ``"bf16"``, ``"fp8"`` or ``"headq"``.
         max_model_len: vLLM's.
         batched_tokens, sequences: vLLM's ``max_num_batched_tokens`` and ``max_num_seqs``.
-        block_size: tokens of a page.
+        block_size: tokens of a page; None: vLLM's own 128, the plug-in's own for headq.
         cache_bytes: of all pages together.
         headq: the plug-in's settings (``calibration``, ``preset``, ``window``), used where ``cache`` is ``"headq"``.
         prefix_caching: whether pages of finished requests are found again.
@@ -35,7 +35,7 @@ class EngineSpec:
     max_model_len: int = 8192
     batched_tokens: int = 2048
     sequences: int = 64
-    block_size: int = 128
+    block_size: int | None = None
     cache_bytes: int = GIB
     headq: dict[str, Any] = field(default_factory=dict)
     prefix_caching: bool = False
@@ -56,13 +56,14 @@ class EngineSpec:
             "max_model_len": self.max_model_len,
             "max_num_batched_tokens": self.batched_tokens,
             "max_num_seqs": self.sequences,
-            "block_size": self.block_size,
             "kv_cache_memory_bytes": self.cache_bytes,
             "enable_chunked_prefill": True,
             "enable_prefix_caching": self.prefix_caching,
             "enforce_eager": not self.compiled,
             "seed": 0,
         }
+        if self.block_size is not None:
+            options["block_size"] = self.block_size
         if self.cache == "fp8":
             options["kv_cache_dtype"] = "fp8"
         if self.cache == "headq":
@@ -97,9 +98,17 @@ def pages(llm: Any) -> dict[str, Any]:
     config = llm.llm_engine.vllm_config.cache_config
     return {
         "pages": config.num_gpu_blocks,
+        "page_tokens": page_tokens(llm),
         "tokens": config.kv_cache_size_tokens,
         "requests_of_max_model_len": config.kv_cache_max_concurrency,
     }
+
+
+def page_tokens(llm: Any) -> int:
+    """Tokens of a page of the first KV cache group, the one that holds whole requests."""
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    size: int = scheduler.kv_cache_manager.kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
+    return size
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ def add_common(parser: argparse.ArgumentParser, rounds: int = 1) -> None:
     add("--calibration", help="of the model, for headq")
     add("--preset", default=None, help="of headq_config, for headq (default: its own)")
     add("--window", type=int, help="full-precision newest tokens, for headq (default: the plug-in's)")
+    add("--block-size", type=int, help="tokens of a page (default: 128, for headq the plug-in's)")
     add("--label", default="", help="added to the names of headq's results, as in near_lossless")
     add("--threads", type=int, default=1, help="of OpenMP (default: %(default)s)")
     add("--rounds", type=int, default=rounds, help="each cache's turns (default: %(default)s)")
@@ -47,7 +48,8 @@ def spec_of(args: argparse.Namespace, cache: str, **options: Any) -> EngineSpec:
             raise ValueError("headq needs --calibration FILE; convert makes one, or say --caches bf16 fp8")
         headq = {"calibration": str(Path(args.calibration).resolve())}
         headq |= {name: getattr(args, name) for name in ("preset", "window") if getattr(args, name) is not None}
-    options = {"cache_bytes": int(args.gib * GIB), "compiled": not args.eager} | options
+    common = {"cache_bytes": int(args.gib * GIB), "compiled": not args.eager, "block_size": args.block_size}
+    options = common | options
     return EngineSpec(str(args.model.resolve()), cache, headq=headq, **options)
 
 
@@ -149,7 +151,7 @@ def decode(args: argparse.Namespace) -> int:
     if args.quick:
         args.contexts, args.batches, args.steps = [512], [1, 2], 8
     room = max(args.contexts) + args.steps + 16
-    need = max(args.batches) * math.ceil(room / 128) * 128 * bf16_bytes(args.model) * 1.02
+    need = max(args.batches) * math.ceil(room / 256) * 256 * bf16_bytes(args.model) * 1.02
     size = max(int(args.gib * GIB), int(need))
     if size > args.gib * GIB:
         print(f"bf16 needs {size / GIB:.2f} GiB of pages for the largest cell; every cache gets that", file=sys.stderr)

@@ -12,7 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 from headq_ao.evals.vllm.cells import Cell, keep, run_cell
-from headq_ao.evals.vllm.engine import Ask, Driver, EngineSpec, start
+from headq_ao.evals.vllm.engine import Ask, Driver, EngineSpec, page_tokens, start
 from headq_ao.evals.vllm.measure import add_common, result_path, spec_of
 
 IN_FLIGHT = 12
@@ -83,13 +83,16 @@ class Soak:
     def __init__(self, spec: EngineSpec, requests: int, longest: int) -> None:
         self.llm = start(spec)
         self.driver = Driver(self.llm)
-        self.engine, self.scheduler, self.block = self.driver.engine, self.driver.scheduler, spec.block_size
+        self.engine, self.scheduler = self.driver.engine, self.driver.scheduler
+        self.block = page_tokens(self.llm)
         self.rng = random.Random(0)
         self.prompts = prompts(requests, longest, self.rng, self.engine.model_config.get_vocab_size())
         self.lengths = [self.rng.randrange(1, 100) for _ in range(requests)]
         layers = self.engine.vllm_config.compilation_config.static_forward_context
         self.layer = min((name for name in layers if name.endswith(".attn")), key=len)
         self.pages_of_layer = layers[self.layer].kv_cache
+        codec = getattr(layers[self.layer].impl, "codec", None)
+        self.coded = codec and codec.layout(self.block).bytes_of_page(0, torch.float32)  # without the room for sinks
         self.blocks: dict[str, tuple[list[int], int]] = {}
 
     def ask(self, i: int, name: str) -> Ask:
@@ -112,8 +115,8 @@ class Soak:
         """Bytes ``[pages, n]`` of a request that has just finished, full pages only; they are not used again yet."""
         found = self.blocks.get(name) or self.blocks[name.rpartition("-")[0]]
         full = torch.tensor(found[0][: found[1] // self.block], dtype=torch.long)
-        held: torch.Tensor = self.pages_of_layer[full]
-        return held.contiguous().view(torch.uint8).reshape(len(full), -1)
+        held: torch.Tensor = self.pages_of_layer[full].flatten(1).contiguous().view(torch.uint8)
+        return held[:, : self.coded]
 
     def together(self, progress: Any) -> tuple[dict[int, tuple[Any, torch.Tensor]], int, int]:
         """All requests, a dozen in flight, one in ten aborted: outputs and pages, preemptions, aborts."""

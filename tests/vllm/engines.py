@@ -102,12 +102,14 @@ def page_bytes(llm, prompt, sampling):
                 blocks, held = scheduler.kv_cache_manager.get_block_ids(name)[0], request.num_computed_tokens
     full = torch.tensor(blocks[: held // BLOCK])
     layers = core(llm).vllm_config.compilation_config.static_forward_context
-    first = [layer for name, layer in sorted(layers.items()) if name.endswith("self_attn.attn")]
-    return tokens_of(done), [as_bytes(layer.kv_cache[full]) for layer in first]
+    attention = [layer for name, layer in sorted(layers.items()) if name.endswith("self_attn.attn")]
+    return tokens_of(done), [coded(layer, layer.kv_cache[full]) for layer in attention]
 
 
-def as_bytes(pages):
-    return pages.contiguous().view(torch.uint8).reshape(len(pages), -1)
+def coded(layer, pages):
+    """Bytes of pages; of packed ones the codes, without the room for sinks, which only a request's first page uses."""
+    held = pages.flatten(1).contiguous().view(torch.uint8)
+    return held if PLAIN else held[:, : layer.impl.codec.layout(BLOCK).bytes_of_page(0, torch.float32)]
 
 
 __all__ = [

@@ -8,7 +8,7 @@ from tests.vllm import checkpoints
 from tests.vllm.engines import PLAIN, headq_options, start, stop
 
 SHAPE = {"num_hidden_layers": 6, "num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 576}
-OPTIONS = {"dtype": "bfloat16", "max_model_len": 8192, "kv_cache_memory_bytes": 256 << 20}
+OPTIONS = {"dtype": "bfloat16", "block_size": None, "max_model_len": 8192, "kv_cache_memory_bytes": 256 << 20}
 
 
 def tokens(folder, **options):
@@ -21,8 +21,8 @@ def tokens(folder, **options):
 
 @pytest.mark.skipif(PLAIN, reason="a ratio to vLLM's own cache")
 def test_five_times_as_many_tokens_fit(tmp_path):
-    model = checkpoints.llama(**SHAPE, max_position_embeddings=8192)
-    calibration = checkpoints.save_calibration(tmp_path / "c.safetensors", model, tokens=1024)
+    model = checkpoints.llama(**SHAPE, max_position_embeddings=8192, initializer_range=0.03)
+    calibration = checkpoints.save_calibration(tmp_path / "c.safetensors", model, tokens=2048)
     folder = checkpoints.save(tmp_path / "model", model.to(torch.bfloat16))
     exact = tokens(folder)
     assert exact == pytest.approx(OPTIONS["kv_cache_memory_bytes"] / (6 * 3 * 64 * 2 * 2), rel=0.01)

@@ -44,11 +44,15 @@ def test_each_adapter_and_the_base_model_read_their_own_pages(llm, adapters):
 
 def test_adapters_share_a_batch(llm, adapters):
     """Without the base model: vLLM's CPU kernels take index -1, no adapter, for the last one (as of 0.32)."""
+    prompt = ids(270, 5)
     expected = []
     for adapter in adapters:
         fresh(llm)
-        expected.append(tokens_of(run(llm, adapter, seed=5)))
+        generate(llm, [prompt], greedy(1), lora_request=adapter)
+        expected.append(tokens_of(generate(llm, [prompt], greedy(30), lora_request=adapter)[0]))
     fresh(llm)
-    prompts = [{"prompt_token_ids": ids(300, 5)}] * 2
-    found = llm.generate(prompts, greedy(30), use_tqdm=False, lora_request=adapters)
+    for adapter in adapters:
+        generate(llm, [prompt], greedy(1), lora_request=adapter)
+    found = llm.generate([{"prompt_token_ids": prompt}] * 2, greedy(30), use_tqdm=False, lora_request=adapters)
+    assert [o.num_cached_tokens for o in found] == [256, 256]
     assert [tokens_of(o) for o in found] == expected

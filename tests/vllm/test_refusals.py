@@ -29,7 +29,7 @@ def refused(folder, calibration, *words, **options):
 
 @pytest.mark.parametrize("dtype", ["fp8", "int8_per_token_head"])
 def test_another_kv_cache_dtype(tiny, dtype):
-    refused(*tiny, dtype, "kv_cache_dtype", kv_cache_dtype=dtype)
+    refused(*tiny, "kv_cache_dtype", kv_cache_dtype=dtype)
 
 
 def test_no_calibration_at_all(tiny, monkeypatch):

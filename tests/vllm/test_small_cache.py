@@ -4,14 +4,18 @@ import pytest
 
 from tests.vllm.engines import PLAIN, Ask, Driver, fresh, generate, greedy, headq_options, ids, start, stop, tokens_of
 
-OUT = 150
+OUT = 300
 PAGES = 40  # blocks of both groups; the null page among them
-NEAR = 1e-4 if PLAIN else 0.05  # nats between the two likeliest tokens below which rounding may choose the other
+# Nats between the two likeliest tokens below which another may be chosen: what was decoded one by one is computed in
+# chunks after a preemption, whose queries read more in full precision.
+NEAR = 1e-4 if PLAIN else 1.0
 
 
 @pytest.fixture(scope="module")
 def llm(tiny):
-    made = start(tiny[0], num_gpu_blocks_override=10 if PLAIN else PAGES, **headq_options(tiny[1]))
+    pages = 10 if PLAIN else PAGES
+    options = {"num_gpu_blocks_override": pages, "max_num_batched_tokens": 1280, "max_model_len": 512}
+    made = start(tiny[0], **options, **headq_options(tiny[1]))
     yield made
     stop(made)
 
@@ -29,11 +33,11 @@ def gap(output, i):
 def test_preempted_requests_get_the_tokens_that_they_get_alone(llm):
     sampling = greedy(OUT, logprobs=2)
     alone = {}
-    for seed in range(6):
+    for seed in range(8):
         fresh(llm)
-        alone[str(seed)] = generate(llm, [ids(200, seed)], sampling)[0]
+        alone[str(seed)] = generate(llm, [ids(60, seed)], sampling)[0]
     fresh(llm)
-    run = Driver(llm).run([Ask(str(seed), ids(200, seed), sampling) for seed in range(6)])
+    run = Driver(llm).run([Ask(str(seed), ids(60, seed), sampling) for seed in range(8)])
     assert sum(s.preempted for s in run.steps) > 0, "the cache held all requests"
     for output in run.outputs:
         expected = alone[output.request_id]
@@ -42,5 +46,5 @@ def test_preempted_requests_get_the_tokens_that_they_get_alone(llm):
 
 
 def test_a_request_that_can_never_fit_is_refused(llm):
-    with pytest.raises(Exception, match="maximum context length is 1024 tokens"):
-        generate(llm, [ids(1100)], greedy(1))
+    with pytest.raises(Exception, match="maximum context length is 512 tokens"):
+        generate(llm, [ids(600)], greedy(1))
