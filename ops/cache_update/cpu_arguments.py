@@ -7,7 +7,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from headq_ao.ops.cache_update.encoders import Encoders
+from headq_ao.ops.cache_update.encoders import Encoders, frame_of
 from headq_ao.ops.encode.types import Encoder
 from headq_ao.ops.layout import PIECES, granule, plane_columns, plane_pieces
 from headq_ao.ops.page_layout import PagedTokens, PageLayout
@@ -67,6 +67,8 @@ class Args(ctypes.Structure):
         *_fields("table packed after held total start", _P),
         ("window", _Tokens * 2),
         ("added", _Tokens * 2),
+        *_fields("frame partner", _P),
+        *_fields("frames frame_tokens", _I32),
     )
 
 
@@ -93,6 +95,9 @@ def arguments(
         start=None if kv.new_start is None else kv.new_start.data_ptr(),
         window=(strided(kv.window_k), strided(kv.window_v)),
     )  # fmt: skip
+    if (frame := frame_of(key_encoders)) is not None:
+        args.frame, args.partner, args.frames = frame.table.data_ptr(), frame.partner.data_ptr(), len(frame.table)
+        args.frame_tokens = frame.tokens
     return args, groups, kept
 
 

@@ -62,7 +62,7 @@ def served(layout: PageLayout, spec: str) -> bool:
     if any(side.zero or side.groups != 1 or len(set(side.bits)) != 1 for side, _ in sides):
         return False
     for text in spec.split(";"):
-        names, bits, step, group_size, _ = text.split(",") if text else ("", "", "", "0", "")
+        names, bits, step, group_size, *_ = text.split(",") if text else ("", "", "", "0")
         if "side_encode" in names or not (step or "step" in names.split("+")) or len(set(bits.split("+"))) != 1:
             return False
         if group_size != "0":

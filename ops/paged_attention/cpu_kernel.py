@@ -66,7 +66,7 @@ class _Group(ctypes.Structure):
 
 _INTS = (
     "n_groups batch kv_heads queries new_tokens key_dim value_dim coordinates segments page_tokens columns n_sink "
-    "sliding threads"
+    "sliding threads frames frame_tokens"
 )
 
 
@@ -79,7 +79,7 @@ class _Args(ctypes.Structure):
         *((name, _P) for name in ("packed", "held", "total", "new_start", "low", "high", "reads")),
         *((name, _PerHead) for name in ("map", "read", "mean")),
         ("map_segment", _I64),
-        *((name, _P) for name in ("mapped", "out", "lse", "groups")),
+        *((name, _P) for name in ("mapped", "out", "lse", "frame", "partner", "groups")),
         *((name, _I32) for name in _INTS.split()),
         ("scaling", ctypes.c_float),
     )
@@ -130,7 +130,7 @@ def _launch(
     if visible is not None:
         kept += [visible.low.contiguous(), visible.high.contiguous()]
         fields |= {"low": kept[1].data_ptr(), "high": kept[2].data_ptr()}
-    if call.heads * q.shape[2] > MAPPED_QUERIES and query_map is not None:
+    if call.heads * q.shape[2] > MAPPED_QUERIES and query_map is not None and not call.fields.frames:
         kept.append(_mapped(q, scaling, query_map[: call.fields.segments], call.fields.kv_heads))
         fields["mapped"] = kept[-1].data_ptr()
     out = call(kept[0], scaling, **fields)
@@ -227,9 +227,10 @@ def _call(kv: PagedKV, readers: Readers, q_heads: int, sliding: int, reads: Tens
     tensors = (
         *kv.pages, kv.table, kv.segment, kv.packed, kv.held, kv.total, kv.window_k, kv.window_v, kv.new_k, kv.new_v,
         kv.new_start, readers.query_map, readers.read, readers.mean, reads,
+        *(() if (frame := readers.frame) is None else (frame.table, frame.partner)),
     )  # fmt: skip
     forms = [None if x is None else (x.data_ptr(), x.shape, x.stride(), x.dtype) for x in tensors]
-    key = (kv.layout, kv.n_sink, q_heads, sliding, *forms)
+    key = (kv.layout, kv.n_sink, q_heads, sliding, frame and frame.tokens, *forms)
     found = _calls.get(key)
     if found is not None:
         return _Call(found[0], [found[1]])
@@ -279,6 +280,11 @@ def _arguments(kv: PagedKV, readers: Readers, q_heads: int, sliding: int, reads:
     )  # fmt: skip
     args.packed, args.held, args.total = (x.data_ptr() for x in lengths)
     kept = [groups, *lengths, start, segment, query_map, read, mean, reads, window_k, window_v, new_k, new_v]
+    if (frame := readers.frame) is not None:
+        table_of_frames, partner = frame.table.contiguous(), frame.partner.contiguous()
+        args.frame, args.partner, args.frames = table_of_frames.data_ptr(), partner.data_ptr(), len(table_of_frames)
+        args.frame_tokens = frame.tokens
+        kept += [table_of_frames, partner]
     return _Call(args, [*kept, *kv.pages, table])
 
 
