@@ -9,9 +9,11 @@ from torch import Tensor
 
 from headq_ao.ambient import mode_neutral
 from headq_ao.calibration.bit_allocation import output_errors
+from headq_ao.ops.types import SegmentFrame
 from headq_ao.statistics.importance import importance_weights
 from headq_ao.statistics.moments import TENSORS, LayerMoments
 
+Frames = Sequence[SegmentFrame | None]  # of each layer
 IMPORTANCE_EVERY = 4  # every fourth query serves for the weights that attention gives
 RECORDER: contextvars.ContextVar["Recorder | Profiler | None"] = contextvars.ContextVar("headq_recorder", default=None)
 
@@ -19,7 +21,11 @@ RECORDER: contextvars.ContextVar["Recorder | Profiler | None"] = contextvars.Con
 class Recorder:
     """Collects what attention reads during one calibration; found through a context variable, so threads are apart."""
 
-    def __init__(self, n_layers: int, n_rows: int, n_sink: int, seed: int, places: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, n_layers: int, n_rows: int, n_sink: int, seed: int, places: Sequence[int] | None = None,
+        frames: Frames | None = None,
+    ) -> None:  # fmt: skip
+        self.frames = [None] * n_layers if frames is None else frames
         self.numbers = {place: i for i, place in enumerate(range(n_layers) if places is None else places)}
         self.layers = [MomentAccumulator(n_rows) for _ in range(n_layers)]
         self.n_sink = n_sink
@@ -51,6 +57,13 @@ class Recorder:
             counted=counted,
             sinks=sinks,
         )
+        number = self.numbers[layer]
+        frame, later = self.frames[number], None
+        if frame is not None:
+            segment = frame.of(torch.arange(k.shape[2], device=k.device) - self.n_sink)
+            of_q = IMPORTANCE_EVERY * weights[0][:, :, self.n_sink :]
+            later = later_queries(q[:, :, self.n_sink :], of_q, k.shape[1], segment[self.n_sink :], frame)
+            q, k = frame.into(q, segment), frame.into(k, segment)
         q, k, v = (x[:, :, self.n_sink :].transpose(1, 2).flatten(0, 1) for x in (q, k, v))
         rows = [IMPORTANCE_EVERY * w[:, :, self.n_sink :].transpose(1, 2).flatten(0, 1) for w in weights]
         if counted is not None:
@@ -61,15 +74,41 @@ class Recorder:
                 raise ValueError(
                     f"layer {layer}: calibration met non-finite {name}; run the model in float32 or bfloat16"
                 )
-        self.layers[self.numbers[layer]].add(q, k, v, rows, self.priority)
+        self.layers[number].add(q, k, v, rows, self.priority)
+        if frame is not None and later is not None:
+            self.layers[number].add_later(*later, frame.tokens)
+
+
+def later_queries(
+    q: Tensor, weight: Tensor, kv_heads: int, segment: Tensor, frame: SegmentFrame
+) -> tuple[Tensor, Tensor]:
+    """Queries in the frames of all segments before their own: ``Σ w q qᵀ`` ``[Hkv, D, D]`` and ``Σ w`` ``[Hkv]``.
+
+    Args:
+        q: ``[B, Hq, T, D]``.
+        weight: ``[B, Hq, T]``.
+        kv_heads: Hkv.
+        segment: ``[T]``, in which they stand, in rising order.
+        frame: of keys.
+    """
+    q, weight = (x.double().unflatten(1, (kv_heads, -1)) for x in (q, weight))
+    outer, total = q.new_zeros(kv_heads, q.shape[-1], q.shape[-1]), q.new_zeros(kv_heads)
+    for s in range(int(segment.max()) if len(segment) else 0):
+        behind = segment > s
+        there, w = frame.into(q[:, :, :, behind], segment.new_tensor(s)), weight[..., behind]
+        outer += torch.einsum("bhgt,bhgtd,bhgte->hde", w, there, there)
+        total += w.sum((0, 2, 3))
+    return outer, total
 
 
 class Profiler:
     """Measures what coded keys and values change in the output of every layer, on one sequence."""
 
     def __init__(
-        self, moments: list[LayerMoments], n_sink: int, counted: Tensor, places: Sequence[int] | None = None
-    ) -> None:
+        self, moments: list[LayerMoments], n_sink: int, counted: Tensor, places: Sequence[int] | None = None,
+        frames: Frames | None = None,
+    ) -> None:  # fmt: skip
+        self.frames = [None] * len(moments) if frames is None else frames
         self.numbers = {place: i for i, place in enumerate(range(len(moments)) if places is None else places)}
         self.moments, self.n_sink, self.counted = moments, n_sink, counted
 
@@ -78,10 +117,11 @@ class Profiler:
         sinks: Tensor | None = None,
     ) -> None:  # fmt: skip
         """Fold one layer's ``[1, H, T, D]`` states."""
-        m = self.moments[self.numbers[layer]]
+        number = self.numbers[layer]
+        m = self.moments[number]
         m.errors, m.energy = output_errors(
             m, q, k, v, scaling, n_sink=self.n_sink, window=window, every=IMPORTANCE_EVERY,
-            counted=self.counted.to(k.device), sinks=sinks,
+            counted=self.counted.to(k.device), sinks=sinks, frame=self.frames[number],
         )  # fmt: skip
 
 
@@ -94,7 +134,9 @@ class MomentAccumulator:
         self.sums: list[Tensor] = []
         self.rows: Tensor | None = None
         self.priority: Tensor | None = None
-        self.groups = 1
+        self.groups, self.segment_tokens = 1, 0
+        self.later: list[Tensor] = []
+        self.of_queries: Tensor | float = 0.0  # Σ w
 
     def add(self, q: Tensor, k: Tensor, v: Tensor, weights: Sequence[Tensor], priority: Tensor) -> None:
         """Fold ``q [N, Hq, D]``, ``k``, ``v`` ``[N, Hkv, D]``, the ``weights`` of their rows, and ``priority [N]``."""
@@ -102,6 +144,7 @@ class MomentAccumulator:
         self.groups = q.shape[1] // k.shape[1]
         q, of_q = q.unflatten(1, (k.shape[1], -1)), of_q.unflatten(1, (k.shape[1], -1))
         new = [torch.einsum("nhgd,nhge->hde", q, q), torch.einsum("nhg,nhgd,nhge->hde", of_q, q, q)]
+        self.of_queries = self.of_queries + of_q.sum((0, 2))
         for x, weight in ((k, of_k), (v, of_v)):
             new += [x.sum(0), torch.einsum("nhd,nhe->hde", x, x), weight.sum(0)]
             new += [torch.einsum("nh,nhd->hd", weight, x), torch.einsum("nh,nhd,nhe->hde", weight, x, x)]
@@ -113,10 +156,20 @@ class MomentAccumulator:
         keep = priority.topk(min(self.n_rows, len(priority))).indices.sort().values
         self.rows, self.priority = rows[keep], priority[keep]
 
+    def add_later(self, outer: Tensor, total: Tensor, segment_tokens: int) -> None:
+        """Fold :func:`later_queries`."""
+        self.later = [a + b for a, b in zip(self.later, (outer, total), strict=True)] if self.later else [outer, total]
+        self.segment_tokens = segment_tokens
+
     @mode_neutral
     def moments(self) -> LayerMoments:
         """The sums so far, on the CPU in fp32."""
         assert self.rows is not None
-        tensors = (*(s.float().cpu() for s in self.sums), self.rows.cpu())
+        sums = list(self.sums)
+        if self.later:
+            outer, total = self.later
+            share = torch.where(total > 0, self.of_queries / total.clamp(min=1e-30), 1.0)[:, None, None]
+            sums[1] = torch.where((total > 0)[:, None, None], (sums[1] + share * outer) / 2, sums[1])
+        tensors = (*(s.float().cpu() for s in sums), self.rows.cpu())
         named: dict[str, Any] = dict(zip(TENSORS, tensors, strict=True))
-        return LayerMoments(self.tokens, self.groups, **named)
+        return LayerMoments(self.tokens, self.groups, **named, segment_tokens=self.segment_tokens)
