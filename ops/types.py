@@ -98,6 +98,20 @@ class Readers:
     frame: SegmentFrame | None = None
 
 
+def in_vectors(x: Tensor) -> Tensor:
+    """Matrices with rows ``[.., D, M]`` that begin at multiples of 16 numbers, zeros between them; those that have, as
+    they are."""
+    d, m = x.shape[-2:]
+    row = -(-m // 16) * 16
+    strides, lead = [row, 1], d * row
+    for n in x.shape[-3::-1]:
+        strides, lead = [lead, *strides], lead * n
+    if list(x.stride()) == strides:
+        return x
+    made = x.new_zeros(*x.shape[:-1], row)[..., :m]
+    return made.copy_(x)
+
+
 @dataclass(frozen=True)
 class Visible:
     """Which tokens a query sees: positions ``low ≤ p < high``, ``[B, S]`` int64 each.

@@ -15,7 +15,7 @@ from headq_ao.ops import Encoder, cache_update, paged_attention, plan_attention,
 from headq_ao.ops.layout import unpack_keys, unpack_values
 from headq_ao.ops.page_layout import NULL_PAGE, GroupLayout, PagedTokens, PageLayout, Side
 from headq_ao.ops.paged_attention.reference import by_sequence
-from headq_ao.ops.types import PagedKV, Plan, Readers, SegmentFrame, Visible
+from headq_ao.ops.types import PagedKV, Plan, Readers, SegmentFrame, Visible, in_vectors
 
 SideCodec = TypeVar("SideCodec", KeyCodec, ValueCodec)
 # of q, k, v [n, H, T, D], scaling and sliding window: the codecs of those sequences
@@ -109,6 +109,8 @@ class PlaneCodec(Codec):
         if self.first is not None and query_map is not None:
             of_first = self.first.query_map(self.sign, torch.float32).expand(query_map.shape[1:])
             query_map = torch.cat([of_first[None], query_map])
+        if self.frame is not None and query_map is not None:
+            query_map = in_vectors(query_map)  # as the CPU kernel reads it
         if self.values is None:
             return Readers(query_map, None, None, self.frame)
         read = self.values.reader.mT.contiguous().mT  # as the CPU kernel reads it: no plan makes a copy of its own

@@ -57,7 +57,7 @@ struct Args {
   const int64_t *low, *high;                                  // [batch, new_tokens], or null: causal, under `sliding`
   int64_t* reads;                                             // [2], or null
   PerHead map, read, mean;                                    // map: [segments] of [key_dim, M + 3]; read, of [value_dim, value_dim], transposed, and mean may be null
-  int64_t map_segment;
+  int64_t map_segment;                                        // with a frame, rows of the map lie map_row numbers apart, whole vectors
   const float* mapped;                                        // [segments, batch, kv_heads, queries, M + 3], or null: the kernel maps
   float *out, *lse;                                           // [batch, kv_heads, queries, value_dim]; [.., queries] or null
   const float* frame;                                         // [frames, 2, key_dim], or null: see SegmentFrame
@@ -65,7 +65,7 @@ struct Args {
   const Group* groups;
   int32_t n_groups, batch, kv_heads, queries, new_tokens;     // queries: rows per KV head (group x new tokens)
   int32_t key_dim, value_dim, coordinates, segments;          // coordinates: M
-  int32_t page_tokens, columns, n_sink, sliding, threads, frames, frame_tokens;
+  int32_t page_tokens, columns, n_sink, sliding, threads, frames, frame_tokens, map_row;
   float scaling;
 };
 
@@ -407,13 +407,15 @@ inline void split(const vi (&w)[4], int8_t* to) {
 
 // A query as integers: x ≈ scale · (hi·256 + lo), |hi·256 + lo| <= 32512.
 float split_query(const float* x, int n, int8_t* to) {
-  float most = 0;
-  bool finite = true;
+  int32_t bits = 0;  // of the largest, and of what is no number
   for (int i = 0; i < n; i++) {
-    most = std::max(most, std::fabs(x[i]));
-    finite = finite && std::isfinite(x[i]);
+    int32_t own;
+    std::memcpy(&own, x + i, 4);
+    bits = std::max(bits, own & 0x7fffffff);
   }
-  const bool none = !finite || most < 1e-30f;
+  float most;
+  std::memcpy(&most, &bits, 4);
+  const bool finite = bits < 0x7f800000, none = !finite || most < 1e-30f;
   const float inverse = none ? 0.0f : 32512 / most;
   int i = 0;
 #if defined(__AVX512BW__)
@@ -589,9 +591,10 @@ void map_queries(const Args& a, const float* q, const float* map, float* to) {
   }
 }
 
-void prepare(const Args& a, const Group& f, const float* mapped, const Query& query) {
+// The next query's lies `stride` numbers further on.
+void prepare(const Args& a, const Group& f, const float* mapped, int stride, const Query& query) {
   alignas(64) float columns[1024];
-  for (int q = 0; q < query.n; q++, mapped += a.coordinates + 3)
+  for (int q = 0; q < query.n; q++, mapped += stride)
     for (int p = 0; p < f.key_planes; p++) {
       const int n = f.k[p].columns;
       const float* row = mapped;
@@ -603,23 +606,29 @@ void prepare(const Args& a, const Group& f, const float* mapped, const Query& qu
     }
 }
 
-// to [NQ][columns] = x [NQ][LARGEST_DIM] times a matrix [rows, columns] of at least 16 columns; the last of the vectors that are
-// taken together may cover what others have.
+// V vectors of x [NQ][LARGEST_DIM] times a matrix whose rows lie `stride` numbers apart; to alike.
+template <int NQ, int V>
+inline void times_vectors(const float (*x)[LARGEST_DIM], const float* matrix, int rows, int stride, float* to) {
+  vf sum[NQ][V] = {};
+  for (int d = 0; d < rows; d++, matrix += stride)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v++) {
+      const vf m = load<vf>(matrix + v * TILE);
+#pragma GCC unroll 4
+      for (int q = 0; q < NQ; q++) sum[q][v] += x[q][d] * m;
+    }
+  for (int q = 0; q < NQ; q++)
+    for (int v = 0; v < V; v++) store(to + int64_t(q) * stride + v * TILE, sum[q][v]);
+}
+
 template <int NQ>
-void times_rows(const float (*x)[LARGEST_DIM], const float* matrix, int rows, int columns, float* to) {
-  constexpr int V = 5;
-  for (int c = 0; c < columns; c += V * TILE) {
-    int at[V];
-    for (int v = 0; v < V; v++) at[v] = std::min(c + v * TILE, columns - TILE);
-    vf sum[NQ][V] = {};
-    for (int d = 0; d < rows; d++)
-      for (int v = 0; v < V; v++) {
-        const vf m = load<vf>(matrix + int64_t(d) * columns + at[v]);
-        for (int q = 0; q < NQ; q++) sum[q][v] += x[q][d] * m;
-      }
-    for (int q = 0; q < NQ; q++)
-      for (int v = 0; v < V; v++) store(to + int64_t(q) * columns + at[v], sum[q][v]);
-  }
+void times_rows(const float (*x)[LARGEST_DIM], const float* matrix, int rows, int stride, float* to) {
+  int left = stride / TILE;
+  for (; left >= 5; left -= 5, matrix += 5 * TILE, to += 5 * TILE) times_vectors<NQ, 5>(x, matrix, rows, stride, to);
+  if (left == 4) times_vectors<NQ, 4>(x, matrix, rows, stride, to);
+  if (left == 3) times_vectors<NQ, 3>(x, matrix, rows, stride, to);
+  if (left == 2) times_vectors<NQ, 2>(x, matrix, rows, stride, to);
+  if (left == 1) times_vectors<NQ, 1>(x, matrix, rows, stride, to);
 }
 
 // The body tokens of a chunk that a query may see.
@@ -656,7 +665,7 @@ constexpr struct Steps {
 
 // Scores of tokens t0:t1 of the chunk, which are of one segment, in units of log 2; their maxima are at least `most`.
 template <class I, int NQ>
-void scores(const Work& w, const Pages& pages, const Query& query, const float* mapped, int q0, int t0, int t1, Ahead& values, float (*s)[CHUNK], float* most) {
+void scores(const Work& w, const Pages& pages, const Query& query, const float* mapped, int stride, int q0, int t0, int t1, Ahead& values, float (*s)[CHUNK], float* most) {
   const Args& a = w.a;
   const Group& f = w.f;
   alignas(64) float sigma[CHUNK], offset[CHUNK];
@@ -678,7 +687,7 @@ void scores(const Work& w, const Pages& pages, const Query& query, const float* 
     }
     const bool last = p + (joined ? 2 : 1) >= f.key_planes;
     for (int q = 0; q < NQ; q++) {
-      const float* scalars = mapped + int64_t(q0 + q) * (a.coordinates + 3) + a.coordinates;
+      const float* scalars = mapped + int64_t(q0 + q) * stride + a.coordinates;
       const float scale = query.scale[p * query.n + q0 + q], bias = LOG2E * scalars[0], zero_query = LOG2E * scalars[1], mean = LOG2E * scalars[2];
       vf top = vf{} + NEG;
       float* row = s[q] + t0;
@@ -771,8 +780,8 @@ void into_frame(const Work& w, int segment, int frame, int q0, const Query& quer
     const float *own = w.queries + int64_t(q0 + q) * a.key_dim, *other = w.partners + int64_t(q0 + q) * a.key_dim;
     for (int i = 0; i < a.key_dim; i++) x[q][i] = c[i] * own[i] + d[i] * other[i];
   }
-  times_rows<NQ>(x, of_head(a.map, w.b, w.f.first + w.h) + segment * a.map_segment, a.key_dim, a.coordinates + 3, w.framed);
-  prepare(a, w.f, w.framed, query);
+  times_rows<NQ>(x, of_head(a.map, w.b, w.f.first + w.h) + segment * a.map_segment, a.key_dim, a.map_row, w.framed);
+  prepare(a, w.f, w.framed, a.map_row, query);
 }
 
 // NQ queries over a chunk.
@@ -802,12 +811,12 @@ void attend_chunk(const Work& w, const Pages& pages, int q0) {
     for (stop = a.segments > 1 ? t + pages.tokens : end; stop < end && segment_of(a, pages, stop) == segment;) stop += pages.tokens;
     stop = std::min(stop, end);
     if (!a.frame) {
-      scores<I, NQ>(w, pages, Query(a.queries, f, w.memory + segment * w.memory_segment), w.mapped + segment * w.mapped_segment, q0, t, stop, values, s, most);
+      scores<I, NQ>(w, pages, Query(a.queries, f, w.memory + segment * w.memory_segment), w.mapped + segment * w.mapped_segment, a.coordinates + 3, q0, t, stop, values, s, most);
       continue;
     }
     into_frame<NQ>(w, segment, frame, q0, framed);
     for (int i = 0; i < f.key_planes * NQ; i++) bad[i % NQ] = bad[i % NQ] || std::isnan(framed.scale[i]);
-    scores<I, NQ>(w, pages, framed, w.framed, 0, t, stop, values, s, most);
+    scores<I, NQ>(w, pages, framed, w.framed, a.map_row, 0, t, stop, values, s, most);
   }
   Range any{n, 0};
   for (int q = 0; q < NQ; q++) {
@@ -1018,7 +1027,7 @@ extern "C" int headq_paged_attention(const Args* args) {
   const int64_t width = int64_t(a.queries) * (a.value_dim + 2), q_size = int64_t(a.queries) * a.key_dim, mapped_size = chunks && !a.frame ? int64_t(a.queries) * columns : 0;
   const int64_t exact_size = int64_t(a.queries) * (a.value_dim + 1 + rows), parts_size = width * chunks * a.kv_heads;
   const int64_t mapped_all = a.mapped ? 0 : heads * a.segments * mapped_size;
-  const int64_t partners_size = a.frame ? heads * q_size : 0, framed_size = a.frame ? (int64_t(MOST_ROWS) * columns + TILE) : 0;
+  const int64_t partners_size = a.frame ? heads * q_size : 0, framed_size = a.frame ? int64_t(MOST_ROWS) * a.map_row : 0;
   const std::unique_ptr<float[]> floats(new (std::nothrow) float[parts_size + heads * q_size + mapped_all + a.threads * (exact_size + framed_size) + partners_size]);
   const std::unique_ptr<char[]> memory(new (std::nothrow) char[!chunks ? 1 : bytes * (a.frame ? a.threads : heads * a.segments)]);
   if (!floats || !memory) return 1;
@@ -1037,7 +1046,7 @@ extern "C" int headq_paged_attention(const Args* args) {
         const int64_t at = (int64_t(g) * heads + i) * mapped_size;
         if (!a.mapped) map_queries(a, queries + i * q_size, of_head(a.map, b, h) + g * a.map_segment, own + at);
         const Group& f = group(h);
-        prepare(a, f, mapped + at, Query(a.queries, f, memory.get() + (int64_t(g) * heads + i) * bytes));
+        prepare(a, f, mapped + at, columns, Query(a.queries, f, memory.get() + (int64_t(g) * heads + i) * bytes));
       }
     }
 // neighbouring chunks go to one thread, which has asked for what follows

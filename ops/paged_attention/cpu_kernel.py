@@ -17,7 +17,7 @@ from headq_ao.ops.page_layout import PagedGroup, PageLayout
 from headq_ao.ops.paged_attention.new_tokens import with_new_tokens
 from headq_ao.ops.paged_attention.tiled import overlap
 from headq_ao.ops.paged_attention.tiles import tiles
-from headq_ao.ops.types import PagedKV, Readers, Visible, visible_positions
+from headq_ao.ops.types import PagedKV, Readers, Visible, in_vectors, visible_positions
 
 PATHS = {"portable": 0, "avx2": 1, "avx512": 2}
 DTYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -66,7 +66,7 @@ class _Group(ctypes.Structure):
 
 _INTS = (
     "n_groups batch kv_heads queries new_tokens key_dim value_dim coordinates segments page_tokens columns n_sink "
-    "sliding threads frames frame_tokens"
+    "sliding threads frames frame_tokens map_row"
 )
 
 
@@ -262,12 +262,14 @@ def _arguments(kv: PagedKV, readers: Readers, q_heads: int, sliding: int, reads:
     lengths = [x.contiguous() for x in (kv.packed, kv.held, kv.total)]
     start = None if kv.new_start is None else kv.new_start.contiguous()
     segment = None if kv.segment is None else kv.segment.contiguous()
-    query_map, mean = (None if x is None else x.float().contiguous() for x in (readers.query_map, readers.mean))
+    mean = None if readers.mean is None else readers.mean.float().contiguous()
+    query_map = (
+        readers.query_map.float().contiguous() if readers.frame is None else in_vectors(readers.query_map.float())
+    )
     read = None if readers.read is None else _transposed(readers.read)
     window_k, window_v, new_k, new_v = (
         x if x is None or x.stride(3) == 1 else x.contiguous() for x in (kv.window_k, kv.window_v, kv.new_k, kv.new_v)
     )
-    assert query_map is not None
     args = _Args(
         n_groups=len(groups), batch=kv.table.shape[0], kv_heads=layout.kv_heads, queries=q_heads // layout.kv_heads,
         key_dim=layout.key_dim, value_dim=layout.value_dim, coordinates=query_map.shape[-1] - 3,
@@ -283,7 +285,7 @@ def _arguments(kv: PagedKV, readers: Readers, q_heads: int, sliding: int, reads:
     if (frame := readers.frame) is not None:
         table_of_frames, partner = frame.table.contiguous(), frame.partner.contiguous()
         args.frame, args.partner, args.frames = table_of_frames.data_ptr(), partner.data_ptr(), len(table_of_frames)
-        args.frame_tokens = frame.tokens
+        args.frame_tokens, args.map_row = frame.tokens, query_map.stride(3)
         kept += [table_of_frames, partner]
     return _Call(args, [*kept, *kv.pages, table])
 
