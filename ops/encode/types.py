@@ -95,6 +95,11 @@ class Encoder:
         """Stored coordinates of a token, M0 + R."""
         return self.encode.shape[-1] + (0 if self.side_encode is None else self.side_encode.shape[-1])
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Its tensors, without those of the frame."""
+        return [x for name in TENSORS if isinstance(x := getattr(self, name), Tensor)]
+
     @functools.cached_property
     def factor(self) -> Tensor | None:
         """``cholesky``, made once where it was not given."""
