@@ -47,6 +47,9 @@ class Recorder:
     ) -> None:  # fmt: skip
         """Fold one layer's ``[B, H, T, D]`` states, sinks left out; ``sinks``: logits in the softmax's denominator."""
         counted = None if self.counted is None else self.counted.to(k.device)
+        number, segment = self.numbers[layer], None
+        if (frame := self.frames[number]) is not None:
+            segment = frame.of(torch.arange(k.shape[2], device=k.device) - self.n_sink)
         weights = importance_weights(
             q.float(),
             k.float(),
@@ -56,13 +59,12 @@ class Recorder:
             every=IMPORTANCE_EVERY,
             counted=counted,
             sinks=sinks,
+            segment=segment,
         )
-        number = self.numbers[layer]
-        frame, later = self.frames[number], None
-        if frame is not None:
-            segment = frame.of(torch.arange(k.shape[2], device=k.device) - self.n_sink)
-            of_q = IMPORTANCE_EVERY * weights[0][:, :, self.n_sink :]
-            later = later_queries(q[:, :, self.n_sink :], of_q, k.shape[1], segment[self.n_sink :], frame)
+        seen = None
+        if frame is not None and segment is not None:
+            seen = queries_by_segment(q, IMPORTANCE_EVERY * weights[0], k.shape[1], frame)
+            weights = weights[0].sum(-1), *weights[1:]
             q, k = frame.into(q, segment), frame.into(k, segment)
         q, k, v = (x[:, :, self.n_sink :].transpose(1, 2).flatten(0, 1) for x in (q, k, v))
         rows = [IMPORTANCE_EVERY * w[:, :, self.n_sink :].transpose(1, 2).flatten(0, 1) for w in weights]
@@ -74,31 +76,26 @@ class Recorder:
                 raise ValueError(
                     f"layer {layer}: calibration met non-finite {name}; run the model in float32 or bfloat16"
                 )
-        self.layers[number].add(q, k, v, rows, self.priority)
-        if frame is not None and later is not None:
-            self.layers[number].add_later(*later, frame.tokens)
+        self.layers[number].add(q, k, v, rows, self.priority, seen)
+        self.layers[number].segment_tokens = 0 if frame is None else frame.tokens
 
 
-def later_queries(
-    q: Tensor, weight: Tensor, kv_heads: int, segment: Tensor, frame: SegmentFrame
-) -> tuple[Tensor, Tensor]:
-    """Queries in the frames of all segments before their own: ``Σ w q qᵀ`` ``[Hkv, D, D]`` and ``Σ w`` ``[Hkv]``.
+def queries_by_segment(q: Tensor, weight: Tensor, kv_heads: int, frame: SegmentFrame) -> Tensor:
+    """``Σ w q qᵀ`` ``[Hkv, D, D]`` over pairs of a query and a segment of keys that it reads, in that segment's frame.
 
     Args:
         q: ``[B, Hq, T, D]``.
-        weight: ``[B, Hq, T]``.
+        weight: ``[B, Hq, T, segments]``.
         kv_heads: Hkv.
-        segment: ``[T]``, in which they stand, in rising order.
         frame: of keys.
     """
-    q, weight = (x.double().unflatten(1, (kv_heads, -1)) for x in (q, weight))
-    outer, total = q.new_zeros(kv_heads, q.shape[-1], q.shape[-1]), q.new_zeros(kv_heads)
-    for s in range(int(segment.max()) if len(segment) else 0):
-        behind = segment > s
-        there, w = frame.into(q[:, :, :, behind], segment.new_tensor(s)), weight[..., behind]
-        outer += torch.einsum("bhgt,bhgtd,bhgte->hde", w, there, there)
-        total += w.sum((0, 2, 3))
-    return outer, total
+    taken = (weight.sum(-1) > 0).any(1).any(0)
+    q, weight = q[:, :, taken].unflatten(1, (kv_heads, -1)), weight[:, :, taken].double().unflatten(1, (kv_heads, -1))
+    outer = q.new_zeros(kv_heads, q.shape[-1], q.shape[-1], dtype=torch.float64)
+    for s in range(weight.shape[-1]):
+        there = frame.into(q.double(), torch.tensor(s, device=q.device))
+        outer += torch.einsum("bhgt,bhgtd,bhgte->hde", weight[..., s], there, there)
+    return outer
 
 
 class Profiler:
@@ -135,16 +132,17 @@ class MomentAccumulator:
         self.rows: Tensor | None = None
         self.priority: Tensor | None = None
         self.groups, self.segment_tokens = 1, 0
-        self.later: list[Tensor] = []
-        self.of_queries: Tensor | float = 0.0  # Σ w
 
-    def add(self, q: Tensor, k: Tensor, v: Tensor, weights: Sequence[Tensor], priority: Tensor) -> None:
-        """Fold ``q [N, Hq, D]``, ``k``, ``v`` ``[N, Hkv, D]``, the ``weights`` of their rows, and ``priority [N]``."""
+    def add(
+        self, q: Tensor, k: Tensor, v: Tensor, weights: Sequence[Tensor], priority: Tensor, seen: Tensor | None = None
+    ) -> None:
+        """Fold ``q [N, Hq, D]``, ``k``, ``v`` ``[N, Hkv, D]``, the ``weights`` of their rows, and ``priority [N]``;
+        ``seen``: what to take for ``Σ w q qᵀ``."""
         q, k, v, of_q, of_k, of_v = (x.double() for x in (q, k, v, *weights))
         self.groups = q.shape[1] // k.shape[1]
         q, of_q = q.unflatten(1, (k.shape[1], -1)), of_q.unflatten(1, (k.shape[1], -1))
-        new = [torch.einsum("nhgd,nhge->hde", q, q), torch.einsum("nhg,nhgd,nhge->hde", of_q, q, q)]
-        self.of_queries = self.of_queries + of_q.sum((0, 2))
+        seen = torch.einsum("nhg,nhgd,nhge->hde", of_q, q, q) if seen is None else seen
+        new = [torch.einsum("nhgd,nhge->hde", q, q), seen]
         for x, weight in ((k, of_k), (v, of_v)):
             new += [x.sum(0), torch.einsum("nhd,nhe->hde", x, x), weight.sum(0)]
             new += [torch.einsum("nh,nhd->hd", weight, x), torch.einsum("nh,nhd,nhe->hde", weight, x, x)]
@@ -156,20 +154,10 @@ class MomentAccumulator:
         keep = priority.topk(min(self.n_rows, len(priority))).indices.sort().values
         self.rows, self.priority = rows[keep], priority[keep]
 
-    def add_later(self, outer: Tensor, total: Tensor, segment_tokens: int) -> None:
-        """Fold :func:`later_queries`."""
-        self.later = [a + b for a, b in zip(self.later, (outer, total), strict=True)] if self.later else [outer, total]
-        self.segment_tokens = segment_tokens
-
     @mode_neutral
     def moments(self) -> LayerMoments:
         """The sums so far, on the CPU in fp32."""
         assert self.rows is not None
-        sums = list(self.sums)
-        if self.later:
-            outer, total = self.later
-            share = torch.where(total > 0, self.of_queries / total.clamp(min=1e-30), 1.0)[:, None, None]
-            sums[1] = torch.where((total > 0)[:, None, None], (sums[1] + share * outer) / 2, sums[1])
-        tensors = (*(s.float().cpu() for s in sums), self.rows.cpu())
+        tensors = (*(s.float().cpu() for s in self.sums), self.rows.cpu())
         named: dict[str, Any] = dict(zip(TENSORS, tensors, strict=True))
         return LayerMoments(self.tokens, self.groups, **named, segment_tokens=self.segment_tokens)

@@ -42,8 +42,8 @@ class LayerMoments:
     ``effective``: how many different tokens there are (:func:`headq_ao.calibration.text.effective_tokens`); None where
     nobody counted: the moments are then taken as they are.
     ``segment_tokens``: queries and keys are in the frame of segments of so many tokens
-    (:class:`headq_ao.ops.types.SegmentFrame`): keys in that of their own, queries in those of the keys that they read,
-    half of them in their own segment and half in earlier ones; 0: as the model has them.
+    (:class:`headq_ao.ops.types.SegmentFrame`): keys in that of their own, queries in those of the keys that they read
+    (``q_outer``, which has no weights: in that of their own); 0: as the model has them.
     ``errors [Hkv, 2, 4]`` and ``energy [Hkv]``, where measured: what 1 to 4 bits of keys and of values change in the
     output (:func:`headq_ao.calibration.bit_allocation.output_errors`).
     """

@@ -14,7 +14,6 @@ from headq_ao.calibration.observers import IMPORTANCE_EVERY, RECORDER, MomentAcc
 from headq_ao.calibration.rope import rotation_of
 from headq_ao.files import checksum
 from headq_ao.integrations.transformers.models import fingerprint, layer_shapes, rotary_embedding
-from headq_ao.statistics.importance import importance_weights
 from headq_ao.statistics.moments import TENSORS, LayerMoments
 
 N_SINK = 3
@@ -151,8 +150,8 @@ def test_keys_are_in_the_frame_of_their_segment(llama, token_ids):
     assert_same_moments(got, run(llama, [row]))
 
 
-def test_queries_count_in_their_own_segment_and_in_those_before(llama):
-    """Half and half; against a loop over pairs of a query and a segment."""
+def test_queries_count_in_the_frames_of_the_keys_that_they_read(llama):
+    """``Σ a (1 − a) (Rᵀ q)(Rᵀ q)ᵀ`` over pairs of a query and a key, against a loop over segments."""
     torch.manual_seed(0)
     frame = rotation_of(rotary_embedding(llama), llama.model.layers[0].self_attn, layer_shapes(llama.config)[0])
     frame = frame.frame(32, 128, torch.device("cpu"))
@@ -160,18 +159,16 @@ def test_queries_count_in_their_own_segment_and_in_those_before(llama):
     q, k, v = torch.randn(2, 4, 110, 32), torch.randn(2, 2, 110, 32), torch.randn(2, 2, 110, 32)
     recorder.begin(torch.ones(2, 110, dtype=torch.bool))
     recorder.record(0, q, k, v, 0.2, None)
-    weight = IMPORTANCE_EVERY * importance_weights(q, k, 0.2, n_sink=N_SINK, every=IMPORTANCE_EVERY)[0]
-    sums = {"own": (torch.zeros(2, 32, 32), torch.zeros(2)), "later": (torch.zeros(2, 32, 32), torch.zeros(2))}
-    for b, h, t in itertools.product(range(2), range(4), range(N_SINK, 110)):
-        segment = (t - N_SINK) // 32
-        for s in range(segment + 1):
-            outer, total = sums["own" if s == segment else "later"]
+    wanted, recent = torch.zeros(2, 32, 32), 110 // 4
+    for b, h, t in itertools.product(range(2), range(4), range(recent, 110, IMPORTANCE_EVERY)):
+        a = (0.2 * k[b, h // 2, : t + 1] @ q[b, h, t]).softmax(0)
+        for s in range((t - N_SINK) // 32 + 1):
+            part = slice(N_SINK + 32 * s, min(N_SINK + 32 * (s + 1), t + 1 - recent))
+            weight = (a * (1 - a))[part].sum() if part.start < part.stop else 0.0
             x = frame.into(q[b, h, t], torch.tensor(s))
-            outer[h // 2] += weight[b, h, t] * torch.outer(x, x)
-            total[h // 2] += weight[b, h, t]
-    (own, of_own), (later, of_later) = sums.values()
+            wanted[h // 2] += IMPORTANCE_EVERY * weight * torch.outer(x, x)
     found = recorder.layers[0].moments()
-    wanted = (own + later * (of_own / of_later)[:, None, None]) / 2
+    assert found.segment_tokens == 32
     torch.testing.assert_close(found.q_seen_outer, wanted, rtol=1e-4, atol=1e-4)
 
 
