@@ -21,7 +21,7 @@ from headq_ao.layer_shape import LayerShape
 from headq_ao.ops.layout import TOKEN_TILE
 from headq_ao.ops.types import SegmentFrame
 from headq_ao.statistics.importance import importance_weights, mixed
-from headq_ao.statistics.moments import SEGMENT_TOKENS, LayerMoments
+from headq_ao.statistics.moments import LayerMoments, segment_tokens
 from headq_ao.statistics.units import unit_of_rows
 
 AnyCodec = TypeVar("AnyCodec", KeyCodec, ValueCodec)
@@ -66,7 +66,7 @@ class LayerCodec(SourceModule):
         self.form = shape.n_kv_heads, *shape.dims
         framed = config.k_bits is not None and config.key_codec == "whitened"
         self.rotation, self.positions = rotation if framed else None, positions
-        self.segment_tokens = SEGMENT_TOKENS if moments is None else moments.segment_tokens
+        self.segment_tokens = segment_tokens(positions) if moments is None else moments.segment_tokens
         if moments is not None:
             moments = self._as_coded(moments, rotation)
         self._whole: PlaneCodec | None = None
@@ -99,7 +99,7 @@ class LayerCodec(SourceModule):
     @property
     def segment_frame(self) -> SegmentFrame | None:
         """What keys are taken into before they are coded; None: they stay as they are."""
-        if self.rotation is None or not self.segment_tokens:
+        if self.rotation is None or not self.frame_tokens:
             return None
         return self.rotation.frame(self.segment_tokens, self.positions, next(self.buffers()).device)
 
@@ -267,7 +267,7 @@ class LayerCodec(SourceModule):
         read the segment later: ``C_q`` is half of its own queries, half of queries 1, 2, 4, .. segments later.
         """
         tokens = k.shape[2]
-        own = range(0, max(self.segment_tokens - tokens, 0) + 1, max(tokens, 1)) if self.turns else (0,)
+        own = range(0, max(self.segment_tokens - tokens, 0) + 1, max(tokens, 1)) if self.frame_tokens else (0,)
         found = []
         for q_at, k_at in ((self._turned(q, by), self._turned(k, by)) for by in own):
             mean = (of_k[..., None] * k_at).mean(-2)
@@ -275,15 +275,15 @@ class LayerCodec(SourceModule):
             found.append((_outer(q_at, of_q), mean, square))
         c_q, means, squares = (torch.stack(x) for x in zip(*found, strict=True))
         mean, c_q = means.mean(0), c_q.mean(0)
-        if self.turns:
+        if self.frame_tokens:
             later = torch.stack([_outer(self._turned(q, self.segment_tokens * far), of_q) for far in LATER]).mean(0)
             c_q = (c_q + later) / 2
         return c_q, mean, (squares + (means - mean).square()).mean(0)
 
     @property
-    def turns(self) -> bool:
-        """Whether keys are coded in the frame of their segment."""
-        return self.rotation is not None and self.segment_tokens > 0
+    def frame_tokens(self) -> int:  # type: ignore[override]
+        """Tokens of a segment whose frame keys are coded in; 0: none."""
+        return 0 if self.rotation is None else self.segment_tokens
 
     def _turned(self, x: Tensor, by: int) -> Tensor:
         """Rows ``[B, H, n, D]`` as they would be so many positions later."""

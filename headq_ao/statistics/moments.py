@@ -13,10 +13,16 @@ TENSORS = (
     "q_outer", "q_seen_outer", "k_sum", "k_outer", "k_seen", "k_seen_sum", "k_seen_outer",
     "v_sum", "v_outer", "v_seen", "v_seen_sum", "v_seen_outer", "k_rows",
 )  # fmt: skip
-SEGMENT_TOKENS = 256
+SEGMENT_TOKENS = 256  # twice as many for models of more positions than that: a step maps its query for each segment
+LONG = 2**15
 PLENTY, MOST_PLENTY = 12, 900  # effective tokens per coordinate of a head, and at most, that leave no doubt
 PROFILE = ("errors", "energy")
 PROFILED_BITS = (1, 2, 3, 4)
+
+
+def segment_tokens(positions: int) -> int:
+    """Tokens of a segment whose frame keys are coded in, of a model for so many positions."""
+    return SEGMENT_TOKENS if positions <= LONG else 2 * SEGMENT_TOKENS
 
 
 def tensor_shapes(heads: int, head_dim: int, rows: int, value_dim: int | None = None) -> dict[str, tuple[int, ...]]:

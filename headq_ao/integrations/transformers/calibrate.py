@@ -28,7 +28,7 @@ from headq_ao.integrations.transformers.models import (
 from headq_ao.integrations.transformers.own_config import OwnConfigs
 from headq_ao.integrations.transformers.serving import Serving, serving_of
 from headq_ao.ops.types import SegmentFrame
-from headq_ao.statistics.moments import SEGMENT_TOKENS, LayerMoments
+from headq_ao.statistics.moments import LayerMoments, segment_tokens
 from headq_ao.user_warning import warn
 
 CONTEXT_LENGTH = 4096
@@ -55,8 +55,10 @@ def calibrate(
     output, for ``mean_bits``; rows that are all short are joined for that. The model is left as it was.
 
     Rotary embeddings turn keys and queries with their position, though attention sees differences of positions only:
-    a basis made at positions below 1024 fits badly at 4096. So the sequences are put at starts that are spread evenly
-    over a context.
+    a basis made at positions below 1024 fits badly at 4096. So keys are taken into the frame of their segment
+    (:class:`headq_ao.ops.types.SegmentFrame`), and each query into the frames of the segments that it reads, by how
+    much it reads of them: the statistics then hold at any position. Where it cannot be told how a layer's embedding
+    turns its keys, the sequences are put at starts that are spread evenly over a context instead.
 
     Padding is left out of everything: each row runs from its first token on. Runs of more than 8 equal tokens at the
     ends of a row count as padding where no mask tells. A token that came 8 times already in the same context is left
@@ -73,7 +75,8 @@ def calibrate(
         attention_mask: a mask for each batch, shaped as it is: 1 for tokens, 0 for padding at the ends of a row. None:
             no padding, but for what batches say themselves.
         context_length: tokens of the contexts to serve; ``None``: 4096, or the model's positions where they are fewer.
-            Sequences as long, and all without rotary embeddings, start at 0.
+            It is not looked at where keys are in the frame of their segment, nor without rotary embeddings: sequences
+            then start at 0.
         n_rows: keys kept per layer.
         n_sink: first tokens of each sequence to leave out.
         seed: of the sample.
@@ -167,7 +170,7 @@ def layer_frames(model: PreTrainedModel, serving: Serving) -> list[SegmentFrame 
     embedding, most, found = rotary_embedding(model), positions(model), list[SegmentFrame | None]()
     for module, shape in zip(serving.modules, serving.shapes, strict=True):
         rotation = rotation_of(embedding, module, shape)
-        found.append(None if rotation is None else rotation.frame(SEGMENT_TOKENS, most, execution_device(module)))
+        found.append(None if rotation is None else rotation.frame(segment_tokens(most), most, execution_device(module)))
     return found
 
 

@@ -122,8 +122,7 @@ def registered_sources(
     for i, (module, shape) in enumerate(zip(serving.modules, shapes, strict=True)):
         rotation = rotation_of(embedding, module, shape)
         moments = None if calibration is None else calibration.layers[i]
-        if moments is not None and moments.segment_tokens:
-            moments = None if rotation is None else turned_back(moments, rotation)
+        moments = moments if moments is None or rotation is None else turned_back(moments, rotation)
         layer = registry.LayerContext(shape, config.n_sink, execution_device(module), moments, rotation)
         sources.append(registry.build(config.codec, config.codec_options or {}, layer))
     return shapes, sources
