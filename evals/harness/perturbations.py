@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from headq_ao import Calibration
 from headq_ao.calibration.rope import rotation_of
-from headq_ao.codecs.rotation import turned_back
+from headq_ao.codecs.rotation import in_model_frame
 from headq_ao.evals.harness.key_changes import Perturbation, States, perturbations
 from headq_ao.evals.harness.panel import VALUES, Measurements, summarize
 from headq_ao.evals.harness.panel_plot import plot_panel
@@ -88,7 +88,7 @@ def perturbation_panel(
     modules, shape = attention_modules(model, len(shapes)), shapes[0]
     embedding = rotary_embedding(model)
     moments = {
-        i: m if (r := rotation_of(embedding, modules[i], shapes[i])) is None else turned_back(m, r)
+        i: m if (r := rotation_of(embedding, modules[i], shapes[i])) is None else in_model_frame(m, r)
         for i, m in enumerate(calibration.layers)
         if i in chosen
     }

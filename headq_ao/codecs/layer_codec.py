@@ -12,7 +12,7 @@ from headq_ao.codecs.base import HeadBits, KeyCodec, ValueCodec, by_head
 from headq_ao.codecs.linalg import centred_moment
 from headq_ao.codecs.planes import PlaneCodec
 from headq_ao.codecs.protocol import Codec
-from headq_ao.codecs.rotation import POSITIONS, Rotation, turned_back
+from headq_ao.codecs.rotation import POSITIONS, Rotation, in_model_frame
 from headq_ao.codecs.side_code import with_side_code
 from headq_ao.codecs.source import SourceModule
 from headq_ao.codecs.whitened import prompt_whitened_codec, whitened_codec, whitened_value_codec
@@ -94,7 +94,7 @@ class LayerCodec(SourceModule):
                 "the calibration has keys in the frame of their segments, and how this layer turns keys with their "
                 "position cannot be told here; calibrate this model"
             )
-        return turned_back(moments, rotation)
+        return in_model_frame(moments, rotation)
 
     @property
     def segment_frame(self) -> SegmentFrame | None:
@@ -269,14 +269,14 @@ class LayerCodec(SourceModule):
         tokens = k.shape[2]
         own = range(0, max(self.segment_tokens - tokens, 0) + 1, max(tokens, 1)) if self.frame_tokens else (0,)
         found = []
-        for q_at, k_at in ((self._turned(q, by), self._turned(k, by)) for by in own):
+        for q_at, k_at in ((self._rotated(q, by), self._rotated(k, by)) for by in own):
             mean = (of_k[..., None] * k_at).mean(-2)
             square = (of_k[..., None] * (k_at - mean.unsqueeze(-2)).square()).mean(-2)
             found.append((_outer(q_at, of_q), mean, square))
         c_q, means, squares = (torch.stack(x) for x in zip(*found, strict=True))
         mean, c_q = means.mean(0), c_q.mean(0)
         if self.frame_tokens:
-            later = torch.stack([_outer(self._turned(q, self.segment_tokens * far), of_q) for far in LATER]).mean(0)
+            later = torch.stack([_outer(self._rotated(q, self.segment_tokens * far), of_q) for far in LATER]).mean(0)
             c_q = (c_q + later) / 2
         return c_q, mean, (squares + (means - mean).square()).mean(0)
 
@@ -285,7 +285,7 @@ class LayerCodec(SourceModule):
         """Tokens of a segment whose frame keys are coded in; 0: none."""
         return 0 if self.rotation is None else self.segment_tokens
 
-    def _turned(self, x: Tensor, by: int) -> Tensor:
+    def _rotated(self, x: Tensor, by: int) -> Tensor:
         """Rows ``[B, H, n, D]`` as they would be so many positions later."""
         if not by:
             return x

@@ -52,7 +52,7 @@ class Rotation:
         return x * angle.cos().to(x.dtype) + x[..., self.partner.to(x.device)] * angle.sin().to(x.dtype)
 
 
-def turned_back(moments: LayerMoments, rotation: Rotation) -> LayerMoments:
+def in_model_frame(moments: LayerMoments, rotation: Rotation) -> LayerMoments:
     """Moments in the frame of segments as they are in the model's own, over a context of :data:`CONTEXT` positions, for
     codecs that take keys as they come: ``C = mean_s R_s C R_sᵀ``."""
     if not moments.segment_tokens:

@@ -61,8 +61,8 @@ def _prefetch(start, SIZE: tl.constexpr, PTX: tl.constexpr):
 
 
 @triton.jit
-def _transformed(x, dim, row, angles, partner, turning, PARTS: tl.constexpr, D: tl.constexpr, M: tl.constexpr):
-    """``y = (x / unit − mean) @ encode``, ``[M]``; the first ``turning`` coordinates of ``x`` in the
+def _transformed(x, dim, row, angles, partner, rotated, PARTS: tl.constexpr, D: tl.constexpr, M: tl.constexpr):
+    """``y = (x / unit − mean) @ encode``, ``[M]``; the first ``rotated`` coordinates of ``x`` in the
     frame of its segment."""
     ROWS: tl.constexpr = min(D, 2048 // M)
     d, m = tl.arange(0, ROWS), tl.arange(0, M)
@@ -73,7 +73,7 @@ def _transformed(x, dim, row, angles, partner, turning, PARTS: tl.constexpr, D: 
         following = tl.load(encode + tl.minimum(first + ROWS, D - ROWS) * M)
         token = tl.load(x + first + d, mask=first + d < dim, other=0.0).to(tl.float32)
         if angles is not None:
-            here = first + d < turning
+            here = first + d < rotated
             other = tl.load(partner + first + d, mask=here, other=0)
             own = tl.load(angles + first + d, mask=here, other=1.0).to(tl.float64) * token.to(tl.float64)
             of_other = tl.load(angles + dim + first + d, mask=here, other=0.0).to(tl.float64)

@@ -113,7 +113,7 @@ def test_the_model_is_left_as_it_was(tiny):
     assert torch.equal(model.model.rotary_emb.inv_freq, before)
 
 
-def turning(head_dim=16):
+def some_rotation(head_dim=16):
     """A rotation of pairs ``i, i + D/2``."""
     angle = torch.rand(head_dim // 2).double()
     return Rotation(torch.cat([-angle, angle]), torch.arange(head_dim).roll(head_dim // 2))
@@ -122,7 +122,7 @@ def turning(head_dim=16):
 def test_a_frame_turns_back_by_whole_segments():
     """``R_sᵀ`` by the rotation itself at the start of the segment; and back again."""
     torch.manual_seed(0)
-    rotation, k = turning(), torch.randn(1, 2, 100, 16)
+    rotation, k = some_rotation(), torch.randn(1, 2, 100, 16)
     frame = rotation.frame(32, 96, torch.device("cpu"))
     segment = frame.of(torch.arange(-4, 96))
     assert frame.tokens == 32 and segment.tolist() == [0] * 36 + [1] * 32 + [2] * 32
@@ -136,7 +136,7 @@ def test_own_statistics_are_those_of_a_whole_segment():
     """Twenty first tokens stand for a segment of 256: mean and variances of the keys, against all turned keys laid out
     one after the other; half of the queries stand in the segment, half some segments later."""
     torch.manual_seed(0)
-    rotation = turning()
+    rotation = some_rotation()
     codec = LayerCodec(headq_config(), LayerShape(4, 2, 16, None), None, torch.device("cpu"), rotation=rotation)
     q, k, of_q, of_k = torch.randn(1, 2, 40, 16), torch.randn(1, 2, 20, 16), torch.rand(1, 2, 40), torch.rand(1, 2, 20)
     of_k = of_k / of_k.mean(-1, keepdim=True)

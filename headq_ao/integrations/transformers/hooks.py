@@ -12,7 +12,7 @@ from headq_ao.calibration.bit_allocation import head_bits
 from headq_ao.calibration.rope import rotation_of
 from headq_ao.codecs import registry
 from headq_ao.codecs.layer_codec import LayerCodec
-from headq_ao.codecs.rotation import turned_back
+from headq_ao.codecs.rotation import in_model_frame
 from headq_ao.codecs.source import SourceModule
 from headq_ao.codecs.unseen import UnseenQueries
 from headq_ao.config import HeadQConfig
@@ -122,7 +122,7 @@ def registered_sources(
     for i, (module, shape) in enumerate(zip(serving.modules, shapes, strict=True)):
         rotation = rotation_of(embedding, module, shape)
         moments = None if calibration is None else calibration.layers[i]
-        moments = moments if moments is None or rotation is None else turned_back(moments, rotation)
+        moments = moments if moments is None or rotation is None else in_model_frame(moments, rotation)
         layer = registry.LayerContext(shape, config.n_sink, execution_device(module), moments, rotation)
         sources.append(registry.build(config.codec, config.codec_options or {}, layer))
     return shapes, sources
