@@ -19,7 +19,7 @@ from headq_ao.codecs.whitened import prompt_whitened_codec, whitened_codec, whit
 from headq_ao.config import HeadQConfig
 from headq_ao.layer_shape import LayerShape
 from headq_ao.ops.layout import TOKEN_TILE
-from headq_ao.ops.types import SegmentFrame
+from headq_ao.ops.types import SegmentFrame, in_vectors
 from headq_ao.statistics.importance import importance_weights, mixed
 from headq_ao.statistics.moments import LayerMoments, segment_tokens
 from headq_ao.statistics.units import unit_of_rows
@@ -129,7 +129,8 @@ class LayerCodec(SourceModule):
             return made
         codec = self._kept(side, frame)
         if isinstance(codec, KeyCodec):
-            codec = dataclasses.replace(codec, mapped=codec.query_map(self.config.sign, torch.float32))
+            mapped = codec.query_map(self.config.sign, torch.float32)
+            codec = dataclasses.replace(codec, mapped=in_vectors(mapped) if self.frame_tokens else mapped)
         self._made[side] = codec
         return codec
 
