@@ -77,6 +77,38 @@ class PagedKV:
         )  # fmt: skip
 
 
+@dataclass(frozen=True, eq=False)
+class SegmentFrame:
+    """Keys are coded in the frame of their segment, the tokens of which stand at neighbouring positions: what a rotary
+    embedding turns from segment to segment then stands still.
+
+    Body token ``j`` is of segment ``s = min(j // tokens, S − 1)``. With ``R_s`` the rotation by ``s · tokens``
+    positions, ``R_sᵀ k`` is what is coded, and a query reads it as ``R_sᵀ q``: ``q·k`` is what it was, whatever
+    positions the tokens really have.
+
+    Attributes:
+        table: ``[S, 2, D]`` fp32, ``c`` and ``d`` of each segment: ``(R_sᵀ x)_i = c_i x_i + d_i x_{partner(i)}``.
+        partner: ``[D]`` int32, the other coordinate of the pair that turns together.
+        tokens: of a segment, whole pages.
+    """
+
+    table: Tensor
+    partner: Tensor
+    tokens: int
+
+    def of(self, body: Tensor) -> Tensor:
+        """The segments of body tokens; those below 0 are none, and get the first."""
+        return body.div(self.tokens, rounding_mode="floor").clamp(0, len(self.table) - 1)
+
+    def into(self, x: Tensor, segment: Tensor, back: bool = False) -> Tensor:
+        """``R_sᵀ x`` (``back``: ``R_s x``) for ``x [.., D]`` and segments ``[..]`` that broadcast, fp32 or as wide as
+        ``x``; computed in fp64, so that it does not depend on how a device contracts products."""
+        c, d = self.table.double()[segment].unbind(-2)
+        wide = x.double()
+        turned = wide * c + wide[..., self.partner.long()] * (-d if back else d)
+        return turned if x.dtype == torch.float64 else turned.float()
+
+
 @dataclass(frozen=True)
 class Readers:
     """How packed tokens are read.
@@ -86,11 +118,28 @@ class Readers:
             ``h`` and ``q·μ``, so that ``s_j = σ_j (q̃·c_j + b) + m_j h + q·μ``; None where keys are not coded.
         read: ``[B or 1, Hkv or 1, D, D]`` fp32, takes ``Σ_j a_j ŷ_j`` back to the model's basis; None: as it is.
         mean: ``[B or 1, Hkv or 1, D]`` fp32, added once to a readout of packed values (``Σ_j a_j = 1``), or None.
+        frame: that keys were coded in; a query is taken into the frame of each segment before it is mapped. None: the
+            model's own.
     """
 
     query_map: Tensor | None
     read: Tensor | None
     mean: Tensor | None
+    frame: SegmentFrame | None = None
+
+
+def in_vectors(x: Tensor) -> Tensor:
+    """Matrices with rows ``[.., D, M]`` that begin at multiples of 16 numbers, zeros between them; those that have, as
+    they are."""
+    d, m = x.shape[-2:]
+    row = -(-m // 16) * 16
+    strides, lead = [row, 1], d * row
+    for n in x.shape[-3::-1]:
+        strides, lead = [lead, *strides], lead * n
+    if list(x.stride()) == strides:
+        return x
+    made = x.new_zeros(*x.shape[:-1], row)[..., :m]
+    return made.copy_(x)
 
 
 @dataclass(frozen=True)

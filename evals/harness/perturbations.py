@@ -13,12 +13,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from headq_ao import Calibration
+from headq_ao.calibration.rope import rotation_of
+from headq_ao.codecs.rotation import in_model_frame
 from headq_ao.evals.harness.key_changes import Perturbation, States, perturbations
 from headq_ao.evals.harness.panel import VALUES, Measurements, summarize
 from headq_ao.evals.harness.panel_plot import plot_panel
 from headq_ao.evals.harness.replay import attention_scaling, each_layer
 from headq_ao.evals.metrics.formulas import attention_kl, fisher_error, score_error_variance
-from headq_ao.integrations.transformers.models import attention_modules, fingerprint, layer_shapes
+from headq_ao.integrations.transformers.models import attention_modules, fingerprint, layer_shapes, rotary_embedding
 from headq_ao.ops.layout import TOKEN_TILE
 
 __all__ = ["measure", "perturbation_panel", "plot_panel"]
@@ -84,6 +86,12 @@ def perturbation_panel(
     if len(calibration.layers[0].k_rows) < TOKEN_TILE:
         raise ValueError(f"the calibration must hold at least {TOKEN_TILE} sampled keys; calibrate on more text")
     modules, shape = attention_modules(model, len(shapes)), shapes[0]
+    embedding = rotary_embedding(model)
+    moments = {
+        i: m if (r := rotation_of(embedding, modules[i], shapes[i])) is None else in_model_frame(m, r)
+        for i, m in enumerate(calibration.layers)
+        if i in chosen
+    }
     changes = perturbations(shape.head_dim, shape.n_heads // shape.n_kv_heads, seed)
     table = Measurements(
         changes, chosen, {name: torch.zeros(len(changes), len(chosen), shape.n_heads) for name in VALUES}
@@ -96,7 +104,7 @@ def perturbation_panel(
                     return
                 generator = torch.Generator().manual_seed((seed * 1009 + number) * 1009 + i)
                 scaling = attention_scaling(modules[i], q.shape[-1])
-                states = States.of(q, k, scaling, QUERIES, shapes[i].sliding_window, calibration.layers[i], generator)
+                states = States.of(q, k, scaling, QUERIES, shapes[i].sliding_window, moments[i], generator)
                 for p, change in enumerate(changes):
                     values, bits = measure(states, change)
                     table.bits[p] = bits

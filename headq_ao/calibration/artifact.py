@@ -14,10 +14,11 @@ from headq_ao.files import FileKind
 from headq_ao.statistics.moments import PROFILE, TENSORS, LayerMoments
 from headq_ao.user_warning import warn
 
-CALIBRATION = FileKind("calibration", 4, "make one with calibrate(...).save(path)", oldest=3)
+CALIBRATION = FileKind("calibration", 5, "make one with calibrate(...).save(path)", oldest=3)
 UNCOUNTED = 3  # files of this version do not say on how many effective tokens they rest, and are taken as they are
+UNFRAMED = (3, 4)  # their keys are as the model has them
 NEEDED, MOST_NEEDED = 8, 768  # the same to be used: with fewer, a sequence's own statistics are better
-COUNTS = ("tokens", "groups", "effective")
+COUNTS = ("tokens", "groups", "effective", "segment_tokens")
 
 
 @dataclass(eq=False)
@@ -86,7 +87,10 @@ class Calibration:
         for i, counts in enumerate(head["layers"]):
             fields: dict[str, Any] = {name: tensors[f"{i}.{name}"] for name in TENSORS}
             fields |= {name: tensors.get(f"{i}.{name}") for name in PROFILE}
-            counts = {"effective": None if head.get("version") == UNCOUNTED else "left out"} | counts
+            version = head.get("version")
+            known = {"effective": None if version == UNCOUNTED else "left out"}
+            known |= {"segment_tokens": 0 if version in UNFRAMED else "left out"}
+            counts = known | counts
             layer = LayerMoments(**counts, **fields)
             layer.check(i)
             layers.append(layer)

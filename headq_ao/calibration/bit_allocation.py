@@ -16,6 +16,7 @@ from headq_ao.codecs.whitened import whitened_codec, whitened_value_codec
 from headq_ao.config import HeadQConfig
 from headq_ao.layer_shape import LayerShape
 from headq_ao.ops.layout import PIECES, granule
+from headq_ao.ops.types import SegmentFrame
 from headq_ao.statistics.importance import attention, score_tiles
 from headq_ao.statistics.moments import PROFILED_BITS, LayerMoments
 
@@ -28,7 +29,7 @@ PER_BIT = 0.27  # what a further bit leaves of the error of a fine code; 1/4 in 
 @torch.no_grad()
 def output_errors(
     moments: LayerMoments, q: Tensor, k: Tensor, v: Tensor, scaling: float, *, n_sink: int, window: int | None,
-    every: int, counted: Tensor | None = None, sinks: Tensor | None = None,
+    every: int, counted: Tensor | None = None, sinks: Tensor | None = None, frame: SegmentFrame | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """What coded keys or values change in a layer's output, at each of :data:`PROFILED_BITS`, and the output's energy.
 
@@ -39,6 +40,7 @@ def output_errors(
         moments: of the layer, from which the codecs come.
         q: ``[1, Hq, T, D]``, and ``k``, ``v`` ``[1, Hkv, T, D]``.
         counted: ``[T]``, which queries count; None: all.
+        frame: that keys are coded in.
 
     Returns:
         ``[Hkv, 2, 4]``, keys then values, and ``[Hkv]``.
@@ -49,12 +51,18 @@ def output_errors(
     (k_mean, k_outer), (v_mean, v_outer), c_q = (
         *((x.to(k.device)[None] for x in moments.shrunk(side)) for side in "kv"), moments.shrunk_c_q.to(k.device)[None]
     )  # fmt: skip
+    segment = torch.zeros(tokens, dtype=torch.int64, device=k.device)
+    coded = k
+    if frame is not None:
+        segment = frame.of(torch.arange(tokens, device=k.device) - n_sink)
+        coded = frame.into(k, segment)
     keys, values = [], []
     for bits in PROFILED_BITS:
         config = HeadQConfig(k_bits=bits, v_bits=bits)
         codec = whitened_codec(config, c_q, k_mean, centred_moment(k_mean, k_outer))
         codec = dataclasses.replace(codec, unit=k_unit)
-        keys.append(codec.dequantize(*codec.quantize(k, config.unbiased_scale)) - k)
+        error = codec.dequantize(*codec.quantize(coded, config.unbiased_scale)) - coded
+        keys.append(error if frame is None else frame.into(error, segment, back=True))
         of_values = whitened_value_codec(config, v_mean, v_outer)
         of_values = of_values if v_unit is None else of_values.in_unit(v_unit)
         values.append(of_values.dequantize(*of_values.quantize(v)) - v)

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from headq_ao.ambient import mode_neutral
 from headq_ao.calibration.bit_allocation import output_errors
+from headq_ao.ops.types import SegmentFrame
 from headq_ao.statistics.importance import importance_weights
 from headq_ao.statistics.moments import TENSORS, LayerMoments
 
+Frames = Sequence[SegmentFrame | None]  # of each layer
 IMPORTANCE_EVERY = 4  # every fourth query serves for the weights that attention gives
 RECORDER: contextvars.ContextVar["Recorder | Profiler | None"] = contextvars.ContextVar("headq_recorder", default=None)
 
@@ -19,7 +21,11 @@ RECORDER: contextvars.ContextVar["Recorder | Profiler | None"] = contextvars.Con
 class Recorder:
     """Collects what attention reads during one calibration; found through a context variable, so threads are apart."""
 
-    def __init__(self, n_layers: int, n_rows: int, n_sink: int, seed: int, places: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, n_layers: int, n_rows: int, n_sink: int, seed: int, places: Sequence[int] | None = None,
+        frames: Frames | None = None,
+    ) -> None:  # fmt: skip
+        self.frames = [None] * n_layers if frames is None else frames
         self.numbers = {place: i for i, place in enumerate(range(n_layers) if places is None else places)}
         self.layers = [MomentAccumulator(n_rows) for _ in range(n_layers)]
         self.n_sink = n_sink
@@ -41,6 +47,9 @@ class Recorder:
     ) -> None:  # fmt: skip
         """Fold one layer's ``[B, H, T, D]`` states, sinks left out; ``sinks``: logits in the softmax's denominator."""
         counted = None if self.counted is None else self.counted.to(k.device)
+        number, segment = self.numbers[layer], None
+        if (frame := self.frames[number]) is not None:
+            segment = frame.of(torch.arange(k.shape[2], device=k.device) - self.n_sink)
         weights = importance_weights(
             q.float(),
             k.float(),
@@ -50,7 +59,13 @@ class Recorder:
             every=IMPORTANCE_EVERY,
             counted=counted,
             sinks=sinks,
+            segment=segment,
         )
+        seen = None
+        if frame is not None and segment is not None:
+            seen = queries_by_segment(q, IMPORTANCE_EVERY * weights[0], k.shape[1], frame)
+            weights = weights[0].sum(-1), *weights[1:]
+            q, k = frame.into(q, segment), frame.into(k, segment)
         q, k, v = (x[:, :, self.n_sink :].transpose(1, 2).flatten(0, 1) for x in (q, k, v))
         rows = [IMPORTANCE_EVERY * w[:, :, self.n_sink :].transpose(1, 2).flatten(0, 1) for w in weights]
         if counted is not None:
@@ -61,15 +76,36 @@ class Recorder:
                 raise ValueError(
                     f"layer {layer}: calibration met non-finite {name}; run the model in float32 or bfloat16"
                 )
-        self.layers[self.numbers[layer]].add(q, k, v, rows, self.priority)
+        self.layers[number].add(q, k, v, rows, self.priority, seen)
+        self.layers[number].segment_tokens = 0 if frame is None else frame.tokens
+
+
+def queries_by_segment(q: Tensor, weight: Tensor, kv_heads: int, frame: SegmentFrame) -> Tensor:
+    """``Σ w q qᵀ`` ``[Hkv, D, D]`` over pairs of a query and a segment of keys that it reads, in that segment's frame.
+
+    Args:
+        q: ``[B, Hq, T, D]``.
+        weight: ``[B, Hq, T, segments]``.
+        kv_heads: Hkv.
+        frame: of keys.
+    """
+    taken = (weight.sum(-1) > 0).any(1).any(0)
+    q, weight = q[:, :, taken].unflatten(1, (kv_heads, -1)), weight[:, :, taken].double().unflatten(1, (kv_heads, -1))
+    outer = q.new_zeros(kv_heads, q.shape[-1], q.shape[-1], dtype=torch.float64)
+    for s in range(weight.shape[-1]):
+        there = frame.into(q.double(), torch.tensor(s, device=q.device))
+        outer += torch.einsum("bhgt,bhgtd,bhgte->hde", weight[..., s], there, there)
+    return outer
 
 
 class Profiler:
     """Measures what coded keys and values change in the output of every layer, on one sequence."""
 
     def __init__(
-        self, moments: list[LayerMoments], n_sink: int, counted: Tensor, places: Sequence[int] | None = None
-    ) -> None:
+        self, moments: list[LayerMoments], n_sink: int, counted: Tensor, places: Sequence[int] | None = None,
+        frames: Frames | None = None,
+    ) -> None:  # fmt: skip
+        self.frames = [None] * len(moments) if frames is None else frames
         self.numbers = {place: i for i, place in enumerate(range(len(moments)) if places is None else places)}
         self.moments, self.n_sink, self.counted = moments, n_sink, counted
 
@@ -78,10 +114,11 @@ class Profiler:
         sinks: Tensor | None = None,
     ) -> None:  # fmt: skip
         """Fold one layer's ``[1, H, T, D]`` states."""
-        m = self.moments[self.numbers[layer]]
+        number = self.numbers[layer]
+        m = self.moments[number]
         m.errors, m.energy = output_errors(
             m, q, k, v, scaling, n_sink=self.n_sink, window=window, every=IMPORTANCE_EVERY,
-            counted=self.counted.to(k.device), sinks=sinks,
+            counted=self.counted.to(k.device), sinks=sinks, frame=self.frames[number],
         )  # fmt: skip
 
 
@@ -94,14 +131,18 @@ class MomentAccumulator:
         self.sums: list[Tensor] = []
         self.rows: Tensor | None = None
         self.priority: Tensor | None = None
-        self.groups = 1
+        self.groups, self.segment_tokens = 1, 0
 
-    def add(self, q: Tensor, k: Tensor, v: Tensor, weights: Sequence[Tensor], priority: Tensor) -> None:
-        """Fold ``q [N, Hq, D]``, ``k``, ``v`` ``[N, Hkv, D]``, the ``weights`` of their rows, and ``priority [N]``."""
+    def add(
+        self, q: Tensor, k: Tensor, v: Tensor, weights: Sequence[Tensor], priority: Tensor, seen: Tensor | None = None
+    ) -> None:
+        """Fold ``q [N, Hq, D]``, ``k``, ``v`` ``[N, Hkv, D]``, the ``weights`` of their rows, and ``priority [N]``;
+        ``seen``: what to take for ``Σ w q qᵀ``."""
         q, k, v, of_q, of_k, of_v = (x.double() for x in (q, k, v, *weights))
         self.groups = q.shape[1] // k.shape[1]
         q, of_q = q.unflatten(1, (k.shape[1], -1)), of_q.unflatten(1, (k.shape[1], -1))
-        new = [torch.einsum("nhgd,nhge->hde", q, q), torch.einsum("nhg,nhgd,nhge->hde", of_q, q, q)]
+        seen = torch.einsum("nhg,nhgd,nhge->hde", of_q, q, q) if seen is None else seen
+        new = [torch.einsum("nhgd,nhge->hde", q, q), seen]
         for x, weight in ((k, of_k), (v, of_v)):
             new += [x.sum(0), torch.einsum("nhd,nhe->hde", x, x), weight.sum(0)]
             new += [torch.einsum("nh,nhd->hd", weight, x), torch.einsum("nh,nhd,nhe->hde", weight, x, x)]
@@ -119,4 +160,4 @@ class MomentAccumulator:
         assert self.rows is not None
         tensors = (*(s.float().cpu() for s in self.sums), self.rows.cpu())
         named: dict[str, Any] = dict(zip(TENSORS, tensors, strict=True))
-        return LayerMoments(self.tokens, self.groups, **named)
+        return LayerMoments(self.tokens, self.groups, **named, segment_tokens=self.segment_tokens)

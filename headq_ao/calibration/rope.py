@@ -1,7 +1,8 @@
-"""Rotary embeddings as the model applies them, for statistics of a sequence's first tokens at later positions.
+"""Rotary embeddings as the model applies them: how the keys of a layer turn with their position.
 
-Scores depend on differences of positions, but the coordinates of a key rotate with the position itself, so variances of
-the first few hundred keys say little of the thousandth. Rotated copies of them stand in for it and need no storage.
+Scores depend on differences of positions, but the coordinates of a key turn with the position itself: statistics of the
+first few hundred keys say little of the thousandth, unless both are taken into the frame of their segment
+(:class:`headq_ao.ops.types.SegmentFrame`).
 """
 
 import ast
@@ -14,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from headq_ao.codecs.rotation import Rotation
 from headq_ao.layer_shape import LayerShape
 from headq_ao.statistics.rope_shift import RopeShift
 
-SHIFTS = (0, 16, 32, 64, 128, 256, 512, 1024)  # positions by which a sequence's first tokens are rotated
 TOLERANCE = 1e-3
 
 
 def rope_shift(
-    embedding: nn.Module | None, attention: nn.Module, shape: LayerShape, shifts: tuple[int, ...] = SHIFTS
+    embedding: nn.Module | None, attention: nn.Module, shape: LayerShape, shifts: tuple[int, ...]
 ) -> RopeShift | None:
     """How keys of a layer rotate from position to position; None where that cannot be told.
 
@@ -52,6 +53,12 @@ def rope_shift(
     found = RopeShift(matrices[:, every, every], matrices[:, partner, every], partner)
     rebuilt = torch.stack(found.shifted(one))
     return found if torch.allclose(rebuilt, matrices, atol=TOLERANCE) else None
+
+
+def rotation_of(embedding: nn.Module | None, attention: nn.Module, shape: LayerShape) -> Rotation | None:
+    """The rotation of a layer's keys at any position; None where it cannot be told."""
+    shift = rope_shift(embedding, attention, shape, (0, 1))
+    return None if shift is None else Rotation.of_shift(shift)
 
 
 def _always_rotary(attention: nn.Module) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from headq_ao.ops import Encoder, quantize, unit_factor
 from headq_ao.ops.rounding import highest_codes
+from headq_ao.ops.types import SegmentFrame
 
 # Distance of the levels of the uniform quantizer with least squared error on a unit normal (Max, 1960).
 GAUSSIAN_STEP = {1: 1.596, 2: 0.9957, 3: 0.5860, 4: 0.3352, 5: 0.1881, 6: 0.1041, 8: 0.0308}
@@ -114,14 +115,14 @@ class KeyCodec(Codec):
         bits = (head_bits[0],) * base + self.bits[base:]
         return dataclasses.replace(self, bits=bits, head_bits=head_bits if len(set(head_bits)) > 1 else ())
 
-    def encoder(self, unbiased: bool) -> Encoder:
-        """How tokens are written, of heads with the same bits."""
+    def encoder(self, unbiased: bool, frame: SegmentFrame | None = None) -> Encoder:
+        """How tokens are written, of heads with the same bits; ``frame``: that they are taken into first."""
         encode = self.encode if self.spread is None else self.encode / self.spread.float().unsqueeze(-1)
         side = self.side_encode is not None
         return Encoder(
             encode, self.bits, self.step if self.symmetric else None, mean=self.mean, unit=self.unit,
             hessian=self.error_hessian(), cholesky=self.factor, read=self.reader if side else None,
-            side_encode=self.side_encode, side_step=self.side_step, unbiased=unbiased,
+            side_encode=self.side_encode, side_step=self.side_step, unbiased=unbiased, frame=frame,
         )  # fmt: skip
 
     def quantize(self, k: Tensor, unbiased: bool) -> tuple[Tensor, Tensor, Tensor | None]:

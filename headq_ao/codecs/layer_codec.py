@@ -12,18 +12,20 @@ from headq_ao.codecs.base import HeadBits, KeyCodec, ValueCodec, by_head
 from headq_ao.codecs.linalg import centred_moment
 from headq_ao.codecs.planes import PlaneCodec
 from headq_ao.codecs.protocol import Codec
+from headq_ao.codecs.rotation import POSITIONS, Rotation, in_model_frame
 from headq_ao.codecs.side_code import with_side_code
 from headq_ao.codecs.source import SourceModule
 from headq_ao.codecs.whitened import prompt_whitened_codec, whitened_codec, whitened_value_codec
 from headq_ao.config import HeadQConfig
 from headq_ao.layer_shape import LayerShape
 from headq_ao.ops.layout import TOKEN_TILE
+from headq_ao.ops.types import SegmentFrame, in_vectors
 from headq_ao.statistics.importance import importance_weights, mixed
-from headq_ao.statistics.moments import LayerMoments
-from headq_ao.statistics.rope_shift import RopeShift
+from headq_ao.statistics.moments import LayerMoments, segment_tokens
 from headq_ao.statistics.units import unit_of_rows
 
 AnyCodec = TypeVar("AnyCodec", KeyCodec, ValueCodec)
+LATER = (1, 2, 4, 8, 16)  # segments after its own, where a prompt's first queries stand for those that read a key
 
 
 class LayerCodec(SourceModule):
@@ -36,12 +38,13 @@ class LayerCodec(SourceModule):
         device: of the attention module.
         heads: the KV heads of the moments that are here, None: all. The codec is made for all and cut.
         bits: of all heads; None: those of the config.
-        shift: what a sequence's own statistics are spread over; None: they stay where they were taken.
+        rotation: the layer's rotary embedding; None: it has none, or it cannot be told.
+        positions: of the model.
+
+    Raises:
+        ValueError: where the moments are in the frame of segments, and there is no rotation.
     """
 
-    shift_cos: Tensor
-    shift_sin: Tensor
-    shift_partner: Tensor
     anchor: Tensor
 
     def __init__(
@@ -52,7 +55,8 @@ class LayerCodec(SourceModule):
         device: torch.device,
         heads: slice | None = None,
         bits: HeadBits | None = None,
-        shift: RopeShift | None = None,
+        rotation: Rotation | None = None,
+        positions: int = POSITIONS,
     ) -> None:
         super().__init__()
         for dim in set(shape.dims):
@@ -60,6 +64,11 @@ class LayerCodec(SourceModule):
         self.config = config
         self.head_dim, self.has_moments = shape.head_dim, moments is not None
         self.form = shape.n_kv_heads, *shape.dims
+        framed = config.k_bits is not None and config.key_codec == "whitened"
+        self.rotation, self.positions = rotation if framed else None, positions
+        self.segment_tokens = segment_tokens(positions) if moments is None else moments.segment_tokens
+        if moments is not None:
+            moments = self._as_coded(moments, rotation)
         self._whole: PlaneCodec | None = None
         self.frame: KeyCodec | None = None
         self._made: dict[str, KeyCodec | ValueCodec] = {}
@@ -75,9 +84,24 @@ class LayerCodec(SourceModule):
 
         if moments is None:  # where a sequence's own codec is to lie
             self.register_buffer("anchor", torch.empty(0, dtype=torch.float32, device=device), persistent=False)
-        self.shifting = shift is not None
-        for name, tensor in () if shift is None else vars(shift).items():
-            self.register_buffer(f"shift_{name}", tensor.to(device), persistent=False)
+
+    def _as_coded(self, moments: LayerMoments, rotation: Rotation | None) -> LayerMoments:
+        """The moments of keys as they are coded: affine ones as the model has them."""
+        if not moments.segment_tokens or self.config.k_bits is None or self.rotation is not None:
+            return moments
+        if rotation is None:
+            raise ValueError(
+                "the calibration has keys in the frame of their segments, and how this layer turns keys with their "
+                "position cannot be told here; calibrate this model"
+            )
+        return in_model_frame(moments, rotation)
+
+    @property
+    def segment_frame(self) -> SegmentFrame | None:
+        """What keys are taken into before they are coded; None: they stay as they are."""
+        if self.rotation is None or not self.frame_tokens:
+            return None
+        return self.rotation.frame(self.segment_tokens, self.positions, next(self.buffers()).device)
 
     def _keep(self, side: str, codec: AnyCodec, device: torch.device) -> AnyCodec:
         """Register the tensors of a codec as buffers; what is left of it without them."""
@@ -105,7 +129,8 @@ class LayerCodec(SourceModule):
             return made
         codec = self._kept(side, frame)
         if isinstance(codec, KeyCodec):
-            codec = dataclasses.replace(codec, mapped=codec.query_map(self.config.sign, torch.float32))
+            mapped = codec.query_map(self.config.sign, torch.float32)
+            codec = dataclasses.replace(codec, mapped=in_vectors(mapped) if self.frame_tokens else mapped)
         self._made[side] = codec
         return codec
 
@@ -121,6 +146,7 @@ class LayerCodec(SourceModule):
         return PlaneCodec(
             keys, values, *self.form, self.config.sign, self.config.unbiased_scale, group,
             self.config.warmup(self.head_dim), self._learn, batch, keys if self.has_moments else None,
+            self.segment_frame,
         )  # fmt: skip
 
     @property
@@ -165,7 +191,9 @@ class LayerCodec(SourceModule):
     def _shared(self) -> PlaneCodec:
         keys, values, found = self.calibrated, self.values, self._whole
         if found is None or found.keys is not keys or found.values is not values:
-            found = PlaneCodec(keys, values, *self.form, self.config.sign, self.config.unbiased_scale)
+            found = PlaneCodec(
+                keys, values, *self.form, self.config.sign, self.config.unbiased_scale, frame=self.segment_frame
+            )
             found.put_together()
             self._whole = found
         return found
@@ -201,7 +229,7 @@ class LayerCodec(SourceModule):
         config, n_sink = self.config, self.config.n_sink
         dtype = torch.float64 if k.dtype == torch.float64 else torch.float32
         q, k = q.to(dtype), k.to(dtype)
-        grouped, rows = q[:, :, n_sink:].unflatten(1, (k.shape[1], -1)).flatten(2, 3), k[:, :, n_sink:]
+        grouped, rows = self._body(q).unflatten(1, (k.shape[1], -1)).flatten(2, 3), self._body(k)
         unit, of_queries = unit_of_rows(rows), unit_of_rows(grouped)
         rows = rows if unit is None else rows / unit.unsqueeze(-1)
         grouped = grouped if of_queries is None else grouped / of_queries.unsqueeze(-1)
@@ -222,26 +250,48 @@ class LayerCodec(SourceModule):
         included: ``μ = (prior·μ_cal + Σ k) / (prior + tokens)``, ``prior`` being ``prior_tokens``."""
         codec, prior = self.calibrated, self.config.prior_tokens
         assert codec is not None
-        body = k[:, :, self.config.n_sink :].to(torch.float64 if k.dtype == torch.float64 else torch.float32)
+        body = self._body(k.to(torch.float64 if k.dtype == torch.float64 else torch.float32))
         total = sum(tile.sum(2) for tile in body.split(self.config.block_size, 2))
         total = total if codec.unit is None else total / codec.unit
         mean = (codec.mean * prior + total) / (prior + body.shape[2])
         return codec.replace({"mean": mean}).owning(frozenset({"mean"}))
 
+    def _body(self, x: Tensor) -> Tensor:
+        """A sequence's first tokens without the sinks, each in the frame of its segment."""
+        x, frame = x[:, :, self.config.n_sink :], self.segment_frame
+        return x if frame is None else frame.into(x, frame.of(torch.arange(x.shape[2], device=x.device)))
+
     def _spread_moments(self, q: Tensor, of_q: Tensor, k: Tensor, of_k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``C_q``, mean and variances of the keys, weighted, over positions; see :mod:`headq_ao.calibration.rope`."""
+        """``C_q``, mean and variances of the keys, weighted, in the frame of a segment.
+
+        First tokens that do not fill a segment stand for the rest of it, turned on; and their queries for those that
+        read the segment later: ``C_q`` is half of its own queries, half of queries 1, 2, 4, .. segments later.
+        """
+        tokens = k.shape[2]
+        own = range(0, max(self.segment_tokens - tokens, 0) + 1, max(tokens, 1)) if self.frame_tokens else (0,)
         found = []
-        for q_at, k_at in zip(self._shifted(q), self._shifted(k), strict=True):
-            c_q = q_at.transpose(-1, -2) @ (of_q[..., None] * q_at) / q.shape[-2]
+        for q_at, k_at in ((self._rotated(q, by), self._rotated(k, by)) for by in own):
             mean = (of_k[..., None] * k_at).mean(-2)
             square = (of_k[..., None] * (k_at - mean.unsqueeze(-2)).square()).mean(-2)
-            found.append((c_q, mean, square))
+            found.append((_outer(q_at, of_q), mean, square))
         c_q, means, squares = (torch.stack(x) for x in zip(*found, strict=True))
-        mean = means.mean(0)
-        return c_q.mean(0), mean, (squares + (means - mean).square()).mean(0)
+        mean, c_q = means.mean(0), c_q.mean(0)
+        if self.frame_tokens:
+            later = torch.stack([_outer(self._rotated(q, self.segment_tokens * far), of_q) for far in LATER]).mean(0)
+            c_q = (c_q + later) / 2
+        return c_q, mean, (squares + (means - mean).square()).mean(0)
 
-    def _shifted(self, x: Tensor) -> list[Tensor]:
-        return RopeShift(self.shift_cos, self.shift_sin, self.shift_partner).shifted(x) if self.shifting else [x]
+    @property
+    def frame_tokens(self) -> int:  # type: ignore[override]
+        """Tokens of a segment whose frame keys are coded in; 0: none."""
+        return 0 if self.rotation is None else self.segment_tokens
+
+    def _rotated(self, x: Tensor, by: int) -> Tensor:
+        """Rows ``[B, H, n, D]`` as they would be so many positions later."""
+        if not by:
+            return x
+        assert self.rotation is not None
+        return self.rotation.at(x, torch.full((1, 1), by, device=x.device))
 
     def sketch(self) -> list[float]:
         """See :class:`SourceModule`; without a calibration, none."""
@@ -253,6 +303,11 @@ class LayerCodec(SourceModule):
         self._made.clear()
         self._whole = None
         return self
+
+
+def _outer(q: Tensor, weight: Tensor) -> Tensor:
+    """``E[w q qᵀ]``."""
+    return q.transpose(-1, -2) @ (weight[..., None] * q) / q.shape[-2]
 
 
 def key_codec(config: HeadQConfig, moments: LayerMoments, bits: tuple[int, ...] = ()) -> KeyCodec:

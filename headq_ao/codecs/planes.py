@@ -15,7 +15,7 @@ from headq_ao.ops import Encoder, cache_update, paged_attention, plan_attention,
 from headq_ao.ops.layout import unpack_keys, unpack_values
 from headq_ao.ops.page_layout import NULL_PAGE, GroupLayout, PagedTokens, PageLayout, Side
 from headq_ao.ops.paged_attention.reference import by_sequence
-from headq_ao.ops.types import PagedKV, Plan, Readers, Visible
+from headq_ao.ops.types import PagedKV, Plan, Readers, SegmentFrame, Visible, in_vectors
 
 SideCodec = TypeVar("SideCodec", KeyCodec, ValueCodec)
 # of q, k, v [n, H, T, D], scaling and sliding window: the codecs of those sequences
@@ -36,6 +36,7 @@ class PlaneCodec(Codec):
         learner: of a sequence's own statistics; None: all belongs to the model.
         batch: sequences, where they have their own.
         first: another codec of the keys in the first ``warmup`` tokens' pages, of the same form; None: ``keys``.
+        frame: that keys are coded in; None: the model's own.
     """
 
     keys: KeyCodec | None
@@ -50,6 +51,7 @@ class PlaneCodec(Codec):
     learner: Learner | None = None
     batch: int = 0
     first: KeyCodec | None = None
+    frame: SegmentFrame | None = None
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -107,10 +109,12 @@ class PlaneCodec(Codec):
         if self.first is not None and query_map is not None:
             of_first = self.first.query_map(self.sign, torch.float32).expand(query_map.shape[1:])
             query_map = torch.cat([of_first[None], query_map])
+        if self.frame is not None and query_map is not None:
+            query_map = in_vectors(query_map)  # as the CPU kernel reads it
         if self.values is None:
-            return Readers(query_map, None, None)
+            return Readers(query_map, None, None, self.frame)
         read = self.values.reader.mT.contiguous().mT  # as the CPU kernel reads it: no plan makes a copy of its own
-        return Readers(query_map, read, self.values.mean)
+        return Readers(query_map, read, self.values.mean, self.frame)
 
     def encoders(self) -> tuple[list[Encoder | None], list[Encoder | None]]:
         """How tokens of each head group are written: of keys, and of values."""
@@ -125,7 +129,7 @@ class PlaneCodec(Codec):
 
     def _encoders_of(self, of_keys: KeyCodec | None) -> tuple[list[Encoder | None], list[Encoder | None]]:
         groups = head_groups(of_keys, self.values)
-        keys = [None if g.keys is None else g.keys.encoder(self.unbiased) for g in groups]
+        keys = [None if g.keys is None else g.keys.encoder(self.unbiased, self.frame) for g in groups]
         return keys, [None if g.values is None else g.values.encoder() for g in groups]
 
     def pack(
@@ -188,6 +192,9 @@ class PlaneCodec(Codec):
             k = self._decoded(of_keys, codecs.keys)[:, :, inside]
             if self.first is not None:
                 k = torch.where(of_first, self._decoded(of_keys, firsts.keys)[:, :, inside], k)
+            if self.frame is not None and codecs.keys is not None:
+                body = torch.arange(begin, end, device=k.device)
+                k = self.frame.into(k, self.frame.of(body), back=True)
             keys.append(k)
             values.append(self._decoded(of_values, codecs.values)[:, :, inside])
         return torch.cat(keys, 1), torch.cat(values, 1)

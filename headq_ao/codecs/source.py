@@ -28,6 +28,7 @@ _numbers = itertools.count()
 class SourceModule(nn.Module, CodecSource):
     """A :class:`CodecSource` whose buffers follow the model to its device, and stay in their dtype when it is cast."""
 
+    frame_tokens: int = 0  # of a segment whose frame keys are coded in, 0: none
     call_options: frozenset[str] = frozenset()  # of the model: see headq_ao.integrations.transformers.arguments
 
     def __init__(self) -> None:

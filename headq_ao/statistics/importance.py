@@ -12,7 +12,7 @@ UNIFORM = 0.25  # share of plain averages in statistics weighted by attention
 
 def importance_weights(
     q: Tensor, k: Tensor, scaling: float, *, n_sink: int, window: int | None = None, every: int = 1,
-    counted: Tensor | None = None, sinks: Tensor | None = None,
+    counted: Tensor | None = None, sinks: Tensor | None = None, segment: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """How much of each row the output shows, from the exact attention ``a`` of a causal sequence.
 
@@ -30,9 +30,11 @@ def importance_weights(
         every: take every such query only.
         counted: ``[B, T]``, which tokens count, as queries and as keys; None: all.
         sinks: logits ``[Hq]`` in the softmax's denominator, or None.
+        segment: ``[T]`` int64, of which segment each key is, from 0 on; None: of one.
 
     Returns:
-        Weights of queries ``[B, Hq, T]`` (0 for those not taken), keys ``[B, Hkv, T]`` and values ``[B, Hkv, T]``.
+        Weights of queries ``[B, Hq, T]`` (0 for those not taken), keys ``[B, Hkv, T]`` and values ``[B, Hkv, T]``. With
+        ``segment`` the first are ``[B, Hq, T, segments]``, by the segment of the keys: their sum is the same.
 
     Example:
         >>> import torch
@@ -43,17 +45,19 @@ def importance_weights(
         (torch.Size([1, 4, 80]), True)
     """
     b, hkv, tokens, _ = k.shape
-    of_q = k.new_zeros(b, hkv, q.shape[1] // hkv, tokens)
+    places = torch.zeros(tokens, dtype=torch.int64, device=k.device) if segment is None else segment
+    of_q = k.new_zeros(b, hkv, q.shape[1] // hkv, tokens, int(places.max()) + 1 if tokens else 1)
     of_k, of_v = k.new_zeros(b, hkv, tokens), k.new_zeros(b, hkv, tokens)
     for at, _, s, packed in score_tiles(q, k, scaling, n_sink=n_sink, window=window, every=every):
         a = attention(s, sinks) * packed
         if counted is not None:
             a = a * (counted[:, at, None] & counted[:, None])[:, None, None]
         slope = a * (1 - a)
-        of_q[..., at] = slope.sum(-1)
+        of_q[..., at, :] = of_q[..., at, :].index_add(-1, places, slope)
         of_k += slope.sum((2, 3))
         of_v += a.square().sum((2, 3))
-    return of_q.flatten(1, 2), of_k, of_v
+    of_q = of_q.flatten(1, 2)
+    return of_q[..., 0] if segment is None else of_q, of_k, of_v
 
 
 def attention(s: Tensor, sinks: Tensor | None) -> Tensor:

@@ -13,9 +13,16 @@ TENSORS = (
     "q_outer", "q_seen_outer", "k_sum", "k_outer", "k_seen", "k_seen_sum", "k_seen_outer",
     "v_sum", "v_outer", "v_seen", "v_seen_sum", "v_seen_outer", "k_rows",
 )  # fmt: skip
+SEGMENT_TOKENS = 256  # twice as many for models of more positions than that: a step maps its query for each segment
+LONG = 2**15
 PLENTY, MOST_PLENTY = 12, 900  # effective tokens per coordinate of a head, and at most, that leave no doubt
 PROFILE = ("errors", "energy")
 PROFILED_BITS = (1, 2, 3, 4)
+
+
+def segment_tokens(positions: int) -> int:
+    """Tokens of a segment whose frame keys are coded in, of a model for so many positions."""
+    return SEGMENT_TOKENS if positions <= LONG else 2 * SEGMENT_TOKENS
 
 
 def tensor_shapes(heads: int, head_dim: int, rows: int, value_dim: int | None = None) -> dict[str, tuple[int, ...]]:
@@ -40,6 +47,9 @@ class LayerMoments:
     ``v_seen`` ``[Hkv]`` are the sums of the weights.
     ``effective``: how many different tokens there are (:func:`headq_ao.calibration.text.effective_tokens`); None where
     nobody counted: the moments are then taken as they are.
+    ``segment_tokens``: queries and keys are in the frame of segments of so many tokens
+    (:class:`headq_ao.ops.types.SegmentFrame`): keys in that of their own, queries in those of the keys that they read
+    (``q_outer``, which has no weights: in that of their own); 0: as the model has them.
     ``errors [Hkv, 2, 4]`` and ``energy [Hkv]``, where measured: what 1 to 4 bits of keys and of values change in the
     output (:func:`headq_ao.calibration.bit_allocation.output_errors`).
     """
@@ -62,6 +72,7 @@ class LayerMoments:
     errors: Tensor | None = None
     energy: Tensor | None = None
     effective: int | None = None
+    segment_tokens: int = 0
 
     @property
     def c_q(self) -> Tensor:
@@ -161,6 +172,10 @@ class LayerMoments:
                 raise ValueError(f"layer {layer}: {name} must be a whole number of at least 1")
         if self.effective is not None and (type(self.effective) is not int or self.effective < 0):
             raise ValueError(f"layer {layer}: effective must be a whole number of at least 0, got {self.effective!r}")
+        if type(self.segment_tokens) is not int or self.segment_tokens < 0:
+            raise ValueError(
+                f"layer {layer}: segment_tokens must be a whole number of at least 0, got {self.segment_tokens!r}"
+            )
         for name, x in self.tensors().items():
             if x.shape != shapes[name]:
                 raise ValueError(f"layer {layer}: {name} must be {shapes[name]}, got {tuple(x.shape)}")

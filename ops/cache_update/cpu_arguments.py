@@ -7,7 +7,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from headq_ao.ops.cache_update.encoders import Encoders
+from headq_ao.ops.cache_update.encoders import Encoders, frame_of
 from headq_ao.ops.encode.types import Encoder
 from headq_ao.ops.layout import PIECES, granule, plane_columns, plane_pieces
 from headq_ao.ops.page_layout import PagedTokens, PageLayout
@@ -69,6 +69,8 @@ class Args(ctypes.Structure):
         ("window", _Tokens * 2),
         ("added", _Tokens * 2),
         ("sinks", _Tokens * 2),
+        *_fields("frame partner", _P),
+        *_fields("frames frame_tokens", _I32),
     )
 
 
@@ -101,6 +103,9 @@ def arguments(
     )  # fmt: skip
     if kv.sink_k is not None and kv.sink_v is not None:
         args.sinks[0], args.sinks[1] = strided(kv.sink_k), strided(kv.sink_v)
+    if (frame := frame_of(key_encoders)) is not None:
+        args.frame, args.partner, args.frames = frame.table.data_ptr(), frame.partner.data_ptr(), len(frame.table)
+        args.frame_tokens = frame.tokens
     return args, groups, kept
 
 

@@ -47,6 +47,9 @@ struct Args {
   const int32_t *table, *window_table;                // [batch, columns]; [batch, ..], pages of `ring` tokens, or null: a ring of each sequence
   const int64_t *packed, *after, *held, *total, *start;  // [batch]; start may be null
   Tokens window[2], added[2], sinks[2];               // of keys, of values; sinks with a window_table
+  const float* frame;                                 // [frames, 2, dim[0]], or null: see SegmentFrame in types.py
+  const int32_t* partner;                             // [dim[0]]
+  int32_t frames, frame_tokens;
 };
 
 inline const float* of(const Matrix& m, int64_t b, int64_t h) { return m.data ? m.data + b * m.batch + h * m.head : nullptr; }
@@ -236,6 +239,14 @@ inline const char* source(const Args& a, int side, int64_t b, int64_t head, int6
   return of(a.added[side], b, head, std::min<int64_t>(std::max<int64_t>(number, 0), a.slots - 1));
 }
 
+// A key of body token j into the frame of its segment, in fp64: other builds then find the same numbers.
+void into_frame(const Args& a, int64_t j, float* x, float* work) {
+  const int64_t frame = std::min<int64_t>(j / a.frame_tokens, a.frames - 1);
+  const float *c = a.frame + frame * 2 * a.dim[0], *d = c + a.dim[0];
+  std::copy_n(x, a.dim[0], work);
+  for (int i = 0; i < a.dim[0]; i++) x[i] = float(double(work[i]) * c[i] + double(work[a.partner[i]]) * d[i]);
+}
+
 inline Quadratic quadratic(const Side& s, const float* steps, int64_t b, int64_t h) {
   return {of(s.hessian, b, h), of(s.cholesky, b, h), steps, s.base, float((1 << s.bits) - 1), s.unbiased != 0};
 }
@@ -256,6 +267,7 @@ void pack(const Args& a, const Group& group, int64_t b, int64_t h, int64_t from,
       }
       float* x = w.x[k].data() + int64_t(t) * s.dim;
       to_float(token, a.dtype, s.dim, x);
+      if (!k && a.frame) into_frame(a, from + t, x, w.decoded.data());
       if (s.unit.data)
         for (int i = 0; i < s.dim; i++) x[i] /= *of(s.unit, b, h);
       if (const float* mean = of(s.mean, b, h))

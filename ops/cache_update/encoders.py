@@ -8,6 +8,7 @@ from headq_ao.ops.cache_update import reference
 from headq_ao.ops.encode.op import quantize
 from headq_ao.ops.encode.types import Encoder
 from headq_ao.ops.page_layout import PageLayout
+from headq_ao.ops.types import SegmentFrame
 
 Encoders = Sequence[Encoder | None]
 Quantize = Callable[[Tensor, Encoder], reference.Codes]
@@ -33,6 +34,11 @@ def unflatten(tensors: Sequence[Tensor], spec: str) -> tuple[list[Encoder | None
         made.append(Encoder.of_flat(list(tensors[first : first + n]), text) if text else None)
         first += n
     return made[::2], made[1::2]
+
+
+def frame_of(key_encoders: Encoders) -> SegmentFrame | None:
+    """The frame that keys are coded in, the same of all heads; None: the model's own."""
+    return next((e.frame for e in key_encoders if e is not None), None)
 
 
 def coders(

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from headq_ao.ops.cache_update import reference
 from headq_ao.ops.cache_update.check import refuse_not_finite
-from headq_ao.ops.cache_update.encoders import Encoders, Quantize, coders, flatten, unflatten
+from headq_ao.ops.cache_update.encoders import Encoders, Quantize, coders, flatten, frame_of, unflatten
 from headq_ao.ops.dispatch import direct, kernels
 from headq_ao.ops.encode.op import quantize
 from headq_ao.ops.page_layout import PageLayout
@@ -67,7 +67,7 @@ def by_quantize(
     if check_finite:
         refuse_not_finite(kv, k, v)
     functions = coders(PageLayout.parse(kv.layout), key_encoders, value_encoders, quantize)
-    reference.cache_update(kv, k, v, packed, most, *functions)
+    reference.cache_update(kv, k, v, packed, most, *functions, frame_of(key_encoders))
 
 
 # As torch.library.custom_op would define it, which at 17 arguments spends 0.2 ms of Python on each call.

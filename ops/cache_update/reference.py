@@ -8,7 +8,7 @@ from torch import Tensor
 
 from headq_ao.ops.layout import PIECES, TOKEN_TILE, _key_pieces, granule
 from headq_ao.ops.page_layout import NULL_PAGE, PagedTokens, PageLayout
-from headq_ao.ops.types import PagedKV, last_in_slots
+from headq_ao.ops.types import PagedKV, SegmentFrame, last_in_slots
 
 # codes [B, h, n, M] uint8, scale and zero ([B, h, n] of keys, [B, h, n, groups] of values) of one head group's tokens
 Codes = tuple[Tensor, Tensor, Tensor | None]
@@ -16,8 +16,9 @@ Encoder = Callable[[Tensor, slice], Codes]  # of tokens [B, h, n, D] of those KV
 
 
 def cache_update(
-    kv: PagedKV, k: Tensor, v: Tensor, packed: Tensor, most: int, encode_keys: Encoder, encode_values: Encoder
-) -> None:
+    kv: PagedKV, k: Tensor, v: Tensor, packed: Tensor, most: int, encode_keys: Encoder, encode_values: Encoder,
+    frame: SegmentFrame | None = None,
+) -> None:  # fmt: skip
     """Append ``k``, ``v`` ``[B, Hkv, S, D]``, tokens ``held ≤ p < total``, and pack body tokens up to ``packed``.
 
     Args:
@@ -26,6 +27,7 @@ def cache_update(
             from ``k`` and ``v``. At most the next multiple of ``P`` above ``most`` new pages are needed in the table.
         most: an upper bound of ``packed − kv.packed`` that the host knows.
         encode_keys, encode_values: of the codec; not called for a side that is not coded.
+        frame: that keys are taken into before they are coded.
     """
     layout, start = PageLayout.parse(kv.layout), torch.zeros_like(kv.held) if kv.new_start is None else kv.new_start
     if most:
@@ -41,6 +43,8 @@ def cache_update(
                 if side.exact is not None:
                     side.exact[page, :, offset] = tokens[:, part].transpose(1, 2).to(side.exact.dtype)
                     continue
+                if side is group.keys and frame is not None:
+                    tokens = frame.into(tokens, frame.of(j)[:, None])
                 write = write_keys if side is group.keys else write_values
                 write(side, page, offset, encode(tokens[:, part], part))
     for window, sinks, x in ((kv.window_k, kv.sink_k, k), (kv.window_v, kv.sink_v, v)):

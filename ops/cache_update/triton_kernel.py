@@ -13,14 +13,14 @@ from torch import Tensor
 
 from headq_ao.ops.cache_update import triton_step
 from headq_ao.ops.cache_update.check import refuse_not_finite
-from headq_ao.ops.cache_update.encoders import Encoders, coders, flatten, unflatten
+from headq_ao.ops.cache_update.encoders import Encoders, coders, flatten, frame_of, unflatten
 from headq_ao.ops.cache_update.reference import Encoder
 from headq_ao.ops.cache_update.triton_pages import append_token, copy_token, key_byte, page_of, put_value_piece
 from headq_ao.ops.layout import PIECES
 from headq_ao.ops.page_layout import PagedTokens, PageLayout
 from headq_ao.ops.paged_attention.triton_codes import CHUNK, key_chunks, query_columns
 from headq_ao.ops.paged_attention.triton_kernel import dense_indices
-from headq_ao.ops.types import PagedKV
+from headq_ao.ops.types import PagedKV, SegmentFrame
 
 GRANULE = tl.constexpr(32)  # tokens whose value codes one program writes: no others share their bytes
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -157,7 +157,8 @@ def launch(
         if few is not None:
             few(k, v, most)
             return True
-    return update(kv, k, v, packed, most, *coders(layout, *unflatten(encoders, spec)))
+    sides = unflatten(encoders, spec)
+    return update(kv, k, v, packed, most, *coders(layout, *sides), frame_of(sides[0]))
 
 
 def plan(
@@ -171,8 +172,9 @@ def plan(
 
 
 def update(
-    kv: PagedKV, k: Tensor, v: Tensor, packed: Tensor, most: int, encode_keys: Encoder, encode_values: Encoder
-) -> bool:
+    kv: PagedKV, k: Tensor, v: Tensor, packed: Tensor, most: int, encode_keys: Encoder, encode_values: Encoder,
+    frame: SegmentFrame | None = None,
+) -> bool:  # fmt: skip
     """:func:`headq_ao.ops.cache_update.reference.cache_update`; False, and nothing is done, where the kernels do not
     serve: fp64, a side that is not coded, a window whose coordinates do not lie side by side."""
     layout = PageLayout.parse(kv.layout)
@@ -192,6 +194,9 @@ def update(
             leaving_kernel[(batch * heads, most)](
                 sides, kv.packed, packed, kv.held, kv.new_start, heads, kv.n_sink, ring, **sizes
             )
+            if frame is not None:
+                body = kv.packed[:, None] + torch.arange(most, device=k.device)
+                left = frame.into(left[0], frame.of(body)[:, None]), left[1]
             _pack(kv, layout, left, packed, most, encode_keys, encode_values)
         if new and batch:
             sides = tuple(_with_strides(*x) for x in zip(windows, (k, v), strict=True))

@@ -62,7 +62,7 @@ def served(layout: PageLayout, spec: str) -> bool:
     if any(side.zero or side.groups != 1 or len(set(side.bits)) != 1 for side, _ in sides):
         return False
     for text in spec.split(";"):
-        names, bits, step, group_size, _ = text.split(",") if text else ("", "", "", "0", "")
+        names, bits, step, group_size, *_ = text.split(",") if text else ("", "", "", "0")
         if "side_encode" in names or not (step or "step" in names.split("+")) or len(set(bits.split("+"))) != 1:
             return False
         if group_size != "0":
@@ -83,8 +83,8 @@ def matrices(layout: PageLayout, tensors: Sequence[Tensor], spec: str) -> Tensor
     if len(_made) >= KEPT:
         _made.clear()
     rows = None
-    if all(t.shape[0] == 1 and t.dtype != torch.float64 for t in tensors):
-        sides, shape = unflatten(tensors, spec), shape_of(layout)
+    sides, shape = unflatten(tensors, spec), shape_of(layout)
+    if all(t.shape[0] == 1 and t.dtype != torch.float64 for side in sides for e in side if e for t in e.tensors):
         heads = [g.heads for g in layout.groups]
         made = [_rows(e, n, shape) for side in sides for e, n in zip(side, heads, strict=True) if e is not None]
         rows = torch.cat(made)

@@ -14,13 +14,14 @@ import triton.language as tl
 from torch import Tensor
 
 from headq_ao.ops.cache_update import triton_matrices
+from headq_ao.ops.cache_update.encoders import frame_of, unflatten
 from headq_ao.ops.cache_update.triton_pages import append_token, key_byte, page_of, put_value_piece
 from headq_ao.ops.error_feedback.reference import SPREADS
 from headq_ao.ops.error_feedback.triton_kernel import INTEGER, LARGEST, SMALLEST
 from headq_ao.ops.page_layout import PageLayout
 from headq_ao.ops.paged_attention.triton_codes import CHUNK
 from headq_ao.ops.paged_attention.triton_heads import FIELDS, all_query_columns, form, head_table, kinds, sides
-from headq_ao.ops.types import PagedKV
+from headq_ao.ops.types import PagedKV, SegmentFrame
 
 MOST = 16  # tokens that leave at once; more are coded in bulk
 BLOCK, _FIELDS = tl.constexpr(triton_matrices.BLOCK), tl.constexpr(FIELDS)
@@ -60,8 +61,9 @@ def _prefetch(start, SIZE: tl.constexpr, PTX: tl.constexpr):
 
 
 @triton.jit
-def _transformed(x, dim, row, PARTS: tl.constexpr, D: tl.constexpr, M: tl.constexpr):
-    """``y = (x / unit − mean) @ encode``, ``[M]``."""
+def _transformed(x, dim, row, angles, partner, rotated, PARTS: tl.constexpr, D: tl.constexpr, M: tl.constexpr):
+    """``y = (x / unit − mean) @ encode``, ``[M]``; the first ``rotated`` coordinates of ``x`` in the
+    frame of its segment."""
     ROWS: tl.constexpr = min(D, 2048 // M)
     d, m = tl.arange(0, ROWS), tl.arange(0, M)
     unit = tl.load(row + _UNIT)
@@ -69,7 +71,14 @@ def _transformed(x, dim, row, PARTS: tl.constexpr, D: tl.constexpr, M: tl.conste
     total, tile = tl.zeros([ROWS, M], tl.float32), tl.load(encode)
     for first in range(0, D, ROWS):
         following = tl.load(encode + tl.minimum(first + ROWS, D - ROWS) * M)
-        token = tl.load(x + first + d, mask=first + d < dim, other=0.0).to(tl.float32) / unit
+        token = tl.load(x + first + d, mask=first + d < dim, other=0.0).to(tl.float32)
+        if angles is not None:
+            here = first + d < rotated
+            other = tl.load(partner + first + d, mask=here, other=0)
+            own = tl.load(angles + first + d, mask=here, other=1.0).to(tl.float64) * token.to(tl.float64)
+            of_other = tl.load(angles + dim + first + d, mask=here, other=0.0).to(tl.float64)
+            token = (own + of_other * tl.load(x + other, mask=here, other=0.0).to(tl.float64)).to(tl.float32)
+        token /= unit
         total += (token - tl.load(row + PARTS[0] + first + d))[:, None] * tile
         tile = following
     return tl.sum(total, 0)
@@ -165,7 +174,7 @@ def _swept(v, codes, row, top, PARTS: tl.constexpr, M: tl.constexpr):
 )
 def code_kernel(
     window_k, window_k_strides, window_v, window_v_strides, k, k_strides, v, v_strides, rows, packed, packed_after,
-    held, start, scratch, codes, found, heads, n_sink, ring,
+    held, start, frame, scratch, codes, found, heads, n_sink, ring,
     DIMS: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr, M: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Codes of body tokens from ``packed`` on, from the ring or the call's own, at all scales.
@@ -193,7 +202,10 @@ def code_kernel(
             x, dim = _token(window_k, window_k_strides, k, k_strides, b, h, number, slot, in_ring), DIMS[0]
         else:
             x, dim = _token(window_v, window_v_strides, v, v_strides, b, h, number, slot, in_ring), DIMS[1]
-        y = _transformed(x, dim, row, PARTS, D, M)
+        angles, partner = None, None
+        if frame is not None:
+            angles, partner = frame[0] + tl.minimum(j // frame[2], frame[3] - 1) * (2 * DIMS[0]), frame[1]
+        y = _transformed(x, dim, row, angles, partner, tl.where(side == 0, DIMS[0], 0), PARTS, D, M)
         top = tl.load(row + _TOP)
         scale = _half(tl.sqrt(tl.sum(y * y) / tl.load(row + _WIDTH)) * spread)
         m = tl.arange(0, M)
@@ -324,10 +336,12 @@ class Step:
 
     Args:
         kv, packed: as in :func:`headq_ao.ops.cache_update`, read where they lie at the time of a call; contiguous.
+        frame: that keys are coded in.
         rows: of :func:`headq_ao.ops.cache_update.triton_matrices.matrices`.
     """
 
-    def __init__(self, kv: PagedKV, packed: Tensor, rows: Tensor) -> None:
+    def __init__(self, kv: PagedKV, packed: Tensor, rows: Tensor, frame: SegmentFrame | None) -> None:
+        self.frame = None if frame is None else (frame.table, frame.partner, frame.tokens, len(frame.table))
         self.kv, self.packed, self.rows, self.layout = kv, packed, rows, PageLayout.parse(kv.layout)
         shape, layout = triton_matrices.shape_of(self.layout), self.layout
         self.windows = kv.window_k, kv.window_k.stride()[:3], kv.window_v, kv.window_v.stride()[:3]
@@ -357,8 +371,8 @@ class Step:
         with torch.cuda.device_of(k):
             if most:
                 code_kernel[(batch * heads, 2 * most, len(SPREADS))](
-                    *tokens, self.rows, kv.packed, self.packed, kv.held, kv.new_start, scratch, codes, found,
-                    heads, kv.n_sink, self.ring, **self.sizes, **self.coding,
+                    *tokens, self.rows, kv.packed, self.packed, kv.held, kv.new_start, self.frame, scratch, codes,
+                    found, heads, kv.n_sink, self.ring, **self.sizes, **self.coding,
                 )  # fmt: skip
             finish_kernel[(batch * heads, 2, 1 + new)](
                 *tokens, codes, found, *self.places, *self.paging, kv.packed, self.packed, kv.held, kv.total,
@@ -394,4 +408,4 @@ def step(kv: PagedKV, packed: Tensor, encoders: Sequence[Tensor], spec: str) -> 
         return None
     with torch.cuda.device_of(kv.window_k):
         rows = triton_matrices.matrices(layout, encoders, spec)
-        return None if rows is None else Step(kv, packed, rows)
+        return None if rows is None else Step(kv, packed, rows, frame_of(unflatten(encoders, spec)[0]))

@@ -53,7 +53,7 @@ def _quantize(x: Tensor, encoder: list[Tensor], spec: str) -> list[Tensor]:
 
 @_quantize.register_fake
 def _(x: Tensor, encoder: list[Tensor], spec: str) -> list[Tensor]:
-    names, _, step, group_size, _ = spec.split(",")
+    names, _, step, group_size, *_ = spec.split(",")
     given = dict(zip(names.split("+"), encoder, strict=True))
     base = given["encode"].shape[-1]
     stored = base + (given["side_encode"].shape[-1] if "side_encode" in given else 0)

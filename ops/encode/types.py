@@ -2,13 +2,16 @@
 
 import functools
 from dataclasses import dataclass, fields
+from typing import Any
 
 from torch import Tensor
 
 from headq_ao.ops.error_feedback.reference import unit_factor
 from headq_ao.ops.layout import PIECES
+from headq_ao.ops.types import SegmentFrame
 
 TENSORS = ("encode", "mean", "unit", "step", "hessian", "cholesky", "read", "side_encode", "side_step")
+FRAME = ("table", "partner")  # of :class:`SegmentFrame`
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +38,8 @@ class Encoder:
         cholesky: :func:`headq_ao.ops.unit_factor` of ``hessian``, where the caller has it.
         read, side_encode, side_step: ``[.., D, M0]``, ``[.., D, R]``, ``[.., R]``: with a side code.
         unbiased: store the scale that makes ``⟨y, ŷ⟩ = ‖y‖²`` (``yᵀ H ŷ = yᵀ H y``); symmetric codes only.
+        frame: that the tokens are taken into before all this, by ``cache_update``, which knows where they stand; None:
+            they stay as they are.
     """
 
     encode: Tensor
@@ -49,6 +54,7 @@ class Encoder:
     side_encode: Tensor | None = None
     side_step: Tensor | None = None
     unbiased: bool = True
+    frame: SegmentFrame | None = None
 
     def __post_init__(self) -> None:
         d, m = self.encode.shape[-2:]
@@ -89,6 +95,11 @@ class Encoder:
         """Stored coordinates of a token, M0 + R."""
         return self.encode.shape[-1] + (0 if self.side_encode is None else self.side_encode.shape[-1])
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Its tensors, without those of the frame."""
+        return [x for name in TENSORS if isinstance(x := getattr(self, name), Tensor)]
+
     @functools.cached_property
     def factor(self) -> Tensor | None:
         """``cholesky``, made once where it was not given."""
@@ -102,18 +113,24 @@ class Encoder:
             held["cholesky"] = self.factor
         step = "" if self.step is None or isinstance(self.step, Tensor) else repr(float(self.step))
         bits = "+".join(map(str, self.bits))
-        names = "+".join(name for name in TENSORS if name in held)
-        text = f"{names},{bits},{step},{self.group_size},{int(self.unbiased)}"
-        return [held[name] for name in TENSORS if name in held], text
+        tokens = 0
+        if self.frame is not None:
+            held["table"], held["partner"], tokens = self.frame.table, self.frame.partner, self.frame.tokens
+        names = [name for name in (*TENSORS, *FRAME) if name in held]
+        text = f"{'+'.join(names)},{bits},{step},{self.group_size},{int(self.unbiased)},{tokens}"
+        return [held[name] for name in names], text
 
     @classmethod
     def of_flat(cls, tensors: list[Tensor], text: str) -> "Encoder":
         """:attr:`flat`, undone."""
-        names, bits, step, group_size, unbiased = text.split(",")
-        given: dict[str, Tensor] = dict(zip(names.split("+"), tensors, strict=True))
-        number = {} if "step" in given else {"step": float(step) if step else None}
+        names, bits, step, group_size, unbiased, frame_tokens = text.split(",")
+        given: dict[str, Any] = dict(zip(names.split("+"), tensors, strict=True))
+        if int(frame_tokens):
+            given["frame"] = SegmentFrame(given.pop("table"), given.pop("partner"), int(frame_tokens))
+        if "step" not in given:
+            given["step"] = float(step) if step else None
         widths = tuple(map(int, bits.split("+")))
-        return cls(**given, **number, bits=widths, group_size=int(group_size), unbiased=unbiased == "1")  # type: ignore[arg-type]
+        return cls(**given, bits=widths, group_size=int(group_size), unbiased=unbiased == "1")
 
 
 assert {f.name for f in fields(Encoder)} >= set(TENSORS)

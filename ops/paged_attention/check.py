@@ -19,9 +19,10 @@ def check_cache(kv: PagedKV, readers: Readers, q_heads: int, reads: Tensor | Non
     tensors = (
         *kv.pages, kv.table, kv.segment, kv.packed, kv.held, kv.total, kv.window_k, kv.window_v, kv.new_k, kv.new_v,
         kv.new_start, kv.window_table, kv.sink_k, kv.sink_v, readers.query_map, readers.read, readers.mean, reads,
+        *(() if (frame := readers.frame) is None else (frame.table, frame.partner)),
     )  # fmt: skip
     forms = [None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in tensors]
-    key = (kv.layout, kv.n_sink, q_heads, len(kv.pages), *forms)
+    key = (kv.layout, kv.n_sink, q_heads, len(kv.pages), frame and frame.tokens, *forms)
     if key in _fine:
         return
     _check_cache(kv, readers, q_heads, reads)
@@ -51,6 +52,11 @@ def _check_cache(kv: PagedKV, readers: Readers, q_heads: int, reads: Tensor | No
     ):  # fmt: skip
         _fits(name, x, (batch, layout.kv_heads, tokens, dim), device)
     _check_readers(readers, layout, batch, device)
+    if (frame := readers.frame) is not None:
+        if frame.tokens < 1 or frame.tokens % layout.page_tokens:
+            raise ValueError(f"a segment must be whole pages of {layout.page_tokens} tokens, got {frame.tokens}")
+        _fits("frame.table", frame.table, (len(frame.table), 2, layout.key_dim), device, torch.float32)
+        _fits("frame.partner", frame.partner, (layout.key_dim,), device, torch.int32)
 
 
 def _check_window(kv: PagedKV, layout: PageLayout, batch: int, device: torch.device) -> None:

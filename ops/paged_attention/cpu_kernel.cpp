@@ -24,6 +24,8 @@ constexpr int CHUNK = 1024;        // tokens of one unit of work
 constexpr int LANES = 2 * TILE;    // of two granules that lie beside each other
 constexpr int LEAST_PAGE = 16;     // tokens
 constexpr int LEAST_GRANULE = 8;   // tokens of a value granule
+constexpr int LARGEST_DIM = 256;
+constexpr int MOST_ROWS = 4;       // queries at a time
 constexpr float NEG = -std::numeric_limits<float>::infinity();
 
 // Of a page: tiles of 16 tokens of keys, granules of values.
@@ -59,14 +61,16 @@ struct Args {
   const int64_t *low, *high;                                  // [batch, new_tokens], or null: causal, under `sliding`
   int64_t* reads;                                             // [2], or null
   PerHead map, read, mean;                                    // map: [segments] of [key_dim, M + 3]; read, of [value_dim, value_dim], transposed, and mean may be null
-  int64_t map_segment;
+  int64_t map_segment;                                        // with a frame, rows of the map lie map_row numbers apart, whole vectors
   const float* mapped;                                        // [segments, batch, kv_heads, queries, M + 3], or null: the kernel maps
   float* lse;                                                 // [batch, kv_heads, queries] or null
   const int64_t* query_start;                                 // [batch + 1], or null: sequences of unequal new tokens, one after the other in q and out
+  const float* frame;                                         // [frames, 2, key_dim], or null: see SegmentFrame
+  const int32_t* partner;                                     // [key_dim]
   const Group* groups;
   int32_t n_groups, batch, kv_heads, queries, new_tokens;     // queries: rows per KV head (group x new tokens)
   int32_t key_dim, value_dim, coordinates, segments;          // coordinates: M
-  int32_t page_tokens, columns, n_sink, body, sliding, threads;  // body: position of the first token in pages
+  int32_t page_tokens, columns, n_sink, body, sliding, threads, frames, frame_tokens, map_row;  // body: position of the first token in pages
   float scaling;
 };
 
@@ -408,13 +412,15 @@ inline void split(const vi (&w)[4], int8_t* to) {
 
 // A query as integers: x ≈ scale · (hi·256 + lo), |hi·256 + lo| <= 32512.
 float split_query(const float* x, int n, int8_t* to) {
-  float most = 0;
-  bool finite = true;
+  int32_t bits = 0;  // of the largest, and of what is no number
   for (int i = 0; i < n; i++) {
-    most = std::max(most, std::fabs(x[i]));
-    finite = finite && std::isfinite(x[i]);
+    int32_t own;
+    std::memcpy(&own, x + i, 4);
+    bits = std::max(bits, own & 0x7fffffff);
   }
-  const bool none = !finite || most < 1e-30f;
+  float most;
+  std::memcpy(&most, &bits, 4);
+  const bool finite = bits < 0x7f800000, none = !finite || most < 1e-30f;
   const float inverse = none ? 0.0f : 32512 / most;
   int i = 0;
 #if defined(__AVX512BW__)
@@ -564,7 +570,7 @@ void count(const Args& a, const Sequence& s, int b) {
 
 // The queries of one KV head as integers, per plane, and what to multiply their sums with.
 struct Query {
-  int row;          // bytes of one query's factors
+  int n, row;       // queries; bytes of one query's factors
   float* scale;     // [plane][query]
   int8_t* factors;  // [plane][query][row]
   static int row_bytes(const Group& f) {
@@ -572,9 +578,9 @@ struct Query {
     for (int p = 0; p < f.key_planes; p++) columns = std::max(columns, f.k[p].columns);
     return columns / 4 * FOUR;
   }
-  static int64_t bytes(const Args& a, const Group& f) { return int64_t(f.key_planes) * a.queries * (row_bytes(f) + sizeof(float)); }
-  Query(const Args& a, const Group& f, char* memory) : row(row_bytes(f)), scale((float*)memory), factors((int8_t*)(scale + int64_t(f.key_planes) * a.queries)) {}
-  int8_t* of(const Args& a, int p, int q) const { return factors + (int64_t(p) * a.queries + q) * row; }
+  static int64_t bytes(int n, const Group& f) { return (int64_t(f.key_planes) * n * (row_bytes(f) + sizeof(float)) + 63) / 64 * 64; }
+  Query(int n, const Group& f, char* memory) : n(n), row(row_bytes(f)), scale((float*)memory), factors((int8_t*)(scale + int64_t(f.key_planes) * n)) {}
+  int8_t* of(int p, int q) const { return factors + (int64_t(p) * n + q) * row; }
 };
 
 inline const float* of_head(const PerHead& x, int b, int h) { return x.data ? x.data + b * x.batch_stride + h * x.head_stride : nullptr; }
@@ -599,9 +605,10 @@ void map_queries(const Args& a, const float* q, const float* map, float* to) {
   }
 }
 
-void prepare(const Args& a, const Group& f, const float* mapped, const Query& query) {
+// The next query's lies `stride` numbers further on.
+void prepare(const Args& a, const Group& f, const float* mapped, int stride, const Query& query) {
   alignas(64) float columns[1024];
-  for (int q = 0; q < a.queries; q++, mapped += a.coordinates + 3)
+  for (int q = 0; q < query.n; q++, mapped += stride)
     for (int p = 0; p < f.key_planes; p++) {
       const int n = f.k[p].columns;
       const float* row = mapped;
@@ -609,8 +616,33 @@ void prepare(const Args& a, const Group& f, const float* mapped, const Query& qu
         for (int c = 0; c < n; c++) columns[c] = f.q_column[p][c] < a.coordinates ? mapped[f.q_column[p][c]] * f.q_factor[p][c] : 0.0f;
         row = columns;
       }
-      query.scale[p * a.queries + q] = LOG2E * f.q_weight[p] * split_query(row, n, query.of(a, p, q));
+      query.scale[p * query.n + q] = LOG2E * f.q_weight[p] * split_query(row, n, query.of(p, q));
     }
+}
+
+// V vectors of x [NQ][LARGEST_DIM] times a matrix whose rows lie `stride` numbers apart; to alike.
+template <int NQ, int V>
+inline void times_vectors(const float (*x)[LARGEST_DIM], const float* matrix, int rows, int stride, float* to) {
+  vf sum[NQ][V] = {};
+  for (int d = 0; d < rows; d++, matrix += stride)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v++) {
+      const vf m = load<vf>(matrix + v * TILE);
+#pragma GCC unroll 4
+      for (int q = 0; q < NQ; q++) sum[q][v] += x[q][d] * m;
+    }
+  for (int q = 0; q < NQ; q++)
+    for (int v = 0; v < V; v++) store(to + int64_t(q) * stride + v * TILE, sum[q][v]);
+}
+
+template <int NQ>
+void times_rows(const float (*x)[LARGEST_DIM], const float* matrix, int rows, int stride, float* to) {
+  int left = stride / TILE;
+  for (; left >= 5; left -= 5, matrix += 5 * TILE, to += 5 * TILE) times_vectors<NQ, 5>(x, matrix, rows, stride, to);
+  if (left == 4) times_vectors<NQ, 4>(x, matrix, rows, stride, to);
+  if (left == 3) times_vectors<NQ, 3>(x, matrix, rows, stride, to);
+  if (left == 2) times_vectors<NQ, 2>(x, matrix, rows, stride, to);
+  if (left == 1) times_vectors<NQ, 1>(x, matrix, rows, stride, to);
 }
 
 // The body tokens of a chunk that a query may see.
@@ -635,6 +667,9 @@ struct Work {
   char* memory;
   int64_t memory_segment;
   float* part;  // [queries] maxima, [queries] sums, then accumulators
+  const float *queries, *partners;  // [queries, key_dim], and what turns with each coordinate
+  float* framed;                    // of this thread: mapped queries of a frame
+  char* framed_memory;              // and these as integers
 };
 
 constexpr struct Steps {
@@ -644,10 +679,9 @@ constexpr struct Steps {
 
 // Scores of tokens t0:t1 of the chunk, which are of one segment, in units of log 2; their maxima are at least `most`.
 template <class I, int NQ>
-void scores(const Work& w, const Pages& pages, int segment, int q0, int t0, int t1, Ahead& values, float (*s)[CHUNK], float* most) {
+void scores(const Work& w, const Pages& pages, const Query& query, const float* mapped, int stride, int q0, int t0, int t1, Ahead& values, float (*s)[CHUNK], float* most) {
   const Args& a = w.a;
   const Group& f = w.f;
-  const Query query(a, f, w.memory + segment * w.memory_segment);
   alignas(64) float sigma[CHUNK], offset[CHUNK];
   alignas(64) int32_t sums[NQ][CHUNK];
   scales(f.k_scale, pages, w.h, t0, t1 - t0, 0, sigma);
@@ -663,12 +697,12 @@ void scores(const Work& w, const Pages& pages, int segment, int q0, int t0, int 
       const int beside = t + TILE < t1 ? t + TILE : t;  // else both halves are the same tile
       const uint8_t *at = keys_at(k, pages, w.h, t), *above = joined ? keys_at(high, pages, w.h, t) : nullptr;
       const Granules from{at, NEIGHBOURS.at, keys_at(k, pages, w.h, beside) - at, above, NEIGHBOURS.at, joined ? keys_at(high, pages, w.h, beside) - above : 0};
-      tile<I, NQ>(k.width, joined ? high.width : 0, from, n, query.of(a, p, q0), query.row, p ? none : values, (int32_t(*)[CHUNK])(sums[0] + (t - t0)));
+      tile<I, NQ>(k.width, joined ? high.width : 0, from, n, query.of(p, q0), query.row, p ? none : values, (int32_t(*)[CHUNK])(sums[0] + (t - t0)));
     }
     const bool last = p + (joined ? 2 : 1) >= f.key_planes;
     for (int q = 0; q < NQ; q++) {
-      const float* scalars = w.mapped + segment * w.mapped_segment + int64_t(q0 + q) * (a.coordinates + 3) + a.coordinates;
-      const float scale = query.scale[p * a.queries + q0 + q], bias = LOG2E * scalars[0], zero_query = LOG2E * scalars[1], mean = LOG2E * scalars[2];
+      const float* scalars = mapped + int64_t(q0 + q) * stride + a.coordinates;
+      const float scale = query.scale[p * query.n + q0 + q], bias = LOG2E * scalars[0], zero_query = LOG2E * scalars[1], mean = LOG2E * scalars[2];
       vf top = vf{} + NEG;
       float* row = s[q] + t0;
       for (int t = 0; t < t1 - t0; t += TILE) {
@@ -746,6 +780,24 @@ inline int segment_of(const Args& a, const Pages& pages, int t) {
   return segment >= 0 && segment < a.segments ? segment : 0;
 }
 
+// The segment of a body token, and the first token of the next.
+inline int frame_of(const Args& a, int64_t j) { return int(std::min<int64_t>(j / a.frame_tokens, a.frames - 1)); }
+inline int64_t frame_end(const Args& a, int frame) { return frame == a.frames - 1 ? std::numeric_limits<int32_t>::max() : int64_t(frame + 1) * a.frame_tokens; }
+
+// NQ queries taken into a frame, mapped, and as integers.
+template <int NQ>
+void into_frame(const Work& w, int segment, int frame, int q0, const Query& query) {
+  const Args& a = w.a;
+  const float *c = a.frame + int64_t(frame) * 2 * a.key_dim, *d = c + a.key_dim;
+  alignas(64) float x[NQ][LARGEST_DIM];
+  for (int q = 0; q < NQ; q++) {
+    const float *own = w.queries + int64_t(q0 + q) * a.key_dim, *other = w.partners + int64_t(q0 + q) * a.key_dim;
+    for (int i = 0; i < a.key_dim; i++) x[q][i] = c[i] * own[i] + d[i] * other[i];
+  }
+  times_rows<NQ>(x, of_head(a.map, w.b, w.f.first + w.h) + segment * a.map_segment, a.key_dim, a.map_row, w.framed);
+  prepare(a, w.f, w.framed, a.map_row, query);
+}
+
 // NQ queries over a chunk.
 template <class I, int NQ>
 void attend_chunk(const Work& w, const Pages& pages, int q0) {
@@ -765,11 +817,20 @@ void attend_chunk(const Work& w, const Pages& pages, int q0) {
     for (int p = 0; p < f.key_planes && w.t0 == w.of.from; p++)
       for (int t = 0; t < n; t += TILE) prefetch(keys_at(f.k[p], pages, w.h, t), TILE * f.k[p].columns * f.k[p].width / 8);
   }
+  const Query framed(NQ, f, w.framed_memory);
+  bool bad[NQ] = {};
   for (int t = 0, stop; t < n; t = stop) {
-    const int segment = segment_of(a, pages, t);
-    for (stop = a.segments > 1 ? t + pages.tokens : n; stop < n && segment_of(a, pages, stop) == segment;) stop += pages.tokens;
-    stop = std::min(stop, n);
-    scores<I, NQ>(w, pages, segment, q0, t, stop, values, s, most);
+    const int segment = segment_of(a, pages, t), frame = a.frame ? frame_of(a, w.t0 + t) : 0;
+    const int end = a.frame ? int(std::min<int64_t>(frame_end(a, frame) - w.t0, n)) : n;
+    for (stop = a.segments > 1 ? t + pages.tokens : end; stop < end && segment_of(a, pages, stop) == segment;) stop += pages.tokens;
+    stop = std::min(stop, end);
+    if (!a.frame) {
+      scores<I, NQ>(w, pages, Query(a.queries, f, w.memory + segment * w.memory_segment), w.mapped + segment * w.mapped_segment, a.coordinates + 3, q0, t, stop, values, s, most);
+      continue;
+    }
+    into_frame<NQ>(w, segment, frame, q0, framed);
+    for (int i = 0; i < f.key_planes * NQ; i++) bad[i % NQ] = bad[i % NQ] || std::isnan(framed.scale[i]);
+    scores<I, NQ>(w, pages, framed, w.framed, a.map_row, 0, t, stop, values, s, most);
   }
   Range any{n, 0};
   for (int q = 0; q < NQ; q++) {
@@ -783,6 +844,10 @@ void attend_chunk(const Work& w, const Pages& pages, int q0) {
   }
   if (any.low >= any.high) any = {0, 0};
   readout<I, NQ>(w, pages, q0, any, s, most, most + a.queries, w.part + 2 * a.queries + int64_t(q0) * a.value_dim);
+  for (int q = 0; q < NQ; q++) {  // NaN wherever such a query sees one of these tokens
+    const Range range = bad[q] ? seen(a, w.of, w.b, q0 + q, w.t0, w.t1) : Range{0, 0};
+    if (range.low < range.high) most[q] = 0, most[a.queries + q] = std::numeric_limits<float>::quiet_NaN();
+  }
 }
 
 // As many queries at a time as the path has registers for.
@@ -989,7 +1054,7 @@ static int attend(const Args& a, int isa) {
   const std::unique_ptr<Sequence[]> sequences(new (std::nothrow) Sequence[a.batch]);
   if (!sequences) return 1;
   int64_t bytes = 0, chunks = 0, rows = 0;
-  for (int g = 0; g < a.n_groups; g++) bytes = std::max(bytes, (Query::bytes(a, a.groups[g]) + 63) / 64 * 64);
+  for (int g = 0; g < a.n_groups; g++) bytes = std::max(bytes, Query::bytes(std::max(a.queries, MOST_ROWS), a.groups[g]));
   for (int b = 0; b < a.batch; b++) {
     Sequence& s = sequences[b] = sequence(a, b);
     s.before = chunks;
@@ -1002,13 +1067,15 @@ static int attend(const Args& a, int isa) {
     while (h >= a.groups[g].first + a.groups[g].heads) g++;
     return a.groups[g];
   };
-  const int64_t width = int64_t(a.queries) * (a.value_dim + 2), q_size = int64_t(a.queries) * a.key_dim, mapped_size = chunks ? int64_t(a.queries) * columns : 0;
+  const int64_t width = int64_t(a.queries) * (a.value_dim + 2), q_size = int64_t(a.queries) * a.key_dim, mapped_size = chunks && !a.frame ? int64_t(a.queries) * columns : 0;
   const int64_t exact_size = int64_t(a.queries) * (a.value_dim + 1 + rows), parts_size = width * chunks * a.kv_heads;
   const int64_t mapped_all = a.mapped ? 0 : heads * a.segments * mapped_size;
-  const std::unique_ptr<float[]> floats(new (std::nothrow) float[parts_size + heads * q_size + mapped_all + a.threads * exact_size]);
-  const std::unique_ptr<char[]> memory(new (std::nothrow) char[chunks ? heads * a.segments * bytes : 1]);
+  const int64_t partners_size = a.frame ? heads * q_size : 0, framed_size = a.frame ? int64_t(MOST_ROWS) * a.map_row : 0;
+  const std::unique_ptr<float[]> floats(new (std::nothrow) float[parts_size + heads * q_size + mapped_all + a.threads * (exact_size + framed_size) + partners_size]);
+  const std::unique_ptr<char[]> memory(new (std::nothrow) char[!chunks ? 1 : bytes * (a.frame ? a.threads : heads * a.segments)]);
   if (!floats || !memory) return 1;
   float *parts = floats.get(), *queries = parts + parts_size, *own = queries + heads * q_size, *exacts = own + mapped_all;
+  float *partners = exacts + a.threads * exact_size, *framed = partners + partners_size;
   const float* mapped = a.mapped ? a.mapped : own;
 #pragma omp parallel num_threads(a.threads)
   {
@@ -1016,11 +1083,13 @@ static int attend(const Args& a, int isa) {
     for (int i = 0; i < heads; i++) {
       const int b = i / a.kv_heads, h = i % a.kv_heads;
       read_queries(a, b, h, queries + i * q_size);
-      for (int g = 0; g < a.segments && sequences[b].chunks; g++) {
+      for (int64_t at = 0; at < (a.frame ? q_size : 0); at += a.key_dim)
+        for (int d = 0; d < a.key_dim; d++) partners[i * q_size + at + d] = queries[i * q_size + at + a.partner[d]];
+      for (int g = 0; g < a.segments && sequences[b].chunks && !a.frame; g++) {
         const int64_t at = (int64_t(g) * heads + i) * mapped_size;
         if (!a.mapped) map_queries(a, queries + i * q_size, of_head(a.map, b, h) + g * a.map_segment, own + at);
         const Group& f = group(h);
-        prepare(a, f, mapped + at, Query(a, f, memory.get() + (int64_t(g) * heads + i) * bytes));
+        prepare(a, f, mapped + at, columns, Query(a.queries, f, memory.get() + (int64_t(g) * heads + i) * bytes));
       }
     }
 // neighbouring chunks go to one thread, which has asked for what follows
@@ -1033,7 +1102,8 @@ static int attend(const Args& a, int isa) {
       const int64_t i = int64_t(b) * a.kv_heads + h;
       const int t0 = s.from + c * CHUNK;
       const Group& f = group(h);
-      attend_chunk({a, f, s, b, h - f.first, t0, std::min(t0 + CHUNK, s.to), mapped + i * mapped_size, heads * mapped_size, memory.get() + i * bytes, heads * bytes, parts + width * k}, isa);
+      attend_chunk({a, f, s, b, h - f.first, t0, std::min(t0 + CHUNK, s.to), mapped + i * mapped_size, heads * mapped_size, memory.get() + i * bytes, heads * bytes, parts + width * k,
+                    queries + i * q_size, partners + i * q_size, framed + omp_get_thread_num() * framed_size, memory.get() + omp_get_thread_num() * bytes}, isa);
     }
 #pragma omp for schedule(static)
     for (int i = 0; i < heads; i++) {
@@ -1045,8 +1115,8 @@ static int attend(const Args& a, int isa) {
       for (int q = 0; q < a.queries; q++) {
         const Range range = seen(a, s, b, q, s.from, s.to);
         bool bad = false;
-        for (int g = 0; g < a.segments && range.low < range.high; g++)
-          for (int p = 0; p < f.key_planes; p++) bad = bad || std::isnan(Query(a, f, memory.get() + (int64_t(g) * heads + i) * bytes).scale[p * a.queries + q]);
+        for (int g = 0; g < a.segments && range.low < range.high && !a.frame; g++)
+          for (int p = 0; p < f.key_planes; p++) bad = bad || std::isnan(Query(a.queries, f, memory.get() + (int64_t(g) * heads + i) * bytes).scale[p * a.queries + q]);
         alignas(64) float out[256];
         float lse;
         join_chunks(a, parts + width * (s.before * a.kv_heads + int64_t(h) * s.chunks), s.chunks, q, bad, out, lse);

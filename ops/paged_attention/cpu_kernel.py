@@ -18,7 +18,7 @@ from headq_ao.ops.paged_attention import long_chunk, tiled
 from headq_ao.ops.paged_attention.new_tokens import with_new_tokens
 from headq_ao.ops.paged_attention.tiled import overlap
 from headq_ao.ops.paged_attention.tiles import tiles
-from headq_ao.ops.types import PagedKV, Readers, Visible, visible_positions
+from headq_ao.ops.types import PagedKV, Readers, Visible, in_vectors, visible_positions
 
 if TYPE_CHECKING:
     from headq_ao.ops.requests import Requests
@@ -70,7 +70,7 @@ class _Group(ctypes.Structure):
 
 _INTS = (
     "n_groups batch kv_heads queries new_tokens key_dim value_dim coordinates segments page_tokens columns n_sink "
-    "body sliding threads"
+    "body sliding threads frames frame_tokens map_row"
 )
 
 
@@ -83,7 +83,7 @@ class _Args(ctypes.Structure):
         *((name, _P) for name in ("packed", "held", "total", "new_start", "low", "high", "reads")),
         *((name, _PerHead) for name in ("map", "read", "mean")),
         ("map_segment", _I64),
-        *((name, _P) for name in ("mapped", "lse", "query_start", "groups")),
+        *((name, _P) for name in ("mapped", "lse", "query_start", "frame", "partner", "groups")),
         *((name, _I32) for name in _INTS.split()),
         ("scaling", ctypes.c_float),
     )
@@ -142,7 +142,7 @@ def _launch(
     if visible is not None:
         kept += [visible.low.contiguous(), visible.high.contiguous()]
         fields |= {"low": kept[1].data_ptr(), "high": kept[2].data_ptr()}
-    if call.heads * q.shape[2] > MAPPED_QUERIES and query_map is not None:
+    if call.heads * q.shape[2] > MAPPED_QUERIES and query_map is not None and not call.fields.frames:
         kept.append(_mapped(q, scaling, query_map[: call.fields.segments], call.fields.kv_heads))
         fields["mapped"] = kept[-1].data_ptr()
     out = call(kept[0], scaling, **fields)
@@ -253,9 +253,10 @@ def _call(kv: PagedKV, readers: Readers, q_heads: int, sliding: int, reads: Tens
     tensors = (
         *kv.pages, kv.table, kv.segment, kv.packed, kv.held, kv.total, kv.window_k, kv.window_v, kv.new_k, kv.new_v,
         kv.new_start, kv.window_table, kv.sink_k, kv.sink_v, readers.query_map, readers.read, readers.mean, reads,
+        *(() if (frame := readers.frame) is None else (frame.table, frame.partner)),
     )  # fmt: skip
     forms = [None if x is None else (x.data_ptr(), x.shape, x.stride(), x.dtype) for x in tensors]
-    key = (kv.layout, kv.n_sink, q_heads, sliding, *forms)
+    key = (kv.layout, kv.n_sink, q_heads, sliding, frame and frame.tokens, *forms)
     found = _calls.get(key)
     if found is not None:
         return _Call(found[0], [found[1]])
@@ -287,7 +288,10 @@ def _arguments(kv: PagedKV, readers: Readers, q_heads: int, sliding: int, reads:
     lengths = [x.contiguous() for x in (kv.packed, kv.held, kv.total)]
     start = None if kv.new_start is None else kv.new_start.contiguous()
     segment = None if kv.segment is None else kv.segment.contiguous()
-    query_map, mean = (None if x is None else x.float().contiguous() for x in (readers.query_map, readers.mean))
+    mean = None if readers.mean is None else readers.mean.float().contiguous()
+    query_map = (
+        readers.query_map.float().contiguous() if readers.frame is None else in_vectors(readers.query_map.float())
+    )
     read = None if readers.read is None else _transposed(readers.read)
     window = kv.window_table
     window = window if window is None or window.stride(1) == 1 else window.contiguous()
@@ -295,7 +299,6 @@ def _arguments(kv: PagedKV, readers: Readers, q_heads: int, sliding: int, reads:
         x if x is None or x.stride(3) == 1 else x.contiguous()
         for x in (kv.window_k, kv.window_v, kv.new_k, kv.new_v, kv.sink_k, kv.sink_v)
     ]
-    assert query_map is not None
     args = _Args(
         n_groups=len(groups), batch=kv.table.shape[0], kv_heads=layout.kv_heads, queries=q_heads // layout.kv_heads,
         key_dim=layout.key_dim, value_dim=layout.value_dim, coordinates=query_map.shape[-1] - 3,
@@ -309,6 +312,11 @@ def _arguments(kv: PagedKV, readers: Readers, q_heads: int, sliding: int, reads:
     )  # fmt: skip
     args.packed, args.held, args.total = (x.data_ptr() for x in lengths)
     kept = [groups, *lengths, start, segment, query_map, read, mean, reads, window, *dense]
+    if (frame := readers.frame) is not None:
+        table_of_frames, partner = frame.table.contiguous(), frame.partner.contiguous()
+        args.frame, args.partner, args.frames = table_of_frames.data_ptr(), partner.data_ptr(), len(table_of_frames)
+        args.frame_tokens, args.map_row = frame.tokens, query_map.stride(3)
+        kept += [table_of_frames, partner]
     return _Call(args, [*kept, *kv.pages, table])
 
 

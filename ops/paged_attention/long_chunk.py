@@ -1,6 +1,8 @@
 """A chunk of many queries in half precision on the CPU: tiles of packed tokens are dequantized one at a time, and read
 by PyTorch's flash kernel, whose matrix products repay that from some hundred queries on."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -43,7 +45,7 @@ def readers_of(readers: Readers, b: int) -> Readers:
     query_map = readers.query_map
     if query_map is not None and query_map.shape[1] > 1:
         query_map = query_map[:, b : b + 1]
-    return Readers(query_map, cut(readers.read), cut(readers.mean))
+    return replace(readers, query_map=query_map, read=cut(readers.read), mean=cut(readers.mean))
 
 
 def _read_one(q: Tensor, scaling: float, kv: PagedKV, readers: Readers) -> Part:
@@ -96,6 +98,9 @@ def dequantized(kv: PagedKV, layout: PageLayout, readers: Readers, begin: int, e
             k = k + reference.numbers(group.keys.zero, table, torch.float32)[:, :, inside, None] * of_zero.mT
         keys.append(k)
         values.append(reference.gathered(group.values, table, torch.float32, keys=False)[:, :, inside])
-    v = torch.cat(values, 1)
+    k, v = torch.cat(keys, 1), torch.cat(values, 1)
+    if (frame := readers.frame) is not None:  # R_s of what was read in the frame of segment s
+        c, d = frame.table[frame.of(torch.arange(begin, end, device=k.device))].unbind(1)
+        k = k * c - k[..., frame.partner.long()] * d
     v = v if readers.read is None else v @ readers.read.mT
-    return torch.cat(keys, 1), v if readers.mean is None else v + readers.mean[:, :, None]
+    return k, v if readers.mean is None else v + readers.mean[:, :, None]

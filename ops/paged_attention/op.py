@@ -7,7 +7,7 @@ from headq_ao.ops.dispatch import direct, kernels
 from headq_ao.ops.page_layout import PageLayout
 from headq_ao.ops.paged_attention import tiled
 from headq_ao.ops.paged_attention.check import check_cache, check_call
-from headq_ao.ops.types import PagedKV, Plan, Readers, Visible
+from headq_ao.ops.types import PagedKV, Plan, Readers, SegmentFrame, Visible
 
 
 def paged_attention(
@@ -52,7 +52,7 @@ def paged_attention(
     out, lse = _operator(
         q, scaling, kv.pages, kv.layout, kv.table, kv.segment, kv.packed, kv.held, kv.total, kv.window_k, kv.window_v,
         kv.n_sink, kv.new_k, kv.new_v, kv.new_start, readers.query_map, readers.read, readers.mean, low, high, sliding,
-        reads,
+        reads, *(_NO_FRAME if (f := readers.frame) is None else (f.table, f.partner, f.tokens)),
     )  # fmt: skip
     return out, lse
 
@@ -102,13 +102,15 @@ def _paged_attention(
     q: Tensor, scaling: float, pages: list[Tensor], layout: str, table: Tensor, segment: Tensor | None, packed: Tensor,
     held: Tensor, total: Tensor, window_k: Tensor, window_v: Tensor, n_sink: int, new_k: Tensor | None,
     new_v: Tensor | None, new_start: Tensor | None, query_map: Tensor | None, read: Tensor | None, mean: Tensor | None,
-    low: Tensor | None, high: Tensor | None, sliding: int, reads: Tensor | None,
+    low: Tensor | None, high: Tensor | None, sliding: int, reads: Tensor | None, frame: Tensor | None = None,
+    partner: Tensor | None = None, frame_tokens: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     kv = PagedKV(
         pages, layout, table, segment, packed, held, total, window_k, window_v, n_sink, new_k, new_v, new_start
     )
     visible = None if low is None or high is None else Visible(low, high)
-    return _run(q, scaling, kv, Readers(query_map, read, mean), visible, sliding, reads)
+    of_keys = None if frame is None or partner is None else SegmentFrame(frame, partner, frame_tokens)
+    return _run(q, scaling, kv, Readers(query_map, read, mean, of_keys), visible, sliding, reads)
 
 
 def _fake(q: Tensor, scaling: float, pages: list[Tensor], layout: str, *rest: object) -> tuple[Tensor, Tensor]:
@@ -116,6 +118,8 @@ def _fake(q: Tensor, scaling: float, pages: list[Tensor], layout: str, *rest: ob
     out = q.new_empty((*q.shape[:3], PageLayout.parse(layout).value_dim), dtype=dtype)
     return out, q.new_empty(q.shape[:3], dtype=dtype)
 
+
+_NO_FRAME = (None, None, 0)
 
 # Not torch.library.custom_op, whose wrappers take longer than a step over a short context: measured, 0.12 ms of 0.19.
 NAME = "headq::paged_attention"

@@ -30,12 +30,13 @@ def packed_part(
 ) -> tuple[Tensor, Tensor]:
     """Over the pages of the block table, or of a part of its columns."""
     j = body_tokens(kv, layout.page_tokens)[:, part].flatten(1)  # [B, C·P]
+    frames = None if readers.frame is None else readers.frame.of(j)
     here = (j >= 0) & (j < kv.packed[:, None]) & (j + kv.body_start >= kv.n_sink)
     seen = visible_at(j + kv.body_start, here, shown)  # [B, S, C·P]
     table = kv.table[:, part].long()
     scores, outs = [], []
     for group in layout.split(kv.pages):
-        scores.append(group_scores(q[:, group.layout.part], group, table, kv.segment, readers))
+        scores.append(group_scores(q[:, group.layout.part], group, table, kv.segment, readers, frames))
     s = torch.cat(scores, 1).masked_fill(~seen[:, None, None], float("-inf"))
     a, lse = softmax(s)
     for group in layout.split(kv.pages):
@@ -52,8 +53,11 @@ def body_tokens(kv: PagedKV, page_tokens: int) -> Tensor:
     return logical[..., None] * page_tokens + torch.arange(page_tokens, device=kv.table.device)
 
 
-def group_scores(q: Tensor, group: PagedGroup, table: Tensor, segment: Tensor | None, readers: Readers) -> Tensor:
-    """``s_j`` of the packed tokens of a head group, ``[B, h, G, S, C·P]``."""
+def group_scores(
+    q: Tensor, group: PagedGroup, table: Tensor, segment: Tensor | None, readers: Readers, frames: Tensor | None = None
+) -> Tensor:
+    """``s_j`` of the packed tokens of a head group, ``[B, h, G, S, C·P]``; ``frames [B, C·P]``: the segment of each,
+    where :attr:`Readers.frame` is given."""
     keys = gathered(group.keys, table, q.dtype, keys=True)
     if group.keys.exact is not None:
         return q @ keys[:, :, None].transpose(-1, -2)
@@ -65,13 +69,28 @@ def group_scores(q: Tensor, group: PagedGroup, table: Tensor, segment: Tensor | 
     total: Tensor | None = None
     maps = readers.query_map if segment is not None else readers.query_map[:1]
     for g, mapping in enumerate(maps.to(q.dtype)):
-        mapped = q @ (mapping if mapping.shape[1] == 1 else mapping[:, heads])[:, :, None]
-        codes, bias, of_zero, of_mean = mapped.split([mapped.shape[-1] - 3, 1, 1, 1], -1)
-        s = (codes @ keys[:, :, None].transpose(-1, -2) + bias) * sigma + of_mean
-        s = s if zero is None else s + of_zero * zero
+        mapping = mapping if mapping.shape[1] == 1 else mapping[:, heads]
+        if frames is not None:
+            s = q @ _framed_keys(keys, sigma, zero, mapping, readers, frames)[:, :, None].transpose(-1, -2)
+        else:
+            mapped = q @ mapping[:, :, None]
+            codes, bias, of_zero, of_mean = mapped.split([mapped.shape[-1] - 3, 1, 1, 1], -1)
+            s = (codes @ keys[:, :, None].transpose(-1, -2) + bias) * sigma + of_mean
+            s = s if zero is None else s + of_zero * zero
         total = s if total is None or of_page is None else torch.where((of_page == g)[:, None, None, None], s, total)
     assert total is not None
     return total
+
+
+def _framed_keys(
+    codes: Tensor, sigma: Tensor, zero: Tensor | None, mapping: Tensor, readers: Readers, frames: Tensor
+) -> Tensor:
+    """``R_s k̂_j`` ``[B, h, C·P, D]``: ``(R_sᵀ q)·k̂_j = q·R_s k̂_j``, and there may be more queries than tokens."""
+    assert readers.frame is not None
+    of_codes, bias, of_zero, of_mean = mapping.mT.split([mapping.shape[-1] - 3, 1, 1, 1], -2)
+    k = (codes @ of_codes + bias) * sigma[:, :, 0, 0, :, None] + of_mean
+    k = k if zero is None else k + of_zero * zero[:, :, 0, 0, :, None]
+    return readers.frame.into(k, frames[:, None], back=True).to(codes.dtype)
 
 
 def gathered(side: PagedTokens, table: Tensor, dtype: torch.dtype, *, keys: bool) -> Tensor:

@@ -10,34 +10,54 @@ from headq_ao.ops.paged_attention.triton_window import product_fp32, visible
 LN2 = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit(do_not_specialize=["kv_heads", "new", "rows"])
+@triton.jit(do_not_specialize=["kv_heads", "new", "rows", "table_columns"], do_not_specialize_on_alignment=["packed"])
 def map_kernel(
-    q, q_strides, scaling, query_map, map_strides, mapped, kv_heads, new, rows,
-    M: tl.constexpr, KEY_D: tl.constexpr, KEY_PADDED: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    q, q_strides, scaling, query_map, map_strides, mapped, frame, packed, table_columns, kv_heads, new, rows,
+    P: tl.constexpr, SEGMENTS: tl.constexpr, M: tl.constexpr, KEY_D: tl.constexpr, KEY_PADDED: tl.constexpr,
+    COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``mapped [G, B, Hkv, g·S, M + 3]`` fp32: the scaled queries ``q [B, Hq, S, KEY_D]`` by ``query_map`` with strides
-    of segment, batch, head and rows. Grid: heads, blocks of columns by blocks of 16 rows, segments."""
+    of segment, batch, head and rows. Grid: heads, blocks of columns by blocks of 16 rows, segments.
+
+    ``frame``: table and partners of :class:`headq_ao.ops.types.SegmentFrame`, tokens of a segment and how many there
+    are. The queries are then mapped for each of them that packed tokens are of, from that of the oldest on."""
     ROWS: tl.constexpr = 16
     BLOCKS: tl.constexpr = (M + 3 + COLUMNS - 1) // COLUMNS
     b = tl.program_id(0).to(tl.int64) // kv_heads
     h = tl.program_id(0).to(tl.int64) % kv_heads
-    segment = tl.program_id(2).to(tl.int64)
+    segment = tl.program_id(2).to(tl.int64) % SEGMENTS
+    some = True
+    if frame is not None:
+        angles, partner, tokens, count = frame
+        in_pages = tl.load(packed + b)
+        at_frame = tl.minimum(oldest_token(in_pages, table_columns, P) // tokens, count - 1)
+        at_frame += tl.program_id(2) // SEGMENTS
+        some = (at_frame < count) & (at_frame * tokens < in_pages)
+        angles += at_frame * (2 * KEY_D)
     row = tl.program_id(1) // BLOCKS * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) % BLOCKS * COLUMNS + tl.arange(0, COLUMNS)
     head = h * (rows // new) + row // new
     q += b * q_strides[0] + head[:, None] * q_strides[1] + (row % new)[:, None] * q_strides[2]
     query_map += segment * map_strides[0] + b * map_strides[1] + h * map_strides[2] + column[None, :]
     STEP: tl.constexpr = min(KEY_PADDED, 64)
-    product = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for first in tl.static_range(0, KEY_PADDED, STEP):
-        e = first + tl.arange(0, STEP)
-        x = tl.load(q + e[None, :], mask=(row < rows)[:, None] & (e < KEY_D)[None, :], other=0.0).to(tl.float32)
-        inside = (e < KEY_D)[:, None] & (column < M + 3)[None, :]
-        y = tl.load(query_map + e[:, None] * map_strides[3], mask=inside, other=0.0)
-        product += product_fp32(x, y, PRECISION)
-    product *= scaling
-    at = mapped + ((segment * tl.num_programs(0) + tl.program_id(0)) * rows + row)[:, None] * (M + 3) + column[None, :]
-    tl.store(at, product, mask=(row < rows)[:, None] & (column < M + 3)[None, :])
+    if some:
+        product = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for first in tl.static_range(0, KEY_PADDED, STEP):
+            e = first + tl.arange(0, STEP)
+            here = (row < rows)[:, None] & (e < KEY_D)[None, :]
+            x = tl.load(q + e[None, :], mask=here, other=0.0).to(tl.float32)
+            if frame is not None:
+                other = tl.load(partner + e, mask=e < KEY_D, other=0)
+                own = tl.load(angles + e, mask=e < KEY_D, other=0.0)
+                x_other = tl.load(q + other[None, :], mask=here, other=0.0).to(tl.float32)
+                x = x * own[None, :] + x_other * tl.load(angles + KEY_D + e, mask=e < KEY_D, other=0.0)[None, :]
+            inside = (e < KEY_D)[:, None] & (column < M + 3)[None, :]
+            y = tl.load(query_map + e[:, None] * map_strides[3], mask=inside, other=0.0)
+            product += product_fp32(x, y, PRECISION)
+        product *= scaling
+        line = (tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * rows + row
+        at = mapped + line[:, None] * (M + 3) + column[None, :]
+        tl.store(at, product, mask=(row < rows)[:, None] & (column < M + 3)[None, :])
 
 
 @triton.jit

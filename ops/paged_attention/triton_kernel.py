@@ -21,6 +21,7 @@ from headq_ao.ops.paged_attention.triton_join import join_kernel, map_kernel
 from headq_ao.ops.paged_attention.triton_packed import split_kernel
 from headq_ao.ops.types import PagedKV, Readers, Visible
 
+LONGEST_TILE = 128  # tokens
 QUERIES = 32  # of one sequence that the kernels take; more go to matrix products over unpacked tiles
 MOST_SPLITS, LEAST_TOKENS = 512, 128  # of a split
 COLUMNS, BLOCK = 32, 64  # coordinates that one program maps the query to, and that one program joins
@@ -40,7 +41,7 @@ def launch(
     sequence for more programs; None chooses it from the block table's width and the device.
     """
     layout, (batch, heads, new, key_dim) = PageLayout.parse(kv.layout), q.shape
-    if not _served(q, kv, layout):
+    if not _served(q, kv, layout, readers):
         return None
     assert readers.query_map is not None
     dim, device = layout.value_dim, q.device
@@ -62,19 +63,25 @@ def launch(
     ring, new_slots = kv.window_k.shape[2] - kv.n_sink, 0 if kv.new_k is None else kv.new_k.shape[2]
     tile, packed_parts = constants["TILE"], splits * segments
     parts = packed_parts + triton.cdiv(kv.n_sink + ring, tile) + triton.cdiv(new_slots, tile)
-    mapped = torch.empty(segments, lines, m + 3, dtype=torch.float32, device=device)
+    frame, frames = readers.frame, 1
+    if frame is not None:
+        frames = min(triton.cdiv(tokens, frame.tokens) + 1, len(frame.table))
+        of_frame = frame.table, frame.partner, frame.tokens, len(frame.table)
+    mapped = torch.empty(frames * segments, lines, m + 3, dtype=torch.float32, device=device)
     part_out = torch.empty(parts, lines, dim, dtype=torch.float32, device=device)
     part_lse = torch.empty(parts, lines, dtype=torch.float32, device=device)
     key_padded = max(16, triton.next_power_of_2(key_dim))
     sizes = {"M": m, "KEY_D": key_dim, "KEY_PADDED": key_padded, "PRECISION": PRECISION[target]}
     with torch.cuda.device_of(q):
-        map_kernel[(batch * layout.kv_heads, triton.cdiv(m + 3, COLUMNS) * triton.cdiv(rows, 16), segments)](
+        map_kernel[(batch * layout.kv_heads, triton.cdiv(m + 3, COLUMNS) * triton.cdiv(rows, 16), frames * segments)](
             q, q.stride()[:3], scaling, query_map, _shared(query_map.stride()[:4], query_map.shape), mapped,
-            layout.kv_heads, new, rows, COLUMNS=COLUMNS, num_warps=4, enable_fp_fusion=True, **sizes,
+            None if frame is None else of_frame, kv.packed, kv.table.shape[1], layout.kv_heads, new, rows,
+            P=layout.page_tokens, SEGMENTS=segments, COLUMNS=COLUMNS, num_warps=4, enable_fp_fusion=True, **sizes,
         )  # fmt: skip
         split_kernel[(batch * layout.kv_heads, parts, triton.cdiv(rows, constants["ROWS"]))](
             mapped, all_query_columns(forms, device), head_table(layout, kv.pages), kv.table, kv.table.stride(0),
-            kv.table.shape[1], kv.segment if segments > 1 else None, q, q.stride()[:3], scaling,
+            kv.table.shape[1], kv.segment if segments > 1 else None,
+            None if frame is None else of_frame[2:], q, q.stride()[:3], scaling,
             _tokens(kv.window_k, kv.window_v), None if kv.new_k is None else _tokens(kv.new_k, kv.new_v), kv.new_start,
             kv.packed, kv.held, kv.total, low, high, kv.n_sink, ring, sliding, part_out, part_lse, layout.kv_heads,
             new, rows, splits, new_slots, SEGMENTS=segments, **sizes, **constants, **options,
@@ -95,7 +102,7 @@ def plan(
     kv: PagedKV, readers: Readers, q_heads: int, sliding: int, reads: Tensor | None
 ) -> Callable[[Tensor, float], Tensor] | None:
     """:func:`headq_ao.ops.plan_attention`."""
-    if not _served(kv.window_k[:, :, :0], kv, PageLayout.parse(kv.layout)) or readers.query_map is None:
+    if not _served(kv.window_k[:, :, :0], kv, PageLayout.parse(kv.layout), readers) or readers.query_map is None:
         return None
 
     def attend(q: Tensor, scaling: float) -> Tensor:
@@ -109,8 +116,10 @@ def plan(
     return attend
 
 
-def _served(q: Tensor, kv: PagedKV, layout: PageLayout) -> bool:
+def _served(q: Tensor, kv: PagedKV, layout: PageLayout, readers: Readers) -> bool:
+    """Segments must be whole tiles of a program, whatever the values' bits."""
     coded = all(g.keys.bits and g.values.bits for g in layout.groups) and kv.window_table is None
+    coded = coded and (readers.frame is None or readers.frame.tokens % LONGEST_TILE == 0)
     return coded and q.shape[2] <= QUERIES and q.dtype in WINDOW_DTYPES and kv.window_k.dtype in WINDOW_DTYPES
 
 

@@ -258,8 +258,7 @@ def _absorb(
 
 @triton.jit
 def _masked_tile(
-    sums, t0, begin, end, first, last, table, segment, mine, queries, slope, offset, lift, keys,
-    values,
+    sums, t0, begin, end, first, last, table, segment, mine, queries, slope, offset, lift, mean, keys, values,
     CHUNKS: tl.constexpr, HEADROOM: tl.constexpr, BITS: tl.constexpr, WIDTHS: tl.constexpr, PARTS: tl.constexpr,
     D: tl.constexpr, D_PADDED: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr,
     PTX: tl.constexpr,
@@ -285,6 +284,8 @@ def _masked_tile(
         s = _scores(page, t0, slot, here, queries, planes, strides, slope, offset, sigma, CHUNKS, P, SLOTS, ROWS, PTX)
         if zero is not None:
             s += lift[None, :] * _number(zero, zero_stride, page, inside, here)[:, None]
+        if mean is not None:
+            s += mean[None, :]
         s = tl.where((t[:, None] >= first[None, :]) & (t[:, None] < last[None, :]) & here[:, None], s, float("-inf"))
         sums = _absorb(
             sums, s, a, z, value_page, t0, end, values,
@@ -314,30 +315,85 @@ def _queries(
 
 
 @triton.jit
-def _packed_split(
-    q, q_stride, columns, heads, table, table_columns, segment, held, total, low, high, n_sink, sliding, to, to_lse,
-    b, h, row, live, split, mine, new, splits,
+def _read(
+    sums, q, q_stride, columns, keys, values, table, segment, mine, row, live, first, last, lowest, begin, end,
+    whole_begin, whole_end,
     KINDS: tl.constexpr, KIND: tl.constexpr, M: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr,
-    ROWS: tl.constexpr, PTX: tl.constexpr, P: tl.constexpr,
+    ROWS: tl.constexpr, PTX: tl.constexpr, P: tl.constexpr, FRAMED: tl.constexpr,
 ):  # fmt: skip
-    """Attention over one split of the packed tokens of a head of that kind."""
+    """The running sums and tokens ``begin ≤ t < end``, read by the mapped queries ``q``; those of whole tiles that all
+    rows see are ``whole_begin ≤ t < whole_end``."""
     CHUNKS: tl.constexpr = form(KINDS, KIND, 0)
     VALUE_BITS: tl.constexpr = form(KINDS, KIND, 3)
     VALUE_WIDTHS: tl.constexpr = form(KINDS, KIND, 4)
     PARTS: tl.constexpr = form(KINDS, KIND, 5)
     GROUPS: tl.constexpr = form(KINDS, KIND, 7)
     SLOTS: tl.constexpr = PARTS * 16
-    UNIT: tl.constexpr = unit(PTX)
     # queries take up to 4 bits of shift, weights up to VALUE_WIDTHS[0]
     QUERY_TOP: tl.constexpr = 2.0 ** (LARGEST - 4)
     HEADROOM: tl.constexpr = LARGEST - (VALUE_WIDTHS[0] if len(VALUE_WIDTHS) == 2 else 0)
+    slot = tl.arange(0, SLOTS)
+    queries, slope, offset = _queries(q, q_stride, columns, row, live, CHUNKS, M, ROWS, QUERY_TOP)
+    slope = slope / unit(PTX)
+    lift = tl.load(q + M + 1 + row * q_stride, mask=live, other=0.0) * LOG2E
+    mean = None  # of one frame all scores share it, and the log-sum-exp gets it
+    if FRAMED:
+        mean = tl.load(q + M + 2 + row * q_stride, mask=live, other=0.0) * LOG2E
+    planes, strides, _, _, zero, zero_stride = keys
+
+    # tiles that all rows see whole
+    pages = _look_up(table, whole_begin, whole_begin, whole_end, P, SLOTS, PARTS)
+    next_sigma, next_a = _scales(keys, values, pages, whole_begin, whole_end, P, SLOTS, PARTS, GROUPS)
+    for tile in range(0, (whole_end - whole_begin) // SLOTS):
+        t0 = whole_begin + tile * SLOTS
+        page, value_page = _spread(pages, P, SLOTS, PARTS)
+        sigma, a, z = next_sigma, next_a, None
+        pages = _look_up(table, t0 + SLOTS, whole_begin, whole_end, P, SLOTS, PARTS)
+        next_sigma, next_a = _scales(keys, values, pages, t0 + SLOTS, whole_end, P, SLOTS, PARTS, GROUPS)
+        s = _scores(page, t0, slot, None, queries, planes, strides, slope, offset, sigma, CHUNKS, P, SLOTS, ROWS, PTX)
+        inside = (t0 + slot) % P
+        if zero is not None:
+            s += lift[None, :] * _number(zero, zero_stride, page, inside, slot >= 0)[:, None]
+        if FRAMED:
+            s += mean[None, :]
+        if GROUPS == 1 and values[4] is not None:
+            z = _number(values[4], values[5], page, inside, slot >= 0)
+        sums = _absorb(
+            sums, s, a, z, value_page, t0, None, values,
+            HEADROOM, VALUE_BITS, VALUE_WIDTHS, PARTS, D, D_PADDED, GROUPS, P, PTX,
+        )  # fmt: skip
+
+    # the others: at both ends, or all where pages belong to several segments
+    before = tl.cdiv(whole_begin - begin, SLOTS)
+    for tile in tl.range(0, before + tl.cdiv(end - whole_end, SLOTS), num_stages=1):
+        t0 = tl.where(tile < before, begin + tile * SLOTS, whole_end + (tile - before) * SLOTS)
+        sums = _masked_tile(
+            sums, t0, lowest, end, first, last, table, segment, mine, queries, slope, offset, lift, mean,
+            keys, values, CHUNKS, HEADROOM, VALUE_BITS, VALUE_WIDTHS, PARTS, D, D_PADDED, GROUPS, ROWS, P, PTX,
+        )  # fmt: skip
+    return sums
+
+
+@triton.jit
+def _packed_split(
+    q, q_stride, columns, heads, table, table_columns, segment, frame, held, total, low, high, n_sink, sliding, to,
+    to_lse, b, h, row, live, split, mine, new, splits,
+    KINDS: tl.constexpr, KIND: tl.constexpr, M: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr,
+    ROWS: tl.constexpr, PTX: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """Attention over one split of the packed tokens of a head of that kind. ``frame``: tokens of a segment, how many
+    there are, and how far the mapped queries of one lie from those of the one before; None: no segments."""
+    VALUE_BITS: tl.constexpr = form(KINDS, KIND, 3)
+    PARTS: tl.constexpr = form(KINDS, KIND, 5)
+    GROUPS: tl.constexpr = form(KINDS, KIND, 7)
+    SLOTS: tl.constexpr = PARTS * 16
+    UNIT: tl.constexpr = unit(PTX)
     keys, values = sides(heads, h, KINDS, KIND)
     if not form(KINDS, KIND, 2):
         keys = (keys[0], keys[1], keys[2], keys[3], None, None)
     if not form(KINDS, KIND, 6):
         values = (values[0], values[1], values[2], values[3], None, None)
     d = tl.arange(0, D_PADDED)
-    slot = tl.arange(0, SLOTS)
 
     # what the rows see, this split's share of it in whole tiles, and the tiles that all rows see whole
     first, last = visible(b, row % new, live, new, low, high, total, sliding)
@@ -358,11 +414,6 @@ def _packed_split(
 
     table = (table, table_columns, lowest // P // table_columns * table_columns)
     columns += form(KINDS, KIND, 1)
-    queries, slope, offset = _queries(q, q_stride, columns, row, live, CHUNKS, M, ROWS, QUERY_TOP)
-    slope = slope / UNIT
-    lift = tl.load(q + M + 1 + row * q_stride, mask=live, other=0.0) * LOG2E
-    of_mean = tl.load(q + M + 2 + row * q_stride, mask=live, other=0.0) * LOG2E
-    planes, strides, _, _, zero, zero_stride = keys
 
     # the running maximum; Σ 2^(s − M), summed over tokens after the last tile; Σ w, what the values of a token share
     # where one scale serves it; Σ w c
@@ -371,34 +422,26 @@ def _packed_split(
         tl.zeros([SLOTS, ROWS], tl.float32), tl.zeros([D_PADDED, ROWS], tl.float32),
     )  # fmt: skip
 
-    # tiles that all rows see whole
-    pages = _look_up(table, whole_begin, whole_begin, whole_end, P, SLOTS, PARTS)
-    next_sigma, next_a = _scales(keys, values, pages, whole_begin, whole_end, P, SLOTS, PARTS, GROUPS)
-    for tile in range(0, (whole_end - whole_begin) // SLOTS):
-        t0 = whole_begin + tile * SLOTS
-        page, value_page = _spread(pages, P, SLOTS, PARTS)
-        sigma, a, z = next_sigma, next_a, None
-        pages = _look_up(table, t0 + SLOTS, whole_begin, whole_end, P, SLOTS, PARTS)
-        next_sigma, next_a = _scales(keys, values, pages, t0 + SLOTS, whole_end, P, SLOTS, PARTS, GROUPS)
-        s = _scores(page, t0, slot, None, queries, planes, strides, slope, offset, sigma, CHUNKS, P, SLOTS, ROWS, PTX)
-        inside = (t0 + slot) % P
-        if zero is not None:
-            s += lift[None, :] * _number(zero, zero_stride, page, inside, slot >= 0)[:, None]
-        if GROUPS == 1 and values[4] is not None:
-            z = _number(values[4], values[5], page, inside, slot >= 0)
-        sums = _absorb(
-            sums, s, a, z, value_page, t0, None, values,
-            HEADROOM, VALUE_BITS, VALUE_WIDTHS, PARTS, D, D_PADDED, GROUPS, P, PTX,
+    if frame is None:
+        sums = _read(
+            sums, q, q_stride, columns, keys, values, table, segment, mine, row, live, first, last, lowest, begin, end,
+            whole_begin, whole_end, KINDS, KIND, M, D, D_PADDED, ROWS, PTX, P, False,
         )  # fmt: skip
-
-    # the others: at both ends, or all where pages belong to several segments
-    before = tl.cdiv(whole_begin - begin, SLOTS)
-    for tile in tl.range(0, before + tl.cdiv(end - whole_end, SLOTS), num_stages=1):
-        t0 = tl.where(tile < before, begin + tile * SLOTS, whole_end + (tile - before) * SLOTS)
-        sums = _masked_tile(
-            sums, t0, lowest, end, first, last, table, segment, mine, queries, slope, offset, lift,
-            keys, values, CHUNKS, HEADROOM, VALUE_BITS, VALUE_WIDTHS, PARTS, D, D_PADDED, GROUPS, ROWS, P, PTX,
-        )  # fmt: skip
+    else:  # one segment after the other
+        tokens, count, stride = frame
+        oldest = tl.minimum(oldest_token(held, table_columns, P) // tokens, count - 1).to(tl.int32)
+        s0 = tl.minimum(begin // tokens, count - 1)
+        s1 = tl.where(begin < end, tl.minimum((end - 1) // tokens, count - 1), s0 - 1)
+        for s in range(s0, s1 + 1):
+            low_end = tl.maximum(begin, s * tokens)
+            high_end = tl.where(s == count - 1, end, tl.minimum(end, (s + 1) * tokens))
+            of_segment = q + (s - oldest).to(tl.int64) * stride
+            whole_low = tl.minimum(tl.maximum(whole_begin, low_end), high_end)
+            sums = _read(
+                sums, of_segment, q_stride, columns, keys, values, table, segment, mine, row, live, first, last, lowest,
+                low_end, high_end, whole_low, tl.maximum(tl.minimum(whole_end, high_end), whole_low),
+                KINDS, KIND, M, D, D_PADDED, ROWS, PTX, P, True,
+            )  # fmt: skip
 
     top, mass, shift, acc = sums
     if GROUPS == 1:
@@ -407,7 +450,10 @@ def _packed_split(
     mass = tl.sum(mass, 0)
     some = tl.where(mass == 0, 1.0, mass)
     tl.store(to + d[:, None] + row[None, :] * D, acc / some[None, :], mask=(d < D)[:, None] & live[None, :])
-    tl.store(to_lse + row, tl.where(mass == 0, float("-inf"), top + tl.log2(some) + of_mean), mask=live)
+    lse = top + tl.log2(some)
+    if frame is None:
+        lse += tl.load(q + M + 2 + row * q_stride, mask=live, other=0.0) * LOG2E
+    tl.store(to_lse + row, tl.where(mass == 0, float("-inf"), lse), mask=live)
 
 
 @triton.jit(
@@ -415,9 +461,9 @@ def _packed_split(
     do_not_specialize_on_alignment=["table", "segment", "packed", "held", "total", "low", "high", "new_start"],
 )  # fmt: skip
 def split_kernel(
-    mapped, columns, heads, table, table_stride, table_columns, segment, q, q_strides, scaling, window, new_tokens,
-    new_start, packed, held, total, low, high, n_sink, ring, sliding, out, out_lse, kv_heads, new, rows, splits,
-    new_slots,
+    mapped, columns, heads, table, table_stride, table_columns, segment, frame, q, q_strides, scaling, window,
+    new_tokens, new_start, packed, held, total, low, high, n_sink, ring, sliding, out, out_lse, kv_heads, new, rows,
+    splits, new_slots,
     KINDS: tl.constexpr, M: tl.constexpr, KEY_D: tl.constexpr, KEY_PADDED: tl.constexpr, D: tl.constexpr,
     D_PADDED: tl.constexpr, ROWS: tl.constexpr, PTX: tl.constexpr, P: tl.constexpr, SEGMENTS: tl.constexpr,
     TILE: tl.constexpr, PRECISION: tl.constexpr,
@@ -426,9 +472,10 @@ def split_kernel(
     ``log2 Σ e^s`` alike, -inf where a row sees nothing of it. Packed tokens come in the values' own basis, after them
     the tiles of the window and those of the call's tokens in the model's.
 
-    ``mapped [SEGMENTS, B, Hkv, g·S, M + 3]`` fp32: mapped queries, ``b``, ``h`` and ``q·μ``. ``heads``: the table of
-    :func:`headq_ao.ops.paged_attention.triton_heads.head_table`. ``window``, ``new_tokens``: keys, their strides of
-    batch, head and token, values, theirs. Grid: heads, splits, blocks of rows.
+    ``mapped [SEGMENTS, B, Hkv, g·S, M + 3]`` fp32: mapped queries, ``b``, ``h`` and ``q·μ``; with a ``frame`` (tokens
+    of a segment, and how many there are) one such for each segment, from that of the oldest token on. ``heads``: the
+    table of :func:`headq_ao.ops.paged_attention.triton_heads.head_table`. ``window``, ``new_tokens``: keys, their
+    strides of batch, head and token, values, theirs. Grid: heads, splits, blocks of rows.
     """
     b = tl.program_id(0).to(tl.int64) // kv_heads
     h = tl.program_id(0).to(tl.int64) % kv_heads
@@ -441,13 +488,18 @@ def split_kernel(
     in_pages = tl.load(packed + b)
     if part < splits * SEGMENTS:
         mine = part % SEGMENTS
-        mapped += (mine.to(tl.int64) * tl.num_programs(0) * rows + line) * (M + 3)
+        lines = tl.num_programs(0).to(tl.int64) * rows
+        mapped += (mine * lines + line) * (M + 3)
+        of_frame = None
+        if frame is not None:
+            of_frame = (frame[0], frame[1], SEGMENTS * lines * (M + 3))
         kind = tl.load(heads + h * FIELDS)
         for i in tl.static_range(len(KINDS)):
             if kind == i:
                 _packed_split(
-                    mapped, M + 3, columns, heads, table + b * table_stride, table_columns, segment, in_pages, total,
-                    low, high, n_sink, sliding, to, to_lse, b, h, row, live, part // SEGMENTS, mine, new, splits,
+                    mapped, M + 3, columns, heads, table + b * table_stride, table_columns, segment, of_frame,
+                    in_pages, total, low, high, n_sink, sliding, to, to_lse, b, h, row, live, part // SEGMENTS, mine,
+                    new, splits,
                     KINDS, i, M, D, D_PADDED, ROWS, PTX, P,
                 )  # fmt: skip
     else:

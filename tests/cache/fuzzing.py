@@ -70,13 +70,14 @@ class Fuzz:
         if self.calibrated and self.random.random() < 0.2:
             self.options |= {"key_codec": "affine", "value_codec": "affine", "rank": 0}
         self.capacity = pick([None, None, None, MOST_TOKENS + 60])
+        self.segment = pick([0, 32, 64])
         g = torch.Generator().manual_seed(0)  # of the calibration's stream: tests/cache/streams.py
         self.mix = torch.randn(DIM, DIM, generator=g, dtype=torch.float64)
         self.mean = torch.randn(HKV, 1, DIM, generator=g, dtype=torch.float64) * 3
         self.engine, self.twin, self.outputs = self.make(), Twin(), []
 
     def make(self):
-        return Engine.make(self.options, self.calibrated, self.windows, DIM, self.capacity)
+        return Engine.make(self.options, self.calibrated, self.windows, DIM, self.capacity, segment=self.segment)
 
     def run(self):
         """All operations; what attention gave, to compare runs with."""
@@ -85,7 +86,7 @@ class Fuzz:
                 self.step()
                 self.check()
         except BaseException as error:
-            setting = (self.windows, self.calibrated, self.options, str(self.dtype), self.capacity)
+            setting = (self.windows, self.calibrated, self.options, str(self.dtype), self.capacity, self.segment)
             lines = [
                 f"{n} times {line}" for line, n in ((x, len(list(same))) for x, same in itertools.groupby(self.log))
             ]

@@ -1,5 +1,6 @@
 """Streams of queries, keys and values through packed layers, as an engine drives them, for tests."""
 
+import dataclasses
 import functools
 import random
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from headq_ao.cache.schedule import Span, schedule_of
 from headq_ao.calibration.observers import MomentAccumulator
 from headq_ao.codecs.base import HeadBits
 from headq_ao.codecs.layer_codec import LayerCodec
+from headq_ao.codecs.rotation import Rotation
 from headq_ao.layer_shape import LayerShape
 from headq_ao.statistics.importance import importance_weights
 
@@ -51,12 +53,26 @@ def moments(like=1, head_dim=D, by_k=1.0, by_v=1.0):
 
 
 @functools.cache
-def source(options: tuple[tuple[str, object], ...], like: int | None, window: int | None, head_dim: int, bits, *by):
+def rotation(head_dim, slow=100):
+    """Pairs that turn a little from segment to segment, the less the later."""
+    angle = 1 / slow / (1 + torch.arange(head_dim // 2).double())
+    return Rotation(torch.cat([-angle, angle]), torch.arange(head_dim).roll(head_dim // 2))
+
+
+@functools.cache
+def source(
+    options: tuple[tuple[str, object], ...], like: int | None, window: int | None, head_dim: int, bits, segment, *by
+):
     """The model's part of a layer's codec; ``like``: the stream that it is calibrated on, None: none; ``by``: how many
-    times as large its keys and values are."""
+    times as large its keys and values are; ``segment``: tokens of a segment whose frame keys are coded in, 0: none."""
     config = headq_config(**dict(options))
-    held = None if like is None else moments(like, head_dim, *by)
-    return LayerCodec(config, LayerShape(HQ, HKV, head_dim, window), held, CPU, bits=bits)
+    held = None if like is None else dataclasses.replace(moments(like, head_dim, *by), segment_tokens=segment)
+    turns = rotation(head_dim) if segment else None
+    made = LayerCodec(
+        config, LayerShape(HQ, HKV, head_dim, window), held, CPU, bits=bits, rotation=turns, positions=200
+    )
+    made.segment_tokens = segment
+    return made
 
 
 @dataclass
@@ -67,13 +83,13 @@ class Engine:
     layers: list[PackedLayer]
 
     @classmethod
-    def make(cls, options=None, calibrated=False, windows=(None,), head_dim=D, capacity=None, by=(1.0, 1.0)):
+    def make(cls, options=None, calibrated=False, windows=(None,), head_dim=D, capacity=None, by=(1.0, 1.0), segment=0):
         """``calibrated``: False, True (on a stream of other means and covariances) or "alike" (on one of the same);
-        ``by``: of keys and values so many times as large."""
+        ``by``: of keys and values so many times as large; ``segment``: see :func:`source`."""
         options = {"epoch_tokens": 64, "residual_length": 32, "block_size": 16} | (options or {})
         bits = options.pop("head_bits", None)
         like = {"alike": 0, True: 1, False: None}[calibrated]
-        found = [source(tuple(sorted(options.items())), like, w, head_dim, bits, *by) for w in windows]
+        found = [source(tuple(sorted(options.items())), like, w, head_dim, bits, segment, *by) for w in windows]
         config = found[0].config
         batch = Batch(schedule_of(config, found), config.block_size, capacity)
         shapes = [LayerShape(HQ, HKV, head_dim, window) for window in windows]

@@ -50,10 +50,12 @@ def walked(cache, model):
 
 
 def constants_of(layer):
-    """Rotation, levels and weights of a codec: the same for every sequence and every prompt."""
+    """Rotation, levels and weights of a codec, and its frame: the same for every sequence and every prompt."""
     sides = [x for x in (layer.codec.keys, layer.codec.values) if x is not None] if layer.is_initialized else []
     own = {t.untyped_storage().data_ptr() for side in sides for t in side.own_tensors().values()}
     every = [t for side in sides for t in side.tensors().values()]
+    frame = getattr(layer.codec, "frame", None) if layer.is_initialized else None
+    every += [] if frame is None else [frame.table, frame.partner]
     return [t for t in every if t.untyped_storage().data_ptr() not in own]
 
 

@@ -11,6 +11,7 @@ from headq_ao.calibration.observers import MomentAccumulator
 from headq_ao.codecs.base import HeadBits
 from headq_ao.codecs.layer_codec import LayerCodec
 from headq_ao.codecs.linalg import centred_moment
+from headq_ao.codecs.rotation import Rotation
 from headq_ao.codecs.whitened import whitened_codec, whitened_value_codec
 from headq_ao.config import HeadQConfig
 from headq_ao.integrations.transformers.models import layer_shapes
@@ -136,10 +137,10 @@ def test_a_part_of_the_heads(made):
     _, calibration = made
     moments, bits = calibration.layers[0], HeadBits((2, 3), (4, 4))
     d = moments.k_sum.shape[1]
-    whole = LayerCodec(headq_config(), LayerShape(4, 2, d, None), moments, torch.device("cpu"), bits=bits)
-    part = LayerCodec(
-        headq_config(), LayerShape(2, 1, d, None), moments, torch.device("cpu"), heads=slice(1, 2), bits=bits
-    )
+    rotation = Rotation(torch.rand(d).double(), torch.arange(d))
+    cpu, given = torch.device("cpu"), {"bits": bits, "rotation": rotation}
+    whole = LayerCodec(headq_config(), LayerShape(4, 2, d, None), moments, cpu, **given)
+    part = LayerCodec(headq_config(), LayerShape(2, 1, d, None), moments, cpu, heads=slice(1, 2), **given)
     assert whole.calibrated.head_bits == (2, 3) and whole.values.head_bits == () and whole.values.bits == 4
     assert part.calibrated.head_bits == () and part.calibrated.bits == (3,) * d and part.bits == HeadBits((3,), (4,))
     for name, tensor in part.calibrated.tensors().items():

@@ -1,5 +1,6 @@
 """Moments against states taken from the model by hooks, and the file they are kept in."""
 
+import itertools
 import json
 import os
 import stat
@@ -9,9 +10,10 @@ import safetensors.torch
 import torch
 
 from headq_ao import Calibration, calibrate, headq_config, quantize_
-from headq_ao.calibration.observers import IMPORTANCE_EVERY, RECORDER, MomentAccumulator
+from headq_ao.calibration.observers import IMPORTANCE_EVERY, RECORDER, MomentAccumulator, Recorder
+from headq_ao.calibration.rope import rotation_of
 from headq_ao.files import checksum
-from headq_ao.integrations.transformers.models import fingerprint
+from headq_ao.integrations.transformers.models import fingerprint, layer_shapes, rotary_embedding
 from headq_ao.statistics.moments import TENSORS, LayerMoments
 
 N_SINK = 3
@@ -130,23 +132,44 @@ def expected_seen(q, k, v, scaling, window=None):
     return sums
 
 
-def test_sequences_are_spread_over_the_context(llama, token_ids):
-    """Three of 100 tokens in 1000 start at 0, 450 and 900: the moments of a model that is told these positions."""
-    rows = [token_ids(1, 100)[0], token_ids(2, 100, seed=1)]
-    got = run(llama, rows, context_length=1000)
-    states, at = [], [0, 450, 900]
-    for row, start in zip(torch.cat([rows[0][None], rows[1]]), at, strict=True):
-        attention = llama.model.layers[1].self_attn
-        seen = []
-        hook = attention.k_proj.register_forward_hook(lambda _, __, out, seen=seen: seen.append(out))
-        with torch.no_grad():
-            llama(row[None], position_ids=torch.arange(start, start + 100)[None], use_cache=False)
-        hook.remove()
-        k = seen[0][0].unflatten(-1, (2, 32)).transpose(0, 1).double()
-        states.append(rotated(k, torch.arange(start, start + 100).double())[:, N_SINK:])
-    torch.testing.assert_close(got.layers[1].k_sum.double(), torch.cat(states, 1).sum(1), rtol=1e-4, atol=1e-4)
-    assert got.meta["context_length"] == 1000
-    assert not torch.allclose(got.layers[1].k_sum, run(llama, rows).layers[1].k_sum, rtol=1e-2)
+def test_keys_are_in_the_frame_of_their_segment(llama, token_ids):
+    """Body token ``j`` of segment ``j // 256`` as it would be 256 positions for each segment before; whatever context
+    is asked for, sequences start at 0."""
+    row = token_ids(1, 600)
+    got = run(llama, [row], context_length=4000)
+    seen = []
+    hook = llama.model.layers[1].self_attn.k_proj.register_forward_hook(lambda _, __, out: seen.append(out))
+    with torch.no_grad():
+        llama(row, use_cache=False)
+    hook.remove()
+    k = seen[0][0].unflatten(-1, (2, 32)).transpose(0, 1).double()
+    at = torch.arange(600)
+    there = rotated(k, (at - (at - N_SINK).clamp(min=0) // 256 * 256).double())[:, N_SINK:]
+    assert got.layers[1].segment_tokens == 256 and got.meta["context_length"] == 4000
+    torch.testing.assert_close(got.layers[1].k_sum.double(), there.sum(1), rtol=1e-4, atol=1e-3)
+    assert_same_moments(got, run(llama, [row]))
+
+
+def test_queries_count_in_the_frames_of_the_keys_that_they_read(llama):
+    """``Σ a (1 − a) (Rᵀ q)(Rᵀ q)ᵀ`` over pairs of a query and a key, against a loop over segments."""
+    torch.manual_seed(0)
+    frame = rotation_of(rotary_embedding(llama), llama.model.layers[0].self_attn, layer_shapes(llama.config)[0])
+    frame = frame.frame(32, 128, torch.device("cpu"))
+    recorder = Recorder(1, 8, N_SINK, 0, frames=[frame])
+    q, k, v = torch.randn(2, 4, 110, 32), torch.randn(2, 2, 110, 32), torch.randn(2, 2, 110, 32)
+    recorder.begin(torch.ones(2, 110, dtype=torch.bool))
+    recorder.record(0, q, k, v, 0.2, None)
+    wanted, recent = torch.zeros(2, 32, 32), 110 // 4
+    for b, h, t in itertools.product(range(2), range(4), range(recent, 110, IMPORTANCE_EVERY)):
+        a = (0.2 * k[b, h // 2, : t + 1] @ q[b, h, t]).softmax(0)
+        for s in range((t - N_SINK) // 32 + 1):
+            part = slice(N_SINK + 32 * s, min(N_SINK + 32 * (s + 1), t + 1 - recent))
+            weight = (a * (1 - a))[part].sum() if part.start < part.stop else 0.0
+            x = frame.into(q[b, h, t], torch.tensor(s))
+            wanted[h // 2] += IMPORTANCE_EVERY * weight * torch.outer(x, x)
+    found = recorder.layers[0].moments()
+    assert found.segment_tokens == 32
+    torch.testing.assert_close(found.q_seen_outer, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_models_without_rotary_embeddings_stay_at_their_positions(tiny, token_ids):

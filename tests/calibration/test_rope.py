@@ -8,13 +8,15 @@ import torch
 
 from headq_ao import HeadQCache, calibrate, headq_config, quantize_
 from headq_ao.calibration.observers import RECORDER
-from headq_ao.calibration.rope import SHIFTS, rope_shift
-from headq_ao.codecs.layer_codec import LayerCodec
+from headq_ao.calibration.rope import rope_shift, rotation_of
+from headq_ao.codecs.layer_codec import LATER, LayerCodec
+from headq_ao.codecs.rotation import Rotation
 from headq_ao.integrations.transformers.attention import NAME
 from headq_ao.integrations.transformers.models import attention_modules, layer_shapes, rotary_embedding
 from headq_ao.layer_shape import LayerShape
-from headq_ao.statistics.rope_shift import RopeShift
+from headq_ao.statistics.moments import SEGMENT_TOKENS
 
+SHIFTS = (0, 16, 128, 1024)
 ROTARY = [
     ("llama", 64, {}),
     ("llama", 80, {}),
@@ -55,7 +57,7 @@ def test_turns_are_what_the_model_does_at_later_positions(tiny, token_ids, famil
     """States of the first layer depend on the token and its position alone."""
     model = tiny(family, head_dim, **options)
     shape = layer_shapes(model.config)[0]
-    shift = rope_shift(rotary_embedding(model), attention_modules(model, 2)[0], shape)
+    shift = rope_shift(rotary_embedding(model), attention_modules(model, 2)[0], shape, SHIFTS)
     assert shift is not None
     assert shift.cos.shape == shift.sin.shape == (len(SHIFTS), head_dim)
     model.set_attn_implementation(NAME)
@@ -71,16 +73,16 @@ def test_kinds_of_layers_rotate_on_their_own(tiny):
     """Gemma 3 has one frequency for sliding layers and another for the rest."""
     model = tiny("gemma3", 128)
     sliding, full = (
-        rope_shift(rotary_embedding(model), m, s)
+        rotation_of(rotary_embedding(model), m, s)
         for m, s in zip(attention_modules(model, 2), layer_shapes(model.config), strict=True)
     )  # fmt: skip
-    assert not torch.allclose(sliding.cos, full.cos, atol=1e-2)
+    assert not torch.allclose(sliding.angle, full.angle, atol=1e-2)
 
 
 def test_none_where_it_cannot_be_told(tiny, monkeypatch):
     """No rotary embedding, one that a layer leaves out, or one that is not a rotation of pairs."""
     gpt2, llama = tiny("gpt2"), tiny("llama")
-    assert rope_shift(rotary_embedding(gpt2), attention_modules(gpt2, 2)[0], layer_shapes(gpt2.config)[0]) is None
+    assert rotation_of(rotary_embedding(gpt2), attention_modules(gpt2, 2)[0], layer_shapes(gpt2.config)[0]) is None
     module, shape = attention_modules(llama, 2)[0], layer_shapes(llama.config)[0]
 
     class Sometimes(type(module)):
@@ -92,14 +94,14 @@ def test_none_where_it_cannot_be_told(tiny, monkeypatch):
     Sometimes.__module__ = type(module).__module__
     other = copy.deepcopy(module)
     other.__class__ = Sometimes
-    assert rope_shift(rotary_embedding(llama), module, shape) is not None
-    assert rope_shift(rotary_embedding(llama), other, shape) is None
+    assert rotation_of(rotary_embedding(llama), module, shape) is not None
+    assert rotation_of(rotary_embedding(llama), other, shape) is None
     other.use_rope = True
-    assert rope_shift(rotary_embedding(llama), other, shape) is not None
+    assert rotation_of(rotary_embedding(llama), other, shape) is not None
 
     modeling = sys.modules[type(module).__module__]
     monkeypatch.setattr(modeling, "apply_rotary_pos_emb", lambda q, k, cos, sin: (q * cos, k * cos))
-    assert rope_shift(rotary_embedding(llama), module, shape) is None
+    assert rotation_of(rotary_embedding(llama), module, shape) is None
 
 
 def test_the_model_is_left_as_it_was(tiny):
@@ -107,53 +109,78 @@ def test_the_model_is_left_as_it_was(tiny):
     model = tiny("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
                  max_position_embeddings=512)  # fmt: skip
     before = model.model.rotary_emb.inv_freq.clone()
-    rope_shift(rotary_embedding(model), attention_modules(model, 2)[0], layer_shapes(model.config)[0])
+    rotation_of(rotary_embedding(model), attention_modules(model, 2)[0], layer_shapes(model.config)[0])
     assert torch.equal(model.model.rotary_emb.inv_freq, before)
 
 
-def test_own_statistics_are_means_over_the_positions():
-    """Mean and variances of the keys, against all rotated keys laid out one after the other."""
+def some_rotation(head_dim=16):
+    """A rotation of pairs ``i, i + D/2``."""
+    angle = torch.rand(head_dim // 2).double()
+    return Rotation(torch.cat([-angle, angle]), torch.arange(head_dim).roll(head_dim // 2))
+
+
+def test_a_frame_turns_back_by_whole_segments():
+    """``R_sᵀ`` by the rotation itself at the start of the segment; and back again."""
     torch.manual_seed(0)
-    angles = torch.rand(3, 8)
-    partner = torch.arange(16).roll(8)
-    cos, sin = angles.cos().repeat(1, 2), torch.cat([angles.sin(), -angles.sin()], 1)
-    shift = RopeShift(cos, sin, partner)
-    shape = LayerShape(4, 2, 16, None)
-    codec = LayerCodec(headq_config(), shape, None, torch.device("cpu"), shift=shift)
+    rotation, k = some_rotation(), torch.randn(1, 2, 100, 16)
+    frame = rotation.frame(32, 96, torch.device("cpu"))
+    segment = frame.of(torch.arange(-4, 96))
+    assert frame.tokens == 32 and segment.tolist() == [0] * 36 + [1] * 32 + [2] * 32
+    there = frame.into(k, segment)
+    torch.testing.assert_close(there, rotation.at(k, -32 * segment[None]))
+    torch.testing.assert_close(frame.into(there, segment, back=True), k)
+    assert frame.of(torch.tensor(10**6)) == 2 and rotation.frame(32, 96, torch.device("cpu")) is frame
+
+
+def test_own_statistics_are_those_of_a_whole_segment():
+    """Twenty first tokens stand for a segment of 256: mean and variances of the keys, against all turned keys laid out
+    one after the other; half of the queries stand in the segment, half some segments later."""
+    torch.manual_seed(0)
+    rotation = some_rotation()
+    codec = LayerCodec(headq_config(), LayerShape(4, 2, 16, None), None, torch.device("cpu"), rotation=rotation)
     q, k, of_q, of_k = torch.randn(1, 2, 40, 16), torch.randn(1, 2, 20, 16), torch.rand(1, 2, 40), torch.rand(1, 2, 20)
     of_k = of_k / of_k.mean(-1, keepdim=True)
     c_q, mean, variance = codec._spread_moments(q, of_q, k, of_k)
-    every_q, every_k = torch.cat(shift.shifted(q), 2), torch.cat(shift.shifted(k), 2)
-    weights = of_k.repeat(1, 1, 3)[..., None]
-    torch.testing.assert_close(mean, (weights * every_k).mean(2))
-    torch.testing.assert_close(variance, (weights * (every_k - mean.unsqueeze(2)).square()).mean(2))
-    torch.testing.assert_close(c_q, every_q.mT @ (of_q.repeat(1, 1, 3)[..., None] * every_q) / 120)
+
+    def at(x, shifts):
+        return torch.cat([rotation.at(x, torch.tensor([[by]])) for by in shifts], 2)
+
+    own = range(0, SEGMENT_TOKENS - 20 + 1, 20)
+    every, weights = at(k, own), of_k.repeat(1, 1, len(own))[..., None]
+    torch.testing.assert_close(mean, (weights * every).mean(2))
+    torch.testing.assert_close(variance, (weights * (every - mean.unsqueeze(2)).square()).mean(2))
+    halves = []
+    for shifts in (own, [SEGMENT_TOKENS * far for far in LATER]):
+        every = at(q, shifts)
+        halves.append(every.mT @ (of_q.repeat(1, 1, len(shifts))[..., None] * every) / every.shape[2])
+    torch.testing.assert_close(c_q, sum(halves) / 2)
 
 
-def test_shifts_serve_sequences_without_a_calibration(tiny, token_ids):
-    """They reach the layers of a model without a calibration, change what is stored, and follow the model."""
-    model, ids = tiny("llama", 64), token_ids(1, 200)
-    config = headq_config(warmup_tokens=64, residual_length=16)
-    quantize_(model, config)
+def test_frames_serve_sequences_without_a_calibration(tiny, token_ids):
+    """They reach the layers, change what is stored, and follow the model."""
+    model, ids = tiny("llama", 64), token_ids(1, 600)
+    quantize_(model, headq_config(residual_length=16))
     means = []
-    for shifting in (True, False):
+    for segment_tokens in (SEGMENT_TOKENS, 32, 0):
         for module in attention_modules(model, 2):
-            assert module.headq.shift_cos.shape == (len(SHIFTS), 64)
-            module.headq.shifting = shifting
+            assert module.headq.rotation is not None
+            module.headq.segment_tokens = segment_tokens
         cache = HeadQCache(model)
         with torch.no_grad():
             model(ids, cache=cache)
+        assert (cache.layers[0].codec.frame is None) == (segment_tokens == 0)
         means.append(cache.layers[0].codec.keys.mean)
     assert not torch.allclose(means[0], means[1], atol=1e-2)
-    model.half()
-    assert attention_modules(model, 2)[0].headq.shift_cos.dtype == torch.float32
+    assert torch.allclose(means[0], means[2], atol=1e-3)  # 256 first tokens are one segment
 
 
-@pytest.mark.parametrize("options", [{"k_bits": None}, {"preset": "headq_paper"}, {"calibration": True}])
-def test_no_shift_where_nothing_asks_for_them(tiny, token_ids, options):
-    """Exact keys, affine ones, and a calibration, which spreads its sequences itself."""
+@pytest.mark.parametrize("options", [{"k_bits": None}, {"preset": "headq_paper"}, {"preset": "headq_paper", "on": 200}])
+def test_no_frame_where_nothing_asks_for_it(tiny, token_ids, options):
+    """Exact keys, and affine ones, with statistics as the model has them."""
     model = tiny("llama", 64)
-    if "calibration" in options:
-        options = {"calibration": calibrate(model, [token_ids(3, 200)], progress=False)}
-    quantize_(model, headq_config(**options))
-    assert not any(m.headq.shifting for m in attention_modules(model, 2))
+    given = {name: x for name, x in options.items() if name != "on"}
+    if "on" in options:
+        given["calibration"] = calibrate(model, [token_ids(3, options["on"])], progress=False)
+        assert given["calibration"].layers[0].segment_tokens == SEGMENT_TOKENS
+    quantize_(model, headq_config(**given))
+    assert all(m.headq.segment_frame is None for m in attention_modules(model, 2))

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 
 from headq_ao.ops.page_layout import GroupLayout, PageLayout, Side
-from headq_ao.ops.types import PagedKV, Readers
+from headq_ao.ops.types import PagedKV, Readers, SegmentFrame
 
 
 @dataclass
@@ -31,6 +31,7 @@ class Case:
     shuffled: bool = True
     dtype: torch.dtype = torch.float32
     strided: bool = False  # physical pages with all heads side by side
+    frame: SegmentFrame | None = None
     extra: dict = field(default_factory=dict)
 
     @property
@@ -115,4 +116,4 @@ def readers(case: Case, layout: PageLayout, batch: int, g: torch.Generator) -> R
     widest = torch.tensor([max(bits) for bits in zip(*case.keys, strict=True)])
     scale = torch.cat([3.0 / 2.0**widest, torch.ones(3)]) / case.key_dim**0.5
     shape = (case.segments, 1 if case.segments > 1 else batch, layout.kv_heads, case.key_dim, len(widest) + 3)
-    return Readers(torch.randn(shape, generator=g) * scale, read, mean)
+    return Readers(torch.randn(shape, generator=g) * scale, read, mean, case.frame)

@@ -22,6 +22,7 @@ from headq_ao.ops.cache_update.reference import cache_update
 from headq_ao.ops.paged_attention import triton_codes, triton_kernel
 from headq_ao.ops.paged_attention.reference import paged_attention, window_positions
 from headq_ao.ops.types import visible_positions
+from tests.ops.frames import some_frame
 
 spec = importlib.util.spec_from_file_location("paged_triton_cases", Path(__file__).with_name("paged_triton_cases.py"))
 cases = importlib.util.module_from_spec(spec)
@@ -66,6 +67,18 @@ CASES = {
     "segments": Case(segments=2, dim=32, **TWO),
     "segments, whole pages": Case(segments=3, dim=32, page=64, columns=3, group=3, heads=((1, 4, 2), (1, 3, 3)), new=2,
                                   packed=(150,), held=(170,), total=(172,)),
+    "frames": Case(dim=32, frame=some_frame(32, 128), packed=(300, 150), held=(320, 170), total=(321, 171), columns=10),
+    "frames, few rows": Case(
+        dim=48, frame=some_frame(48, 128, 2, rotary=32), packed=(410,), held=(420,), total=(424,), columns=13, new=4,
+        heads=((1, 4, 1), (1, 3, 3)), group=3,
+    ),
+    "frames, wrapped": Case(
+        columns=5, page=64, dim=32, packed=(700,), held=(720,), total=(721,), sliding=200,
+        frame=some_frame(32, 256, paired=False), zero=True,
+    ),
+    "frames and segments": Case(
+        dim=32, frame=some_frame(32, 128), packed=(300,), held=(320,), total=(321,), columns=10, segments=2, each=True
+    ),
     "bfloat16": Case(dtype=torch.bfloat16, dim=64),
     "of each sequence": Case(each=True, mean=False, dim=32, **TWO),
     "long chunk": Case(new=32, packed=(100,), held=(110,), total=(142,), group=1, dim=32),

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from headq_ao.ops.page_layout import GroupLayout, PageLayout, Side
-from headq_ao.ops.types import PagedKV, Readers, Visible
+from headq_ao.ops.types import PagedKV, Readers, SegmentFrame, Visible
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Case:
     each: bool = False  # a query map and a read of each sequence
     side: int = 0  # coordinates of a side code of 4 bits beside the key's
     dtype: torch.dtype = torch.float32
+    frame: SegmentFrame | None = None
 
     def layout(self) -> PageLayout:
         groups, first = [], 0
@@ -93,6 +94,7 @@ def make(case: Case, device: torch.device, seed: int = 0) -> tuple[torch.Tensor,
         maps,
         draw(batch_, heads_, case.dim, case.dim).transpose(-1, -2) / case.dim**0.5,
         draw(1, 1, case.dim) if case.mean else None,
+        case.frame,
     )
     visible = None
     if case.given:
@@ -112,6 +114,6 @@ def moved(x, device):
         return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device).copy_(x)
     if isinstance(x, (list, tuple)):
         return type(x)(moved(y, device) for y in x)
-    if isinstance(x, (PagedKV, Readers, Visible)):
+    if isinstance(x, (PagedKV, Readers, SegmentFrame, Visible)):
         return replace(x, **{name: moved(value, device) for name, value in vars(x).items()})
     return x

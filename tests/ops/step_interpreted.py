@@ -18,6 +18,7 @@ from headq_ao.ops.encode.types import Encoder
 from headq_ao.ops.layout import unpack_keys, unpack_values
 from headq_ao.ops.page_layout import GroupLayout, PageLayout, Side
 from headq_ao.ops.types import PagedKV
+from tests.ops.frames import some_frame
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
@@ -32,6 +33,7 @@ CASES = {
     "values without": (16, [(5, -6, 1), (8, -2, 1)], torch.float32),
     "odd size": (48, [(6, 3, 1)], torch.float32),
 }
+FRAMES = {"2 bits": some_frame(32, 32), "groups": some_frame(16, 32, 2, rotary=8)}  # of some of them
 LARGE = {
     "64": (64, [(2, 2, 3)], torch.bfloat16),
     "80": (80, [(2, 4, 2)], torch.bfloat16),
@@ -40,7 +42,7 @@ LARGE = {
 }
 
 
-def encoder(keys, bits, heads, dim):
+def encoder(keys, bits, heads, dim, frame=None):
     """As calibrations make them."""
     step = torch.full((1, 1, dim), STEPS[abs(bits)]) if keys else STEPS[abs(bits)]
     seen = torch.randn(1, heads, dim, max(dim // 4, 1))
@@ -48,16 +50,17 @@ def encoder(keys, bits, heads, dim):
         torch.linalg.qr(torch.randn(1, heads, dim, dim))[0].to(DEVICE), (abs(bits),),
         step.to(DEVICE) if keys else step, mean=torch.randn(1, heads, dim).to(DEVICE),
         hessian=(seen @ seen.mT + 0.2 * torch.eye(dim)).to(DEVICE) if bits > 0 else None, unbiased=bits != 5,
+        frame=frame,
     )  # fmt: skip
 
 
-def cache(dim, heads, dtype, packed, held):
+def cache(dim, heads, dtype, packed, held, frame=None):
     """Random pages, a random ring, and the encoders."""
     torch.manual_seed(0)
     groups, encoders, first = [], ([], []), 0
     for k, v, n in heads:
         groups.append(GroupLayout(first, n, Side((abs(k),) * dim), Side((abs(v),))))
-        encoders[0].append(encoder(True, k, n, dim))
+        encoders[0].append(encoder(True, k, n, dim, frame))
         encoders[1].append(encoder(False, v, n, dim))
         first += n
     layout, batch = PageLayout(PAGE, dim, dim, tuple(groups)), len(packed)
@@ -79,9 +82,11 @@ def stored(kv, layout):
         yield unpack_values(group.values.planes, group.values.bits[0]), group.values.scale[..., 0]
 
 
-def compare(case, packed, held, new, leaving, start=None):
+def compare(case, packed, held, new, leaving, start=None, frame=None):
     dim, heads, dtype = case
-    kv, layout, encoders = cache(dim, heads, dtype, packed, held)
+    if frame is not None:
+        frame = replace(frame, table=frame.table.to(DEVICE), partner=frame.partner.to(DEVICE))
+    kv, layout, encoders = cache(dim, heads, dtype, packed, held, frame)
     k, v = ((2 * torch.randn(len(packed), new, kv.window_k.shape[1], dim)).transpose(1, 2) for _ in range(2))
     k, v = (x.to(DEVICE, dtype) for x in (k, v))
     after = kv.packed + torch.tensor(leaving, device=DEVICE)
@@ -118,6 +123,11 @@ def compare(case, packed, held, new, leaving, start=None):
 def test_a_token_that_leaves(name):
     """Codes, scales and window as the reference's; nothing else is written."""
     compare(CASES[name], (40,), (60,), 1, (1,))
+
+
+@pytest.mark.parametrize("name", FRAMES)
+def test_a_key_in_the_frame_of_its_segment(name):
+    compare(CASES[name], (40,), (60,), 1, (1,), frame=FRAMES[name])
 
 
 def test_several_sequences():

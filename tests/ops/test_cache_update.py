@@ -22,6 +22,7 @@ from headq_ao.ops.layout import unpack_keys, unpack_values
 from headq_ao.ops.page_layout import GroupLayout, PageLayout, Side
 from headq_ao.ops.types import PagedKV
 from tests.ops import codes_96f785c
+from tests.ops.frames import some_frame
 
 pytestmark = pytest.mark.skipif(cpu_kernel.library() is None, reason="no compiler")
 SINKS, WINDOW, RING = 4, 16, 40
@@ -29,7 +30,7 @@ SOURCE = cpu_kernel.__file__.replace(".py", ".cpp")
 FORMS = ["feedback", "nearest", "affine", "affine, groups", "exact", "side code"]
 
 
-def encoder_of(form, keys, heads, dim, bits, own=1, unit=False):
+def encoder_of(form, keys, heads, dim, bits, own=1, unit=False, frame=None):
     """An encoder as the codecs make them, and its side of the layout."""
     if form == "exact":
         return None, Side()
@@ -58,17 +59,17 @@ def encoder_of(form, keys, heads, dim, bits, own=1, unit=False):
         }
         given |= {"side_step": torch.full((1, heads, rank), 0.3)}
         stored = given["bits"] = (bits,) * dim + (2,) * rank
-    return Encoder(**given), Side(stored, given["step"] is None, groups)
+    return Encoder(**given, frame=frame if keys else None), Side(stored, given["step"] is None, groups)
 
 
 class Stream:
     """A cache, and the calls that fill it."""
 
-    def __init__(self, forms, dim=32, batch=2, page=32, dtype=torch.float32, columns=8, own=1, unit=False):
+    def __init__(self, forms, dim=32, batch=2, page=32, dtype=torch.float32, columns=8, own=1, unit=False, frame=None):
         torch.manual_seed(0)
         groups, self.encoders, first = [], ([], []), 0
         for (key_form, key_bits), (value_form, value_bits), heads in forms:
-            keys, key_side = encoder_of(key_form, True, heads, dim, key_bits, own, unit)
+            keys, key_side = encoder_of(key_form, True, heads, dim, key_bits, own, unit, frame)
             values, value_side = encoder_of(value_form, False, heads, dim, value_bits, own, unit)
             groups.append(GroupLayout(first, heads, key_side, value_side))
             self.encoders[0].append(keys)
@@ -214,9 +215,11 @@ MIXED = LAYOUTS["mixed bits"]
     "options",
     [
         {"page": 16}, {"page": 64}, {"page": 128, "columns": 2}, {"columns": 3}, {"own": 2, "unit": True},
+        {"frame": some_frame(32, 32)}, {"frame": some_frame(32, 64, 2), "dtype": torch.bfloat16},
+        {"frame": some_frame(80, 32, rotary=40, paired=False), "dim": 80, "own": 2, "unit": True},
         {"dtype": torch.bfloat16}, {"dtype": torch.float16}, {"dim": 48}, {"dim": 80}, {"dim": 256}, {"batch": 3},
     ],
-    ids=str,
+    ids=lambda options: ", ".join(options),
 )  # fmt: skip
 def test_pages_tables_dtypes_and_sizes(options):
     """A table of 3 columns is reused, as under a sliding window."""

@@ -10,6 +10,7 @@ from headq_ao.ops import paged_attention
 from headq_ao.ops.page_layout import PageLayout
 from headq_ao.ops.paged_attention import cpu_kernel, long_chunk, new_tokens, reference, tiled, tiles
 from headq_ao.ops.types import Visible
+from tests.ops.frames import some_frame
 from tests.ops.paged_cases import Case, make
 
 LIBRARY = cpu_kernel.library()
@@ -65,6 +66,26 @@ CASES = {
     "segments, odd pages": (
         Case(packed=(1500,), page=16, segments=3, heads=(1, 1), keys=(side((3, 64)), side((4, 64))), values=(2, 4)),
         2, 2, 0,
+    ),
+    "frames": (Case(packed=(2500, 90), window=(80, 20), new=(0, 0), frame=some_frame(64, 256)), 3, 1, 0),
+    "frames, few rows": (Case(packed=(2500,), frame=some_frame(64, 128, 5, rotary=32)), 7, 2, 0),
+    "frames, neighbours turn, zeros": (
+        Case(packed=(1300,), keys=(side((4, 128)),), key_dim=128, value_dim=128, page=64, key_zero=True,
+             frame=some_frame(128, 256, paired=False)), 4, 1, 0,
+    ),
+    "frames and segments": (
+        Case(packed=(1500,), page=16, segments=3, heads=(1, 1), keys=(side((3, 64)), side((4, 64))), values=(2, 4),
+             frame=some_frame(64, 112)), 2, 2, 0,
+    ),
+    "frames, side code": (
+        Case(packed=(1100,), keys=(side((2, 80), (4, 16)),), key_dim=80, value_dim=80, key_zero=True,
+             frame=some_frame(80, 256, rotary=40)), 3, 2, 0,
+    ),
+    "frames, sliding": (
+        Case(packed=(2000, 100), window=(80, 80), new=(40, 33), columns=8, frame=some_frame(64, 128)), 3, 40, 200,
+    ),
+    "frames, a long chunk": (
+        Case(packed=(1100, 700), window=(80, 80), new=(300, 280), heads=(1,), frame=some_frame(64, 512)), 3, 300, 0,
     ),
     "bf16": (Case(packed=(500,), new=(2,), dtype=torch.bfloat16), 3, 2, 0),
     "fp16": (Case(packed=(500,), dtype=torch.float16), 3, 1, 0),

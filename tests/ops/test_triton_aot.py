@@ -74,7 +74,9 @@ def test_loads_of_planes_are_pipelined(page):
     assert kernel.metadata.shared >= 2 * tile
 
 
-@pytest.mark.parametrize("name", ["segments, whole pages", "groups of values, zeros", "given", "padding"])
+@pytest.mark.parametrize(
+    "name", ["segments, whole pages", "groups of values, zeros", "given", "padding", "frames, few rows"]
+)
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_other_forms_compile(target, name):
     """What the interpreter runs, a compiler may refuse."""

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from headq_ao.calibration.artifact import Calibration
 from headq_ao.calibration.bit_allocation import WHOLE
 from headq_ao.calibration.observers import RECORDER, Profiler, Recorder
+from headq_ao.calibration.rope import rotation_of
 from headq_ao.calibration.text import SURPRISE, counted_tokens, effective_tokens, profiled_row, read_batches, surprises
 from headq_ao.integrations.transformers.fallback import recording_cache
 from headq_ao.integrations.transformers.models import (
@@ -20,12 +21,14 @@ from headq_ao.integrations.transformers.models import (
     execution_device,
     fingerprint,
     layer_shapes,
+    positions,
     rotary_embedding,
     tensor_parallel,
 )
 from headq_ao.integrations.transformers.own_config import OwnConfigs
-from headq_ao.integrations.transformers.serving import serving_of
-from headq_ao.statistics.moments import LayerMoments
+from headq_ao.integrations.transformers.serving import Serving, serving_of
+from headq_ao.ops.types import SegmentFrame
+from headq_ao.statistics.moments import LayerMoments, segment_tokens
 from headq_ao.user_warning import warn
 
 CONTEXT_LENGTH = 4096
@@ -52,8 +55,10 @@ def calibrate(
     output, for ``mean_bits``; rows that are all short are joined for that. The model is left as it was.
 
     Rotary embeddings turn keys and queries with their position, though attention sees differences of positions only:
-    a basis made at positions below 1024 fits badly at 4096. So the sequences are put at starts that are spread evenly
-    over a context.
+    a basis made at positions below 1024 fits badly at 4096. So keys are taken into the frame of their segment
+    (:class:`headq_ao.ops.types.SegmentFrame`), and each query into the frames of the segments that it reads, by how
+    much it reads of them: the statistics then hold at any position. Where it cannot be told how a layer's embedding
+    turns its keys, the sequences are put at starts that are spread evenly over a context instead.
 
     Padding is left out of everything: each row runs from its first token on. Runs of more than 8 equal tokens at the
     ends of a row count as padding where no mask tells. A token that came 8 times already in the same context is left
@@ -70,7 +75,8 @@ def calibrate(
         attention_mask: a mask for each batch, shaped as it is: 1 for tokens, 0 for padding at the ends of a row. None:
             no padding, but for what batches say themselves.
         context_length: tokens of the contexts to serve; ``None``: 4096, or the model's positions where they are fewer.
-            Sequences as long, and all without rotary embeddings, start at 0.
+            It is not looked at where keys are in the frame of their segment, nor without rotary embeddings: sequences
+            then start at 0.
         n_rows: keys kept per layer.
         n_sink: first tokens of each sequence to leave out.
         seed: of the sample.
@@ -103,9 +109,10 @@ def calibrate(
     batches = read_batches(token_batches, attention_mask, n_sink, vocabulary)
     rows = [row for batch in batches for row in batch]
     counted = counted_tokens(rows, n_sink)
-    context, starts = spread_starts(model, list(map(len, rows)), context_length)
-    recorder = Recorder(len(serving.shapes), n_rows, n_sink, seed, serving.places)
     own_attention = serving.fallback is not None
+    frames = [] if own_attention else layer_frames(model, serving)
+    context, starts = spread_starts(model, list(map(len, rows)), context_length, any(f is not None for f in frames))
+    recorder = Recorder(len(serving.shapes), n_rows, n_sink, seed, serving.places, frames or None)
     configs, training = OwnConfigs(model), [m for m in model.modules() if m.training]
     token = RECORDER.set(recorder)
     try:
@@ -119,8 +126,9 @@ def calibrate(
             recorder.begin(torch.stack(counted[here]))
             own = starts[here]
             slots = torch.arange(batch.shape[1], device=own.device)
-            positions = (own[:, None] + slots).to(device) if bool(own.any()) else None
-            given: dict[str, Any] = {} if positions is None else {"position_ids": positions}
+            given: dict[str, Any] = {}
+            if bool(own.any()):
+                given["position_ids"] = (own[:, None] + slots).to(device)
             if own_attention:
                 given[CACHE_NAME] = recording_cache(model, serving.places, serving.tilings, recorder)
             out = model(input_ids=batch.to(device), use_cache=own_attention, **given)
@@ -134,7 +142,7 @@ def calibrate(
         moments = [dataclasses.replace(layer.moments(), effective=effective) for layer in recorder.layers]
         profiled, counts = profiled_row(rows, counted)
         if len(profiled) >= n_sink + WHOLE and not own_attention:
-            RECORDER.set(Profiler(moments, n_sink, counts, serving.places))
+            RECORDER.set(Profiler(moments, n_sink, counts, serving.places, frames))
             model(input_ids=profiled[None].to(device), use_cache=False)
     finally:
         RECORDER.reset(token)
@@ -157,8 +165,20 @@ def calibrate(
     return made
 
 
-def spread_starts(model: PreTrainedModel, lengths: list[int], context_length: int | None) -> tuple[int, Tensor]:
-    """The context to cover, and the first position of each sequence: evenly from 0 to where it ends with the context.
+def layer_frames(model: PreTrainedModel, serving: Serving) -> list[SegmentFrame | None]:
+    """The frame that the keys of each layer are coded in; None where they do not turn, or it is not known how."""
+    embedding, most, found = rotary_embedding(model), positions(model), list[SegmentFrame | None]()
+    for module, shape in zip(serving.modules, serving.shapes, strict=True):
+        rotation = rotation_of(embedding, module, shape)
+        found.append(None if rotation is None else rotation.frame(segment_tokens(most), most, execution_device(module)))
+    return found
+
+
+def spread_starts(
+    model: PreTrainedModel, lengths: list[int], context_length: int | None, framed: bool = False
+) -> tuple[int, Tensor]:
+    """The context to cover, and the first position of each sequence: evenly from 0 to where it ends with the context;
+    0 where keys are ``framed``, whose statistics are the same everywhere.
 
     Raises:
         ValueError: when the context is not a whole number of at least 1, or more than the model's positions.
@@ -170,7 +190,7 @@ def spread_starts(model: PreTrainedModel, lengths: list[int], context_length: in
     if not whole or context_length < 1 or (most is not None and context_length > most):
         limit = "" if most is None else f" and at most {most}, the model's positions"
         raise ValueError(f"context_length must be a whole number of at least 1{limit}, got {context_length!r}")
-    rotary = rotary_embedding(model) is not None
+    rotary = rotary_embedding(model) is not None and not framed
     room = [max(context_length - n, 0) if rotary else 0 for n in lengths]
     starts = [r * i // max(len(lengths) - 1, 1) for i, r in enumerate(room)]
     return context_length, torch.tensor(starts, dtype=torch.int64, device="cpu")

@@ -9,10 +9,10 @@ from transformers import PreTrainedModel
 from headq_ao.ambient import mode_neutral
 from headq_ao.calibration.artifact import Calibration, usable_calibration
 from headq_ao.calibration.bit_allocation import head_bits
-from headq_ao.calibration.rope import rope_shift
+from headq_ao.calibration.rope import rotation_of
 from headq_ao.codecs import registry
 from headq_ao.codecs.layer_codec import LayerCodec
-from headq_ao.codecs.rotation import Rotation
+from headq_ao.codecs.rotation import in_model_frame
 from headq_ao.codecs.source import SourceModule
 from headq_ao.codecs.unseen import UnseenQueries
 from headq_ao.config import HeadQConfig
@@ -24,6 +24,7 @@ from headq_ao.integrations.transformers.models import (
     forward_names,
     input_embedding,
     kv_heads_here,
+    positions,
     rotary_embedding,
     tensor_parallel,
 )
@@ -86,8 +87,7 @@ def headq_sources(
     shapes = serving.shapes
     bits = head_bits(config, calibration, shapes)
     shapes, heads = shapes_here(model, shapes, config)
-    own_statistics = calibration is None and config.k_bits is not None and config.key_codec == "whitened"
-    embedding = rotary_embedding(model) if own_statistics else None
+    embedding = rotary_embedding(model) if config.k_bits is not None else None
     sources: list[SourceModule] = []
     if serving.fallback is not None:
         device = execution_device(input_embedding(model))
@@ -97,8 +97,10 @@ def headq_sources(
         return shapes, sources
     for i, (module, shape) in enumerate(zip(serving.modules, shapes, strict=True)):
         moments = None if calibration is None else calibration.layers[i]
-        shift = rope_shift(embedding, module, shape)
-        sources.append(LayerCodec(config, shape, moments, execution_device(module), heads, bits[i], shift))
+        turns = calibration is None or bool(calibration.layers[i].segment_tokens)
+        rotation = rotation_of(embedding, module, shape) if turns else None
+        device, most = execution_device(module), positions(model)
+        sources.append(LayerCodec(config, shape, moments, device, heads, bits[i], rotation, most))
     return shapes, sources
 
 
@@ -118,11 +120,10 @@ def registered_sources(
     embedding = rotary_embedding(model)
     sources = []
     for i, (module, shape) in enumerate(zip(serving.modules, shapes, strict=True)):
-        shift = rope_shift(embedding, module, shape, (0, 1))
-        layer = registry.LayerContext(
-            shape, config.n_sink, execution_device(module), None if calibration is None else calibration.layers[i],
-            None if shift is None else Rotation.of_shift(shift),
-        )  # fmt: skip
+        rotation = rotation_of(embedding, module, shape)
+        moments = None if calibration is None else calibration.layers[i]
+        moments = moments if moments is None or rotation is None else in_model_frame(moments, rotation)
+        layer = registry.LayerContext(shape, config.n_sink, execution_device(module), moments, rotation)
         sources.append(registry.build(config.codec, config.codec_options or {}, layer))
     return shapes, sources
 

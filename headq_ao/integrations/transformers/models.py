@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, LinearAttentionLayer
 from transformers.masking_utils import create_masks_for_generate
 
+from headq_ao.codecs.rotation import POSITIONS
 from headq_ao.integrations.transformers.hybrid import NATIVE, DummyLayer, dense_layers
 from headq_ao.layer_shape import LayerShape
 
@@ -226,6 +227,13 @@ def check_cached(model: PreTrainedModel) -> None:
 def rotary_embedding(model: nn.Module) -> nn.Module | None:
     """The module that makes a model's rotary embeddings, the first where there are several; None without any."""
     return next((module for name, module in model.named_modules() if name.endswith("rotary_emb")), None)
+
+
+def positions(model: nn.Module) -> int:
+    """How many positions a model was made for."""
+    config: Any = getattr(model, "config", None)
+    most = getattr(config and config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return most if isinstance(most, int) and most > 0 else POSITIONS
 
 
 def tensor_parallel(model: nn.Module) -> tuple[int, int]:

@@ -161,6 +161,7 @@ def model_head(model: PreTrainedModel, config: HeadQConfig, ids: Tensor | None) 
         "config": options,
         "calibrated": config.calibration is not None,
         "codecs": [codec.sketch() for codec in model._headq.codecs],
+        "segment_tokens": [codec.frame_tokens for codec in model._headq.codecs],
     }
 
 
@@ -178,6 +179,12 @@ def check_same(here: dict[str, Any], there: dict[str, Any]) -> None:
         raise ValueError("it was made with other attention heads, as on another rank of a tensor-parallel model")
     if here["calibrated"] != there["calibrated"]:
         raise ValueError(f"it was made {'with' if there['calibrated'] else 'without'} a calibration, unlike this model")
+    framed = there.get("segment_tokens", [0] * len(there["codecs"]))
+    if here["segment_tokens"] != framed:
+        told = ", ".join(
+            f"{max(x, default=0)} {where}" for x, where in ((here["segment_tokens"], "here"), (framed, "there"))
+        )
+        raise ValueError(f"it was made with keys in the frames of other segments: of tokens {told}")
     problem = identity_problem(here["identity"], there["identity"])
     if problem is not None:
         raise ValueError(f"it was made with {problem}")

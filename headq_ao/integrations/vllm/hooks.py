@@ -130,6 +130,12 @@ def _packed_spec(before: Callable[..., Any]) -> Callable[..., Any]:
         if spec is None or not _chosen(self):
             return spec
         impl, tokens = self.impl, vllm_config.cache_config.block_size
+        frame = impl.codec.frame
+        if frame is not None and frame.tokens % tokens:
+            raise ValueError(
+                f"--block-size must divide the {frame.tokens} tokens of a segment of HeadQ's keys, got {tokens}; leave "
+                "it out"
+            )
         size = impl.codec.layout(tokens).bytes_of_page(impl.n_sink, self.kv_cache_torch_dtype)
         return dataclasses.replace(
             spec, block_size=tokens, num_head_slots=1, dtype=torch.uint8, state_content_bytes=-(-size // tokens)

@@ -10,6 +10,7 @@ import functools
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,9 +20,12 @@ import torch
 
 from headq_ao.calibration.artifact import Calibration
 from headq_ao.calibration.bit_allocation import head_bits
+from headq_ao.calibration.rope import rotation_of
 from headq_ao.codecs.layer_codec import LayerCodec
 from headq_ao.codecs.planes import PlaneCodec
+from headq_ao.codecs.rotation import POSITIONS, Rotation
 from headq_ao.config import HeadQConfig, headq_config
+from headq_ao.integrations.transformers.models import attention_modules, layer_shapes, rotary_embedding, text_config
 from headq_ao.layer_shape import LayerShape
 
 if TYPE_CHECKING:
@@ -46,6 +50,8 @@ class Settings:
     calibration: Calibration
     shapes: tuple[LayerShape, ...]
     bits: tuple[Any, ...]
+    rotations: tuple[Rotation | None, ...]
+    positions: int
 
     def codec(self, layer: int, rank: int, size: int) -> PlaneCodec:
         """The codec of a layer's KV heads on one of ``size`` tensor-parallel ranks."""
@@ -58,10 +64,10 @@ class Settings:
         held = shape.n_kv_heads // size
         part = slice(rank * held, (rank + 1) * held)
         whole = LayerCodec(
-            self.config, shape, self.calibration.layers[layer], torch.device("cpu"), heads=part, bits=self.bits[layer]
-        )
-        keys, values = whole.calibrated, whole.values
-        codec = PlaneCodec(keys, values, held, *shape.dims, self.config.sign, self.config.unbiased_scale)
+            self.config, shape, self.calibration.layers[layer], torch.device("cpu"), heads=part, bits=self.bits[layer],
+            rotation=self.rotations[layer], positions=self.positions,
+        )  # fmt: skip
+        codec = dataclasses.replace(whole.start(1, torch.float32), kv_heads=held)
         codec.put_together()
         return codec
 
@@ -120,7 +126,10 @@ def _settings(given: str, variable: str | None, checkpoint: str, model: _Hashed)
         config = headq_config(options.pop("preset", None), **options)
     config = dataclasses.replace(config, calibration=known)
     shapes = _checked(config, known, model.model_config, folder)
-    return Settings(config, known, shapes, tuple(head_bits(config, known, shapes)))
+    hf_config = model.model_config.hf_config
+    rotations = _rotations(hf_config, shapes) if any(x.segment_tokens for x in known.layers) else (None,) * len(shapes)
+    most = getattr(text_config(hf_config), "max_position_embeddings", None) or POSITIONS
+    return Settings(config, known, shapes, tuple(head_bits(config, known, shapes)), rotations, most)
 
 
 def _folder(model: str, revision: str | None) -> Path | None:
@@ -152,8 +161,6 @@ def _checked(config: HeadQConfig, known: Calibration, model_config: Any, folder:
     Raises:
         ValueError: naming what does not.
     """
-    from headq_ao.integrations.transformers.models import layer_shapes, text_config
-
     problems = {
         "codec": config.codec is not None,
         "adapt": config.adapt != "off",
@@ -178,6 +185,18 @@ def _checked(config: HeadQConfig, known: Calibration, model_config: Any, folder:
     if not known.suffices:
         raise ValueError(f"{known.shortage()}: vLLM serves no uncalibrated cache")
     return shapes
+
+
+def _rotations(hf_config: Any, shapes: Sequence[LayerShape]) -> tuple[Rotation | None, ...]:
+    """How each layer turns its keys with their position: of transformers' own model, without its weights."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(text_config(hf_config))
+    made = rotary_embedding(model)
+    embedding = None if made is None else type(made)(made.config)
+    modules = attention_modules(model, len(shapes))
+    return tuple(rotation_of(embedding, module, shape) for module, shape in zip(modules, shapes, strict=True))
 
 
 def _weights(folder: Path | None) -> dict[str, Any]:
