@@ -4,10 +4,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from headq_ao.evals.cli import calibrate
+from headq_ao.evals.cli import calibrate, chat, compare, doctor, estimate, evaluate
 from headq_ao.evals.cli.console import PROG, HelpFormatter, UsageError, complain, warnings_as_notes
 
-COMMANDS = (calibrate,)
+COMMANDS = (doctor, estimate, calibrate, evaluate, compare, chat)
 DESCRIPTION = """\
 A packed KV cache for Hugging Face causal language models: keys and values in about 2.5 bits each.
 

@@ -39,8 +39,8 @@ def note(text: str) -> None:
         console.print(text, style="dim", markup=False)
 
 
-def show_table(header: Sequence[str], rows: Sequence[Sequence[str]], mark: int | None = None) -> None:
-    """A table with its first column to the left and the others to the right.
+def show_table(header: Sequence[str], rows: Sequence[Sequence[str]], mark: int | None = None, left: int = 1) -> None:
+    """A table with its first ``left`` columns to the left and the others to the right.
 
     Args:
         mark: the row to set off; plain text has no mark.
@@ -49,14 +49,14 @@ def show_table(header: Sequence[str], rows: Sequence[Sequence[str]], mark: int |
     if console is None:
         from headq_ao.evals.harness.table import text_table
 
-        return say(text_table(header, rows))
+        return say(text_table(header, rows, left))
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for i, name in enumerate(header):
-        table.add_column(Text(name), justify="right" if i else "left")
+        table.add_column(Text(name), justify="left" if i < left else "right")
     for i, row in enumerate(rows):
         table.add_row(*map(Text, row), style="bold" if i == mark else None)
     console.print(table)

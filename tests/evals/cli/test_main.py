@@ -37,6 +37,6 @@ def test_exit_codes(error, code, monkeypatch, capsys):
     def fail(args):
         raise error
 
-    monkeypatch.setattr(cli.COMMANDS[0], "run", fail)
+    monkeypatch.setattr(cli.calibrate, "run", fail)
     assert cli.main(["calibrate", "m", "-o", "x"]) == code
     assert capsys.readouterr().err.startswith("headq: ")
