@@ -77,7 +77,7 @@ test-versions: pyproject.toml ## the quick tests with the oldest versions that p
 
 test-models: $(STAMP) ## every class of transformers through the cache; stores the table and its page
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m headq_ao.evals.models.sweep --jobs $(WORKERS) --out recipes/results/sweep/models.json
-	$(BIN)/python -m headq_ao.evals.models.sweep_table
+	$(BIN)/python -m headq_ao.evals.results
 
 lint: $(STAMP) ## ruff check, ruff format --check, mypy
 	$(BIN)/ruff check .

@@ -73,8 +73,8 @@ def add(commands: Any) -> None:
 
 def exact_bytes(shapes: Any, tokens: int, batch: int, itemsize: int) -> int:
     """Bytes of transformers' own cache; sliding layers keep their window."""
-    kept = (min(tokens, s.sliding_window or tokens) * s.n_kv_heads * sum(s.dims) for s in shapes)
-    return batch * itemsize * sum(kept)
+    kept: int = sum(min(tokens, s.sliding_window or tokens) * s.n_kv_heads * sum(s.dims) for s in shapes)
+    return batch * itemsize * kept
 
 
 def longest(bytes_at: Any, budget: int, window: int) -> int:
@@ -108,8 +108,9 @@ def configs(args: argparse.Namespace, model_config: Any) -> dict[str, Any]:
 
     known = args.calibration or assumed_calibration(model_config)
     try:
-        found = {name: headq_config(preset=name, calibration=known) for name in PRESETS}
-        rows = {"exact": None, **dict(sorted(found.items(), key=lambda item: item[1].mean_bits or math.inf))}
+        found: dict[str, Any] = {name: headq_config(preset=name, calibration=known) for name in PRESETS}
+        by_bits = sorted(found.items(), key=lambda item: item[1].mean_bits or math.inf)
+        rows: dict[str, Any] = {"exact": None, **dict(by_bits)}
         rows["balanced, no calibration"] = headq_config()
         if args.options:
             rows["--set"] = headq_config(calibration=known, **parse_options(args.options))

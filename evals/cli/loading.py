@@ -59,12 +59,13 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from headq_ao.evals.harness import inputs
+    from headq_ao.evals.models import qwen, small_models
 
     if args.threads:
         torch.set_num_threads(args.threads)
     cuda = torch.cuda.is_available()
     device = ("cuda" if cuda else "cpu") if args.device == "auto" else args.device
-    if args.model in (NAMED, inputs.qwen.NAME, *inputs.small_models.NAMES):
+    if args.model in (NAMED, qwen.NAME, *small_models.NAMES):
         dtype = torch.float32 if args.dtype == "auto" else inputs.DTYPES[args.dtype]
         return inputs.load(args.model, None, dtype, device)
     options: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
