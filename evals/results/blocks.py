@@ -11,7 +11,7 @@ from headq_ao.evals.benchmarks import bench_decode, bench_generate, triton_table
 from headq_ao.evals.gpu import report as gpu
 from headq_ao.evals.harness import table
 from headq_ao.evals.models import sweep_table
-from headq_ao.evals.results import tables
+from headq_ao.evals.results import messages, tables
 from headq_ao.evals.results.provenance import KERNELS, QUALITY, SPEED, History, footer, read
 
 Make = Callable[[Path], str]
@@ -22,7 +22,7 @@ class Block:
     """One generated block.
 
     Args:
-        files: of its results, a pattern below recipes/results.
+        files: of its results, a pattern below recipes/results; empty: made of the sources, not of results.
         make: its Markdown, from the folder recipes/results.
         code: files and folders that the results describe.
         names: of the results that it shows, where not all.
@@ -40,6 +40,8 @@ class Block:
             FileNotFoundError: where results are missing.
             ValueError: where one is not whole.
         """
+        if not self.files:
+            return self.make(results)
         found = read(sorted(results.glob(self.files)))
         if self.names:
             found = [result for result in found if result.get("name") in self.names]
@@ -80,6 +82,10 @@ BLOCKS: dict[str, Block] = {
     "generate": one("bench/generate.json", bench_generate.result_table, SPEED),
     "gpu": Block("gpu/[ls]*.json", lambda results: gpu.result_table(results / "gpu"), KERNELS),
     "triton": one("triton/aot.json", triton_table.result_table, KERNELS),
+    **{
+        f"messages {topic}": Block("", lambda results, t=topic: messages.table(results.parents[1], t), ())
+        for topic in messages.TOPICS
+    },
     **{
         f"models {mapping}": one(
             "sweep/models.json", functools.partial(sweep_table.models_table, mapping), ("headq_ao/integrations",)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from headq_ao.evals.results import __main__ as command
-from headq_ao.evals.results import documents
+from headq_ao.evals.results import documents, messages
 from headq_ao.evals.results.blocks import BLOCKS, block
 from headq_ao.evals.results.provenance import CHANGED, History, footer
 
@@ -136,7 +136,22 @@ def test_footer_names_all_that_was_measured_with():
 @pytest.mark.parametrize("name", [*BLOCKS, "recipe wikitext", "recipe controls all", "recipe controls panel"])
 def test_every_block_can_be_made(name):
     text = block(name).text(STORED, History(ROOT))
-    assert text.count("| --") + text.count("|---") >= 1 and text.rstrip().endswith("</small>")
+    assert text.count("| --") + text.count("|---") >= 1
+    assert text.rstrip().endswith("</small>") or name.startswith("messages")
+
+
+def test_every_message_of_the_library_is_in_a_topic():
+    assert messages.left_out(ROOT) == []
+    text = "".join(messages.table(ROOT, topic) for topic in messages.TOPICS)
+    assert "| warning | HeadQ: …; this call runs on dense keys and values |" in text
+    assert "| ValueError | preset must be one of … or None, got … |" in text
+    assert text.count("\n") > 200
+
+
+def test_messages_of_a_file(tmp_path):
+    code = "warn(f'HeadQ: {x} is so')\nraise ValueError('a' 'b c ' + f'd {y}')\nraise E('short')\n"
+    (tmp_path / "a.py").write_text(code)
+    assert list(messages.messages(tmp_path / "a.py")) == [("warning", "HeadQ: … is so"), ("ValueError", "ab c d …")]
 
 
 def test_the_documents_of_this_checkout():
