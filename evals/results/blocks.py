@@ -72,6 +72,11 @@ def presets(results: Path) -> str:
     return tables.presets(stored, results / "frontier")
 
 
+def message_table(topic: str, results: Path) -> str:
+    """Of the sources beside the results."""
+    return messages.table(results.parents[1], topic)
+
+
 BLOCKS: dict[str, Block] = {
     "front": Block("wikitext/*.json", lambda results: tables.front(results / "wikitext"), QUALITY, tuple(tables.FRONT)),
     "presets": Block("presets/presets.json", presets, (*QUALITY, *SPEED)),
@@ -82,10 +87,7 @@ BLOCKS: dict[str, Block] = {
     "generate": one("bench/generate.json", bench_generate.result_table, SPEED),
     "gpu": Block("gpu/[ls]*.json", lambda results: gpu.result_table(results / "gpu"), KERNELS),
     "triton": one("triton/aot.json", triton_table.result_table, KERNELS),
-    **{
-        f"messages {topic}": Block("", lambda results, t=topic: messages.table(results.parents[1], t), ())
-        for topic in messages.TOPICS
-    },
+    **{f"messages {topic}": Block("", functools.partial(message_table, topic), ()) for topic in messages.TOPICS},
     **{
         f"models {mapping}": one(
             "sweep/models.json", functools.partial(sweep_table.models_table, mapping), ("headq_ao/integrations",)

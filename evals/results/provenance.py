@@ -43,7 +43,7 @@ class History:
 
 def environments(results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """What results say of themselves; older ones only name their versions."""
-    found = []
+    found: list[dict[str, Any]] = []
     for result in results:
         versions = {name: result[name] for name in ("torch", "transformers") if name in result}
         commits = {entry.get("commit") for entry in result.get("classes", [])} or {None}
