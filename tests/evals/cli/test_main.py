@@ -1,11 +1,13 @@
 """``headq``: help that is there at once, and the exit codes."""
 
+import importlib.util
 import subprocess
 import sys
 
 import pytest
 
 from headq_ao.evals.cli import __main__ as cli
+from headq_ao.evals.cli import lm_eval
 
 NAMES = [command.NAME for command in cli.COMMANDS]
 LIGHT = """
@@ -30,6 +32,18 @@ def test_every_command_has_examples(name, capsys):
         cli.main([name, "--help"])
     shown = capsys.readouterr().out
     assert caught.value.code == 0 and "examples:" in shown and f"headq {name.removesuffix('uate')} " in shown
+
+
+def test_lm_eval_missing_is_one_line(monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "headq_ao.evals.lm_eval", raising=False)
+    monkeypatch.delitem(sys.modules, "headq_ao.evals.lm_eval.__main__", raising=False)
+    own = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == "lm_eval" else own(name, *more)
+    )
+    assert lm_eval.main() == 2
+    told = capsys.readouterr().err
+    assert told == "headq: headq_ao.evals.lm_eval needs lm-eval: pip install 'headq_ao[lm-eval]'\n"
 
 
 @pytest.mark.parametrize(("error", "code"), [(ValueError("so"), 1), (KeyboardInterrupt(), 130), (ImportError("so"), 1)])
