@@ -7,8 +7,8 @@ from typing import Any
 
 PREDICTORS = {"key_mse": "key mean square error", "score_error": "score error", "fisher_error": "Fisher error"}
 HEADER = (
-    "cache", "method and options", "bits K / V", "at 1k / 4k / 16k", "full-precision tokens", "perplexity", "ratio",
-    "KL (nats)", "flips", "packed",
+    "cache", "bits K / V", "at 1k / 4k / 16k", "KL (nats)", "ratio", "perplexity", "flips", "full-precision tokens",
+    "packed", "method and options",
 )  # fmt: skip
 
 
@@ -64,15 +64,15 @@ def result_row(result: dict[str, Any]) -> list[str]:
     sides = [bits[side] for side in ("key", "value")]
     return [
         result["title"],
-        f"`{options_text(result)}`",
         " / ".join("exact" if x is None else number(x) for x in sides),
         "–" if exact else " / ".join(number(x) for x in bits["at"].values()),
-        "all" if exact else number(score["report"]["exact_rows"], 0),
-        measured(score["perplexity"], score["perplexity_sem"], 2),
-        "1" if exact else measured(score["ppl_ratio"], score["ppl_ratio_sem"], 3),
         "0" if exact else measured(score["mean_kl"], score["mean_kl_sem"], 4),
+        "1" if exact else measured(score["ppl_ratio"], score["ppl_ratio_sem"], 3),
+        measured(score["perplexity"], score["perplexity_sem"], 2),
         f"{100 * score['flips']:.1f} %",
+        "all" if exact else number(score["report"]["exact_rows"], 0),
         f"{100 * score['packed_fraction']:.0f} %",
+        f"`{options_text(result)}`",
     ]
 
 
@@ -101,7 +101,7 @@ def results_table(results: Sequence[dict[str, Any]]) -> str:
         "± is the standard error over rows; full-precision tokens: sinks and window at the end of a row; packed: share "
         "of the tokens read that were packed ones."
     )
-    return markdown_table(HEADER, [result_row(result) for result in results], left=2) + "\n\n" + note
+    return markdown_table(HEADER, [result_row(result) for result in results]) + "\n\n" + note
 
 
 def model_tables(results: Sequence[dict[str, Any]]) -> str:

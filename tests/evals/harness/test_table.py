@@ -37,18 +37,18 @@ def folder(tmp_path):
 def test_rows_in_the_order_of_the_recipe(folder):
     lines = table.model_tables(table.read_results(folder)).splitlines()
     assert lines[2] == (
-        "| B | `v_bits=None` | 2.75 / exact | 2.90 / 2.80 / 2.76 | 96 | 12.50 ± 0.25 | 1.012 | 0.2500 ± 0.0020 "
-        "| 5.0 % | 75 % |"
+        "| B | 2.75 / exact | 2.90 / 2.80 / 2.76 | 0.2500 ± 0.0020 | 1.012 | 12.50 ± 0.25 | 5.0 % | 96 | 75 % "
+        "| `v_bits=None` |"
     )
-    assert lines[3].startswith("| A | `v_bits=None, no calibration` |")
+    assert lines[3].startswith("| A |") and lines[3].endswith("| `v_bits=None, no calibration` |")
 
 
 def test_other_methods_and_the_exact_cache():
     other = result("a", 0, 0.5) | {"method": {"kind": "baseline", "name": "kivi", "options": {}}}
-    assert table.result_row(other)[1] == "`kivi(v_bits=None)`"
+    assert table.result_row(other)[-1] == "`kivi(v_bits=None)`"
     exact = result("e", 0, 0.0) | {"method": {"kind": "exact", "name": "exact", "options": {}}, "options": {}}
     exact["bits"] = {"key": None, "value": None, "body": None, "at": dict.fromkeys(("1024", "4096", "16384"))}
-    assert table.result_row(exact)[1:8] == ["`exact()`", "exact / exact", "–", "all", "12.50 ± 0.25", "1", "0"]
+    assert table.result_row(exact)[1:6] == ["exact / exact", "–", "0", "1", "12.50 ± 0.25"]
 
 
 def test_a_table_per_model(folder):
