@@ -11,7 +11,7 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = ("report", "bench", "controls")  # folders of recipes/results whose PNGs pages show
 FORMULA = re.compile(r'<(span|div) class="arithmatex">(.*?)</\1>', re.DOTALL)
-TEST_MARK = re.compile(r"\[✓\]\(tests/[^)]*\)")
+TEST_MARK = re.compile(r"\[✓\]\(\.\./tests/[^)]*\)")
 ROLE = re.compile(r":(?:py:)?(?:func|class|meth|mod|attr|data|obj):(?=<code>)")
 
 
