@@ -65,7 +65,9 @@ def message(node: ast.expr) -> str | None:
 
 def messages(path: Path) -> Iterator[tuple[str, str]]:
     """``"warning"`` or the error's name, and its text, in the order of a file."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    found = [node for node in ast.walk(tree) if isinstance(node, (ast.Raise, ast.Call))]
+    for node in sorted(found, key=lambda node: node.lineno):
         call = node.exc if isinstance(node, ast.Raise) else node
         if not isinstance(call, ast.Call) or not call.args:
             continue
