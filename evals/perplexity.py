@@ -196,12 +196,24 @@ def check(args: argparse.Namespace) -> tuple[Path, Path | None, Subject]:
     return text, calibration, subject
 
 
-def run(args: argparse.Namespace, text: Path, calibration: Path | None, subject: Subject) -> dict[str, Any]:
-    """Load, calibrate, score; returns what ``--json`` writes."""
+def run(
+    args: argparse.Namespace,
+    text: Path,
+    calibration: Path | None,
+    subject: Subject,
+    loaded: tuple[Any, Any] | None = None,
+) -> dict[str, Any]:
+    """Load, calibrate, score; returns what ``--json`` writes.
+
+    Args:
+        loaded: model and tokenizer, where they are there already.
+    """
     progress = not args.no_progress
     if args.threads:
         torch.set_num_threads(args.threads)
-    model, tokenizer = inputs.load(args.model, args.gguf_file, inputs.DTYPES[args.dtype], args.device)
+    if loaded is None:
+        loaded = inputs.load(args.model, args.gguf_file, inputs.DTYPES[args.dtype], args.device)
+    model, tokenizer = loaded
     rows = inputs.token_rows(tokenizer, text, args.rows, args.row_length)
     if calibration is not None:
         subject.calibrate(inputs.calibrate_on(model, tokenizer, calibration, args.calibration_tokens, progress))
@@ -214,14 +226,21 @@ def run(args: argparse.Namespace, text: Path, calibration: Path | None, subject:
     protocol = {
         "text": text.name,
         "calibration": args.calibration if calibration is None else calibration.name,
-        **{name: getattr(args, name) for name in ("rows", "row_length", "prefill", "chunk", "dtype")},
+        **{name: getattr(args, name) for name in ("rows", "row_length", "prefill", "chunk")},
+        "dtype": str(model.dtype).removeprefix("torch."),
     }
     name = Path(args.model).name if Path(args.model).exists() else args.model
-    return {"model": name, "protocol": protocol, **result, "environment": environment(args.device)}
+    return {"model": name, "protocol": protocol, **result, "environment": environment(model.device)}
 
 
 def show(result: dict[str, Any]) -> str:
     """The result as a table with a line above and below."""
+    head, table, foot = shown(result)
+    return "\n".join([head, "", text_table(*table), "", foot])
+
+
+def shown(result: dict[str, Any]) -> tuple[str, tuple[list[str], list[list[str]]], str]:
+    """The line above, header and rows of the table, and the line below."""
     p, s = result["protocol"], result["score"]
     report = s["report"]
     rows_text = f"{p['rows']} row{'' if p['rows'] == 1 else 's'}"
@@ -244,9 +263,10 @@ def show(result: dict[str, Any]) -> str:
     ]
     foot = (
         f"{100 * s['packed_fraction']:.0f} % of the tokens read were packed; "
-        f"{report['exact_rows']:.0f} of a sequence's {report['tokens']:.0f} rows are exact (sinks and newest tokens)"
+        f"{report['exact_rows']:.0f} of a sequence's {report['tokens']:.0f} tokens are in full precision "
+        "(sinks and newest ones)"
     )
-    return "\n".join([head, "", text_table(header, rows), "", foot])
+    return head, (header, rows), foot
 
 
 def main(argv: Sequence[str] | None = None) -> int:

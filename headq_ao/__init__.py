@@ -13,6 +13,7 @@ if _ops is None or not _Path(_ops.origin or "").resolve().is_relative_to(_root):
     __path__.append(str(_root))
 
 from headq_ao import lazy as _lazy
+from headq_ao import quiet as _quiet
 from headq_ao import registration as _registration
 
 if _TYPE_CHECKING:
@@ -59,4 +60,5 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
+_quiet.install()
 _registration.register_with_transformers()

@@ -1,7 +1,6 @@
 """What each preset costs: bits, time at prefill, quality: ``python recipes/presets.py --help``."""
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -16,13 +15,11 @@ from transformers import DynamicCache
 from headq_ao import HeadQCache, headq_config, quantize_, restore_
 from headq_ao.evals.harness.environment import environment, write_json
 from headq_ao.evals.harness.inputs import DTYPES, SMOLLM2, calibrate_on, load
-from headq_ao.evals.harness.table import fill_readme, markdown_table, measured
 from headq_ao.evals.harness.texts import find_text, token_rows
 from headq_ao.integrations.transformers.models import with_cache
 
 HERE = Path(__file__).resolve().parent
 RESULT = HERE / "results" / "presets" / "presets.json"
-FRONTIER = HERE / "results" / "frontier"
 # name of the row, options, calibrated, result of recipes/frontier.yaml
 ROWS: tuple[tuple[str, dict[str, Any], bool, str], ...] = (
     ('`"balanced"`, the default', {}, True, "kv_default"),
@@ -64,37 +61,11 @@ def measure(model: Any, ids: torch.Tensor, calibration: Any, repeats: int, progr
     }
 
 
-def readme_table(result: dict[str, Any], frontier: Path = FRONTIER) -> str:
-    """The README's lines: quality from ``recipes/frontier.yaml``, time from here."""
-    rows = []
-    for name, _, _, file in ROWS:
-        found = json.loads((frontier / f"{file}.json").read_text(encoding="utf-8"))
-        score, bits = found["score"], found["bits"]
-        rows.append(
-            [
-                name,
-                f"{bits['body']:.2f}",
-                f"{bits['at']['4096']:.2f}",
-                measured(score["ppl_ratio"], score["ppl_ratio_sem"], 4),
-                measured(score["mean_kl"], score["mean_kl_sem"], 4),
-                f"{100 * (result['prefill'][name]['cpu_ratio'] - 1):+.0f} %",
-            ]
-        )
-    header = ["preset", "bits stored", "bits at 4k", "perplexity ratio", "KL (nats)", "prefill, CPU time"]
-    env = result["environment"]
-    note = (
-        f"{result['model']}, {result['dtype']}. Bits, ratio and KL: `recipes/frontier.yaml`. Prefill of "
-        f"{result['tokens']} tokens against the exact cache: median of {result['repeats']} turns in one process, "
-        f"{env['threads']} threads of {env['cpu']}; `python recipes/presets.py`."
-    )
-    return markdown_table(header, rows) + "\n\n" + note
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(
         description="Time a prefill with each preset against the exact cache, in turn, in one process.",
-        epilog="example: python recipes/presets.py && python recipes/presets.py --readme README.md",
+        epilog="example: python recipes/presets.py --repeats 5",
     )
     p.add_argument("--model", default=SMOLLM2, help="'smollm2' or what transformers loads (default: %(default)s)")
     p.add_argument("--dtype", choices=DTYPES, default="float32", help="of the model (default: %(default)s)")
@@ -102,7 +73,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--repeats", type=int, default=3, help="turns; medians count (default: %(default)s)")
     p.add_argument("--text", default="wikitext", help="'bundled', 'wikitext' or a file (default: %(default)s)")
     p.add_argument("--calibration-text", default="wikitext", help="to calibrate on (default: %(default)s)")
-    p.add_argument("--readme", type=Path, help="only put the stored results into this README")
     p.add_argument("--json", type=Path, default=RESULT, help="the result (default: %(default)s)")
     return p
 
@@ -111,9 +81,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command."""
     args = parser().parse_args(argv)
     try:
-        if args.readme is not None:
-            fill_readme(args, "presets", readme_table)
-            return 0
         if args.tokens < 1 or args.repeats < 1:
             raise ValueError(f"tokens and repeats must be at least 1, got {args.tokens} and {args.repeats}")
         path, calibrate_path = find_text(args.text, "report"), find_text(args.calibration_text, "calibrate")

@@ -16,7 +16,6 @@ from transformers import DynamicCache
 from headq_ao import HeadQCache, headq_config, quantize_, restore_
 from headq_ao.evals.harness.environment import environment, write_json
 from headq_ao.evals.harness.inputs import DTYPES, SMOLLM2, calibrate_on, describe, load
-from headq_ao.evals.harness.table import fill_readme
 from headq_ao.evals.harness.texts import find_text, token_rows
 from headq_ao.integrations.transformers.models import with_cache
 
@@ -82,21 +81,6 @@ def measure(model: Any, ids: torch.Tensor, folder: Path, repeats: int = 5) -> di
     }
 
 
-def readme_table(result: dict[str, Any]) -> str:
-    """The README's lines about a result."""
-    seconds, env = result["seconds"], result["environment"]
-    return f"""\
-| {result["tokens"]} tokens, {result["model"]} | file | seconds to read | seconds to compute |
-| --- | ---: | ---: | ---: |
-| packed | {result["packed_bytes"] / 1e6:.1f} MB | {seconds["load"]:.2f} | {seconds["recompute"]:.1f} |
-| dense, bfloat16 | {result["dense_bf16_bytes"] / 1e6:.1f} MB | {seconds["load_dense_bf16"]:.2f} | \
-{seconds["recompute_dense"]:.1f} |
-
-{result["size_ratio"]:.3f} of the dense file; read {result["speedup_over_recompute"]:.0f} times faster than computed. \
-{result["dtype"]}, {result["text"]}, {env["threads"]} thread of {env["cpu"]} shared with other work; \
-`python recipes/prompt_cache.py --readme README.md`."""
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(
@@ -108,7 +92,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--text", default="wikitext", help="'bundled', 'wikitext' or a file (default: %(default)s)")
     p.add_argument("--tokens", type=int, default=4096, help="length of the prompt (default: %(default)s)")
     p.add_argument("--calibration", action="store_true", help="calibrate on the bundled text first")
-    p.add_argument("--readme", type=Path, help="only put the stored result into this README")
     p.add_argument("--json", type=Path, default=RESULT / "prompt_cache.json", help="the result (default: %(default)s)")
     return p
 
@@ -117,9 +100,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command."""
     args = parser().parse_args(argv)
     try:
-        if args.readme is not None:
-            fill_readme(args, "prompt_cache", readme_table)
-            return 0
         if args.tokens < 1:
             raise ValueError(f"tokens must be at least 1, got {args.tokens}")
         path = find_text(args.text, "report")

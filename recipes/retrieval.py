@@ -22,7 +22,6 @@ from headq_ao.cache.memory_report import NothingPackedError
 from headq_ao.evals.harness.environment import environment, write_json
 from headq_ao.evals.harness.inputs import DTYPES, SMOLLM2, calibrate_on, describe, load
 from headq_ao.evals.harness.subjects import Subject
-from headq_ao.evals.harness.table import fill_readme
 from headq_ao.evals.harness.texts import find_text
 from headq_ao.integrations.transformers.models import with_cache
 
@@ -33,7 +32,6 @@ examples:
   HEADQ_WIKITEXT=path/to/wikitext-2-raw python recipes/retrieval.py
   python recipes/retrieval.py --calibration bundled --contexts 2 --subjects headq turboquant_2bit
   python recipes/retrieval.py --tokens 8000 --json retrieval_8000.json
-  python recipes/retrieval.py --readme README.md         write the table of the stored result, run nothing
 
 Each context is prose with a fact ("The password of Clara is copper.") at every depth. It is computed once into the
 cache, in calls of 512 tokens. Each question is then fed to that cache, the likeliest of a few values that are all facts
@@ -71,16 +69,6 @@ SUBJECTS: dict[str, tuple[str, dict[str, Any]]] = {
     "kivi_2bit_g64": ("kivi", {"k_bits": 2, "v_bits": 2, "k_group": 64, "v_group": 64}),
     "turboquant_2bit": ("turboquant", {"k_bits": 2, "v_bits": 2}),
 }
-LABELS = {
-    "exact": "exact",
-    "headq": "HeadQ, default",
-    "headq_quality": "HeadQ, quality",
-    "headq_near_lossless": "HeadQ, near_lossless",
-    "headq_2bit": "HeadQ, 2 bits in every layer",
-    "kivi_2bit_g64": "KIVI, 2 bits, groups of 64",
-    "turboquant_2bit": "TurboQuant, 2 bits",
-}
-
 Encode = Callable[[str], list[int]]
 
 
@@ -288,28 +276,6 @@ def summarize(answers: Answers, exact: Answers, contexts: Sequence[Context], see
     return out | {"correct": ["".join(str(int(x)) for x in row) for row in answers.correct]}
 
 
-def readme_table(result: dict[str, Any]) -> str:
-    """The README's lines about a result."""
-    settings, env = result["settings"], result["environment"]
-    n = settings["contexts"] * settings["questions"]
-    lines = [
-        f"| {n} questions, {settings['tokens']} tokens of context | bits | right | against exact, 95 % interval |",
-        "| --- | ---: | ---: | ---: |",
-    ]
-    for name, entry in result["subjects"].items():
-        bits = "" if entry["body_bits"] is None else f"{entry['body_bits']:.2f}"
-        mean, low, high = (100 * entry["accuracy_difference"][key] for key in ("mean", "low", "high"))
-        against = "" if name == "exact" else f"{mean:+.1f} points ({low:+.1f} to {high:+.1f})"
-        lines.append(f"| {LABELS.get(name, name)} | {bits} | {100 * entry['accuracy']:.1f} % | {against} |")
-    packed = min((e["packed_fraction"] for n, e in result["subjects"].items() if n != "exact"), default=0.0)
-    return "\n".join(lines).replace("+-", "-") + (
-        f"\n\n{settings['pairs']} facts in each of {settings['contexts']} contexts, {settings['choices']} choices "
-        f"(guessing: {100 / settings['choices']:.1f} %), the same for all caches; at least {100 * packed:.0f} % of the "
-        f"rows that a question read were packed. {settings['model']}, {settings['dtype']}, calibrated on "
-        f"{settings['calibration']}, {env['cpu']}; `python recipes/retrieval.py --readme README.md`."
-    )
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(
@@ -347,7 +313,6 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="keep what --json has of caches that are not in --subjects; the exact cache is asked again and must agree",
     )
-    p.add_argument("--readme", type=Path, help="only put the stored result into this README")
     return p
 
 
@@ -426,9 +391,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command."""
     args = parser().parse_args(argv)
     try:
-        if args.readme is not None:
-            fill_readme(args, "retrieval", readme_table)
-            return 0
         model, tokenizer, contexts, text = prepare(args)
         settings = settings_of(args, text.name, tokenizer.chat_template is not None)
         stored = stored_entries(args.json, settings) if args.keep else {}

@@ -35,7 +35,7 @@ examples:
 
 Each setting is one file recipes/results/RECIPE/SETTING.json. A run that was cut off goes on where it stopped: a
 setting is skipped when its file was made with the same model, protocol, calibration and options. Afterwards:
-  python -m headq_ao.evals.harness.table             README.md's tables
+  python -m headq_ao.evals.results                   the tables of README.md and docs
   python -m headq_ao.evals.report            plots and the page of all recipes
 """
 

@@ -18,7 +18,14 @@ import tomllib
 ROOT = Path(__file__).resolve().parents[1]
 
 # What each room may import besides itself; a room is a package, or a module that belongs to none.
-LEAVES = ("headq_ao.ambient", "headq_ao.files", "headq_ao.layer_shape", "headq_ao.lazy", "headq_ao.user_warning")
+LEAVES = (
+    "headq_ao.ambient",
+    "headq_ao.files",
+    "headq_ao.layer_shape",
+    "headq_ao.lazy",
+    "headq_ao.quiet",
+    "headq_ao.user_warning",
+)
 BELOW_CODECS = (*LEAVES, "headq_ao.ops", "headq_ao.config", "headq_ao.statistics")
 BELOW_CACHE = (*BELOW_CODECS, "headq_ao.codecs", "headq_ao.calibration")
 BELOW_ENGINES = (*BELOW_CACHE, "headq_ao.cache")

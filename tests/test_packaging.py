@@ -19,6 +19,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("packaging")]
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = (
     "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "Makefile", "constraints.txt", ".gitignore", ".ci",
+    "CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff", ".pre-commit-config.yaml", "mkdocs.yml", "docs",
     "headq_ao", "ops", "evals", "recipes", "tests",
 )  # fmt: skip
 PACKAGES = ("headq_ao", "headq_ao.ops", "headq_ao.evals")
@@ -119,8 +120,10 @@ def test_wheel_alone_runs_the_first_example(fresh, tmp_path):
 )
 def test_wheel_alone_runs_the_first_example_of_the_readme(fresh, tmp_path):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    example = re.search(r"^```python\n(.*?)^```", readme, re.DOTALL | re.MULTILINE)
-    assert len(run(fresh[0], example[1], tmp_path).strip()) > 20
+    first, offline = re.findall(r"^```python\n(.*?)^```", readme, re.DOTALL | re.MULTILINE)[:2]
+    named = re.search(r"^model, tokenizer = Auto.*\n", first, re.MULTILINE)[0]  # by its name on a hub
+    packaged = "".join(line for line in offline.splitlines(True) if "smollm2" in line or "load_model()" in line)
+    assert len(run(fresh[0], first.replace(named, packaged), tmp_path).strip()) > 20
 
 
 def test_a_checkout_is_used_where_python_is_started_in_it(fresh, unpacked):

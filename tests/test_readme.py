@@ -1,13 +1,26 @@
-"""The Python in README.md runs as it stands there, block after block in one namespace."""
+"""The Python in README.md and the documentation runs as it stands there, block after block, page by page.
+
+A page may begin with ``<!-- given: model, tokenizer, calibration -->``: SmolLM2 as earlier pages have made it, without
+a cache. The hub's name of SmolLM2 stands for the package's files, which need no network.
+"""
 
 import importlib.util
 import re
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import transformers
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+from headq_ao import calibrate, restore_
+from headq_ao.evals.harness.texts import TEXTS
+from headq_ao.evals.models import smollm2
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+GIVEN = re.compile(r"<!-- given: ([\w, ]+) -->")
 FENCE = re.compile(
     r"^(?:<!-- not-run: (?P<reason>[^\n]+?) -->\n+)?^```python[^\n]*\n(?P<code>.*?)^```", re.DOTALL | re.MULTILINE
 )
@@ -34,22 +47,62 @@ def compiled(block: Block, path: Path):
     return compile("\n" * (block.line - 1) + block.source, str(path), "exec")
 
 
-def test_readme_blocks_compile():
-    blocks = python_blocks(README.read_text(encoding="utf-8"))
-    assert blocks, "README.md has no python block"
-    for block in blocks:
-        compiled(block, README)
+def with_code(pages):
+    return [page for page in pages if python_blocks(page.read_text(encoding="utf-8"))]
+
+
+@pytest.fixture(scope="module")
+def known():
+    """SmolLM2, its tokenizer, and a calibration, made once."""
+    model, tokenizer = smollm2.load_model(), smollm2.load_tokenizer()
+    text = (TEXTS / "calibration.txt").read_text(encoding="utf-8")
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"][0]
+    calibration = calibrate(model, list(ids[:1024].view(2, 512)), source="calibration.txt", progress=False)
+    return {"model": model, "tokenizer": tokenizer, "calibration": calibration}
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Loading SmolLM2 by its name on the hub takes the package's files."""
+    for kind, load in (("AutoModelForCausalLM", smollm2.load_model), ("AutoTokenizer", smollm2.load_tokenizer)):
+        own = getattr(transformers, kind).from_pretrained
+
+        def from_pretrained(name, *args, _load=load, _own=own, **options):
+            return _load() if name == HUB else _own(name, *args, **options)
+
+        monkeypatch.setattr(getattr(transformers, kind), "from_pretrained", from_pretrained)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_blocks_compile(page):
+    for block in python_blocks(page.read_text(encoding="utf-8")):
+        compiled(block, page)
 
 
 @pytest.mark.real_model
+@pytest.mark.xdist_group("documents")
 @pytest.mark.skipif(bool(MISSING), reason=f"the example model needs {' and '.join(MISSING)}")
-def test_readme_blocks_run(tmp_path, monkeypatch):
-    blocks = [block for block in python_blocks(README.read_text(encoding="utf-8")) if block.not_run is None]
-    assert blocks, "README.md has no python block that runs"
+@pytest.mark.parametrize("page", with_code(PAGES), ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_blocks_run(page, known, hub, tmp_path, monkeypatch):
+    text = page.read_text(encoding="utf-8")
+    blocks = [block for block in python_blocks(text) if block.not_run is None]
+    names = GIVEN.search(text)
+    namespace = {"__name__": "page"} | {name: known[name] for name in names[1].split(", ")} if names else {}
+    namespace.setdefault("__name__", "page")
     monkeypatch.chdir(tmp_path)
-    namespace = {"__name__": "readme"}
-    for block in blocks:
-        exec(compiled(block, README), namespace)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="HeadQ: the calibration rests on", category=UserWarning)
+            for block in blocks:
+                exec(compiled(block, page), namespace)
+    finally:
+        if hasattr(known["model"], "_headq"):
+            restore_(known["model"])
+
+
+def test_every_page_with_python_is_run():
+    names = [page.relative_to(ROOT).as_posix() for page in with_code(PAGES)]
+    assert {"README.md", "docs/extend.md", "docs/guide/start.md", "docs/guide/save.md"} <= set(names)
 
 
 def test_python_blocks():

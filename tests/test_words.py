@@ -36,7 +36,7 @@ UNSEARCHED = re.compile(r"texts/|results/")
 
 def lines():
     paths = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.suffix in SUFFIXES]
-    for path in sorted([*paths, ROOT / "README.md"]):
+    for path in sorted([*paths, *ROOT.glob("*.md")]):
         name = path.relative_to(ROOT).as_posix()
         if not UNSEARCHED.search(name):
             for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):

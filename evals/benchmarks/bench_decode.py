@@ -40,7 +40,7 @@ from headq_ao.evals.benchmarks.bench_timing import (
 )
 from headq_ao.evals.harness.environment import environment, write_json
 from headq_ao.evals.harness.inputs import SMOLLM2
-from headq_ao.evals.harness.table import fill_readme, markdown_table
+from headq_ao.evals.harness.table import markdown_table
 from headq_ao.ops.layout import PIECES
 from headq_ao.ops.paged_attention import reference
 
@@ -74,7 +74,6 @@ examples:
   python -m headq_ao.evals.benchmarks.bench_decode --json bench_decode.json --plot bench_decode.png
   python -m headq_ao.evals.benchmarks.bench_decode --shapes 9/3/64 --contexts 4096 --threads 1 --real none
   python -m headq_ao.evals.benchmarks.bench_decode --k-bits 2 3 4 --v-bits 2 2 4  three settings and the mix
-  python -m headq_ao.evals.benchmarks.bench_decode --json bench_decode.json --readme README.md  only the table
 """
 
 
@@ -244,8 +243,8 @@ def cell(
     return {**place, "probes": {"read_gbs": read, "int8_gops": int8}, "methods": methods, "speedup": speedup}
 
 
-def readme_table(result: dict[str, Any]) -> str:
-    """The README's lines about a result, numbers of threads side by side.
+def result_table(result: dict[str, Any]) -> str:
+    """The table of a result, numbers of threads side by side.
 
     Raises:
         ValueError: when the result is not whole.
@@ -269,7 +268,7 @@ def readme_table(result: dict[str, Any]) -> str:
                 each(of, lambda m: f"{m['int8_share']:.0%}"), each(own, lambda m: f"{m['read_share']:.0%}"),
                 *(each([c["speedup"][name].get(b) for c in cells], lambda x: f"{x:.3g}") for b in shown),
             ])  # fmt: skip
-    return markdown_table(head, rows) + "\n\n" + readme_notes(result)
+    return markdown_table(head, rows) + "\n\n" + notes(result)
 
 
 def label(setting: str) -> str:
@@ -277,7 +276,7 @@ def label(setting: str) -> str:
     return "mix of the default" if setting == MIX else setting[1:].replace("v", " / ")
 
 
-def readme_notes(result: dict[str, Any]) -> str:
+def notes(result: dict[str, Any]) -> str:
     """The lines below the table."""
     env, real = result["environment"], result.get("real")
     threads = " / ".join(str(n) for n in result["threads"])
@@ -372,9 +371,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command."""
     args = parser().parse_args(argv)
     try:
-        if args.readme is not None:
-            fill_readme(args, "bench_decode", readme_table)
-            return 0
         shapes, settings = checked(args)
         if args.external is not None and not args.external.is_file():
             raise ValueError(f"no file {args.external.name!r} to take the external baseline from")

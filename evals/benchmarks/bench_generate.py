@@ -32,7 +32,7 @@ from headq_ao.evals.benchmarks.bench_result import CheckFailedError, add_result_
 from headq_ao.evals.benchmarks.bench_timing import clock, linear_fit, load_average
 from headq_ao.evals.harness.environment import environment, write_json
 from headq_ao.evals.harness.inputs import SMOLLM2, describe
-from headq_ao.evals.harness.table import fill_readme, markdown_table
+from headq_ao.evals.harness.table import markdown_table
 from headq_ao.integrations.transformers.models import with_cache
 
 CONTEXTS = (1024, 2048, 4096, 8192)
@@ -49,7 +49,6 @@ examples:
   python -m headq_ao.evals.benchmarks.bench_generate --json bench_generate.json --plot bench_generate.png
   python -m headq_ao.evals.benchmarks.bench_generate --contexts 1024 4096 --threads 1 --batch 1 --memory none
   python -m headq_ao.evals.benchmarks.bench_generate --model tiny --contexts 32768 --memory none --no-calibration
-  python -m headq_ao.evals.benchmarks.bench_generate --json bench_generate.json --readme README.md  only the table
 """
 
 Models = dict[str, Any]
@@ -150,8 +149,8 @@ def fits(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def readme_table(result: dict[str, Any]) -> str:
-    """The README's lines about a result, numbers of threads side by side.
+def result_table(result: dict[str, Any]) -> str:
+    """The table of a result, numbers of threads side by side.
 
     Raises:
         ValueError: when the result is not whole.
@@ -168,10 +167,10 @@ def readme_table(result: dict[str, Any]) -> str:
         rows.append([
             str(batch), f"{context:,}", *ms, each(cells, lambda c: f"{c['speedup']:.2f}"), " → ".join(sizes),
         ])  # fmt: skip
-    return markdown_table(head, rows, left=0) + "\n\n" + readme_notes(result)
+    return markdown_table(head, rows, left=0) + "\n\n" + notes(result)
 
 
-def readme_notes(result: dict[str, Any]) -> str:
+def notes(result: dict[str, Any]) -> str:
     """The lines below the table."""
     env = result["environment"]
     text = (
@@ -311,9 +310,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command."""
     args = parser().parse_args(argv)
     try:
-        if args.readme is not None:
-            fill_readme(args, "bench_generate", readme_table)
-            return 0
         cells, memory = checked(args)
         headq_config(args.preset)
         model, tokenizer = load_model(args.model, max(c for _, c in cells) + 4096)

@@ -11,11 +11,10 @@ class CheckFailedError(RuntimeError):
 
 
 def add_result_options(parser: argparse.ArgumentParser) -> None:
-    """``--json``, ``--plot`` and ``--readme``."""
+    """``--json`` and ``--plot``."""
     add = parser.add_argument
     add("--json", type=Path, help="write the result here, after every cell")
     add("--plot", type=Path, help="write the figure here (PNG; needs matplotlib)")
-    add("--readme", type=Path, help="put the result of --json into this README, between its marks, and measure nothing")
 
 
 def check_whole(result: dict[str, Any]) -> None:

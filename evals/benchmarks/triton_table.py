@@ -22,7 +22,6 @@ from typing import Any
 import torch
 
 from headq_ao.evals.harness.environment import environment, write_json
-from headq_ao.evals.harness.table import fill_readme
 from headq_ao.ops.layout import (
     PIECES,
     key_bytes_per_token,
@@ -291,8 +290,8 @@ def measure(targets: Sequence[str] = tuple(CHIPS)) -> dict[str, Any]:
     return {"chips": chips, "page_tokens": PAGE, "decode_attention": decode, "feedback_codes": feedback}
 
 
-def readme_table(result: dict[str, Any]) -> str:
-    """The README's lines about a result."""
+def result_table(result: dict[str, Any]) -> str:
+    """The table of a result."""
     lines = [
         "| kernel | target | registers | spills | shared | warps per processor | bytes / token | "
         "instructions / token | bound by | roofline over bf16 | byte ratio |",
@@ -319,7 +318,7 @@ def readme_table(result: dict[str, Any]) -> str:
         "those of one cached token of one KV head. Roofline over bf16: the lowest of memory, issue and matrix limits "
         "over bf16 keys and values read at full bandwidth, an upper bound. Peak numbers of the vendors: "
         f"{chips}; B200's clock is inferred from its dense rate. "
-        "`python -m headq_ao.evals.benchmarks.triton_table --readme README.md`."
+        "`python -m headq_ao.evals.benchmarks.triton_table`."
     )
 
 
@@ -332,10 +331,8 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(
         description="Compile the Triton kernels for GPUs that are not here and report what the binaries need.",
-        epilog="example: python -m headq_ao.evals.benchmarks.triton_table --readme README.md",
     )
     p.add_argument("--json", type=Path, default=RESULT, help="the result (default: %(default)s)")
-    p.add_argument("--readme", type=Path, help="only put the stored result into this README")
     return p
 
 
@@ -343,9 +340,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command."""
     args = parser().parse_args(argv)
     try:
-        if args.readme is not None:
-            fill_readme(args, "triton", readme_table)
-            return 0
         import triton
     except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -353,7 +347,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = measure() | {"environment": environment()}
     result["environment"]["versions"]["triton"] = triton.__version__
     write_json(args.json, result)
-    print(readme_table(result))
+    print(result_table(result))
     return 0
 
 

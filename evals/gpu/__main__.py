@@ -13,7 +13,6 @@ import torch
 
 from headq_ao.evals.benchmarks.triton_table import Case
 from headq_ao.evals.gpu.timing import Result
-from headq_ao.evals.harness.table import fill_marks
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "recipes" / "results" / "gpu"
@@ -40,7 +39,6 @@ loses no more than the row under way. Kernels are compiled at first use, and onl
 examples:
   make gpu                                                   all stages, results into recipes/results/gpu
   python -m headq_ao.evals.gpu --stages steps --limit 300    one stage
-  python -m headq_ao.evals.gpu --readme README.md            only the tables
   python -m headq_ao.evals.gpu --dry-run --out /tmp/dry      tiny shapes on the CPU, kernels in Triton's interpreter
 """
 
@@ -60,7 +58,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--dry-run", action="store_true", help="try everything on the CPU with tiny shapes; times say nothing"
     )
-    p.add_argument("--readme", type=Path, help="only put the results of --out into this README; measure nothing")
     p.add_argument("--only", choices=STAGES, help=argparse.SUPPRESS)  # within a stage's own process
     return p
 
@@ -68,11 +65,6 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command: 0 when every stage ended well, 1 when one failed or was cut, 2 without a GPU."""
     args = parser().parse_args(argv)
-    if args.readme is not None:
-        from headq_ao.evals.gpu.report import readme_table
-
-        fill_marks(args.readme, "gpu", lambda: readme_table(args.out))
-        return 0
     if not args.dry_run and not torch.cuda.is_available():
         print("error: PyTorch finds no CUDA or HIP device here; --dry-run tries everything on the CPU", file=sys.stderr)
         return 2

@@ -1,4 +1,4 @@
-"""README.md's lines about the GPU results: ``python -m headq_ao.evals.gpu --readme README.md``."""
+"""Tables of the GPU results."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from headq_ao.evals.harness.table import markdown_table
 BASELINES = {"bf16": "bf16 Triton", "gqa": "SDPA enable_gqa"}
 
 
-def readme_table(folder: Path) -> str:
+def result_table(folder: Path) -> str:
     """The tables of the stages whose results lie in ``folder``, each with where it was measured."""
     made = {"layers": layers_table, "steps": steps_table}
     parts = []

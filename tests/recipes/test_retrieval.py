@@ -11,6 +11,7 @@ from transformers import DynamicCache
 
 from headq_ao.cache.memory_report import NothingPackedError
 from headq_ao.evals.harness.subjects import Subject
+from headq_ao.evals.results import tables
 from tests.conftest import VOCAB, load_recipe
 
 retrieval = load_recipe("retrieval")
@@ -194,24 +195,16 @@ def test_summary(contexts):
     assert packed["correct"] == ["1100", "1101"] and packed["packed_fraction"] == 0.875
 
 
-def test_table(contexts, tmp_path):
+def test_table(contexts):
     settings = {"contexts": 2, "questions": 4, "tokens": 500, "pairs": 6, "choices": 4, "model": "tiny"}
     settings |= {"dtype": "float32", "calibration": "wiki.valid.raw"}
     result = {"settings": settings, "subjects": entries(contexts), "environment": {"cpu": "Some CPU"}}
-    stored, readme = tmp_path / "r.json", tmp_path / "README.md"
-    stored.write_text(json.dumps(result), encoding="utf-8")
-    readme.write_text("above\n<!-- retrieval -->\nold\n<!-- /retrieval -->\nbelow\n", encoding="utf-8")
-    command = ["--readme", str(readme), "--json", str(stored)]
-    assert retrieval.main(command) == 0
-    text = readme.read_text(encoding="utf-8")
-    assert text.startswith("above\n<!-- retrieval -->\n| 8 questions, 500 tokens of context |")
-    assert text.endswith("<!-- /retrieval -->\nbelow\n") and "old" not in text
+    text = tables.retrieval(result)
+    assert text.startswith("| 8 questions, 500 tokens of context |")
     assert "| exact |  | 75.0 % |  |\n" in text
     assert "| HeadQ, default | 2.50 | 62.5 % | -12.5 points (-25.0 to +0.0) |\n" in text
-    assert "guessing: 25.0 %" in text and "at least 88 % of the rows" in text
-    assert retrieval.main(command) == 0 and readme.read_text(encoding="utf-8") == text
-    readme.write_text("no marks\n", encoding="utf-8")
-    assert retrieval.main(command) == 2
+    assert "guessing: 25.0 %" in text and "at least 88 % of the tokens" in text
+    assert set(tables.CACHES) == set(retrieval.SUBJECTS) | {"exact"}
 
 
 @pytest.mark.parametrize(

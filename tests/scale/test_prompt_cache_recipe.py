@@ -1,12 +1,12 @@
-"""``recipes/prompt_cache.py`` on a tiny model, and the README's table from its stored result."""
+"""``recipes/prompt_cache.py`` on a tiny model."""
 
 import json
 
 import pytest
 
 from headq_ao import headq_config, quantize_
-from headq_ao.evals.harness.table import fill_marks
-from tests.conftest import ROOT, load_recipe
+from headq_ao.evals.results import tables
+from tests.conftest import load_recipe
 
 
 @pytest.fixture(scope="module")
@@ -25,14 +25,8 @@ def test_measure(recipe, tiny, token_ids, tmp_path):
     assert not hasattr(model, "_headq")
 
 
-def test_the_stored_result_meets_its_bounds_and_is_in_the_readme(recipe):
+def test_the_stored_result_meets_its_bounds(recipe):
     result = json.loads((recipe.RESULT / "prompt_cache.json").read_text(encoding="utf-8"))
     assert (result["tokens"], result["model"]) == (4096, "smollm2")
     assert result["size_ratio"] <= 0.25 and result["speedup_over_recompute"] >= 5 and result["next_token_bit_equal"]
-    assert recipe.readme_table(result) in (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def test_readme_without_marks(recipe, tmp_path):
-    (tmp_path / "R.md").write_text("nothing")
-    with pytest.raises(ValueError, match="has no lines <!-- prompt_cache -->"):
-        fill_marks(tmp_path / "R.md", "prompt_cache", lambda: pytest.fail("made a table"))
+    assert f"read {result['speedup_over_recompute']:.0f} times faster" in tables.prompt_cache(result)

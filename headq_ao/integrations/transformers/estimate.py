@@ -1,5 +1,6 @@
 """``estimate_memory``: what a cache would take, found by running its storage code without data."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from headq_ao.cache.layer import PackedLayer
 from headq_ao.cache.memory_report import BitsReport
 from headq_ao.cache.schedule import page_tokens, schedule_of
 from headq_ao.cache.token_ids import TokenIds
-from headq_ao.calibration.artifact import usable_calibration
+from headq_ao.calibration.artifact import Calibration, usable_calibration
 from headq_ao.calibration.bit_allocation import head_bits
 from headq_ao.codecs.layer_codec import LayerCodec
 from headq_ao.codecs.registry import LayerContext, build
@@ -20,7 +21,7 @@ from headq_ao.config import HeadQConfig
 from headq_ao.integrations.transformers.models import layer_shapes
 from headq_ao.layer_shape import LayerShape
 from headq_ao.ops.layout import TOKEN_TILE
-from headq_ao.statistics.moments import TENSORS, LayerMoments, tensor_shapes
+from headq_ao.statistics.moments import PROFILE, TENSORS, LayerMoments, tensor_shapes
 
 META = torch.device("meta")
 
@@ -89,9 +90,26 @@ def estimate_memory(
     return BitsReport.of(batch, ids)
 
 
-def _no_moments(shape: LayerShape) -> LayerMoments:
-    """Moments without data."""
+def assumed_calibration(model_config: Any) -> Calibration:
+    """A calibration without data, for estimates of a config as if it had one: all heads are equally sensitive.
+
+    Which head gets more bits is unknown then, and the bytes of all heads are those of a real calibration.
+
+    Example:
+        >>> from transformers import LlamaConfig
+        >>> from headq_ao import estimate_memory, headq_config
+        >>> from headq_ao.integrations.transformers.estimate import assumed_calibration
+        >>> known = assumed_calibration(LlamaConfig())
+        >>> estimate_memory(LlamaConfig(), headq_config(calibration=known), tokens=4096).packed_bits_per_element
+        2.375
+    """
+    return Calibration([_no_moments(shape, PROFILE) for shape in layer_shapes(model_config)], {})
+
+
+def _no_moments(shape: LayerShape, beside: Sequence[str] = ()) -> LayerMoments:
+    """Moments without data; those tensors beside that allocate bits are the same for all heads."""
     shapes = tensor_shapes(shape.n_kv_heads, shape.head_dim, TOKEN_TILE, shape.dims[1])
-    empty = {name: torch.empty(shapes[name], dtype=torch.float32, device=META) for name in TENSORS}
-    tensors: dict[str, Any] = dict(empty)
+    tensors: dict[str, Any] = {name: torch.empty(shapes[name], dtype=torch.float32, device=META) for name in TENSORS}
+    halving = torch.tensor([0.25**bits for bits in range(4)], device="cpu")
+    tensors |= {name: (halving if name == "errors" else torch.ones(1)).expand(shapes[name]) for name in beside}
     return LayerMoments(1, 1, **tensors)

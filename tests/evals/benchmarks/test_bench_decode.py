@@ -127,7 +127,7 @@ def test_methods_take_turns_over_their_copies():
 
 @compiler
 def test_command_from_start_to_table(tmp_path, capsys):
-    json_path, plot, readme = tmp_path / "out" / "bench.json", tmp_path / "bench.png", tmp_path / "README.md"
+    json_path, plot = tmp_path / "out" / "bench.json", tmp_path / "bench.png"
     assert bench_decode.main([*SMALL, "--json", str(json_path)]) == 0
     assert "4/2/32, 64 tokens, 1 threads" in capsys.readouterr().out
     result = json.loads(json_path.read_text(encoding="utf-8"))
@@ -140,12 +140,7 @@ def test_command_from_start_to_table(tmp_path, capsys):
     assert method["gbs"] == pytest.approx(method["bytes"] / method["ms"] / 1e6)
     assert method["error"] < 1e-3 < cell["methods"]["folded"]["error"] < 1e-2
 
-    readme.write_text("before\n<!-- bench_decode -->\n<!-- /bench_decode -->\nafter\n", encoding="utf-8")
-    assert bench_decode.main(["--json", str(json_path), "--readme", str(readme)]) == 0
-    text = readme.read_text(encoding="utf-8")
-    assert text.startswith("before\n<!-- bench_decode -->\n| heads |") and text.endswith(
-        "<!-- /bench_decode -->\nafter\n"
-    )
+    text = bench_decode.result_table(result)
     assert "| 4/2/32 | 64 | 2 / 2 |" in text and "| 4/2/32 | 64 | mix of the default |" in text
 
     pytest.importorskip("matplotlib")
@@ -170,15 +165,13 @@ def test_a_wrong_kernel_is_not_reported(tmp_path, capsys, monkeypatch, what):
     else:
         call = bench_kernels.bf16_call
         monkeypatch.setattr(bench_kernels, "bf16_call", lambda q, k, v, scaling: call(q, k, v, 1.1 * scaling))
-    json_path, readme = tmp_path / "bench.json", tmp_path / "README.md"
+    json_path = tmp_path / "bench.json"
     assert bench_decode.main([*SMALL, "--json", str(json_path)]) == 1
     assert "differs from exact attention over the same tokens" in capsys.readouterr().err
     result = json.loads(json_path.read_text(encoding="utf-8"))
     assert result["cells"] == [] and not result["complete"] and what in result["refused"]
-    readme.write_text("<!-- bench_decode -->\nold\n<!-- /bench_decode -->\n", encoding="utf-8")
-    assert bench_decode.main(["--json", str(json_path), "--readme", str(readme)]) == 2
-    assert "not whole" in capsys.readouterr().err
-    assert "old" in readme.read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match="not whole"):
+        bench_decode.result_table(result)
 
 
 def test_nan_is_no_agreement():
@@ -214,7 +207,6 @@ def test_external_source(tmp_path):
         (["--mix", "2:3"], "K_BITS/V_BITS:HEADS"),
         (["--threads", "0"], "at least 1"),
         (["--external", "nowhere.cpp"], "no file 'nowhere.cpp'"),
-        (["--readme", "README.md"], "--json"),
     ],
 )
 def test_bad_arguments_end_before_work(arguments, message, capsys):

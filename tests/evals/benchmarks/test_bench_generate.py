@@ -56,7 +56,7 @@ def test_linear_fit():
 
 
 def test_command_from_start_to_table(tmp_path, capsys):
-    json_path, plot, readme = tmp_path / "out" / "bench.json", tmp_path / "bench.png", tmp_path / "README.md"
+    json_path, plot = tmp_path / "out" / "bench.json", tmp_path / "bench.png"
     assert bench_generate.main([*SMALL, "--json", str(json_path)]) == 0
     assert "batch 2, 128 tokens, 1 threads" in capsys.readouterr().out
     result = json.loads(json_path.read_text(encoding="utf-8"))
@@ -74,12 +74,7 @@ def test_command_from_start_to_table(tmp_path, capsys):
             "packed": memory | {"cache": 3_000_000},
         }
     ]
-    json_path.write_text(json.dumps(result), encoding="utf-8")
-    readme.write_text("before\n<!-- bench_generate -->\n<!-- /bench_generate -->\nafter\n", encoding="utf-8")
-    assert bench_generate.main(["--json", str(json_path), "--readme", str(readme)]) == 0
-    text = readme.read_text(encoding="utf-8")
-    assert text.startswith("before\n<!-- bench_generate -->\n| batch |")
-    assert text.endswith("<!-- /bench_generate -->\nafter\n")
+    text = bench_generate.result_table(result)
     assert "| 1 | 160 |" in text and "| 2 | 128 |" in text
     assert "25 → 25 MB at the peak, 20 → 20 MB while decoding, of which the cache is 20 → 3 MB" in text
 
@@ -100,14 +95,13 @@ def test_a_wrong_cache_is_not_reported(tmp_path, capsys, monkeypatch, fault):
     else:
         arguments[arguments.index("--contexts") + 1 : arguments.index("--threads")] = ["40"]
         message = "no packed token was read"
-    json_path, readme = tmp_path / "bench.json", tmp_path / "README.md"
+    json_path = tmp_path / "bench.json"
     assert bench_generate.main([*arguments, "--json", str(json_path)]) == 1
     assert message in capsys.readouterr().err
     result = json.loads(json_path.read_text(encoding="utf-8"))
     assert result["cells"] == [] and not result["complete"] and message in result["refused"]
-    readme.write_text("<!-- bench_generate -->\nold\n<!-- /bench_generate -->\n", encoding="utf-8")
-    assert bench_generate.main(["--json", str(json_path), "--readme", str(readme)]) == 2
-    assert "old" in readme.read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match="not whole"):
+        bench_generate.result_table(result)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +111,6 @@ def test_a_wrong_cache_is_not_reported(tmp_path, capsys, monkeypatch, fault):
         (["--contexts", "0"], "at least 1"),
         (["--memory", "smollm2"], "MODEL:TOKENS"),
         (["--preset", "fast"], "preset must be one of"),
-        (["--readme", "README.md"], "--json"),
     ],
 )
 def test_bad_arguments_end_before_work(arguments, message, capsys):

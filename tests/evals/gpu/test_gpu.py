@@ -1,7 +1,6 @@
 """The GPU stages: tried on the CPU with tiny shapes, kernels in the interpreter; timed on a GPU only."""
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -78,12 +77,3 @@ def test_sequences_do_not_share_what_is_timed(tiny, token_ids):
         _, expected = steps.one_step(model, alone, ids[:, -1:], 300)
         step()
     torch.testing.assert_close(first[0], expected[0].expand(3, -1), rtol=1e-4, atol=1e-4)
-
-
-def test_readme_shows_the_stored_result(tmp_path):
-    copy = tmp_path / "README.md"
-    begin, end = "<!-- gpu -->", "<!-- /gpu -->"
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    copy.write_text(re.sub(f"{begin}.*{end}", begin + end, text, flags=re.DOTALL), encoding="utf-8")
-    assert gpu.main(["--readme", str(copy)]) == 0
-    assert copy.read_text(encoding="utf-8") == text

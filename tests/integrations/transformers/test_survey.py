@@ -9,11 +9,10 @@ import transformers
 
 from headq_ao import calibrate, headq_config, quantize_
 from headq_ao.evals.models.sweep import one
-from headq_ao.evals.models.sweep_table import PAGE, TABLE, page
 from headq_ao.evals.models.tiny import MAPPINGS, classes, tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers' own, about configs, kernels and padding
-ROOT = Path(__file__).parents[3]
+TABLE = Path(__file__).parents[3] / "recipes" / "results" / "sweep" / "models.json"
 KINDS = {
     "llama": "native", "gpt2": "native", "mixtral": "native", "gemma3_text": "native", "laguna": "native",
     "qwen3_next": "native", "falcon_h1": "native", "lfm2_moe": "native", "nemotron_h": "native",
@@ -56,7 +55,7 @@ def test_reasons(name):
 
 
 def test_the_stored_table_is_of_these_versions_and_whole():
-    table = json.loads((ROOT / TABLE).read_text())
+    table = json.loads(TABLE.read_text())
     if table["transformers"] != transformers.__version__:
         pytest.skip(f"the table is of transformers {table['transformers']}")
     assert {(e["mapping"], e["name"]) for e in table["classes"]} == {(m, n) for m in MAPPINGS for n in classes(m)}
@@ -70,7 +69,3 @@ def test_the_stored_table_is_of_these_versions_and_whole():
     assert right["causal", "native"] + right["causal", "fallback"] >= 150
     assert right["images", "native"] + right["images", "fallback"] >= 67
     assert all(len(e["commit"]) == 40 and e["command"] for e in table["classes"])
-
-
-def test_the_page_is_of_the_stored_table():
-    assert (ROOT / PAGE).read_text() == page(json.loads((ROOT / TABLE).read_text()))

@@ -1,0 +1,56 @@
+"""``headq`` and ``python -m headq_ao.evals.cli``: the parser and the exit codes."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from headq_ao.evals.cli import calibrate, chat, compare, doctor, estimate, evaluate
+from headq_ao.evals.cli.console import PROG, HelpFormatter, UsageError, complain, warnings_as_notes
+
+COMMANDS = (doctor, estimate, calibrate, evaluate, compare, chat)
+DESCRIPTION = """\
+A packed KV cache for Hugging Face causal language models: keys and values in about 2.5 bits each.
+
+Start with `headq doctor` (does it run well here?) and `headq calibrate MODEL -o FILE` (once per model)."""
+EPILOG = """\
+exit codes: 0 done; 1 the run failed; 2 refused before any work (a wrong option, a missing file); 130 interrupted.
+Results go to stdout, everything else to stderr. `headq COMMAND --help` has examples."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; nothing heavy is imported for it."""
+    parser = argparse.ArgumentParser(PROG, description=DESCRIPTION, epilog=EPILOG, formatter_class=HelpFormatter)
+    parser.add_argument("--version", action="version", version=version())
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        command.add(commands)
+    return parser
+
+
+def version() -> str:
+    """``headq`` and the package's version."""
+    import headq_ao
+
+    return f"{PROG} {headq_ao.__version__}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    args = build_parser().parse_args(argv)
+    try:
+        with warnings_as_notes():
+            code: int = args.run(args)
+            return code
+    except UsageError as error:
+        complain(str(error))
+        return 2
+    except (ValueError, OSError, ImportError) as error:
+        complain(str(error))
+        return 1
+    except KeyboardInterrupt:
+        complain("interrupted")
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,153 @@
+"""``headq estimate``: what a cache would take, from a model's config alone."""
+
+import argparse
+import functools
+import math
+import re
+from typing import Any
+
+from headq_ao.evals.cli import loading
+from headq_ao.evals.cli.console import UsageError, add_command, at_least, note, show_table
+
+NAME = "estimate"
+DESCRIPTION = """\
+How many bytes the KV cache of a model takes, exact and with each preset, for a context and a number of sequences. Only
+the config is read: no weights. The cache's own code runs on shapes, so the counts are those of the real cache; the
+presets are counted as with a calibration. Weights and activations come on top."""
+EXAMPLES = """\
+  headq estimate smollm2                                              4096 tokens, one sequence
+  headq estimate Qwen/Qwen3-8B --context 32768 --batch 8
+  headq estimate path/to/model --batch 16 --budget 8GiB               the longest context that fits, too
+  headq estimate path/to/model --set k_bits=3 --set v_bits=2          a row for options of your own"""
+UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def size(text: str) -> int:
+    """``8GiB``, ``500MB`` or a number of bytes, as an argparse type.
+
+    Example:
+        >>> from headq_ao.evals.cli.estimate import size
+        >>> size("8GiB"), size("1.5 MB"), size("100")
+        (8589934592, 1500000, 100)
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?|)b?", text.strip().lower())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"must be a size such as 8GiB or 500MB, got {text!r}")
+    return int(float(match[1]) * UNITS[match[2]])
+
+
+def bytes_text(n: float) -> str:
+    """Bytes in the binary unit that fits.
+
+    Example:
+        >>> from headq_ao.evals.cli.estimate import bytes_text
+        >>> bytes_text(100), bytes_text(3 * 2**20)
+        ('100 B', '3.0 MiB')
+    """
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if n < 1024 or unit == "GiB":
+            break
+        n /= 1024
+    return f"{n:,.0f} {unit}" if unit == "B" else f"{n:,.1f} {unit}"
+
+
+def add(commands: Any) -> None:
+    """The parser of ``headq estimate``."""
+    parser = add_command(commands, NAME, "bytes of a model's cache, before weights are loaded", DESCRIPTION, EXAMPLES)
+    parser.set_defaults(run=run)
+    option = parser.add_argument
+    option("model", metavar="MODEL", help=loading.MODEL_HELP)
+    option("--context", type=at_least(1), default=4096, metavar="N", help="tokens of a sequence (4096)")
+    option("--batch", type=at_least(1), default=1, metavar="N", help="sequences (1)")
+    option("--budget", type=size, metavar="SIZE", help="say how long a context fits into it: 8GiB, 500MB")
+    option(
+        "--dtype", choices=loading.DTYPES[1:], default="bfloat16", help="of the exact cache and the window (bfloat16)"
+    )
+    option("--calibration", metavar="FILE", help="count the bits that this calibration gives the heads")
+    option(
+        "--set", action="append", default=[], dest="options", metavar="NAME=VALUE", help="of headq_config, repeatable"
+    )
+    option("--gguf-file", metavar="NAME", help="file within MODEL, for GGUF weights")
+    option("--trust-remote-code", action="store_true", help="run code that comes with the model")
+
+
+def exact_bytes(shapes: Any, tokens: int, batch: int, itemsize: int) -> int:
+    """Bytes of transformers' own cache; sliding layers keep their window."""
+    kept: int = sum(min(tokens, s.sliding_window or tokens) * s.n_kv_heads * sum(s.dims) for s in shapes)
+    return batch * itemsize * kept
+
+
+def longest(bytes_at: Any, budget: int, window: int) -> int:
+    """The most tokens whose bytes are within the budget, about; 0 where not even one is.
+
+    Args:
+        bytes_at: bytes of that many tokens. Beyond all windows they grow evenly, so that few counts are taken.
+        window: the largest sliding window of a layer, 0 without.
+    """
+    near = max(4096, 4 * window)
+    held, further = bytes_at(near), bytes_at(2 * near)
+    if held <= budget:
+        return near + int((budget - held) * near / (further - held)) if further > held else near
+    low, high = 0, near
+    while high - low > max(low // 256, 1):
+        middle = (low + high) // 2
+        low, high = (middle, high) if bytes_at(middle) <= budget else (low, middle)
+    return low
+
+
+def configs(args: argparse.Namespace, model_config: Any) -> dict[str, Any]:
+    """The rows of the table: name and config, None for the exact cache.
+
+    Raises:
+        UsageError: on options that headq_config refuses.
+    """
+    from headq_ao import headq_config
+    from headq_ao.config import PRESETS
+    from headq_ao.evals.perplexity import parse_options
+    from headq_ao.integrations.transformers.estimate import assumed_calibration
+
+    known = args.calibration or assumed_calibration(model_config)
+    try:
+        found: dict[str, Any] = {name: headq_config(preset=name, calibration=known) for name in PRESETS}
+        by_bits = sorted(found.items(), key=lambda item: item[1].mean_bits or math.inf)
+        rows: dict[str, Any] = {"exact": None, **dict(by_bits)}
+        rows["balanced, no calibration"] = headq_config()
+        if args.options:
+            rows["--set"] = headq_config(calibration=known, **parse_options(args.options))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    return rows
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the table."""
+    import torch
+
+    from headq_ao import estimate_memory
+    from headq_ao.integrations.transformers.models import layer_shapes
+
+    config = loading.model_config(args)
+    dtype = getattr(torch, args.dtype)
+    shapes = layer_shapes(config)
+    rows, exact = list[list[str]](), exact_bytes(shapes, args.context, args.batch, dtype.itemsize)
+    window = max(s.sliding_window or 0 for s in shapes)
+    for name, headq in configs(args, config).items():
+
+        @functools.cache
+        def report(tokens: int, headq: Any = headq) -> Any:
+            return estimate_memory(config, headq, tokens, args.batch, dtype)
+
+        def bytes_at(tokens: int, headq: Any = headq, report: Any = report) -> int:
+            if headq is None:
+                return exact_bytes(shapes, tokens, args.batch, dtype.itemsize)
+            return sum(report(tokens).bytes.values())
+
+        bits = 8.0 * dtype.itemsize if headq is None else report(args.context).packed_bits_per_element
+        held = bytes_at(args.context)
+        cells = [name, f"{bits:.2f}" if bits == bits else "–", bytes_text(held), f"{exact / held:.1f}"]
+        rows.append(cells + ([] if args.budget is None else [f"{longest(bytes_at, args.budget, window):,}"]))
+    sequences = "one sequence" if args.batch == 1 else f"{args.batch} sequences"
+    note(f"{config.model_type}: {len(shapes)} layers with a KV cache, {sequences} of {args.context:,} tokens")
+    header = ["cache", "bits", "bytes", "times smaller"]
+    show_table(header + ([] if args.budget is None else [f"tokens that fit {bytes_text(args.budget)}"]), rows, mark=1)
+    return 0

@@ -1,0 +1,140 @@
+"""Tables of results that recipes leave: presets, stored prompts, facts in a long context, sizes of calibrations."""
+
+from pathlib import Path
+from typing import Any
+
+from headq_ao.evals.harness.table import markdown_table, measured, number, read_results
+
+# name of the row, result of recipes/frontier.yaml, key in the result of recipes/presets.py
+PRESETS = (
+    ('`"balanced"`, the default', "kv_default"),
+    ('`"quality"`', "kv_quality"),
+    ('`"near_lossless"`', "kv_near_lossless"),
+    ("the default, uncalibrated", "kv_no_calibration"),
+    ('`"headq_paper"`, keys only', "k_paper"),
+)
+FRONT = {
+    "exact": "exact cache",
+    "fp8": "transformers' fp8",
+    "kivi_2bit_g64": "KIVI, 2 bits",
+    "kv_default": "**HeadQ**",
+    "kv_quality": "**HeadQ**, quality",
+}
+CACHES = {
+    "exact": "exact",
+    "headq": "HeadQ, default",
+    "headq_quality": "HeadQ, quality",
+    "headq_near_lossless": "HeadQ, near_lossless",
+    "headq_2bit": "HeadQ, 2 bits in every layer",
+    "kivi_2bit_g64": "KIVI, 2 bits, groups of 64",
+    "turboquant_2bit": "TurboQuant, 2 bits",
+}  # of recipes/retrieval.py
+
+
+def front(folder: Path) -> str:
+    """The five rows of README.md, from recipes/wikitext.yaml."""
+    found = {result["name"]: result for result in read_results(folder)}
+    rows = []
+    exact = found["exact"]["memory_bytes"]["16384"]
+    for name, title in FRONT.items():
+        result = found[name]
+        score, is_exact = result["score"], name == "exact"
+        rows.append(
+            [
+                title,
+                "16" if is_exact else number(result["bits"]["at"]["4096"]),
+                f"{exact / result['memory_bytes']['16384']:.1f} ×",
+                "1" if is_exact else measured(score["ppl_ratio"], score["ppl_ratio_sem"], 3),
+                "0" if is_exact else measured(score["mean_kl"], score["mean_kl_sem"], 4),
+            ]
+        )
+    first = found["exact"]
+    protocol = first["protocol"]
+    header = ["cache", "bits per element", "smaller at 16k tokens", "perplexity ratio", "KL (nats)"]
+    note = (
+        f"{first['model']}, {protocol['rows']} rows of {protocol['row_length']} tokens of WikiText-2's test split. "
+        "Bits: as stored, scales included, at 4096 tokens. Smaller: the whole cache of a sequence, full-precision "
+        "tokens included, against 16 bits. KL: of the next-token distribution to the exact cache's."
+    )
+    return markdown_table(header, rows) + "\n\n" + note
+
+
+def presets(result: dict[str, Any], frontier: Path) -> str:
+    """Quality from ``recipes/frontier.yaml``, time of ``recipes/presets.py``."""
+    found = {scored["name"]: scored for scored in read_results(frontier)}
+    rows = []
+    for name, file in PRESETS:
+        score, bits = found[file]["score"], found[file]["bits"]
+        rows.append(
+            [
+                name,
+                number(bits["body"]),
+                number(bits["at"]["4096"]),
+                measured(score["ppl_ratio"], score["ppl_ratio_sem"], 4),
+                measured(score["mean_kl"], score["mean_kl_sem"], 4),
+                f"{100 * (result['prefill'][name]['cpu_ratio'] - 1):+.0f} %",
+            ]
+        )
+    header = ["preset", "bits stored", "bits at 4k", "perplexity ratio", "KL (nats)", "prefill, CPU time"]
+    note = (
+        f"{result['model']}, {result['dtype']}. Bits, ratio and KL: `recipes/frontier.yaml`. Prefill of "
+        f"{result['tokens']} tokens against the exact cache: median of {result['repeats']} turns in one process; "
+        "`python recipes/presets.py`."
+    )
+    return markdown_table(header, rows) + "\n\n" + note
+
+
+def prompt_cache(result: dict[str, Any]) -> str:
+    """A stored prompt: sizes of files, and time to read them against computing the prompt again."""
+    seconds = result["seconds"]
+    header = [f"{result['tokens']} tokens, {result['model']}", "file", "seconds to read", "seconds to compute"]
+    rows = [
+        ["packed", f"{result['packed_bytes'] / 1e6:.1f} MB", number(seconds["load"]), number(seconds["recompute"], 1)],
+        [
+            "dense, bfloat16",
+            f"{result['dense_bf16_bytes'] / 1e6:.1f} MB",
+            number(seconds["load_dense_bf16"]),
+            number(seconds["recompute_dense"], 1),
+        ],
+    ]
+    return markdown_table(header, rows) + (
+        f"\n\n{result['size_ratio']:.3f} of the dense file; read {result['speedup_over_recompute']:.0f} times faster "
+        f"than computed. {result['dtype']}, {result['text']}; `python recipes/prompt_cache.py`."
+    )
+
+
+def retrieval(result: dict[str, Any]) -> str:
+    """Facts found in a long context through each cache."""
+    settings = result["settings"]
+    n = settings["contexts"] * settings["questions"]
+    header = [
+        f"{n} questions, {settings['tokens']} tokens of context", "bits", "right", "against exact, 95 % interval",
+    ]  # fmt: skip
+    rows = []
+    for name, entry in result["subjects"].items():
+        mean, low, high = (100 * entry["accuracy_difference"][key] for key in ("mean", "low", "high"))
+        against = "" if name == "exact" else f"{mean:+.1f} points ({low:+.1f} to {high:+.1f})"
+        bits = "" if entry["body_bits"] is None else number(entry["body_bits"])
+        rows.append([CACHES.get(name, name), bits, f"{100 * entry['accuracy']:.1f} %", against])
+    packed = min((e["packed_fraction"] for n, e in result["subjects"].items() if n != "exact"), default=0.0)
+    return markdown_table(header, rows) + (
+        f"\n\n{settings['pairs']} facts in each of {settings['contexts']} contexts, {settings['choices']} choices "
+        f"(guessing: {100 / settings['choices']:.1f} %), the same for all caches; at least {100 * packed:.0f} % of the "
+        f"tokens that a question read were packed. {settings['model']}, {settings['dtype']}, calibrated on "
+        f"{settings['calibration']}; `python recipes/retrieval.py`."
+    )
+
+
+def calibration_size(result: dict[str, Any]) -> str:
+    """KL by how much text of what kind there was to calibrate on, against no calibration."""
+    presets = list(result["without"])
+    header = ["calibrated on", "effective tokens", "used", *(f"KL, `{name}`" for name in presets)]
+    rows = [["nothing", "", "", *(number(result["without"][name], 4) for name in presets)]]
+    for kind, entry in result["kinds"].items():
+        used = "yes" if entry["used"] else "no"
+        rows.append([kind, str(entry["effective"]), used, *(number(entry["kl"][name], 4) for name in presets)])
+    return markdown_table(header, rows) + (
+        f"\n\n{result['model']}, {result['dtype']}; KL in nats over {result['rows']} rows of {result['row_length']} "
+        f"tokens of {result['text']}, calibrations on {result['calibration_text']}. One that is not used leaves the KL "
+        "at that of none; `python recipes/calibration_size.py`."
+    )

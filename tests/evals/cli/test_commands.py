@@ -1,0 +1,135 @@
+"""``headq estimate``, ``doctor``, ``eval``, ``compare`` and ``chat`` on tiny models."""
+
+import io
+import json
+import sys
+
+import pytest
+
+from headq_ao.evals.cli import chat, doctor, loading
+from headq_ao.evals.cli.__main__ import main
+
+SHORT = ["--row-length", "160", "--prefill", "64", "--chunk", "32", "--rows", "1", "--no-progress"]
+SMALL = [*SHORT, "--set", "residual_length=16", "--set", "block_size=16"]
+
+
+def texts(text_file):
+    return ["--text", str(text_file()), "--calibration", str(text_file("c.txt", seed=1)), "--calibration-tokens", "600"]
+
+
+def test_estimate_reads_no_weights(tiny_folder, monkeypatch, capsys):
+    (tiny_folder / "model.safetensors").unlink()
+    arguments = ["estimate", str(tiny_folder), "--context", "1,024", "--batch", "2", "--set", "k_bits=3"]
+    assert main([*arguments, "--budget", "1MiB"]) == 0
+    captured = capsys.readouterr()
+    rows = {line.split("  ")[0]: line.split() for line in captured.out.splitlines()}
+    assert list(rows)[2:] == [
+        "exact",
+        "balanced",
+        "quality",
+        "near_lossless",
+        "headq_paper",
+        "balanced, no calibration",
+        "--set",
+    ]
+    assert "2 sequences of 1,024 tokens" in captured.err
+    exact, balanced = rows["exact"], rows["balanced"]
+    assert exact[1:4] == ["16.00", "1.0", "MiB"]  # 2 layers, 2 heads of 32, keys and values, 2 bytes, 2 · 1024 tokens
+    assert balanced[1] == "2.75" and float(balanced[4]) > 2  # 2.25 and 16 bits of scale for 32 coordinates
+    assert int(exact[-1].replace(",", "")) == 1024 < int(balanced[-1].replace(",", ""))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--set", "bits=3"], "unknown option bits"),
+        (["--set", "k_bits"], "--set takes NAME=VALUE"),
+        (["--calibration", "nowhere.safetensors"], "no calibration file at"),
+    ],
+)
+def test_estimate_refuses(arguments, message, tiny_folder, capsys):
+    assert main(["estimate", str(tiny_folder), *arguments]) in (1, 2)
+    assert message in capsys.readouterr().err
+
+
+def test_doctor_finds_nothing_wrong_here(capsys):
+    assert main(["doctor"]) == 0
+    shown = capsys.readouterr().out
+    assert "tiny model on cpu" in shown and "CPU kernel paged_attention" in shown and "wrong" not in shown
+
+
+def test_doctor_tells_what_is_wrong(monkeypatch, capsys):
+    monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda name: ["torch>=99", "no-such-package>=1"])
+    monkeypatch.setenv("HEADQ_CPU_KERNEL", "0")
+    monkeypatch.setattr(doctor, "trial", lambda device: doctor.Finding("tiny model", "not run"))
+    assert main(["doctor"]) == 1
+    shown = capsys.readouterr().out
+    assert "pip install 'torch>=99'" in shown and "pip install 'no-such-package>=1'" in shown
+    assert "unset HEADQ_CPU_KERNEL" in shown and "2 wrong, 1 slow" in shown
+
+
+def test_eval(tiny_folder, text_file, tmp_path, capsys):
+    out = tmp_path / "e.json"
+    assert main(["eval", str(tiny_folder), *texts(text_file), *SMALL, "--json", str(out)]) == 0
+    assert "perplexity" in capsys.readouterr().out
+    result = json.loads(out.read_text(encoding="utf-8"))
+    assert result["score"]["packed_fraction"] > 0.3 and result["protocol"]["dtype"] == "float32"
+
+
+def test_eval_fails_where_nothing_was_packed(tiny_folder, text_file, capsys):
+    assert main(["eval", str(tiny_folder), *texts(text_file), *SHORT, "--set", "residual_length=500"]) == 1
+    assert "no packed token was read" in capsys.readouterr().err
+
+
+def test_eval_refuses_before_it_loads(tiny_folder, text_file, monkeypatch, capsys):
+    monkeypatch.setattr(loading, "load_model", None)
+    assert main(["eval", str(tiny_folder), *texts(text_file), "--preset", "other"]) == 2
+    assert "preset must be one of" in capsys.readouterr().err
+
+
+def test_compare(tiny_folder, text_file, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    methods = ["headq residual_length=16 block_size=16", "kivi k_bits=2 v_bits=2 residual_length=16 block_size=32"]
+    methods.append("hadamard k_bits=2 v_bits=2 group=48")  # 48 does not divide 32
+    arguments = ["compare", str(tiny_folder), *texts(text_file), *SHORT, "--plot", str(tmp_path / "plots" / "c.png")]
+    assert main(arguments + [word for method in methods for word in ("--method", method)]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.count("headq residual") == captured.out.count("kivi k_bits") == 1
+    assert "left out: hadamard" in captured.err
+    assert (tmp_path / "plots" / "c.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize(("method", "message"), [("other", "no method 'other'"), ("kivi k_bits=2 bits=1", "bits")])
+def test_compare_refuses_before_it_loads(method, message, tiny_folder, text_file, monkeypatch, capsys):
+    monkeypatch.setattr(loading, "load_model", None)
+    assert main(["compare", str(tiny_folder), *texts(text_file), "--method", "headq", "--method", method]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_chat_keeps_its_cache_between_turns(tiny_folder, monkeypatch, capsys):
+    made = []
+    monkeypatch.setattr(chat.Conversation, "new_cache", lambda self: made.append(1) or original(self))
+    words = " ".join(f"w{i % 90}" for i in range(300))
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{words}\n\nw1 w2 w3\n/clear\nw4 w5\n/bye\nw6\n"))
+    assert main(["chat", str(tiny_folder), "--max-new-tokens", "20"]) == 0
+    captured = capsys.readouterr()
+    statuses = [line for line in captured.err.splitlines() if line.startswith("[") and "tokens" in line]
+    assert len(statuses) == 3 and len(made) == 2  # one more for /clear
+    assert statuses[0].startswith("[319 tokens") and statuses[1].startswith("[342 tokens")
+    assert "0 packed" not in statuses[1] and "exact" in statuses[1]
+
+
+original = chat.Conversation.new_cache
+
+
+def test_chat_exact(tiny_folder, capsys):
+    assert main(["chat", str(tiny_folder), "--exact", "--prompt", "w1 w2", "--max-new-tokens", "4"]) == 0
+    assert "[5 tokens, cache" in capsys.readouterr().err
+    assert main(["chat", str(tiny_folder), "--exact", "--preset", "quality"]) == 2
+
+
+def test_a_missing_package_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None)
+    assert main(["calibrate", "smollm2", "-o", "x.safetensors"]) == 1
+    told = capsys.readouterr().err.strip()
+    assert "pip install gguf" in told and "\n" not in told

@@ -1,0 +1,58 @@
+"""One version, links that lead somewhere, a README of a page, and pins for all that pyproject.toml asks for."""
+
+import re
+from pathlib import Path
+
+import pytest
+import tomllib
+import yaml
+
+import headq_ao
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+LINK = re.compile(r"\]\((?!https?:|#|mailto:)([^)\s]+?)(?:#([\w-]+))?(?: \"[^\"]*\")?\)")
+
+
+def text(name):
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def test_the_version_is_in_one_place_and_the_others_agree():
+    assert PROJECT["project"]["dynamic"] == ["version"] and "version" not in PROJECT["project"]
+    assert yaml.safe_load(text("CITATION.cff"))["version"] == headq_ao.__version__
+    assert re.search(r"^## ([\d.]+)", text("CHANGELOG.md"), re.MULTILINE)[1] == headq_ao.__version__
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_links(name):
+    """MkDocs checks those of docs itself."""
+    found = LINK.findall(text(name))
+    assert found or name == "CHANGELOG.md"
+    for path, anchor in found:
+        assert (ROOT / path).exists(), path
+        if anchor:
+            heads = {
+                re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.*)", text(path), re.M)
+            }
+            assert anchor in heads, f"{path}#{anchor}"
+
+
+def test_readme_is_a_page():
+    assert len(text("README.md").splitlines()) <= 150
+
+
+def test_what_is_asked_for_is_pinned():
+    pins = {
+        line.split("==")[0].lower().replace("_", "-") for line in text("constraints.txt").splitlines() if "==" in line
+    }
+    extras = PROJECT["project"]["optional-dependencies"]
+    asked = [*PROJECT["project"]["dependencies"], *(need for needs in extras.values() for need in needs)]
+    names = {re.match(r"[\w-]+", need)[0].lower().replace("_", "-") for need in asked}
+    assert names <= pins, names - pins
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml")), ids=lambda p: p.stem)
+def test_issue_templates(path):
+    form = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert form["name"] and form["description"] and all(part["attributes"]["label"] for part in form["body"])
