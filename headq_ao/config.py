@@ -128,7 +128,8 @@ class HeadQConfig(AOBaseConfig):
         block_size: tokens packed at a time: 16, 32, 64 or 128.
         calibration: a :class:`headq_ao.Calibration`, the path of a saved one, or None: statistics then come from
             each sequence's own first tokens, whitened keys in the frame of their segment
-            (:mod:`headq_ao.calibration.rope`). Only a path fits into JSON (torchao's ``config_to_dict``). One of too few effective tokens
+            (:mod:`headq_ao.calibration.rope`).
+            Only a path fits into JSON (torchao's ``config_to_dict``). One of too few effective tokens
             (:attr:`headq_ao.Calibration.suffices`) is not used, with a warning: all is as without.
         adapt: with a calibration, ``"off"`` takes it as it is, ``"prompt"`` as a prior for the key mean, which each
             prompt refines: 0 to 5 % less KL for a second segment to read.
