@@ -127,7 +127,8 @@ class HeadQConfig(AOBaseConfig):
         residual_length: newest tokens kept exact, at least; up to ``residual_length + block_size − 1``.
         block_size: tokens packed at a time: 16, 32, 64 or 128.
         calibration: a :class:`headq_ao.Calibration`, the path of a saved one, or None: statistics then come from
-            each sequence's own first tokens, of whitened keys with rotated copies (:mod:`headq_ao.calibration.rope`).
+            each sequence's own first tokens, whitened keys in the frame of their segment
+            (:mod:`headq_ao.calibration.rope`).
             Only a path fits into JSON (torchao's ``config_to_dict``). One of too few effective tokens
             (:attr:`headq_ao.Calibration.suffices`) is not used, with a warning: all is as without.
         adapt: with a calibration, ``"off"`` takes it as it is, ``"prompt"`` as a prior for the key mean, which each

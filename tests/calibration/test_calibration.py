@@ -1,5 +1,6 @@
 """Moments against states taken from the model by hooks, and the file they are kept in."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -512,6 +513,22 @@ def test_damaged_files(made, tmp_path, name):
     damage(path)
     with pytest.raises(ValueError, match=f"c.safetensors' is not a usable headq_ao calibration: .*{message}"):
         Calibration.load(path)
+
+
+def framed(layers, segment_tokens):
+    return [{**without(x, "segment_tokens"), **segment_tokens} for x in layers]
+
+
+def test_files_say_whether_keys_are_in_the_frame_of_their_segment(made, tmp_path):
+    """Those of version 4 do not, and their keys are not."""
+    path, layers = tmp_path / "c.safetensors", [dataclasses.replace(x, segment_tokens=512) for x in made.layers]
+    Calibration(layers, made.fingerprint, made.meta).save(path)
+    assert [x.segment_tokens for x in Calibration.load(path).layers] == [512, 512]
+    rewrite(path, lambda h: h | {"layers": framed(h["layers"], {})})
+    with pytest.raises(ValueError, match="segment_tokens must be a whole number of at least 0, got 'left out'"):
+        Calibration.load(path)
+    rewrite(path, lambda h: h | {"version": 4, "layers": framed(h["layers"], {})})
+    assert [x.segment_tokens for x in Calibration.load(path).layers] == [0, 0]
 
 
 def test_no_file(tmp_path):
