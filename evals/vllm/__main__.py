@@ -17,7 +17,7 @@ COMMANDS = {
     "soak": (
         soak_command.add_arguments,
         soak_command.run,
-        "random requests on a small cache, checked one by one (slow)",
+        "random requests on a small cache, each checked (slow)",
     ),
     "table": (tables.add_arguments, tables.run, "the stored results as tables of docs/vllm.md"),
     "serve": (server.add_arguments, server.run, "SmolLM2 behind an OpenAI server on loopback"),
