@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from headq_ao.evals.vllm import convert, measure, recall, server, soak
+from headq_ao.evals.vllm import convert, measure, recall, server, soak_command, tables
 
 COMMANDS = {
     "convert": (convert.add_arguments, convert.run, "a model of the evaluations as a folder that vLLM serves"),
@@ -14,7 +14,12 @@ COMMANDS = {
     "requests": (measure.add_requests, measure.requests, "many requests at once"),
     "conversations": (measure.add_conversations, measure.conversations, "conversations that return to long prefixes"),
     "recall": (recall.add_arguments, recall.run, "lm_eval --model vllm on the recall tasks"),
-    "soak": (soak.add_arguments, soak.run, "random requests on a small cache, checked one by one (slow)"),
+    "soak": (
+        soak_command.add_arguments,
+        soak_command.run,
+        "random requests on a small cache, each checked (slow)",
+    ),
+    "table": (tables.add_arguments, tables.run, "the stored results as tables of docs/vllm.md"),
     "serve": (server.add_arguments, server.run, "SmolLM2 behind an OpenAI server on loopback"),
 }
 EPILOG = """\
