@@ -30,6 +30,7 @@ RETIRED = {
 # Where a retired word has to stand: old public names, and files whose names or fields others read.
 ALLOWED = {
     "headq_ao/config.py": r"OLD_NAMES|key_gauge|epoch_tokens|visible",
+    "CHANGELOG.md": r"key_gauge|epoch_tokens|visible",
 }
 UNSEARCHED = re.compile(r"texts/|results/")
 

@@ -15,7 +15,7 @@ layer and KV head. With the file, bits are shared between heads by their sensiti
 first call on. It is made once per model, on text of the kind that the model will read."""
 
 EXAMPLES = """\
-  headq calibrate smollm2 -o smollm2.safetensors                           on the bundled text, half a minute on a CPU
+  headq calibrate smollm2 -o smollm2.safetensors                           on the bundled text
   headq calibrate Qwen/Qwen3-0.6B --text my.txt -o qwen3.safetensors       on a text of your own
   headq calibrate path/to/model --text dataset:Salesforce/wikitext:wikitext-2-raw-v1:validation -o m.safetensors
   headq calibrate path/to/model --context-length 32768 -o m.safetensors    for contexts of up to 32768 tokens

@@ -15,8 +15,7 @@ A conversation in the terminal. Answers are printed as they come; after each, on
 holds, how many bytes it takes, and what an exact one would take. Nothing is computed twice: the cache is kept between
 turns. /clear forgets the conversation; /bye or Ctrl-D ends it."""
 EXAMPLES = """\
-  headq chat smollm2
-  headq chat smollm2 --calibration smollm2.safetensors --preset quality
+  headq calibrate smollm2 -o smollm2.safetensors && headq chat smollm2 --calibration smollm2.safetensors
   headq chat path/to/model --prompt "Why is the sky blue?"                 one answer, then end
   headq chat smollm2 --exact                                               the same with the exact cache"""
 
@@ -122,10 +121,15 @@ def run(args: argparse.Namespace) -> int:
         config = None if args.exact else headq_config(preset=args.preset, calibration=args.calibration)
     except ValueError as error:
         raise UsageError(str(error)) from error
+    loading.check_calibration(args.calibration)
     loading.model_config(args)
     model, tokenizer = loading.load_model(args)
     if config is not None:
         quantize_(model, config)
+    if config is not None and args.calibration is None:
+        note(
+            "without --calibration a conversation's first tokens stay in full precision until they give its statistics"
+        )
     conversation = Conversation(model, tokenizer, args)
     if args.prompt is not None:
         conversation.answer(args.prompt)

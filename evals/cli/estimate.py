@@ -126,6 +126,7 @@ def run(args: argparse.Namespace) -> int:
     from headq_ao import estimate_memory
     from headq_ao.integrations.transformers.models import layer_shapes
 
+    loading.check_calibration(args.calibration)
     config = loading.model_config(args)
     dtype = getattr(torch, args.dtype)
     shapes = layer_shapes(config)

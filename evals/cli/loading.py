@@ -81,6 +81,12 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
     return (model if "device_map" in options else model.to(device)), tokenizer
 
 
+def check_calibration(path: str | None) -> None:
+    """Raise UsageError where there is no such file, before a model is loaded."""
+    if path is not None and not Path(path).is_file():
+        raise UsageError(f"no calibration file at {path!r}; make one with: headq calibrate MODEL -o {path}")
+
+
 def check_text(name: str) -> None:
     """Raise UsageError where a text cannot be read, before a model is loaded."""
     if name.startswith(DATASET):

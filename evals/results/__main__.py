@@ -13,6 +13,7 @@ from headq_ao.evals.results import documents
 from headq_ao.evals.results.blocks import BLOCKS, block
 from headq_ao.evals.results.provenance import History
 
+DRAWN = ("bench/decode.json", "bench/generate.json")  # have figures, as recipes' settings have
 EPILOG = """\
 examples:
   python -m headq_ao.evals.results                      write every block of README.md and docs from recipes/results
@@ -28,8 +29,17 @@ outside all blocks count as typed by hand.
 
 def figure_sources(results: Path) -> dict[str, str]:
     """A checksum of each result file that figures are drawn from, by name."""
-    paths = sorted(path for path in results.glob("*/*.json") if path.parent.name != "report")
+    found = [
+        path for path in results.glob("*/*.json") if path.relative_to(results).as_posix() in DRAWN or _scored(path)
+    ]
+    paths = sorted(path for path in found if path.parent.name != "report")
     return {path.relative_to(results).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in paths}
+
+
+def _scored(path: Path) -> bool:
+    """Whether it is a setting of a recipe, which the report draws."""
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    return isinstance(stored, dict) and "score" in stored
 
 
 def draw(results: Path) -> None:
@@ -43,8 +53,8 @@ def draw(results: Path) -> None:
     from headq_ao.evals.report.write import write_report
 
     write_report(find_folders(results, []), results / "report")
-    for name, plot in (("decode", plot_decode), ("generate", plot_generate)):
-        path = results / "bench" / f"{name}.json"
+    for name, plot in zip(DRAWN, (plot_decode, plot_generate), strict=True):
+        path = results / name
         plot(json.loads(path.read_text(encoding="utf-8")), path.with_suffix(".png"))
     write_json(results / "report" / "sources.json", figure_sources(results))
 

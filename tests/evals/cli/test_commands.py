@@ -48,7 +48,7 @@ def test_estimate_reads_no_weights(tiny_folder, monkeypatch, capsys):
     ],
 )
 def test_estimate_refuses(arguments, message, tiny_folder, capsys):
-    assert main(["estimate", str(tiny_folder), *arguments]) in (1, 2)
+    assert main(["estimate", str(tiny_folder), *arguments]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -126,6 +126,8 @@ def test_chat_exact(tiny_folder, capsys):
     assert main(["chat", str(tiny_folder), "--exact", "--prompt", "w1 w2", "--max-new-tokens", "4"]) == 0
     assert "[5 tokens, cache" in capsys.readouterr().err
     assert main(["chat", str(tiny_folder), "--exact", "--preset", "quality"]) == 2
+    assert main(["chat", str(tiny_folder), "--calibration", "nowhere.safetensors"]) == 2
+    assert "make one with: headq calibrate" in capsys.readouterr().err
 
 
 def test_a_missing_package_is_one_line(monkeypatch, capsys):

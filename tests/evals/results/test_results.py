@@ -101,8 +101,11 @@ def test_numbers_typed_by_hand_are_found(project, capsys):
 
 def test_figures_of_other_results_are_found(project, capsys):
     run(project)
-    path = project / "recipes" / "results" / "bench" / "other.json"
-    path.write_text("{}")
+    folder = project / "recipes" / "results" / "other"
+    folder.mkdir()
+    (folder / "a.json").write_text('{"no": "setting"}')
+    assert run(project, "--check") == 0
+    (folder / "b.json").write_text('{"score": {}}')
     assert run(project, "--check") == 1
     assert "figures were drawn from other results" in capsys.readouterr().err
 
