@@ -125,7 +125,7 @@ class NewestTokensSpec(SlidingWindowSpec):
         newest = cdiv(window + FEW, size) + 1
         most = tail + 1 + newest + tail * (1 + cdiv(min(max_in_flight_tokens, max_model_len), EVERY))
         all_of_them: int = super().max_admission_blocks_per_request(max_in_flight_tokens, max_model_len)
-        return min(all_of_them, most)
+        return int(min(all_of_them, most))
 
 
 class WindowLayer(AttentionLayerBase):
