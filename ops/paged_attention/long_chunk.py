@@ -61,7 +61,7 @@ def _read_one(q: Tensor, scaling: float, kv: PagedKV, readers: Readers) -> Part:
         if tile == tiles[-1]:  # all in one
             k, v = (torch.cat(x, 2) for x in zip(of_tile, (k, v), strict=True))
         else:
-            part = flash(q, *of_tile, None, scaling, causal=False)
+            part = flash(q, of_tile[0], of_tile[1], None, scaling, causal=False)
             found = part if found is None else joined(found, part)
     last = flash(q, k, v, None, scaling, causal=False)
     return last if found is None else joined(found, last)

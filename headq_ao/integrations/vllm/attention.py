@@ -43,7 +43,8 @@ class HeadQAttention(AttentionImpl[HeadQMetadata]):
 
     def forward(
         self, layer: Any, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor,
-        attn_metadata: HeadQMetadata | None, output: Tensor, output_scale: Tensor | None = None, output_block_scale: Tensor | None = None,
+        attn_metadata: HeadQMetadata | None, output: Tensor, output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """``output [T, Hq, D]`` of ``query [T, Hq, D]``, ``key`` and ``value`` ``[T, Hkv, D]``."""
         if attn_metadata is None:  # vLLM measures how much memory the model takes

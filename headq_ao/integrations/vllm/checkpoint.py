@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.logger import init_logger
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.models.utils import WeightsMapper
 
@@ -52,9 +53,9 @@ class HeadQCheckpoint(QuantizationConfig):
         """See :class:`QuantizationConfig`."""
         return cls(config)
 
-    def get_quant_method(self, layer: nn.Module, prefix: str) -> None:
-        """No layer has quantized weights."""
-        return None
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
+        """As without quantization; vLLM asks it of linear layers, and takes its own for all others."""
+        return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
 
     def get_checkpoint_weight_mapper(self) -> WeightsMapper:
         """See :class:`QuantizationConfig`."""

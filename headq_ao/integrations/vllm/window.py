@@ -1,20 +1,131 @@
-"""A layer's newest tokens in full precision, as vLLM sees them: a layer of its own, of sliding-window attention."""
+"""A layer's newest tokens in full precision, as vLLM sees them: a layer of its own, of sliding-window attention.
 
+A page of them takes as many bytes as a packed page of eight times the tokens. So of a long chunk only those are given
+pages that a later step reads, and a finished request leaves the pages at few places where another may go on.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.utils.math_utils import cdiv
+from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
 from vllm.v1.kv_cache_interface import KVCacheSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cache_spec
 
-from headq_ao.integrations.vllm.backend import WINDOW_TOKENS, WindowBackend
+from headq_ao.integrations.vllm.backend import FEW, WINDOW_TOKENS, WindowBackend
 
 SUFFIX = ".newest"
+EVERY = 1024  # tokens after which a finished request can be gone on from, besides the end of its prompt
 
 
 def window_name(layer_name: str) -> str:
     """What the layer that holds another's newest tokens is called."""
     return layer_name + SUFFIX
+
+
+def interval(alignment: int) -> int:
+    """:data:`EVERY` in whole pages of all groups."""
+    return int(cdiv(EVERY, alignment) * alignment)
+
+
+class WindowManager(SlidingWindowManager):
+    """Gives pages to the tokens that will be read in full precision; all others of a chunk go to the null page."""
+
+    def __init__(self, kv_cache_spec: SlidingWindowSpec, **options: Any) -> None:
+        super().__init__(kv_cache_spec, **options)
+        self.looked_at: dict[str, int] = {}  # of each request, blocks that were let go, or need not be
+
+    def kept(self, first: int, tokens: int) -> list[bool]:
+        """Which of the blocks from ``first`` on, of a request of ``tokens`` tokens, get pages."""
+        size, need = self.block_size, cdiv(self.sliding_window - 1, self.block_size)
+        newest = (tokens - (self.sliding_window - 1) - FEW) // size
+        every = interval(self.scheduler_block_size)
+        ends = [tokens // self.scheduler_block_size * self.scheduler_block_size]
+        ends += range(cdiv(first * size, every) * every, tokens + 1, every)
+        tails = {end // size - i for end in ends for i in range(1, need + 1)}
+        return [i >= newest or i in tails for i in range(first, cdiv(tokens, size))]
+
+    def get_num_blocks_to_allocate(
+        self, request_id: str, num_tokens: int, new_computed_blocks: Sequence[Any], total_computed_tokens: int,
+        num_local_computed_tokens: int, num_tokens_main_model: int, apply_admission_cap: bool = False,
+        prefill_end: int = 0,
+    ) -> int:  # fmt: skip
+        """See :class:`SlidingWindowManager`."""
+        all_of_them: int = super().get_num_blocks_to_allocate(
+            request_id, num_tokens, new_computed_blocks, total_computed_tokens, num_local_computed_tokens,
+            num_tokens_main_model, apply_admission_cap, prefill_end,
+        )  # fmt: skip
+        if apply_admission_cap:
+            return all_of_them
+        held = len(self.req_to_blocks.get(request_id, ())) + len(new_computed_blocks)
+        if request_id not in self.num_cached_block:
+            held = max(held, self.get_num_skipped_tokens(total_computed_tokens) // self.block_size)
+        return max(all_of_them - self.kept(held, num_tokens).count(False), 0)
+
+    def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[Any]:
+        """See :class:`SlidingWindowManager`."""
+        blocks = self.req_to_blocks[request_id]
+        kept = self.kept(len(blocks), num_tokens)
+        real = iter(self.block_pool.get_new_blocks(sum(kept)))
+        new = [next(real) if keep else self._null_block for keep in kept]
+        blocks.extend(new)
+        if self._record_new_block_ids:
+            self.new_block_ids.extend(b.block_id for b in new if not b.is_null)
+        return new
+
+    def _remove_blocks_in_range(self, request_id: str, first_block: int, last_block: int) -> None:
+        """As there, past null pages between others."""
+        blocks = self.req_to_blocks.get(request_id, [])
+        first, last = max(first_block, self.looked_at.get(request_id, 0)), min(last_block, len(blocks))
+        freed = []
+        for i in range(last - 1, first - 1, -1):
+            if not blocks[i].is_null:
+                freed.append(blocks[i])
+                blocks[i] = self._null_block
+        if last > first:
+            self.looked_at[request_id] = last
+        if freed:
+            self.block_pool.free_blocks(freed)
+
+    def pop_blocks_for_free(self, request_id: str) -> list[Any]:
+        """See :class:`SlidingWindowManager`."""
+        self.looked_at.pop(request_id, None)
+        found: list[Any] = super().pop_blocks_for_free(request_id)
+        return found
+
+    @classmethod
+    def reachable_block_mask(
+        cls, start_block: int, end_block: int, alignment_tokens: int | None, *args: Any,
+        retention_interval: int | None = None, **options: Any,
+    ) -> Any:  # fmt: skip
+        """Unless ``--prefix-cache-retention-interval`` is given, at the end of a prompt and every :func:`interval`."""
+        if retention_interval is None and alignment_tokens is not None:
+            retention_interval = interval(alignment_tokens)
+        return super().reachable_block_mask(
+            start_block, end_block, alignment_tokens, *args, retention_interval=retention_interval, **options
+        )
+
+
+KVCacheSpecRegistry._ensure_registered()  # vLLM's own, which it leaves out where there is one already
+
+
+@register_kv_cache_spec(manager_class=WindowManager, uniform_type_base_spec=SlidingWindowSpec)
+@dataclass(frozen=True, kw_only=True)
+class NewestTokensSpec(SlidingWindowSpec):
+    """Pages of :class:`WindowManager`."""
+
+    def max_admission_blocks_per_request(self, max_in_flight_tokens: int, max_model_len: int) -> int:
+        """See :class:`SlidingWindowSpec`."""
+        size, window = self.block_size, self.sliding_window - 1
+        tail = cdiv(window, size)
+        newest = cdiv(window + FEW, size) + 1
+        most = tail + 1 + newest + tail * (1 + cdiv(min(max_in_flight_tokens, max_model_len), EVERY))
+        all_of_them: int = super().max_admission_blocks_per_request(max_in_flight_tokens, max_model_len)
+        return min(all_of_them, most)
 
 
 class WindowLayer(AttentionLayerBase):
@@ -42,7 +153,7 @@ class WindowLayer(AttentionLayerBase):
 
     def get_kv_cache_spec(self, vllm_config: Any) -> KVCacheSpec:
         """See :class:`AttentionLayerBase`."""
-        return SlidingWindowSpec(
+        return NewestTokensSpec(
             block_size=WINDOW_TOKENS,
             num_kv_heads=self.num_kv_heads,
             head_size=self.head_size,

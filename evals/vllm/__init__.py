@@ -1,0 +1,1 @@
+"""Serving with vLLM measured: ``python -m headq_ao.evals.vllm --help``."""
