@@ -78,7 +78,8 @@ def _launch(
     owned, ring = _owned(kv)
     new_slots = 0 if kv.new_k is None else kv.new_k.shape[2]
     tile, packed_parts = constants["TILE"], splits * segments
-    parts = packed_parts + triton.cdiv(kv.n_sink + ring, tile) + triton.cdiv(new_slots, tile)
+    slots = [kv.n_sink + ring, new_slots] if owned is None else [kv.n_sink, ring, new_slots]
+    parts = packed_parts + sum(triton.cdiv(n, tile) for n in slots)
     mapped = torch.empty(segments, lines, m + 3, dtype=torch.float32, device=device)
     part_out = torch.empty(parts, lines, dim, dtype=torch.float32, device=device)
     part_lse = torch.empty(parts, lines, dtype=torch.float32, device=device)

@@ -50,43 +50,25 @@ def _product(x, y, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _pages(owned, table, table_stride, b, position, sink, here):
-    """The page of each token, where sinks lie in those of ``table``'s first column; and its number in there."""
-    window_table, window_stride, size = owned[0], owned[1], owned[2]
-    at = window_table + b * window_stride + position // size
-    page = tl.load(at, mask=here & ~sink, other=0)
-    page = tl.where(sink, tl.load(table + b * table_stride), page).to(tl.int64)
-    return page, tl.where(sink, position, position % size)
-
-
-@triton.jit
-def _place(x, strides, sinks, sink_strides, page, number, h, sink):
-    """Where tokens ``number`` of their pages lie, ``[TILE, 1]``."""
-    of_page = x + page * strides[0] + h * strides[1] + number * strides[2]
-    of_sink = sinks + page * sink_strides[0] + h * sink_strides[1] + number * sink_strides[2]
-    return tl.where(sink, of_sink, of_page)[:, None]
-
-
-@triton.jit
 def _attend(
-    x, tokens, sinks, page, sink, b, h, number, position, here, first, last, to, to_lse, row, live,
+    x, tokens, page, b, h, number, position, here, first, last, to, to_lse, row, live,
     KEY_D: tl.constexpr, KEY_PADDED: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Attention of the scaled queries ``x [KEY_PADDED, ROWS]`` over tokens ``number [TILE]`` at those positions: of a
-    sequence, or with ``sinks`` of pages."""
+    """Attention of the scaled queries ``x [KEY_PADDED, ROWS]`` over tokens ``number [TILE]`` at those positions: of
+    sequence ``b``, or of a ``page`` each."""
     e = tl.arange(0, KEY_PADDED)
     d = tl.arange(0, D_PADDED)
     k, k_strides, v, v_strides = tokens
     number = number.to(tl.int64)
-    if sinks is None:
+    if page is None:
         at = k + b * k_strides[0] + h * k_strides[1] + (number * k_strides[2])[:, None] + e[None, :]
     else:
-        at = _place(k, k_strides, sinks[0], sinks[1], page, number, h, sink) + e[None, :]
+        at = k + h * k_strides[1] + (page * k_strides[0] + number * k_strides[2])[:, None] + e[None, :]
     key = tl.load(at, mask=here[:, None] & (e < KEY_D)[None, :], other=0.0)
-    if sinks is None:
+    if page is None:
         at = v + b * v_strides[0] + h * v_strides[1] + (number * v_strides[2])[:, None] + d[None, :]
     else:
-        at = _place(v, v_strides, sinks[2], sinks[3], page, number, h, sink) + d[None, :]
+        at = v + h * v_strides[1] + (page * v_strides[0] + number * v_strides[2])[:, None] + d[None, :]
     value = tl.load(at, mask=here[:, None] & (d < D)[None, :], other=0.0)
     seen = here[:, None] & (position[:, None] >= first[None, :]) & (position[:, None] < last[None, :])
     s = tl.where(seen, _product(key, x, PRECISION) * LOG2E, float("-inf"))
@@ -108,7 +90,7 @@ def exact_split(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attention over tile ``tile`` of the window's slots, or of those of the call's tokens behind them. Of an engine's
-    pages (``owned``) the slots are the sinks, then up to ``ring`` newest tokens."""
+    pages (``owned``) the first tiles are of the sinks, the others of up to ``ring`` newest tokens."""
     e = tl.arange(0, KEY_PADDED)
     head = h * (rows // new) + row // new
     if query_start is None:
@@ -121,7 +103,12 @@ def exact_split(
     x = tl.load(at, mask=(e < KEY_D)[:, None] & given[None, :], other=0.0).to(tl.float32) * scaling
     first, last = visible(b, row % new, live, new, low, high, total, sliding)
     in_window = tl.load(held + b)
-    tiles = tl.cdiv(n_sink + ring, TILE)
+    if owned is None:
+        tiles = tl.cdiv(n_sink + ring, TILE)
+    else:
+        sink_tiles = tl.cdiv(n_sink, TILE)
+        tiles = sink_tiles + tl.cdiv(ring, TILE)
+        lowest = tl.min(tl.where(live, first, in_window), 0)  # pages of tokens that no query sees may be let go
     slot = tile * TILE + tl.arange(0, TILE)
     if tile < tiles:
         if owned is None:  # a slot of the ring holds the newest body token that belongs there
@@ -132,17 +119,24 @@ def exact_split(
             position = tl.where(sink, slot, body + n_sink)
             here = (slot < n_sink + ring) & tl.where(sink, slot < in_window, (body >= in_pages) & (body >= 0))
             _attend(
-                x, window, None, None, None, b, h, slot, position, here, first, last, to, to_lse, row, live,
+                x, window, None, b, h, slot, position, here, first, last, to, to_lse, row, live,
+                KEY_D, KEY_PADDED, D, D_PADDED, PRECISION,
+            )  # fmt: skip
+        elif tile < sink_tiles:
+            here = (slot < n_sink) & (slot < in_window) & (slot >= lowest)
+            first_page = tl.load(table + b * table_stride).to(tl.int64)
+            _attend(
+                x, owned[3], None, first_page, h, slot, slot, here, first, last, to, to_lse, row, live,
                 KEY_D, KEY_PADDED, D, D_PADDED, PRECISION,
             )  # fmt: skip
         else:
-            sink = slot < n_sink
-            position = tl.where(sink, slot, tl.maximum(in_pages, n_sink).to(tl.int32) + slot - n_sink)
-            here = (slot < n_sink + ring) & (position < in_window)
-            here = here & (position >= tl.min(tl.where(live, first, in_window), 0))  # pages before are let go
-            page, number = _pages(owned, table, table_stride, b, position, sink, here)
+            window_table, window_stride, size = owned[0], owned[1], owned[2]
+            number = slot - sink_tiles * TILE
+            position = tl.maximum(in_pages, n_sink).to(tl.int32) + number
+            here = (number < ring) & (position < in_window) & (position >= lowest)
+            page = tl.load(window_table + b * window_stride + position // size, mask=here, other=0).to(tl.int64)
             _attend(
-                x, window, owned[3], page, sink, b, h, number, position, here, first, last, to, to_lse, row, live,
+                x, window, page, b, h, position % size, position, here, first, last, to, to_lse, row, live,
                 KEY_D, KEY_PADDED, D, D_PADDED, PRECISION,
             )  # fmt: skip
     elif new_tokens is not None:
@@ -152,6 +146,6 @@ def exact_split(
             position -= tl.load(start + b)
         here = (number < new_slots) & (position >= in_window) & (position < tl.load(total + b))
         _attend(
-            x, new_tokens, None, None, None, b, h, number, position, here, first, last, to, to_lse, row, live,
+            x, new_tokens, None, b, h, number, position, here, first, last, to, to_lse, row, live,
             KEY_D, KEY_PADDED, D, D_PADDED, PRECISION,
         )  # fmt: skip

@@ -205,7 +205,7 @@ def test_an_engines_step_with_kernels_does_not_wait(new, launches, monkeypatch):
     assert grids["code"] == [(n * heads, 2 * most, 5) for n, most in few]
     assert grids["finish"] == [(n * heads, 2, 1 + most) for n, most in few]
     assert grids["leaving"] == grids["append"] == ([] if max(new) <= 16 else [(heads, 40)])
-    tiles = [-(-(4 + 23 + most) // 16) for _, most in few]
+    tiles = [1 - (-(23 + most) // 16) for _, most in few]
     assert [grid[:2] for grid in grids["split"]] == [(n * heads, 1 + t) for (n, _), t in zip(few, tiles, strict=True)]
     assert grids["join"] == [(n * heads * group * most, 1) for n, most in few]
 
