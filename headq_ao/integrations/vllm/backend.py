@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -19,6 +20,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from headq_ao.integrations.vllm.settings import settings
+from headq_ao.ops.dispatch import kernels
 from headq_ao.ops.requests import Requests
 
 PAGE_TOKENS = 256  # of packed pages, unless --block-size says otherwise: sinks in a page's header are 1/10 of its bytes
@@ -98,6 +100,7 @@ class HeadQMetadata(AttentionMetadata):
         table: vLLM's block table ``[B, C]`` int32.
         start: ``[B + 1]`` int64, where the new tokens of each request begin.
         held, packed, total: ``[B]`` int64: tokens before the step; those that are read as codes; those with it.
+        newest: the most that ``held`` is above ``packed``.
     """
 
     tokens: int
@@ -109,6 +112,7 @@ class HeadQMetadata(AttentionMetadata):
     held: Tensor
     packed: Tensor
     total: Tensor
+    newest: int
     joined: dict[int, Requests] = field(default_factory=dict)
 
     def requests(self, window: "HeadQMetadata") -> Requests:
@@ -116,22 +120,33 @@ class HeadQMetadata(AttentionMetadata):
         found = self.joined.get(id(window))
         if found is None:
             found = self.joined[id(window)] = Requests(
-                self.start, self.held, self.packed, self.total, self.table, window.table, self.most, self.few, self.long
-            )
+                self.start, self.held, self.packed, self.total, self.table, window.table, self.most, self.few,
+                self.long, self.newest,
+            )  # fmt: skip
         return found
 
 
 class HeadQMetadataBuilder(AttentionMetadataBuilder[HeadQMetadata]):
-    """Takes what vLLM says of a step to where the kernels read it."""
+    """Takes what vLLM says of a step to where the kernels read it, without waiting for the device."""
 
-    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         self.window = settings(vllm_config).config.residual_length
-        most = vllm_config.scheduler_config.max_num_seqs + 1
+        captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+        most = max(vllm_config.scheduler_config.max_num_seqs, captured) + 1
         self.lengths = torch.zeros(4, most, dtype=torch.int64, device=device)
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: Any) -> AttentionCGSupport:
+        """Steps of one token a request where there are Triton's kernels, whose grids depend on shapes alone; long
+        chunks are told from others on the host."""
+        captured = current_platform.is_cuda_alike() and None not in (
+            kernels(name, "cuda") for name in ("cache_update", "paged_attention")
+        )
+        return cls._cudagraph_support if captured else AttentionCGSupport.NEVER
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -155,5 +170,5 @@ class HeadQMetadataBuilder(AttentionMetadataBuilder[HeadQMetadata]):
             few = max((end - begin for _, begin, end in each if end - begin <= FEW), default=0)
         return HeadQMetadata(
             m.num_actual_tokens, m.max_query_len, few, tuple(long), m.block_table_tensor[:n], start[: n + 1], held[:n],
-            packed[:n], total[:n],
+            packed[:n], total[:n], self.window - 1,
         )  # fmt: skip
