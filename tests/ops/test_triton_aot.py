@@ -66,8 +66,7 @@ def test_a_step_of_cache_update(target):
         assert found["spills"] == 0 and found["shared_bytes"] <= 1 << 10
 
 
-@pytest.mark.parametrize("few", [1, 5])
-@pytest.mark.parametrize("case", [table.CASES[0], table.CASES[1], table.CASES[4]], ids=str)
+@pytest.mark.parametrize(("case", "few"), [(table.CASES[0], 1), (table.CASES[1], 5), (table.CASES[4], 1)], ids=str)
 @pytest.mark.parametrize("target", table.CHIPS)
 def test_a_step_over_an_engines_pages(target, case, few):
     """The same loop over tiles as over a cache of its own, as few registers, and no spills."""
