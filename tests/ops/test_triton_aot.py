@@ -69,7 +69,7 @@ def test_a_step_of_cache_update(target):
 @pytest.mark.parametrize(("case", "few"), [(table.CASES[0], 1), (table.CASES[1], 5), (table.CASES[4], 1)], ids=str)
 @pytest.mark.parametrize("target", table.CHIPS)
 def test_a_step_over_an_engines_pages(target, case, few):
-    """The same loop over tiles as over a cache of its own, up to scheduling, as many warps on a processor, and no spills."""
+    """The loop over tiles as over a cache of its own, up to scheduling, as many warps on a processor, and no spills."""
     kernels, chip = table.engine_kernels(case, target, few=few), table.CHIPS[target]
     names = ["code_kernel", "finish_kernel", "map_kernel", "split_kernel", "join_kernel"]
     assert [kernel.name for kernel in kernels] == names
