@@ -181,14 +181,17 @@ def step_kernels(case: Case, target: str, page_tokens: int = PAGE) -> list[Any]:
     return kernels
 
 
-def engine_kernels(case: Case, target: str, page_tokens: int = 256, window_tokens: int = 32, few: int = 1) -> list[Any]:
+def engine_kernels(
+    case: Case, target: str, page_tokens: int = 256, window_tokens: int = 32, few: int = 1, framed: bool = False
+) -> list[Any]:
     """The compiled kernels of a step over an engine's pages of which each request has at most ``few`` tokens: coding,
-    codes and tokens where they belong, the query mapped, the splits read, and all joined."""
+    codes and tokens where they belong, the query mapped, the splits read, and all joined; ``framed``: with keys in the
+    frame of their segment."""
     from headq_ao.ops import Encoder
     from headq_ao.ops.cache_update import triton_kernel as update
     from headq_ao.ops.paged_attention import triton_kernel as attention
     from headq_ao.ops.requests import Requests
-    from headq_ao.ops.types import PagedKV, Readers
+    from headq_ao.ops.types import PagedKV, Readers, SegmentFrame
 
     d, hkv, cpu = case.head_dim, case.kv_heads, torch.device("cpu")
     KNOWN_FORMS.clear()
@@ -201,8 +204,10 @@ def engine_kernels(case: Case, target: str, page_tokens: int = 256, window_token
         pages, kv.layout, kv.table, None, kv.packed, kv.held, kv.total, window[..., :d], window[..., d:], SINKS,
         window_table=kv.table, sink_k=sinks[0], sink_v=sinks[1],
     )  # fmt: skip
-    keys, values = Encoder(eye, (case.k_bits,), torch.ones(1, 1, d), hessian=eye), Encoder(eye, (case.v_bits,), 1.0)
-    readers = Readers(torch.zeros(1, 1, hkv, d, d + 3), torch.zeros(1, hkv, d, d), torch.zeros(1, hkv, d))
+    frame = SegmentFrame(torch.zeros(8, 2, d), torch.zeros(d, dtype=torch.int32), 512) if framed else None
+    keys = Encoder(eye, (case.k_bits,), torch.ones(1, 1, d), hessian=eye, frame=frame)
+    values = Encoder(eye, (case.v_bits,), 1.0)
+    readers = Readers(torch.zeros(1, 1, hkv, d, d + 3), torch.zeros(1, hkv, d, d), torch.zeros(1, hkv, d), frame)
     start = torch.zeros(2, dtype=torch.int64, device=cpu)
     of = Requests(start, kv.held, kv.packed, kv.total, kv.table, kv.table, few, few, newest=63)
     q, k = (torch.zeros(few, heads, d, dtype=torch.bfloat16, device=cpu) for heads in (case.heads, hkv))

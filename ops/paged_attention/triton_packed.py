@@ -433,6 +433,9 @@ def _packed_split(
 
     table = (table, table_columns, lowest // P // table_columns * table_columns)
     columns += form(KINDS, KIND, 1)
+    of_mean = 0.0
+    if frame is None:
+        of_mean = tl.load(q + M + 2 + row * q_stride, mask=live, other=0.0) * LOG2E
 
     # the running maximum; Σ 2^(s − M), summed over tokens after the last tile; Σ w, what the values of a token share
     # where one scale serves it; Σ w c
@@ -469,10 +472,7 @@ def _packed_split(
     mass = tl.sum(mass, 0)
     some = tl.where(mass == 0, 1.0, mass)
     tl.store(to + d[:, None] + row[None, :] * D, acc / some[None, :], mask=(d < D)[:, None] & live[None, :])
-    lse = top + tl.log2(some)
-    if frame is None:
-        lse += tl.load(q + M + 2 + row * q_stride, mask=live, other=0.0) * LOG2E
-    tl.store(to_lse + row, tl.where(mass == 0, float("-inf"), lse), mask=live)
+    tl.store(to_lse + row, tl.where(mass == 0, float("-inf"), top + tl.log2(some) + of_mean), mask=live)
 
 
 @triton.jit(

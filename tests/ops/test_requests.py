@@ -100,6 +100,7 @@ class Engine:
         of = Requests(
             torch.tensor(bounds), held, (held - WINDOW + 1).clamp(min=0), held + torch.tensor(list(new.values())),
             *tables, max(new.values()), max((n for n in new.values() if n <= long), default=0), tuple(each),
+            newest=WINDOW - 1,
         )  # fmt: skip
         out = torch.full_like(q, float("nan"))
         pages.step(q, k, v, out, self.dim**-0.5, of)
