@@ -3,6 +3,7 @@
 Requests are of unequal lengths and bring unequal numbers of new tokens, which lie one after the other.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,6 +31,7 @@ class Requests:
         few: the same of those that are not long.
         long: those whose new tokens are many, in rising order: number, first token, the one behind the last. They are
             read one at a time, all others at once.
+        newest: an upper bound of ``held − packed``; None: what the window table has room for.
     """
 
     start: Tensor
@@ -41,6 +43,7 @@ class Requests:
     most: int
     few: int
     long: tuple[tuple[int, int, int], ...] = ()
+    newest: int | None = None
 
     def __len__(self) -> int:
         return len(self.table)
@@ -50,7 +53,26 @@ class Requests:
         at = slice(first, stop)
         return Requests(
             self.start[first : stop + 1], self.held[at], self.packed[at], self.total[at], self.table[at],
-            self.window_table[at], self.few, self.few,
+            self.window_table[at], self.few, self.few, newest=self.newest,
+        )  # fmt: skip
+
+    def parts(self, tokens: int) -> Iterator[tuple["Requests", slice]]:
+        """Each long one by itself, ``few`` 0, and those between two of them together; with the ``tokens`` of each."""
+        first = after = 0
+        for number, begin, end in (*self.long, (len(self), tokens, 0)):
+            if number > first and self.few:
+                yield self.part(first, number) if self.long else self, slice(after, begin)
+            if end:
+                yield replace(self.part(number, number + 1), most=end - begin, few=0), slice(begin, end)
+            first, after = number + 1, end
+
+    def cache(self, kv: PagedKV, packed: Tensor, held: Tensor) -> PagedKV:
+        """A layer's pages as these requests see them; ``held`` either of before the step or, once its tokens are
+        there, ``total``."""
+        newest = None if self.newest is None else self.newest + (self.most if held is self.total else 0)
+        return replace(
+            kv, table=self.table, window_table=self.window_table, packed=packed, held=held, total=self.total,
+            newest=newest,
         )  # fmt: skip
 
 
@@ -95,50 +117,38 @@ class LayerPages:
             scaling: of the scores.
             of: the step's requests.
         """
+        parts = list(of.parts(len(q)))
         if self.planned:
             self.update.requests(k, v, of)
         else:
-            self._update(k, v, of)
-        first = 0
-        for number, begin, end in (*of.long, (len(of), 0, 0)):
-            if number > first:
-                few = of.part(first, number) if of.long else of
-                if self.planned:
-                    self.read.requests(q, scaling, out, few)
-                else:
-                    self._read(q, scaling, out, few)
-            if end:
-                at = slice(begin, end)
-                out[at] = self._read_long(q[at], k[at], v[at], scaling, of, number).to(out.dtype)
-            first = number + 1
-
-    def _cache(self, of: Requests, packed: Tensor, held: Tensor) -> PagedKV:
-        return replace(
-            self.kv, table=of.table, window_table=of.window_table, packed=packed, held=held, total=of.total
-        )  # fmt: skip
+            for part, _ in parts:
+                self._update(k, v, part)
+        for part, tokens in parts:
+            if part.most > part.few:
+                out[tokens] = self._read_long(q[tokens], k[tokens], v[tokens], scaling, part).to(out.dtype)
+            elif self.planned:
+                self.read.requests(q, scaling, out, part)
+            else:
+                out[tokens] = self._read(q, scaling, part, tokens).to(out.dtype)
 
     def _update(self, k: Tensor, v: Tensor, of: Requests) -> None:
         """By the operator, which takes equally many tokens of each sequence."""
         index = of.start[:-1, None] + torch.arange(of.most, device=k.device)
         k, v = (x[index.clamp(max=len(x) - 1)].transpose(1, 2) for x in (k, v))
-        cache_update(self._cache(of, of.held, of.held), k, v, of.total, of.most, *self.encoders)
+        cache_update(of.cache(self.kv, of.held, of.held), k, v, of.total, of.most, *self.encoders)
 
-    def _read(self, q: Tensor, scaling: float, out: Tensor, of: Requests) -> None:
+    def _read(self, q: Tensor, scaling: float, of: Requests, tokens: slice) -> Tensor:
         """By the operator, which takes equally many queries of each sequence: those before the first are of no use."""
         index = of.start[1:, None] - of.most + torch.arange(of.most, device=q.device)
-        tokens = q[index.clamp(min=0)].transpose(1, 2)
-        found, _ = paged_attention(
-            tokens, scaling, self._cache(of, of.packed, of.total), self.readers, None, self.sliding
-        )
-        if of.most == 1 and len(of) == len(out):
-            out.copy_(found[:, :, 0])
-            return
-        real = index >= of.start[:-1, None]
-        out[index[real]] = found.transpose(1, 2)[real].to(out.dtype)
+        padded, kv = q[index.clamp(min=0)].transpose(1, 2), of.cache(self.kv, of.packed, of.total)
+        found, _ = paged_attention(padded, scaling, kv, self.readers, None, self.sliding)
+        token = torch.arange(tokens.start, tokens.stop, device=q.device)
+        request = torch.searchsorted(of.start[1:].contiguous(), token, right=True).clamp(max=len(of) - 1)
+        return found.transpose(1, 2)[request, (token - of.start[1:][request] + of.most).clamp(max=of.most - 1)]
 
-    def _read_long(self, q: Tensor, k: Tensor, v: Tensor, scaling: float, of: Requests, number: int) -> Tensor:
+    def _read_long(self, q: Tensor, k: Tensor, v: Tensor, scaling: float, of: Requests) -> Tensor:
         """Of one request; its own tokens are read as they came."""
         new_k, new_v = (x.transpose(0, 1)[None] for x in (k, v))
-        kv = replace(self._cache(of, of.packed, of.held).sequence(number), new_k=new_k, new_v=new_v)
+        kv = replace(of.cache(self.kv, of.packed, of.held), new_k=new_k, new_v=new_v)
         found, _ = paged_attention(q.transpose(0, 1)[None], scaling, kv, self.readers, None, self.sliding)
         return found[0].transpose(0, 1)

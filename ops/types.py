@@ -39,6 +39,8 @@ class PagedKV:
         new_start: ``[B]`` int64, the first real slot of ``new_k`` (padding on the left); None: 0.
         window_table: ``[B, Cw]`` int32, or None; with it, ``window_k``, ``window_v`` are ``[Nw, Hkv, Pw, D]``.
         sink_k, sink_v: ``[N, Hkv, n_sink, D]`` with a ``window_table``.
+        newest: with a ``window_table``, an upper bound of ``held − max(packed, n_sink)`` that the host knows; None:
+            what the table has room for.
     """
 
     pages: list[Tensor]
@@ -57,6 +59,7 @@ class PagedKV:
     window_table: Tensor | None = None
     sink_k: Tensor | None = None
     sink_v: Tensor | None = None
+    newest: int | None = None
 
     @property
     def body_start(self) -> int:
@@ -74,6 +77,7 @@ class PagedKV:
         return PagedKV(
             self.pages, self.layout, self.table[one], self.segment, self.packed[one], self.held[one], self.total[one],
             window_k, window_v, self.n_sink, new_k, new_v, new_start, window_table, self.sink_k, self.sink_v,
+            self.newest,
         )  # fmt: skip
 
 

@@ -29,7 +29,7 @@ from headq_ao.ops.layout import (
     plane_pieces,
     value_bytes_per_token,
 )
-from headq_ao.ops.page_layout import KNOWN_FORMS
+from headq_ao.ops.page_layout import KNOWN_FORMS, PageLayout
 
 RESULT = Path(__file__).resolve().parents[2] / "recipes" / "results" / "triton" / "aot.json"
 COLUMNS, WINDOW, SINKS = 128, 100, 4  # a cache that is compiled for; the binary does not depend on them
@@ -123,7 +123,7 @@ def compiling(target: str) -> Iterator[list[Any]]:
 
 def paged_cache(case: Case, page_tokens: int) -> Any:
     """An empty cache of one sequence in bf16 whose binaries are those of any length."""
-    from headq_ao.ops.page_layout import GroupLayout, PageLayout, Side
+    from headq_ao.ops.page_layout import GroupLayout, Side
     from headq_ao.ops.types import PagedKV
 
     keys, values = Side((case.k_bits,) * case.head_dim), Side((case.v_bits,))
@@ -178,6 +178,42 @@ def step_kernels(case: Case, target: str, page_tokens: int = PAGE) -> list[Any]:
         step = triton_kernel.plan(kv, kv.packed, [keys], [Encoder(eye, (case.v_bits,), 1.0)], False)
         assert step is not None
         step(k, k)
+    return kernels
+
+
+def engine_kernels(
+    case: Case, target: str, page_tokens: int = 256, window_tokens: int = 32, few: int = 1, framed: bool = False
+) -> list[Any]:
+    """The compiled kernels of a step over an engine's pages of which each request has at most ``few`` tokens: coding,
+    codes and tokens where they belong, the query mapped, the splits read, and all joined; ``framed``: with keys in the
+    frame of their segment."""
+    from headq_ao.ops import Encoder
+    from headq_ao.ops.cache_update import triton_kernel as update
+    from headq_ao.ops.paged_attention import triton_kernel as attention
+    from headq_ao.ops.requests import Requests
+    from headq_ao.ops.types import PagedKV, Readers, SegmentFrame
+
+    d, hkv, cpu = case.head_dim, case.kv_heads, torch.device("cpu")
+    KNOWN_FORMS.clear()
+    kv, eye = paged_cache(case, page_tokens), torch.eye(d).expand(1, hkv, d, d)
+    layout = PageLayout.parse(kv.layout)
+    size = -(-layout.bytes_of_page(SINKS, torch.bfloat16) // page_tokens) * page_tokens
+    pages, *sinks = layout.views(torch.zeros(2, size, dtype=torch.uint8, device=cpu), SINKS, torch.bfloat16)
+    window = torch.zeros(2, hkv, window_tokens, 2 * d, dtype=torch.bfloat16, device=cpu)
+    kv = PagedKV(
+        pages, kv.layout, kv.table, None, kv.packed, kv.held, kv.total, window[..., :d], window[..., d:], SINKS,
+        window_table=kv.table, sink_k=sinks[0], sink_v=sinks[1],
+    )  # fmt: skip
+    frame = SegmentFrame(torch.zeros(8, 2, d), torch.zeros(d, dtype=torch.int32), 512) if framed else None
+    keys = Encoder(eye, (case.k_bits,), torch.ones(1, 1, d), hessian=eye, frame=frame)
+    values = Encoder(eye, (case.v_bits,), 1.0)
+    readers = Readers(torch.zeros(1, 1, hkv, d, d + 3), torch.zeros(1, hkv, d, d), torch.zeros(1, hkv, d), frame)
+    start = torch.zeros(2, dtype=torch.int64, device=cpu)
+    of = Requests(start, kv.held, kv.packed, kv.total, kv.table, kv.table, few, few, newest=63)
+    q, k = (torch.zeros(few, heads, d, dtype=torch.bfloat16, device=cpu) for heads in (case.heads, hkv))
+    with compiling(target) as kernels:
+        update.plan(kv, kv.packed, [keys], [values], False).requests(k, k, of)
+        attention.plan(kv, readers, case.heads, 0, None).requests(q, 1.0, q, of)
     return kernels
 
 

@@ -37,7 +37,9 @@ def launch(
     check_finite: bool,
 ) -> bool:  # fmt: skip
     """:func:`headq_ao.ops.cache_update` with flat encoders; False, and nothing is done, where the kernel does not read
-    such tensors."""
+    such tensors, nor for an engine's pages, which :meth:`Update.requests` serves."""
+    if kv.window_table is not None:
+        return False
     update = _kept_update(kv, packed, most, encoders, spec)
     if update is None:
         return False

@@ -33,8 +33,10 @@ def cache_update(
         ValueError: when shapes do not fit each other, or for ``check_finite``; nothing is written then.
     """
     tensors, spec = flatten(key_encoders, value_encoders)
-    if kv.window_table is not None:
-        by_quantize(kv, k, v, packed, most, key_encoders, value_encoders, check_finite)
+    if kv.window_table is not None:  # the operator has none in its schema
+        module = kernels("cache_update", k.device.type)
+        if module is None or not module.launch(kv, k, v, packed, most, tensors, spec, check_finite):
+            by_quantize(kv, k, v, packed, most, key_encoders, value_encoders, check_finite)
         return
     run = _cache_update
     if not (direct(k) and direct(v)):

@@ -5,6 +5,8 @@ one writes the call's tokens into the window. Grids depend on shapes alone: a la
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -15,32 +17,44 @@ from headq_ao.ops.cache_update import triton_step
 from headq_ao.ops.cache_update.check import refuse_not_finite
 from headq_ao.ops.cache_update.encoders import Encoders, coders, flatten, frame_of, unflatten
 from headq_ao.ops.cache_update.reference import Encoder
-from headq_ao.ops.cache_update.triton_pages import append_token, copy_token, key_byte, page_of, put_value_piece
+from headq_ao.ops.cache_update.triton_pages import (
+    append_to_pages,
+    append_token,
+    copy_token,
+    key_byte,
+    page_of,
+    put_value_piece,
+    window_page,
+)
 from headq_ao.ops.layout import PIECES
 from headq_ao.ops.page_layout import PagedTokens, PageLayout
 from headq_ao.ops.paged_attention.triton_codes import CHUNK, key_chunks, query_columns
 from headq_ao.ops.paged_attention.triton_kernel import dense_indices
 from headq_ao.ops.types import PagedKV, SegmentFrame
 
+if TYPE_CHECKING:
+    from headq_ao.ops.requests import Requests
+
 GRANULE = tl.constexpr(32)  # tokens whose value codes one program writes: no others share their bytes
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @triton.jit(
-    do_not_specialize=["heads", "n_sink", "ring"],
+    do_not_specialize=["heads", "body_start", "ring"],
     do_not_specialize_on_alignment=["packed", "packed_after", "held", "start"],
 )
 def leaving_kernel(
-    sides, packed, packed_after, held, start, heads, n_sink, ring, DIMS: tl.constexpr, PADDED: tl.constexpr
+    sides, owned, packed, packed_after, held, start, heads, body_start, ring, DIMS: tl.constexpr, PADDED: tl.constexpr
 ):
-    """Body tokens from ``packed`` on, from the ring or the call's own. ``sides``, of keys and values: what they go to
-    ``[B, Hkv, most, D]``, the window, the call's tokens, each with strides. Grid: heads, ``most``."""
+    """Body tokens from ``packed`` on, from the window or the call's own. ``sides``, of keys and values: what they go to
+    ``[B, Hkv, most, D]``, the window, the call's tokens, each with strides; ``owned``: tables of an engine's pages,
+    ``ring`` then tokens of a page. Grid: heads, ``most``."""
     b = tl.program_id(0).to(tl.int64) // heads
     h = tl.program_id(0).to(tl.int64) % heads
     n = tl.program_id(1).to(tl.int64)
     j = tl.load(packed + b) + n
     live = j < tl.load(packed_after + b)
-    number = j + n_sink - tl.load(held + b)
+    number = j + body_start - tl.load(held + b)
     in_ring = number < 0
     if start is not None:
         number += tl.load(start + b)
@@ -48,27 +62,35 @@ def leaving_kernel(
         to, to_strides, window, window_strides, new, new_strides = sides[i]
         kept = tl.where(live, DIMS[i], 0)
         if in_ring:
-            slot = n_sink + j % ring
-            copy_token(to, to_strides, n, window, window_strides, slot, b, h, kept, DIMS[i], PADDED[i])
+            page, slot = window_page(owned, b, j, ring), body_start + j % ring
+            copy_token(to, to_strides, b, n, window, window_strides, page, slot, h, kept, DIMS[i], PADDED[i])
         else:
-            copy_token(to, to_strides, n, new, new_strides, number, b, h, kept, DIMS[i], PADDED[i])
+            copy_token(to, to_strides, b, n, new, new_strides, b, number, h, kept, DIMS[i], PADDED[i])
 
 
 @triton.jit(
     do_not_specialize=["heads", "n_sink", "ring"],
     do_not_specialize_on_alignment=["held", "total", "start"],
 )
-def append_kernel(sides, held, total, start, heads, n_sink, ring, DIMS: tl.constexpr, PADDED: tl.constexpr):
+def append_kernel(sides, owned, held, total, start, heads, n_sink, ring, DIMS: tl.constexpr, PADDED: tl.constexpr):
     """The call's tokens into the window, of those that share a slot the last. ``sides``, of keys and values: the window
-    and the call's tokens, each with strides. Grid: heads, the call's slots."""
+    and the call's tokens, each with strides, of an engine's pages (``owned``) then the sinks. Grid: heads, the call's
+    slots; with ``owned`` the most tokens of a sequence."""
     b = tl.program_id(0).to(tl.int64) // heads
     h = tl.program_id(0).to(tl.int64) % heads
     n = tl.program_id(1).to(tl.int64)
     for i in tl.static_range(2):
-        window, window_strides, new, new_strides = sides[i]
-        append_token(
-            window, window_strides, new, new_strides, held, total, start, b, h, n, n_sink, ring, DIMS[i], PADDED[i]
-        )
+        if owned is None:
+            window, window_strides, new, new_strides = sides[i]
+            append_token(
+                window, window_strides, new, new_strides, held, total, start, b, h, n, n_sink, ring, DIMS[i], PADDED[i]
+            )
+        else:
+            window, window_strides, new, new_strides, sinks, sink_strides = sides[i]
+            append_to_pages(
+                window, window_strides, sinks, sink_strides, new, new_strides, owned, held, total, start, b, h, n,
+                n_sink, ring, DIMS[i], PADDED[i],
+            )  # fmt: skip
 
 
 @triton.jit
@@ -163,20 +185,48 @@ def launch(
 
 def plan(
     kv: PagedKV, packed: Tensor, key_encoders: Encoders, value_encoders: Encoders, check_finite: bool
-) -> triton_step.Step | None:
+) -> "triton_step.Step | OwnedPlan | None":
     """:func:`headq_ao.ops.plan_update`; a call with ``S`` tokens packs at most so many."""
     layout = PageLayout.parse(kv.layout)
     if check_finite or not _served(kv, kv.window_k, layout) or None in (*key_encoders, *value_encoders):
         return None
-    return triton_step.step(kv, packed, *flatten(key_encoders, value_encoders))
+    step = triton_step.step(kv, packed, *flatten(key_encoders, value_encoders))
+    if kv.window_table is None:
+        return step
+    return OwnedPlan(kv, step, *coders(layout, key_encoders, value_encoders), frame_of(key_encoders))
+
+
+class OwnedPlan:
+    """``cache_update`` of the requests of a step in an engine's pages: two launches where each brings few tokens and
+    the codec is calibrated, a fixed number in any case."""
+
+    def __init__(
+        self, kv: PagedKV, step: triton_step.Step | None, keys: Encoder, values: Encoder,
+        frame: SegmentFrame | None = None,
+    ) -> None:  # fmt: skip
+        self.kv, self.step, self.coding, self.dtype = kv, step, (keys, values, frame), kv.window_k.dtype
+
+    def requests(self, k: Tensor, v: Tensor, of: "Requests") -> None:
+        """Code all new tokens, ``k``, ``v`` ``[T, Hkv, D]``."""
+        k, v = (x if x.dtype == self.dtype and x.stride(2) == 1 else x.to(self.dtype).contiguous() for x in (k, v))
+        for part, _ in of.parts(len(k)):
+            kv = dense_indices(replace(part.cache(self.kv, part.held, part.held), new_start=part.start))
+            own = [x.transpose(0, 1).expand(len(part), -1, -1, -1) for x in (k, v)]
+            if self.step is not None and part.most <= triton_step.MOST:
+                self.step.launch(kv, kv.total, *own, part.most, part.most)
+            else:
+                assert update(kv, *own, kv.total, part.most, *self.coding, part.most)
 
 
 def update(
     kv: PagedKV, k: Tensor, v: Tensor, packed: Tensor, most: int, encode_keys: Encoder, encode_values: Encoder,
-    frame: SegmentFrame | None = None,
+    frame: SegmentFrame | None = None, slots: int | None = None,
 ) -> bool:  # fmt: skip
     """:func:`headq_ao.ops.cache_update.reference.cache_update`; False, and nothing is done, where the kernels do not
-    serve: fp64, a side that is not coded, a window whose coordinates do not lie side by side."""
+    serve: fp64, a side that is not coded, a window whose coordinates do not lie side by side.
+
+    ``slots``: with an engine's pages, the most tokens that a sequence brings; None: as many as ``k`` has.
+    """
     layout = PageLayout.parse(kv.layout)
     coded = all(g.keys.bits and g.values.bits for g in layout.groups)
     windows = (kv.window_k, kv.window_v)
@@ -186,26 +236,29 @@ def update(
     batch, heads, new, _ = k.shape
     dims = (layout.key_dim, layout.value_dim)
     sizes = {"DIMS": dims, "PADDED": tuple(map(triton.next_power_of_2, dims)), "num_warps": 1, "enable_fp_fusion": True}
-    ring = kv.window_k.shape[2] - kv.n_sink
+    ring, owned = kv.window_k.shape[2] - kv.body_start, triton_step.tables(kv)
     with torch.cuda.device_of(k):
         if most and batch:
             left = tuple(w.new_empty(batch, heads, most, d) for w, d in zip(windows, dims, strict=True))
             sides = tuple(_with_strides(*x) for x in zip(left, windows, (k, v), strict=True))
             leaving_kernel[(batch * heads, most)](
-                sides, kv.packed, packed, kv.held, kv.new_start, heads, kv.n_sink, ring, **sizes
+                sides, owned, kv.packed, packed, kv.held, kv.new_start, heads, kv.body_start, ring, **sizes
             )
             if frame is not None:
                 body = kv.packed[:, None] + torch.arange(most, device=k.device)
                 left = frame.into(left[0], frame.of(body)[:, None]), left[1]
             _pack(kv, layout, left, packed, most, encode_keys, encode_values)
         if new and batch:
-            sides = tuple(_with_strides(*x) for x in zip(windows, (k, v), strict=True))
-            append_kernel[(batch * heads, new)](sides, kv.held, kv.total, kv.new_start, heads, kv.n_sink, ring, **sizes)
+            into = [windows, (k, v)] if owned is None else [windows, (k, v), triton_step.sinks_of(kv)]
+            append_kernel[(batch * heads, new if slots is None else slots)](
+                tuple(_with_strides(*x) for x in zip(*into, strict=True)), owned, kv.held, kv.total,
+                kv.new_start, heads, kv.n_sink, ring, **sizes,
+            )  # fmt: skip
     return True
 
 
 def _served(kv: PagedKV, k: Tensor, layout: PageLayout) -> bool:
-    coded = all(g.keys.bits and g.values.bits for g in layout.groups) and kv.window_table is None
+    coded = all(g.keys.bits and g.values.bits for g in layout.groups)
     return coded and k.dtype in DTYPES and kv.window_k.dtype in DTYPES
 
 
@@ -235,9 +288,8 @@ def _codes(found: tuple[Tensor, Tensor, Tensor | None]) -> list[Tensor | None]:
 
 
 def _with_strides(*tokens: Tensor) -> tuple[object, ...]:
-    """Each of the tokens ``[B, Hkv, n, D]`` and its strides of batch, head and token."""
-    pairs = [(x, x.stride()[:3]) for x in (t if t.stride(3) == 1 else t.contiguous() for t in tokens)]
-    return tuple(y for pair in pairs for y in pair)
+    """The same of tokens of any strides."""
+    return triton_step.with_strides(*(t if t.stride(3) == 1 else t.contiguous() for t in tokens))
 
 
 def _side(side: PagedTokens) -> tuple[object, ...]:

@@ -7,12 +7,24 @@ from headq_ao.ops.paged_attention.triton_codes import CHUNK
 
 
 @triton.jit
-def copy_token(to, to_strides, at, x, x_strides, number, b, h, kept, D: tl.constexpr, D_PADDED: tl.constexpr):
-    """Copy one head's token ``number`` of ``x`` to token ``at`` of ``to``; zeros behind its coordinate ``kept``."""
+def copy_token(to, to_strides, page, at, x, x_strides, b, number, h, kept, D: tl.constexpr, D_PADDED: tl.constexpr):
+    """Copy one head's token ``number`` of sequence ``b`` of ``x`` to token ``at`` of sequence or page ``page`` of
+    ``to``; zeros behind its coordinate ``kept``."""
     d = tl.arange(0, D_PADDED)
     source = x + b * x_strides[0] + h * x_strides[1] + number * x_strides[2]
     token = tl.load(source + d, mask=d < kept, other=0.0)
-    tl.store(to + b * to_strides[0] + h * to_strides[1] + at * to_strides[2] + d, token, mask=d < D)
+    tl.store(to + page * to_strides[0] + h * to_strides[1] + at * to_strides[2] + d, token, mask=d < D)
+
+
+@triton.jit
+def window_page(owned, b, j, ring):
+    """What holds token ``j`` of a sequence in full precision: its window, or one of an engine's pages (``owned``: the
+    window table, its stride, the table of packed pages, its stride)."""
+    if owned is None:
+        page = b
+    else:
+        page = tl.load(owned[0] + b * owned[1] + j // ring).to(tl.int64)
+    return page
 
 
 @triton.jit
@@ -29,7 +41,25 @@ def append_token(
     sink = position < n_sink
     if (real >= 0) & (position < end) & (sink | (position >= end - ring)):
         slot = tl.where(sink, position, n_sink + (position - n_sink) % ring)
-        copy_token(window, window_strides, slot, new, new_strides, n, b, h, D, D, D_PADDED)
+        copy_token(window, window_strides, b, slot, new, new_strides, b, n, h, D, D, D_PADDED)
+
+
+@triton.jit
+def append_to_pages(
+    window, window_strides, sinks, sink_strides, new, new_strides, owned, held, total, start, b, h, n, n_sink, size,
+    D: tl.constexpr, D_PADDED: tl.constexpr,
+):  # fmt: skip
+    """The call's token ``n`` into one side's page of an engine, of ``size`` tokens, and a sink to the sinks too."""
+    number = n
+    if start is not None:
+        number += tl.load(start + b)
+    position = tl.load(held + b) + n
+    if position < tl.load(total + b):
+        page = window_page(owned, b, position, size)
+        copy_token(window, window_strides, page, position % size, new, new_strides, b, number, h, D, D, D_PADDED)
+        if position < n_sink:
+            page = tl.load(owned[2] + b * owned[3]).to(tl.int64)
+            copy_token(sinks, sink_strides, page, position, new, new_strides, b, number, h, D, D, D_PADDED)
 
 
 @triton.jit

@@ -15,7 +15,14 @@ from torch import Tensor
 
 from headq_ao.ops.cache_update import triton_matrices
 from headq_ao.ops.cache_update.encoders import frame_of, unflatten
-from headq_ao.ops.cache_update.triton_pages import append_token, key_byte, page_of, put_value_piece
+from headq_ao.ops.cache_update.triton_pages import (
+    append_to_pages,
+    append_token,
+    key_byte,
+    page_of,
+    put_value_piece,
+    window_page,
+)
 from headq_ao.ops.error_feedback.reference import SPREADS
 from headq_ao.ops.error_feedback.triton_kernel import INTEGER, LARGEST, SMALLEST
 from headq_ao.ops.page_layout import PageLayout
@@ -39,10 +46,11 @@ def _half(x):
 
 
 @triton.jit
-def _token(window, window_strides, new, new_strides, b, h, number, slot, in_ring):
-    """Where a token that leaves lies: in the ring, or among the call's own."""
+def _token(window, window_strides, owned, new, new_strides, b, h, j, number, slot, ring, in_ring):
+    """Where a token that leaves lies: in the window, or among the call's own."""
     if in_ring:
-        x = window + b * window_strides[0] + h * window_strides[1] + slot * window_strides[2]
+        page = window_page(owned, b, j, ring)
+        x = window + page * window_strides[0] + h * window_strides[1] + slot * window_strides[2]
     else:
         x = new + b * new_strides[0] + h * new_strides[1] + number * new_strides[2]
     return x
@@ -169,19 +177,20 @@ def _swept(v, codes, row, top, PARTS: tl.constexpr, M: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["heads", "n_sink", "ring"],
+    do_not_specialize=["heads", "body_start", "ring"],
     do_not_specialize_on_alignment=["packed", "packed_after", "held", "start"],
 )
 def code_kernel(
-    window_k, window_k_strides, window_v, window_v_strides, k, k_strides, v, v_strides, rows, packed, packed_after,
-    held, start, frame, scratch, codes, found, heads, n_sink, ring,
+    window_k, window_k_strides, window_v, window_v_strides, k, k_strides, v, v_strides, owned, rows, packed,
+    packed_after, held, start, frame, scratch, codes, found, heads, body_start, ring,
     DIMS: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr, M: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """Codes of body tokens from ``packed`` on, from the ring or the call's own, at all scales.
+    """Codes of body tokens from ``packed`` on, from the window or the call's own, at all scales.
 
     ``rows`` of :func:`headq_ao.ops.cache_update.triton_matrices.matrices`; for each head, token, side and scale
     ``scratch [.., M]`` fp32, ``codes [.., M]`` uint8 and ``found [.., 2]`` fp32, the scale to be
-    stored and the error. Grid: heads, tokens and sides, scales.
+    stored and the error. ``owned``: tables of an engine's pages, ``ring`` then tokens of a page. Grid: heads, tokens
+    and sides, scales.
     """
     b = tl.program_id(0).to(tl.int64) // heads
     h = tl.program_id(0).to(tl.int64) % heads
@@ -193,15 +202,17 @@ def code_kernel(
     found += 2 * out
     if (j < tl.load(packed_after + b)) & (spread > 0):
         _prefetch(row + PARTS[3], PARTS[6] - PARTS[3], PTX)
-        number = j + n_sink - tl.load(held + b)
+        number = j + body_start - tl.load(held + b)
         in_ring = number < 0
         if start is not None:
             number += tl.load(start + b)
-        slot = n_sink + j % ring
+        slot = body_start + j % ring
         if side == 0:
-            x, dim = _token(window_k, window_k_strides, k, k_strides, b, h, number, slot, in_ring), DIMS[0]
+            x = _token(window_k, window_k_strides, owned, k, k_strides, b, h, j, number, slot, ring, in_ring)
+            dim = DIMS[0]
         else:
-            x, dim = _token(window_v, window_v_strides, v, v_strides, b, h, number, slot, in_ring), DIMS[1]
+            x = _token(window_v, window_v_strides, owned, v, v_strides, b, h, j, number, slot, ring, in_ring)
+            dim = DIMS[1]
         angles, partner = None, None
         if frame is not None:
             angles, partner = frame[0] + tl.minimum(j // frame[2], frame[3] - 1) * (2 * DIMS[0]), frame[1]
@@ -306,12 +317,14 @@ def _put_leaving(
     do_not_specialize_on_alignment=["block_table", "packed", "packed_after", "held", "total", "start"],
 )
 def finish_kernel(
-    window_k, window_k_strides, window_v, window_v_strides, k, k_strides, v, v_strides, codes, found, table, columns,
-    block_table, table_stride, table_columns, packed, packed_after, held, total, start, heads, most, n_sink, ring,
+    window_k, window_k_strides, window_v, window_v_strides, k, k_strides, v, v_strides, owned, sinks, codes, found,
+    table, columns, block_table, table_stride, table_columns, packed, packed_after, held, total, start, heads, most,
+    n_sink, ring,
     KINDS: tl.constexpr, DIMS: tl.constexpr, D: tl.constexpr, M: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """The best codes of :func:`code_kernel` into pages, and the call's tokens into the window. Grid: heads, sides, one
-    and the call's slots."""
+    """The best codes of :func:`code_kernel` into pages, and the call's tokens into the window; ``sinks``: of an
+    engine's pages those of keys and values, with strides. Grid: heads, sides, one and the call's slots; with ``owned``
+    one and the most tokens of a sequence."""
     if tl.program_id(2) == 0:
         _put_leaving(
             codes, found, table, columns, block_table, table_stride, table_columns, packed, packed_after, heads, most,
@@ -321,7 +334,18 @@ def finish_kernel(
         b = tl.program_id(0).to(tl.int64) // heads
         h = tl.program_id(0).to(tl.int64) % heads
         n = tl.program_id(2).to(tl.int64) - 1
-        if tl.program_id(1) == 0:
+        if owned is not None:
+            if tl.program_id(1) == 0:
+                append_to_pages(
+                    window_k, window_k_strides, sinks[0], sinks[1], k, k_strides, owned, held, total, start, b, h,
+                    n, n_sink, ring, DIMS[0], D,
+                )  # fmt: skip
+            else:
+                append_to_pages(
+                    window_v, window_v_strides, sinks[2], sinks[3], v, v_strides, owned, held, total, start, b, h,
+                    n, n_sink, ring, DIMS[1], D,
+                )  # fmt: skip
+        elif tl.program_id(1) == 0:
             append_token(
                 window_k, window_k_strides, k, k_strides, held, total, start, b, h, n, n_sink, ring, DIMS[0], D
             )
@@ -344,13 +368,14 @@ class Step:
         self.frame = None if frame is None else (frame.table, frame.partner, frame.tokens, len(frame.table))
         self.kv, self.packed, self.rows, self.layout = kv, packed, rows, PageLayout.parse(kv.layout)
         shape, layout = triton_matrices.shape_of(self.layout), self.layout
-        self.windows = kv.window_k, kv.window_k.stride()[:3], kv.window_v, kv.window_v.stride()[:3]
-        self.ring, self.dims = kv.window_k.shape[2] - kv.n_sink, (layout.key_dim, layout.value_dim)
+        self.windows, self.dims = with_strides(kv.window_k, kv.window_v), (layout.key_dim, layout.value_dim)
+        self.ring, self.sinks = kv.window_k.shape[2] - kv.body_start, None
+        if kv.window_table is not None:
+            self.sinks = with_strides(*sinks_of(kv))
         self.sizes = {"DIMS": self.dims, "D": shape.dim, "M": shape.width, "num_warps": 1, "enable_fp_fusion": True}
         self.coding = {"PARTS": shape.parts, "PTX": with_ptx()} | ({"maxnreg": 255} if with_ptx() else {})
         self.kinds, device = kinds(layout.known_forms), kv.window_k.device
         self.places = head_table(layout, kv.pages), all_query_columns(layout.known_forms, device)
-        self.paging = kv.table, kv.table.stride(0), kv.table.shape[1]
         self.width = shape.width
 
     def __deepcopy__(self, memo: dict[int, object]) -> None:
@@ -362,32 +387,54 @@ class Step:
         Raises:
             ValueError: where they are not of the cache's form.
         """
-        kv, dtype = self.kv, self.kv.window_k.dtype
+        dtype, new = self.kv.window_k.dtype, k.shape[2]
         k, v = (x if x.dtype == dtype and x.stride(3) == 1 else x.to(dtype).contiguous() for x in (k, v))
-        batch, heads, new, _ = k.shape
-        most = new if most is None else most
-        tokens = (*self.windows, k, k.stride()[:3], v, v.stride()[:3])
-        scratch, codes, found = self.room(batch * heads * most * 2 * len(SPREADS))
+        self.launch(self.kv, self.packed, k, v, new, new if most is None else most)
+
+    def launch(self, kv: PagedKV, packed: Tensor, k: Tensor, v: Tensor, new: int, most: int) -> None:
+        """The two launches for a cache whose pages and window are this one's, with tokens of their dtype; ``new``
+        slots of them, or, of an engine's pages, ``new`` tokens of a sequence at most."""
+        batch, heads, (scratch, codes, found) = len(kv.table), k.shape[1], self.room(len(kv.table) * k.shape[1] * most)
+        tokens, owned = (*self.windows, *with_strides(k, v)), tables(kv)
         with torch.cuda.device_of(k):
             if most:
                 code_kernel[(batch * heads, 2 * most, len(SPREADS))](
-                    *tokens, self.rows, kv.packed, self.packed, kv.held, kv.new_start, self.frame, scratch, codes,
-                    found, heads, kv.n_sink, self.ring, **self.sizes, **self.coding,
+                    *tokens, owned, self.rows, kv.packed, packed, kv.held, kv.new_start, self.frame, scratch, codes,
+                    found, heads, kv.body_start, self.ring, **self.sizes, **self.coding,
                 )  # fmt: skip
             finish_kernel[(batch * heads, 2, 1 + new)](
-                *tokens, codes, found, *self.places, *self.paging, kv.packed, self.packed, kv.held, kv.total,
-                kv.new_start, heads, most, kv.n_sink, self.ring, KINDS=self.kinds, P=self.layout.page_tokens,
-                **self.sizes,
+                *tokens, owned, self.sinks, codes, found, *self.places, kv.table, kv.table.stride(0), kv.table.shape[1],
+                kv.packed, packed, kv.held, kv.total, kv.new_start, heads, most, kv.n_sink, self.ring,
+                KINDS=self.kinds, P=self.layout.page_tokens, **self.sizes,
             )  # fmt: skip
 
-    def room(self, programs: int) -> tuple[Tensor, Tensor, Tensor]:
-        """What the first launch leaves to the second: of so many programs."""
-        like = self.rows
+    def room(self, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What the first launch leaves to the second: of so many tokens of heads."""
+        like, programs = self.rows, tokens * 2 * len(SPREADS)
         return (
             like.new_empty(programs, self.width),
             like.new_empty(programs, self.width, dtype=torch.uint8),
             like.new_empty(programs, 2),
         )
+
+
+def with_strides(*tokens: Tensor) -> tuple[object, ...]:
+    """Each of the tokens ``[B, Hkv, n, D]`` and its strides of batch, head and token."""
+    return tuple(y for x in tokens for y in (x, x.stride()[:3]))
+
+
+def tables(kv: PagedKV) -> tuple[object, ...] | None:
+    """An engine's tables as kernels take them: of the window and of packed pages, each with its stride."""
+    window = kv.window_table
+    return None if window is None else (window, window.stride(0), kv.table, kv.table.stride(0))
+
+
+def sinks_of(kv: PagedKV) -> tuple[Tensor, Tensor]:
+    """Those of keys and values in an engine's pages; where there are none, something that nobody looks at."""
+    if not kv.n_sink:
+        return kv.window_k, kv.window_v
+    assert kv.sink_k is not None and kv.sink_v is not None
+    return kv.sink_k, kv.sink_v
 
 
 def with_ptx() -> bool:
@@ -398,12 +445,13 @@ def with_ptx() -> bool:
 def step(kv: PagedKV, packed: Tensor, encoders: Sequence[Tensor], spec: str) -> Step | None:
     """:class:`Step` for flat encoders; None where the kernels do not serve."""
     layout, dtype = PageLayout.parse(kv.layout), kv.window_k.dtype
-    dense = (kv.table, kv.packed, kv.held, kv.total, packed, *([] if kv.new_start is None else [kv.new_start]))
+    dense = (kv.table, kv.packed, kv.held, kv.total, packed)
+    more = [x for x in (kv.new_start, kv.window_table) if x is not None]
     if (
         not triton_matrices.served(layout, spec)
         or kv.window_v.dtype != dtype
-        or any(w.stride(3) != 1 for w in (kv.window_k, kv.window_v))
-        or not all(x.is_contiguous() for x in dense)
+        or any(w is not None and w.stride(3) != 1 for w in (kv.window_k, kv.window_v, kv.sink_k, kv.sink_v))
+        or not all(x.is_contiguous() for x in (*dense, *more))
     ):
         return None
     with torch.cuda.device_of(kv.window_k):

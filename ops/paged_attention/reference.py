@@ -139,7 +139,7 @@ def window_tokens(kv: PagedKV) -> tuple[Tensor, Tensor]:
     if kv.window_table is None:
         return kv.window_k, kv.window_v
     assert kv.sink_k is not None and kv.sink_v is not None
-    first, table = kv.table[:, :1].long(), kv.window_table.long()
+    first, table = kv.table[:, :1].long(), kv.window_table.long().gather(1, window_columns(kv))
     k, v = (
         torch.cat([by_sequence(sinks, first).flatten(2, 3), by_sequence(pages, table).flatten(2, 3)], 2)
         for sinks, pages in ((kv.sink_k, kv.window_k), (kv.sink_v, kv.window_v))
@@ -149,19 +149,29 @@ def window_tokens(kv: PagedKV) -> tuple[Tensor, Tensor]:
 
 def window_positions(kv: PagedKV) -> tuple[Tensor, Tensor]:
     """The position of the token in each slot of sinks and window, ``[B, n_sink + R]``, below 0: none; and which of them
-    are read there. Ring slot ``r`` holds the last body token ``j ≡ r (mod R)`` in it; with a window table, slot ``r``
-    is position ``r``."""
+    are read there. Ring slot ``r`` holds the last body token ``j ≡ r (mod R)`` in it; with a window table, those of
+    :func:`window_columns` follow each other."""
     sinks = torch.arange(kv.n_sink, device=kv.held.device).expand(len(kv.held), -1)
     if kv.window_table is None:
         body = last_in_slots(kv.held - kv.n_sink, kv.window_k.shape[2] - kv.n_sink)
         newest = torch.where(body >= 0, body + kv.n_sink, -1)
     else:
-        newest = torch.arange(kv.window_table.shape[1] * kv.window_k.shape[2], device=kv.held.device)
-        newest = newest.expand(len(kv.held), -1)
+        size = kv.window_k.shape[2]
+        newest = (window_columns(kv)[..., None] * size + torch.arange(size, device=kv.held.device)).flatten(1)
     from_window = (newest >= kv.n_sink) & (newest >= kv.body_start + kv.packed[:, None])
     position = torch.cat([sinks, newest], 1)
     here = (position < kv.held[:, None]) & torch.cat([torch.ones_like(sinks, dtype=torch.bool), from_window], 1)
     return position, here
+
+
+def window_columns(kv: PagedKV) -> Tensor:
+    """Columns ``[B, n]`` of the window table whose pages may hold tokens that are read there: as many as
+    ``kv.newest`` tokens lie in at most."""
+    assert kv.window_table is not None
+    count, size = kv.window_table.shape[1], kv.window_k.shape[2]
+    n = count if kv.newest is None else min(-(-kv.newest // size) + 1, count)
+    first = (kv.packed.clamp(min=kv.n_sink) // size).clamp(max=count - n)
+    return first[:, None] + torch.arange(n, device=kv.held.device)
 
 
 def new_part(q: Tensor, kv: PagedKV, shown: Visible) -> tuple[Tensor, Tensor]:

@@ -4,20 +4,25 @@ model's basis."""
 import triton
 import triton.language as tl
 
-from headq_ao.ops.paged_attention.triton_packed import oldest_token
-from headq_ao.ops.paged_attention.triton_window import product_fp32, visible
+from headq_ao.ops.paged_attention.triton_packed import body_token, oldest_segment, oldest_token
+from headq_ao.ops.paged_attention.triton_window import product_fp32, query_token, visible
 
 LN2 = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit(do_not_specialize=["kv_heads", "new", "rows", "table_columns"], do_not_specialize_on_alignment=["packed"])
+@triton.jit(
+    do_not_specialize=["kv_heads", "new", "rows", "table_columns"],
+    do_not_specialize_on_alignment=["packed", "query_start"],
+)
 def map_kernel(
-    q, q_strides, scaling, query_map, map_strides, mapped, frame, packed, table_columns, kv_heads, new, rows,
+    q, q_strides, query_start, scaling, query_map, map_strides, mapped, frame, packed, table_columns, kv_heads, new,
+    rows,
     P: tl.constexpr, SEGMENTS: tl.constexpr, M: tl.constexpr, KEY_D: tl.constexpr, KEY_PADDED: tl.constexpr,
     COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``mapped [G, B, Hkv, g·S, M + 3]`` fp32: the scaled queries ``q [B, Hq, S, KEY_D]`` by ``query_map`` with strides
-    of segment, batch, head and rows. Grid: heads, blocks of columns by blocks of 16 rows, segments.
+    of segment, batch, head and rows; with ``query_start [B + 1]`` ``q [T, Hq, KEY_D]``, their first stride 0. Grid:
+    heads, blocks of columns by blocks of 16 rows, segments.
 
     ``frame``: table and partners of :class:`headq_ao.ops.types.SegmentFrame`, tokens of a segment and how many there
     are. The queries are then mapped for each of them that packed tokens are of, from that of the oldest on."""
@@ -30,27 +35,33 @@ def map_kernel(
     if frame is not None:
         angles, partner, tokens, count = frame
         in_pages = tl.load(packed + b)
-        at_frame = tl.minimum(oldest_token(in_pages, table_columns, P) // tokens, count - 1)
-        at_frame += tl.program_id(2) // SEGMENTS
+        at_frame = oldest_segment(in_pages, table_columns, tokens, count, P) + tl.program_id(2) // SEGMENTS
         some = (at_frame < count) & (at_frame * tokens < in_pages)
         angles += at_frame * (2 * KEY_D)
     row = tl.program_id(1) // BLOCKS * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) % BLOCKS * COLUMNS + tl.arange(0, COLUMNS)
     head = h * (rows // new) + row // new
-    q += b * q_strides[0] + head[:, None] * q_strides[1] + (row % new)[:, None] * q_strides[2]
+    if query_start is None:
+        q += b * q_strides[0] + head[:, None] * q_strides[1] + (row % new)[:, None] * q_strides[2]
+    else:
+        token, own = query_token(query_start, b, row % new, new)
+        q += head[:, None] * q_strides[1] + token[:, None] * q_strides[2]
     query_map += segment * map_strides[0] + b * map_strides[1] + h * map_strides[2] + column[None, :]
     STEP: tl.constexpr = min(KEY_PADDED, 64)
     if some:
         product = tl.zeros([ROWS, COLUMNS], tl.float32)
         for first in tl.static_range(0, KEY_PADDED, STEP):
             e = first + tl.arange(0, STEP)
-            here = (row < rows)[:, None] & (e < KEY_D)[None, :]
-            x = tl.load(q + e[None, :], mask=here, other=0.0).to(tl.float32)
+            given = (row < rows)[:, None] & (e < KEY_D)[None, :]
+            if query_start is not None:
+                given = given & own[:, None]
+            x = tl.load(q + e[None, :], mask=given, other=0.0).to(tl.float32)
             if frame is not None:
                 other = tl.load(partner + e, mask=e < KEY_D, other=0)
-                own = tl.load(angles + e, mask=e < KEY_D, other=0.0)
-                x_other = tl.load(q + other[None, :], mask=here, other=0.0).to(tl.float32)
-                x = x * own[None, :] + x_other * tl.load(angles + KEY_D + e, mask=e < KEY_D, other=0.0)[None, :]
+                of_x = tl.load(angles + e, mask=e < KEY_D, other=0.0)
+                of_other = tl.load(angles + KEY_D + e, mask=e < KEY_D, other=0.0)
+                x_other = tl.load(q + other[None, :], mask=given, other=0.0).to(tl.float32)
+                x = x * of_x[None, :] + x_other * of_other[None, :]
             inside = (e < KEY_D)[:, None] & (column < M + 3)[None, :]
             y = tl.load(query_map + e[:, None] * map_strides[3], mask=inside, other=0.0)
             product += product_fp32(x, y, PRECISION)
@@ -96,14 +107,16 @@ def _joined(parts, part_lse, lse, lines, begin, end, d, D: tl.constexpr, SPLITS:
 @triton.jit(
     do_not_specialize=["heads", "group", "new", "lines", "packed_splits", "splits", "n_sink", "sliding",
                        "table_columns"],
-    do_not_specialize_on_alignment=["packed", "held", "total", "low", "high", "reads"],
+    do_not_specialize_on_alignment=["packed", "held", "total", "low", "high", "reads", "query_start"],
 )  # fmt: skip
 def join_kernel(
-    parts, part_lse, packed, held, total, low, high, read, read_strides, mean, mean_strides, out, lse, reads,
-    heads, group, new, lines, packed_splits, splits, n_sink, sliding, table_columns, ring,
+    parts, part_lse, packed, held, total, low, high, read, read_strides, mean, mean_strides, out, query_start, lse,
+    reads, heads, group, new, lines, packed_splits, splits, n_sink, sliding, table_columns, ring,
     D: tl.constexpr, D_PADDED: tl.constexpr, BLOCK: tl.constexpr, P: tl.constexpr, SPLITS: tl.constexpr,
+    BY_POSITION: tl.constexpr,
 ):  # fmt: skip
-    """``BLOCK`` coordinates of one query row of ``out [B, Hq, S, D]`` fp32, and ``lse [B, Hq, S]`` in nats.
+    """``BLOCK`` coordinates of one query row of ``out [B, Hq, S, D]``, and ``lse [B, Hq, S]`` in nats; with
+    ``query_start [B + 1]`` of ``out [T, Hq, D]``.
 
     ``parts [splits, B·Hq·S, D]``, ``part_lse`` as :func:`split_kernel` wrote them, ``packed_splits`` of them in the
     values' basis; ``read [B, Hkv, D, D]``, ``mean [B, Hkv, D]``. The first head of each query adds the packed tokens
@@ -131,18 +144,28 @@ def join_kernel(
         at = mean + b * mean_strides[0] + h * mean_strides[1] + d * mean_strides[2]
         o += share * tl.load(at, mask=d < D, other=0.0).to(tl.float32)
     exact, _ = _joined(parts, part_lse, joined, lines, packed_splits, splits, d, D, 16)
-    tl.store(out + line * D + d, o + exact, mask=d < D)
+    if query_start is None:
+        tl.store(out + line * D + d, o + exact, mask=d < D)
+    else:
+        token, own = query_token(query_start, b, i, new)
+        if own:
+            tl.store(out + (token * heads + line // new % heads) * D + d, o + exact, mask=d < D)
     if tl.program_id(1) == 0:
-        tl.store(lse + line, joined * LN2)
+        if lse is not None:
+            tl.store(lse + line, joined * LN2)
         if reads is not None:
             first, last = visible(b, i, True, new, low, high, total, sliding)
             in_pages, end = tl.load(packed + b), tl.load(total + b)
-            oldest = oldest_token(in_pages, table_columns, P)
-            seen = tl.maximum(tl.minimum(last - n_sink, in_pages) - tl.maximum(first - n_sink, oldest), 0)
+            oldest = oldest_token(in_pages, table_columns, n_sink, P, BY_POSITION)
+            seen = tl.minimum(body_token(last, n_sink, BY_POSITION), in_pages)
+            seen = tl.maximum(seen - tl.maximum(body_token(first, n_sink, BY_POSITION), oldest), 0)
             in_window = tl.load(held + b)
             first, last = tl.maximum(first, 0), tl.minimum(last, end)
             sinks = tl.maximum(tl.minimum(tl.minimum(last, in_window), n_sink) - first, 0)
-            oldest = tl.maximum(in_pages, in_window - n_sink - ring) + n_sink  # of the body tokens in the ring
+            if BY_POSITION:
+                oldest = tl.maximum(in_pages, n_sink)
+            else:
+                oldest = tl.maximum(in_pages, in_window - n_sink - ring) + n_sink  # of the body tokens in the ring
             body = tl.maximum(tl.minimum(last, in_window) - tl.maximum(first, oldest), 0)
             fresh = tl.maximum(last - tl.maximum(first, in_window), 0)
             tl.atomic_add(reads, seen, mask=line // new % heads == 0)

@@ -8,7 +8,7 @@ ranges are read on the device: a launch waits for nothing and can be captured.
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -20,6 +20,9 @@ from headq_ao.ops.paged_attention.triton_heads import Form, all_query_columns, h
 from headq_ao.ops.paged_attention.triton_join import join_kernel, map_kernel
 from headq_ao.ops.paged_attention.triton_packed import split_kernel
 from headq_ao.ops.types import PagedKV, Readers, Visible
+
+if TYPE_CHECKING:
+    from headq_ao.ops.requests import Requests
 
 LONGEST_TILE = 128  # tokens
 QUERIES = 32  # of one sequence that the kernels take; more go to matrix products over unpacked tiles
@@ -40,17 +43,30 @@ def launch(
     ``reads`` ``[2]`` int64: packed tokens and all tokens that each query saw are added. ``splits`` cuts the pages of a
     sequence for more programs; None chooses it from the block table's width and the device.
     """
-    layout, (batch, heads, new, key_dim) = PageLayout.parse(kv.layout), q.shape
+    layout, (batch, heads, new, _) = PageLayout.parse(kv.layout), q.shape
     if not _served(q, kv, layout, readers):
         return None
+    out = torch.empty(batch, heads, new, layout.value_dim, dtype=torch.float32, device=q.device)
+    lse = torch.empty(batch, heads, new, dtype=torch.float32, device=q.device)
+    if lse.numel():
+        q = q if q.stride(3) == 1 else q.contiguous()
+        _launch(q, new, q.stride()[:3], scaling, kv, readers, visible, sliding, reads, splits, out, lse, None)
+    return out, lse
+
+
+def _launch(
+    q: Tensor, new: int, q_strides: tuple[int, ...], scaling: float, kv: PagedKV, readers: Readers,
+    visible: Visible | None, sliding: int, reads: Tensor | None, splits: int | None, out: Tensor, lse: Tensor | None,
+    start: Tensor | None,
+) -> None:  # fmt: skip
+    """The three launches for ``new`` queries of each sequence.
+
+    ``q_strides``: of batch, head and token. With ``start [B + 1]`` queries ``q`` and results ``out`` are
+    ``[T, Hq, D]``, those of a sequence one after the other, ``new`` at most.
+    """
     assert readers.query_map is not None
-    dim, device = layout.value_dim, q.device
-    out = torch.empty(batch, heads, new, dim, dtype=torch.float32, device=device)
-    lse = torch.empty(batch, heads, new, dtype=torch.float32, device=device)
-    if not lse.numel():
-        return out, lse
-    kv = dense_indices(kv)
-    q = q if q.stride(3) == 1 else q.contiguous()
+    layout, batch, heads, device = PageLayout.parse(kv.layout), len(kv.table), q.shape[1], q.device
+    dim, key_dim, kv = layout.value_dim, layout.key_dim, dense_indices(kv)
     query_map = readers.query_map if readers.query_map.stride(4) == 1 else readers.query_map.contiguous()
     low, high = (None, None) if visible is None else (visible.low.contiguous(), visible.high.contiguous())
     segments, m = (len(query_map) if kv.segment is not None else 1), query_map.shape[-1] - 3
@@ -60,9 +76,11 @@ def launch(
     programs = batch * layout.kv_heads * triton.cdiv(rows, constants["ROWS"])
     tokens = kv.table.shape[1] * layout.page_tokens
     splits = splits or split_count(tokens, programs * segments, resident, device)
-    ring, new_slots = kv.window_k.shape[2] - kv.n_sink, 0 if kv.new_k is None else kv.new_k.shape[2]
+    owned, ring = _owned(kv)
+    new_slots = 0 if kv.new_k is None else kv.new_k.shape[2]
     tile, packed_parts = constants["TILE"], splits * segments
-    parts = packed_parts + triton.cdiv(kv.n_sink + ring, tile) + triton.cdiv(new_slots, tile)
+    slots = [kv.n_sink + ring, new_slots] if owned is None else [kv.n_sink, ring, new_slots]
+    parts = packed_parts + sum(triton.cdiv(n, tile) for n in slots)
     frame, frames = readers.frame, 1
     if frame is not None:
         frames = min(triton.cdiv(tokens, frame.tokens) + 1, len(frame.table))
@@ -74,36 +92,38 @@ def launch(
     sizes = {"M": m, "KEY_D": key_dim, "KEY_PADDED": key_padded, "PRECISION": PRECISION[target]}
     with torch.cuda.device_of(q):
         map_kernel[(batch * layout.kv_heads, triton.cdiv(m + 3, COLUMNS) * triton.cdiv(rows, 16), frames * segments)](
-            q, q.stride()[:3], scaling, query_map, _shared(query_map.stride()[:4], query_map.shape), mapped,
+            q, q_strides, start, scaling, query_map, _shared(query_map.stride()[:4], query_map.shape), mapped,
             None if frame is None else of_frame, kv.packed, kv.table.shape[1], layout.kv_heads, new, rows,
             P=layout.page_tokens, SEGMENTS=segments, COLUMNS=COLUMNS, num_warps=4, enable_fp_fusion=True, **sizes,
         )  # fmt: skip
         split_kernel[(batch * layout.kv_heads, parts, triton.cdiv(rows, constants["ROWS"]))](
             mapped, all_query_columns(forms, device), head_table(layout, kv.pages), kv.table, kv.table.stride(0),
-            kv.table.shape[1], kv.segment if segments > 1 else None,
-            None if frame is None else of_frame[2:], q, q.stride()[:3], scaling,
-            _tokens(kv.window_k, kv.window_v), None if kv.new_k is None else _tokens(kv.new_k, kv.new_v), kv.new_start,
-            kv.packed, kv.held, kv.total, low, high, kv.n_sink, ring, sliding, part_out, part_lse, layout.kv_heads,
-            new, rows, splits, new_slots, SEGMENTS=segments, **sizes, **constants, **options,
+            kv.table.shape[1], kv.segment if segments > 1 else None, None if frame is None else of_frame[2:], q,
+            q_strides, start, scaling, _tokens(kv.window_k, kv.window_v), owned,
+            None if kv.new_k is None else _tokens(kv.new_k, kv.new_v), kv.new_start, kv.packed, kv.held, kv.total,
+            low, high, kv.n_sink, ring, sliding, part_out, part_lse, layout.kv_heads, new, rows, splits, new_slots,
+            SEGMENTS=segments, **sizes, **constants, **options,
         )  # fmt: skip
         read = None if readers.read is None else readers.read.expand(batch, layout.kv_heads, -1, -1)
         mean = None if readers.mean is None else readers.mean.expand(batch, layout.kv_heads, -1)
         padded = constants["D_PADDED"]
         join_kernel[(lines, triton.cdiv(dim, min(BLOCK, padded)))](
             part_out, part_lse, kv.packed, kv.held, kv.total, low, high, read, None if read is None else read.stride(),
-            mean, None if mean is None else mean.stride(), out, lse, reads, heads, heads // layout.kv_heads, new, lines,
-            packed_parts, parts, kv.n_sink, sliding, kv.table.shape[1], ring, D=dim, D_PADDED=padded,
-            BLOCK=min(BLOCK, padded), P=layout.page_tokens, SPLITS=4096 // padded, num_warps=4, enable_fp_fusion=True,
+            mean, None if mean is None else mean.stride(), out, start, lse, reads, heads, heads // layout.kv_heads, new,
+            lines, packed_parts, parts, kv.n_sink, sliding, kv.table.shape[1], ring, D=dim, D_PADDED=padded,
+            BLOCK=min(BLOCK, padded), P=layout.page_tokens, SPLITS=4096 // padded, BY_POSITION=owned is not None,
+            num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
-    return out, lse
 
 
 def plan(
     kv: PagedKV, readers: Readers, q_heads: int, sliding: int, reads: Tensor | None
-) -> Callable[[Tensor, float], Tensor] | None:
+) -> "Callable[[Tensor, float], Tensor] | OwnedPlan | None":
     """:func:`headq_ao.ops.plan_attention`."""
     if not _served(kv.window_k[:, :, :0], kv, PageLayout.parse(kv.layout), readers) or readers.query_map is None:
         return None
+    if kv.window_table is not None:
+        return OwnedPlan(kv, readers, sliding)
 
     def attend(q: Tensor, scaling: float) -> Tensor:
         found = launch(q, scaling, kv, readers, None, sliding, reads)
@@ -116,16 +136,52 @@ def plan(
     return attend
 
 
+class OwnedPlan:
+    """Attention over an engine's pages, of the requests of a step."""
+
+    def __init__(self, kv: PagedKV, readers: Readers, sliding: int) -> None:
+        self.kv, self.readers, self.sliding = kv, readers, sliding
+
+    def requests(self, q: Tensor, scaling: float, out: Tensor, of: "Requests") -> None:
+        """``out`` of ``q``, ``[T, Hq, D]`` both, in three launches; no request has more than :data:`QUERIES` tokens.
+
+        Raises:
+            ValueError: where coordinates do not lie side by side, or ``out`` is not contiguous.
+        """
+        if q.stride(2) != 1 or not out.is_contiguous() or q.dtype not in WINDOW_DTYPES or of.most > QUERIES:
+            raise ValueError(
+                f"a plan is for at most {QUERIES} queries in {WINDOW_DTYPES} with coordinates side by side and a "
+                f"contiguous out, got {of.most} {q.dtype} with strides {q.stride()} and {out.stride()}"
+            )
+        kv = of.cache(self.kv, of.packed, of.total)
+        strides = (0, q.stride(1), q.stride(0))
+        _launch(
+            q, of.most, strides, scaling, kv, self.readers, None, self.sliding, None, None, out, None,
+            of.start.contiguous(),
+        )  # fmt: skip
+
+
+def _owned(kv: PagedKV) -> tuple[tuple[Any, ...] | None, int]:
+    """What :func:`split_kernel` takes as ``owned``, and the most tokens of the window that a sequence reads."""
+    size, table = kv.window_k.shape[2], kv.window_table
+    if table is None:
+        return None, size - kv.n_sink
+    newest = table.shape[1] * size if kv.newest is None else min(kv.newest, table.shape[1] * size)
+    sinks = (kv.sink_k, kv.sink_v) if kv.n_sink else (kv.window_k, kv.window_v)  # none: nobody looks there
+    return (table, table.stride(0), size, _tokens(*sinks)), newest
+
+
 def _served(q: Tensor, kv: PagedKV, layout: PageLayout, readers: Readers) -> bool:
     """Segments must be whole tiles of a program, whatever the values' bits."""
-    coded = all(g.keys.bits and g.values.bits for g in layout.groups) and kv.window_table is None
+    coded = all(g.keys.bits and g.values.bits for g in layout.groups)
     coded = coded and (readers.frame is None or readers.frame.tokens % LONGEST_TILE == 0)
     return coded and q.shape[2] <= QUERIES and q.dtype in WINDOW_DTYPES and kv.window_k.dtype in WINDOW_DTYPES
 
 
 def dense_indices(kv: PagedKV) -> PagedKV:
     """The cache with lengths, block table and segments as kernels read them: contiguous."""
-    given = ((n, getattr(kv, n)) for n in ("table", "segment", "packed", "held", "total", "new_start"))
+    names = ("table", "segment", "packed", "held", "total", "new_start", "window_table")
+    given = ((n, getattr(kv, n)) for n in names)
     copies = {name: x.contiguous() for name, x in given if x is not None and not x.is_contiguous()}
     return replace(kv, **copies) if copies else kv
 
@@ -179,8 +235,8 @@ def _shared(strides: tuple[int, ...], shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(0 if n == 1 else stride for stride, n in zip(strides, shape, strict=False))
 
 
-def _tokens(k: Tensor, v: Tensor | None) -> tuple[Any, ...]:
+def _tokens(k: Tensor | None, v: Tensor | None) -> tuple[Any, ...]:
     """Keys and values ``[B, H, n, D]``, each followed by its strides of batch, head and token."""
-    assert v is not None
+    assert k is not None and v is not None
     k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (k, v))
     return k, k.stride()[:3], v, v.stride()[:3]

@@ -29,9 +29,27 @@ LARGEST = tl.constexpr(14)  # log2 of the largest factor in fp16
 
 
 @triton.jit
-def oldest_token(packed, table_columns, P: tl.constexpr):
-    """The first body token whose page is still in a block table of ``table_columns`` columns."""
-    return tl.maximum(((packed - 1) // P - table_columns + 1) * P, 0)
+def oldest_token(packed, table_columns, n_sink, P: tl.constexpr, BY_POSITION: tl.constexpr):
+    """The first body token that is read in pages: its page is still in a block table of ``table_columns`` columns, and
+    it is no sink."""
+    oldest = tl.maximum(((packed - 1) // P - table_columns + 1) * P, 0)
+    if BY_POSITION:
+        oldest = tl.maximum(oldest, n_sink)
+    return oldest
+
+
+@triton.jit
+def oldest_segment(packed, table_columns, tokens, count, P: tl.constexpr):
+    """The segment of the first token that is still in pages: a frame's mapped queries begin with it."""
+    return tl.minimum(oldest_token(packed, table_columns, 0, P, False) // tokens, count - 1).to(tl.int32)
+
+
+@triton.jit
+def body_token(position, n_sink, BY_POSITION: tl.constexpr):
+    """The number of the body token at a position: in an engine's pages the same."""
+    if not BY_POSITION:
+        position -= n_sink
+    return position
 
 
 @triton.jit
@@ -379,7 +397,7 @@ def _packed_split(
     q, q_stride, columns, heads, table, table_columns, segment, frame, held, total, low, high, n_sink, sliding, to,
     to_lse, b, h, row, live, split, mine, new, splits,
     KINDS: tl.constexpr, KIND: tl.constexpr, M: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr,
-    ROWS: tl.constexpr, PTX: tl.constexpr, P: tl.constexpr,
+    ROWS: tl.constexpr, PTX: tl.constexpr, P: tl.constexpr, BY_POSITION: tl.constexpr,
 ):  # fmt: skip
     """Attention over one split of the packed tokens of a head of that kind. ``frame``: tokens of a segment, how many
     there are, and how far the mapped queries of one lie from those of the one before; None: no segments."""
@@ -397,8 +415,9 @@ def _packed_split(
 
     # what the rows see, this split's share of it in whole tiles, and the tiles that all rows see whole
     first, last = visible(b, row % new, live, new, low, high, total, sliding)
-    first = tl.maximum(first - n_sink, oldest_token(held, table_columns, P)).to(tl.int32)
-    last = tl.where(live, tl.minimum(last - n_sink, held), 0).to(tl.int32)
+    body = body_token(first, n_sink, BY_POSITION)
+    first = tl.maximum(body, oldest_token(held, table_columns, n_sink, P, BY_POSITION)).to(tl.int32)
+    last = tl.where(live, tl.minimum(body_token(last, n_sink, BY_POSITION), held), 0).to(tl.int32)
     seeing = first < last
     lowest = tl.min(tl.where(seeing, first, held.to(tl.int32)), 0)
     highest = tl.max(tl.where(seeing, last, 0), 0)
@@ -414,6 +433,9 @@ def _packed_split(
 
     table = (table, table_columns, lowest // P // table_columns * table_columns)
     columns += form(KINDS, KIND, 1)
+    of_mean = 0.0
+    if frame is None:
+        of_mean = tl.load(q + M + 2 + row * q_stride, mask=live, other=0.0) * LOG2E
 
     # the running maximum; Σ 2^(s − M), summed over tokens after the last tile; Σ w, what the values of a token share
     # where one scale serves it; Σ w c
@@ -429,7 +451,7 @@ def _packed_split(
         )  # fmt: skip
     else:  # one segment after the other
         tokens, count, stride = frame
-        oldest = tl.minimum(oldest_token(held, table_columns, P) // tokens, count - 1).to(tl.int32)
+        oldest = oldest_segment(held, table_columns, tokens, count, P)
         s0 = tl.minimum(begin // tokens, count - 1)
         s1 = tl.where(begin < end, tl.minimum((end - 1) // tokens, count - 1), s0 - 1)
         for s in range(s0, s1 + 1):
@@ -450,20 +472,19 @@ def _packed_split(
     mass = tl.sum(mass, 0)
     some = tl.where(mass == 0, 1.0, mass)
     tl.store(to + d[:, None] + row[None, :] * D, acc / some[None, :], mask=(d < D)[:, None] & live[None, :])
-    lse = top + tl.log2(some)
-    if frame is None:
-        lse += tl.load(q + M + 2 + row * q_stride, mask=live, other=0.0) * LOG2E
-    tl.store(to_lse + row, tl.where(mass == 0, float("-inf"), lse), mask=live)
+    tl.store(to_lse + row, tl.where(mass == 0, float("-inf"), top + tl.log2(some) + of_mean), mask=live)
 
 
 @triton.jit(
     do_not_specialize=["kv_heads", "new", "rows", "splits", "n_sink", "ring", "sliding", "table_columns", "new_slots"],
-    do_not_specialize_on_alignment=["table", "segment", "packed", "held", "total", "low", "high", "new_start"],
+    do_not_specialize_on_alignment=[
+        "table", "segment", "packed", "held", "total", "low", "high", "new_start", "query_start",
+    ],
 )  # fmt: skip
 def split_kernel(
-    mapped, columns, heads, table, table_stride, table_columns, segment, frame, q, q_strides, scaling, window,
-    new_tokens, new_start, packed, held, total, low, high, n_sink, ring, sliding, out, out_lse, kv_heads, new, rows,
-    splits, new_slots,
+    mapped, columns, heads, table, table_stride, table_columns, segment, frame, q, q_strides, query_start, scaling,
+    window, owned, new_tokens, new_start, packed, held, total, low, high, n_sink, ring, sliding, out, out_lse, kv_heads,
+    new, rows, splits, new_slots,
     KINDS: tl.constexpr, M: tl.constexpr, KEY_D: tl.constexpr, KEY_PADDED: tl.constexpr, D: tl.constexpr,
     D_PADDED: tl.constexpr, ROWS: tl.constexpr, PTX: tl.constexpr, P: tl.constexpr, SEGMENTS: tl.constexpr,
     TILE: tl.constexpr, PRECISION: tl.constexpr,
@@ -475,7 +496,9 @@ def split_kernel(
     ``mapped [SEGMENTS, B, Hkv, g·S, M + 3]`` fp32: mapped queries, ``b``, ``h`` and ``q·μ``; with a ``frame`` (tokens
     of a segment, and how many there are) one such for each segment, from that of the oldest token on. ``heads``: the
     table of :func:`headq_ao.ops.paged_attention.triton_heads.head_table`. ``window``, ``new_tokens``: keys, their
-    strides of batch, head and token, values, theirs. Grid: heads, splits, blocks of rows.
+    strides of batch, head and token, values, theirs; ``owned``: where an engine's pages hold the newest tokens, its
+    window table, that one's stride, tokens of a page, and sinks of keys and values, each with strides. With
+    ``query_start`` queries are those of :class:`headq_ao.ops.requests.Requests`. Grid: heads, splits, blocks of rows.
     """
     b = tl.program_id(0).to(tl.int64) // kv_heads
     h = tl.program_id(0).to(tl.int64) % kv_heads
@@ -500,11 +523,12 @@ def split_kernel(
                     mapped, M + 3, columns, heads, table + b * table_stride, table_columns, segment, of_frame,
                     in_pages, total, low, high, n_sink, sliding, to, to_lse, b, h, row, live, part // SEGMENTS, mine,
                     new, splits,
-                    KINDS, i, M, D, D_PADDED, ROWS, PTX, P,
+                    KINDS, i, M, D, D_PADDED, ROWS, PTX, P, owned is not None,
                 )  # fmt: skip
     else:
         exact_split(
-            q, q_strides, scaling, window, new_tokens, new_start, in_pages, held, total, low, high, n_sink, ring,
-            sliding, to, to_lse, b, h, row, live, part - splits * SEGMENTS, new, rows, new_slots,
+            q, q_strides, query_start, scaling, window, owned, table, table_stride, new_tokens, new_start, in_pages,
+            held, total, low, high, n_sink, ring, sliding, to, to_lse, b, h, row, live, part - splits * SEGMENTS, new,
+            rows, new_slots,
             KEY_D, KEY_PADDED, D, D_PADDED, TILE, PRECISION,
         )  # fmt: skip

@@ -2,17 +2,22 @@
 
 import contextlib
 import importlib
-from dataclasses import replace
+import itertools
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from headq_ao.ops import dispatch
 from headq_ao.ops.cache_update.reference import cache_update
+from headq_ao.ops.encode.types import Encoder
 from headq_ao.ops.paged_attention.reference import paged_attention
+from headq_ao.ops.requests import LayerPages, Requests
 from headq_ao.ops.types import PagedKV, Readers, Visible
 from tests.ops.no_sync import HostSyncError, fake_cuda
 from tests.ops.paged_triton_cases import Case, make
+from tests.ops.test_requests import Engine
 
 WINDOW = 16
 CASES = {
@@ -107,7 +112,15 @@ def launches(monkeypatch):
     monkeypatch.setattr(attention, "all_query_columns", columns)
     monkeypatch.setattr(update, "query_columns", columns)
     table = lambda layout, pages: torch.empty(layout.kv_heads, 19, dtype=torch.int64, device=pages[0].device)  # noqa: E731
-    monkeypatch.setattr(attention, "head_table", table)
+    step = update.triton_step
+    for name in ("code", "finish"):
+        made[name] = Launches()
+        monkeypatch.setattr(step, f"{name}_kernel", made[name])
+    for module in (attention, step):
+        monkeypatch.setattr(module, "head_table", table)
+    monkeypatch.setattr(step, "all_query_columns", columns)
+    monkeypatch.setattr(step, "with_ptx", lambda: True)
+    monkeypatch.setattr(step.triton_matrices, "matrices", lambda _, tensors, spec: tensors[0].new_empty(1))
     monkeypatch.setattr(attention, "backend", lambda: "cuda")
     monkeypatch.setattr(torch.cuda, "device_of", lambda q: contextlib.nullcontext())
     properties = SimpleNamespace(multi_processor_count=132)
@@ -130,6 +143,71 @@ def test_a_step_with_kernels_does_not_wait(name, launches):
     assert grids["leaving"] == grids["append"] == [(batch * kv_heads, case.new)]
     assert all([grid[0] for grid in grids[name]] == [batch * kv_heads] for name in ("map", "split"))
     assert grids["join"] == [(batch * heads * case.new, -(-case.dim // 64))]
+
+
+def engine(monkeypatch, kernels):
+    """A layer of an engine's pages in CUDA tensors that are not there, and what makes a step of it."""
+    if not kernels:
+        monkeypatch.setattr(dispatch, "KERNELS", {})
+    monkeypatch.setattr(importlib.import_module("headq_ao.ops.paged_attention.op"), "direct", lambda q: True)
+    real = Engine("mixed", sinks=4)
+
+    def layer():
+        size = real.pages.raw.shape
+        raw = torch.empty(size, dtype=torch.uint8, device="cuda")
+        window = torch.empty(size[0], real.heads, 8, 2 * real.dim, device="cuda")
+        sides = tuple([replace(e, **{n: fake(x) for n, x in vars(e).items() if n in FIELDS}) for e in side]
+                      for side in real.encoders)  # fmt: skip
+        return LayerPages(raw, window, real.layout, 4, fake(real.readers), sides, real.q_heads)
+
+    def of(new, long=16):
+        bounds = [0, *itertools.accumulate(new)]
+        few = max(n for n in new if n <= long)
+        each = tuple((i, bounds[i], bounds[i + 1]) for i, n in enumerate(new) if n > long)
+        start, lengths = (
+            torch.empty(len(new) + 1, dtype=torch.int64, device="cuda"),
+            torch.empty(3, len(new), dtype=torch.int64, device="cuda"),
+        )
+        tables = (torch.empty(len(new), n, dtype=torch.int32, device="cuda") for n in (5, 20))
+        q = torch.empty(bounds[-1], real.q_heads, real.dim, device="cuda")
+        k = torch.empty(bounds[-1], real.heads, real.dim, device="cuda")
+        return q, k, Requests(start, *lengths, *tables, max(new), few, each, newest=23)
+
+    return layer, of
+
+
+FIELDS = {f.name for f in fields(Encoder)} - {"bits", "group_size", "unbiased"}
+
+
+@pytest.mark.parametrize("new", [(1, 1, 1), (1, 3, 2), (1, 40, 2, 50)])
+def test_an_engines_step_by_operators_does_not_wait(new, monkeypatch):
+    layer, of = engine(monkeypatch, False)
+    with fake_cuda() as guard:
+        q, k, requests = of(new)
+        pages = layer()
+        assert not pages.planned
+        pages.step(q, k, k, torch.empty_like(q), 0.1, requests)
+    assert guard.calls > 50
+
+
+@pytest.mark.parametrize("new", [(1, 1, 1), (1, 3, 2), (1, 40, 2, 16)])
+def test_an_engines_step_with_kernels_does_not_wait(new, launches, monkeypatch):
+    """Five launches where each request has one token, whatever the lengths; long chunks by themselves."""
+    *_, grids = launches
+    layer, of = engine(monkeypatch, True)
+    with fake_cuda():
+        q, k, requests = of(new)
+        pages = layer()
+        assert pages.planned and pages.update.step is not None
+        pages.step(q, k, k, torch.empty_like(q), 0.1, requests)
+    few = [(3, max(new))] if max(new) <= 16 else [(1, 16), (2, 16)]
+    heads, group = pages.layout.kv_heads, 2
+    assert grids["code"] == [(n * heads, 2 * most, 5) for n, most in few]
+    assert grids["finish"] == [(n * heads, 2, 1 + most) for n, most in few]
+    assert grids["leaving"] == grids["append"] == ([] if max(new) <= 16 else [(heads, 40)])
+    tiles = [1 - (-(23 + most) // 16) for _, most in few]
+    assert [grid[:2] for grid in grids["split"]] == [(n * heads, 1 + t) for (n, _), t in zip(few, tiles, strict=True)]
+    assert grids["join"] == [(n * heads * group * most, 1) for n, most in few]
 
 
 @pytest.mark.parametrize(

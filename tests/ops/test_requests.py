@@ -13,6 +13,7 @@ from headq_ao.ops.page_layout import GroupLayout, PageLayout
 from headq_ao.ops.paged_attention import reference
 from headq_ao.ops.requests import LayerPages, Requests
 from headq_ao.ops.types import Readers
+from tests.ops.frames import some_frame
 from tests.ops.test_cache_update import encoder_of
 
 WINDOW, PAGE, WINDOW_PAGE = 24, 32, 8
@@ -26,11 +27,11 @@ FORMS = {
 class Engine:
     """Blocks of memory, each a packed page or a page of the newest tokens, as vLLM hands them out."""
 
-    def __init__(self, form, dim=32, group=2, dtype=torch.float32, sinks=4, blocks=200, sliding=0):
+    def __init__(self, form, dim=32, group=2, dtype=torch.float32, sinks=4, blocks=200, sliding=0, frame=None):
         torch.manual_seed(1)
         groups, self.encoders, first, maps = [], ([], []), 0, []
         for key_bits, value_bits, heads in FORMS[form]:
-            keys, key_side = encoder_of("feedback", True, heads, dim, key_bits)
+            keys, key_side = encoder_of("feedback", True, heads, dim, key_bits, frame=frame)
             values, value_side = encoder_of("feedback", False, heads, dim, value_bits)
             groups.append(GroupLayout(first, heads, key_side, value_side))
             self.encoders[0].append(keys)
@@ -44,7 +45,7 @@ class Engine:
         self.layout, self.heads, self.dim, self.dtype = PageLayout(PAGE, dim, dim, tuple(groups)), first, dim, dtype
         read = torch.cat([torch.linalg.inv(e.encode).transpose(-1, -2) for e in self.encoders[1]], 1)
         mean = torch.cat([e.mean for e in self.encoders[1]], 1)
-        self.readers = Readers(torch.cat(maps, 1)[None], read.mT.contiguous().mT, mean)
+        self.readers = Readers(torch.cat(maps, 1)[None], read.mT.contiguous().mT, mean, frame)
         size = max(self.layout.bytes_of_page(sinks, dtype), WINDOW_PAGE * first * 2 * dim * dtype.itemsize)
         size = -(-size // PAGE) * PAGE
         memory = torch.randint(0, 256, (blocks, 2 * size), dtype=torch.uint8)  # what was never written
@@ -99,6 +100,7 @@ class Engine:
         of = Requests(
             torch.tensor(bounds), held, (held - WINDOW + 1).clamp(min=0), held + torch.tensor(list(new.values())),
             *tables, max(new.values()), max((n for n in new.values() if n <= long), default=0), tuple(each),
+            newest=WINDOW - 1,
         )  # fmt: skip
         out = torch.full_like(q, float("nan"))
         pages.step(q, k, v, out, self.dim**-0.5, of)
@@ -141,10 +143,11 @@ def compiled(engine):
 
 
 @pytest.mark.parametrize("planned", [True, False])
+@pytest.mark.parametrize("frame", [None, some_frame(32, PAGE, 3)], ids=["no frame", "frame"])
 @pytest.mark.parametrize("sliding", [0, 40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_eight_bits_are_nearly_dense(planned, sliding, dtype):
-    engine = Engine("8 bits", dtype=dtype, sliding=sliding)
+def test_eight_bits_are_nearly_dense(planned, sliding, dtype, frame):
+    engine = Engine("8 bits", dtype=dtype, sliding=sliding, frame=frame)
     if planned and not compiled(engine):
         pytest.skip("no compiler")
     engine.pages.planned = planned
@@ -156,10 +159,11 @@ def test_eight_bits_are_nearly_dense(planned, sliding, dtype):
             assert error < 0.05, (name, before[name], new[name], error)
 
 
+@pytest.mark.parametrize("frame", [None, some_frame(32, PAGE, 3)], ids=["no frame", "frame"])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_kernels_read_and_write_what_the_operators_do(form, dtype):
-    both = Engine(form, dtype=dtype), Engine(form, dtype=dtype)
+def test_the_kernels_read_and_write_what_the_operators_do(form, dtype, frame):
+    both = Engine(form, dtype=dtype, frame=frame), Engine(form, dtype=dtype, frame=frame)
     if not compiled(both[0]):
         pytest.skip("no compiler")
     both[1].pages.planned = False

@@ -65,6 +65,24 @@ def test_a_step_of_cache_update(target):
         assert found["spills"] == 0 and found["shared_bytes"] <= 1 << 10
 
 
+@pytest.mark.parametrize(("case", "few"), [(table.CASES[0], 1), (table.CASES[1], 5), (table.CASES[4], 1)], ids=str)
+@pytest.mark.parametrize("target", table.CHIPS)
+def test_a_step_over_an_engines_pages(target, case, few):
+    """The loop over tiles as over a cache of its own, up to scheduling, as many warps on a processor, and no spills."""
+    kernels, chip = table.engine_kernels(case, target, few=few), table.CHIPS[target]
+    names = ["code_kernel", "finish_kernel", "map_kernel", "split_kernel", "join_kernel"]
+    assert [kernel.name for kernel in kernels] == names
+    found = {kernel.name: table.resources(kernel, chip) for kernel in kernels}
+    several = few > 1  # with 16 rows the splits spill, as they do over a cache of its own
+    assert all(each["spills"] == 0 for name, each in found.items() if not (several and name == "split_kernel"))
+    if not several:
+        for each in kernels[2:]:
+            budget(found[each.name])
+        own = table.decode_kernels(case, target, 256)[1]
+        assert table.loop_instructions(kernels[3], chip) <= 1.02 * table.loop_instructions(own, chip)
+        assert found["split_kernel"]["warps_per_processor"] >= table.resources(own, chip)["warps_per_processor"]
+
+
 @pytest.mark.parametrize("page", [32, 64])
 def test_loads_of_planes_are_pipelined(page):
     """Pages are looked up a tile ahead, so that loads that depend on them can be: two tiles wait beside this one."""

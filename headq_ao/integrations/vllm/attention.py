@@ -2,13 +2,17 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from vllm.forward_context import get_forward_context
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from headq_ao.codecs.planes import PlaneCodec
 from headq_ao.integrations.vllm.metadata import HeadQMetadata, window_name
+from headq_ao.ops.cache_update.encoders import Encoders
+from headq_ao.ops.encode.types import Encoder
 from headq_ao.ops.requests import LayerPages
+from headq_ao.ops.types import Readers, SegmentFrame
 
 
 class HeadQAttention(AttentionImpl[HeadQMetadata]):
@@ -61,9 +65,24 @@ class HeadQAttention(AttentionImpl[HeadQMetadata]):
     def _bound(self, kv_cache: Tensor, window: Tensor) -> LayerPages:
         assert self.codec is not None
         return LayerPages(
-            kv_cache, window, self.codec.layout(kv_cache.shape[2]), self.n_sink, self.codec.readers,
-            self.codec.encoders(), self.num_heads, self.sliding_window,
+            kv_cache, window, self.codec.layout(kv_cache.shape[2]), self.n_sink,
+            *on_device(self.codec, kv_cache.device), self.num_heads, self.sliding_window,
         )  # fmt: skip
+
+
+def on_device(codec: PlaneCodec, device: torch.device) -> tuple[Readers, tuple[Encoders, Encoders]]:
+    """How a codec, which is computed on the CPU, is read and written on the device of its pages."""
+    readers, encoders = codec.readers, codec.encoders()
+    if device.type == "cpu":
+        return readers, encoders
+    moved = {name: None if x is None else x.to(device) for name, x in vars(readers).items() if name != "frame"}
+    if (frame := readers.frame) is not None:
+        moved["frame"] = SegmentFrame(frame.table.to(device), frame.partner.to(device), frame.tokens)
+    keys, values = (
+        [None if e is None else Encoder.of_flat([t.to(device) for t in e.flat[0]], e.flat[1]) for e in side]
+        for side in encoders
+    )
+    return Readers(**moved), (keys, values)
 
 
 def refuse(problems: dict[str, bool]) -> None:

@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 import torch
 from vllm.config import VllmConfig
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -18,6 +19,7 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 from headq_ao.integrations.vllm.attention import HeadQAttention
 from headq_ao.integrations.vllm.metadata import FEW, HeadQMetadata
 from headq_ao.integrations.vllm.settings import settings
+from headq_ao.ops.dispatch import kernels
 
 PAGE_TOKENS = 256  # of packed pages, unless --block-size says otherwise: sinks in a page's header are 1/10 of its bytes
 WINDOW_TOKENS = 32  # of pages in full precision: about as many as take the bytes of a packed page
@@ -83,16 +85,26 @@ class WindowBackend(HeadQBackend):
 
 
 class HeadQMetadataBuilder(AttentionMetadataBuilder[HeadQMetadata]):
-    """Takes what vLLM says of a step to where the kernels read it."""
+    """Takes what vLLM says of a step to where the kernels read it, without waiting for the device."""
 
-    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         self.window = settings(vllm_config).config.residual_length
-        most = vllm_config.scheduler_config.max_num_seqs + 1
+        captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+        most = max(vllm_config.scheduler_config.max_num_seqs, captured) + 1
         self.lengths = torch.zeros(4, most, dtype=torch.int64, device=device)
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: Any) -> AttentionCGSupport:
+        """Steps of one token a request where there are Triton's kernels, whose grids depend on shapes alone; long
+        chunks are told from others on the host."""
+        captured = current_platform.is_cuda_alike() and None not in (
+            kernels(name, "cuda") for name in ("cache_update", "paged_attention")
+        )
+        return cls._cudagraph_support if captured else AttentionCGSupport.NEVER
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -116,5 +128,5 @@ class HeadQMetadataBuilder(AttentionMetadataBuilder[HeadQMetadata]):
             few = max((end - begin for _, begin, end in each if end - begin <= FEW), default=0)
         return HeadQMetadata(
             m.num_actual_tokens, m.max_query_len, few, tuple(long), m.block_table_tensor[:n], start[: n + 1], held[:n],
-            packed[:n], total[:n],
+            packed[:n], total[:n], self.window - 1,
         )  # fmt: skip

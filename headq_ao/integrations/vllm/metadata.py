@@ -27,6 +27,7 @@ class HeadQMetadata(AttentionMetadata):
         table: vLLM's block table ``[B, C]`` int32.
         start: ``[B + 1]`` int64, where the new tokens of each request begin.
         held, packed, total: ``[B]`` int64: tokens before the step; those that are read as codes; those with it.
+        newest: the most that ``held`` is above ``packed``.
     """
 
     tokens: int
@@ -38,6 +39,7 @@ class HeadQMetadata(AttentionMetadata):
     held: Tensor
     packed: Tensor
     total: Tensor
+    newest: int
     joined: dict[int, Requests] = field(default_factory=dict)
 
     def requests(self, window: "HeadQMetadata") -> Requests:
@@ -45,6 +47,7 @@ class HeadQMetadata(AttentionMetadata):
         found = self.joined.get(id(window))
         if found is None:
             found = self.joined[id(window)] = Requests(
-                self.start, self.held, self.packed, self.total, self.table, window.table, self.most, self.few, self.long
-            )
+                self.start, self.held, self.packed, self.total, self.table, window.table, self.most, self.few,
+                self.long, self.newest,
+            )  # fmt: skip
         return found
