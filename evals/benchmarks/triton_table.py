@@ -208,8 +208,11 @@ def engine_kernels(case: Case, target: str, page_tokens: int = 256, window_token
     of = Requests(start, kv.held, kv.packed, kv.total, kv.table, kv.table, few, few, newest=63)
     q, k = (torch.zeros(few, heads, d, dtype=torch.bfloat16, device=cpu) for heads in (case.heads, hkv))
     with compiling(target) as kernels:
-        update.plan(kv, kv.packed, [keys], [values], False).requests(k, k, of)
-        attention.plan(kv, readers, case.heads, 0, None).requests(q, 1.0, q, of)
+        coding = update.plan(kv, kv.packed, [keys], [values], False)
+        reading = attention.plan(kv, readers, case.heads, 0, None)
+        assert isinstance(coding, update.OwnedPlan) and isinstance(reading, attention.OwnedPlan)
+        coding.requests(k, k, of)
+        reading.requests(q, 1.0, q, of)
     return kernels
 
 
