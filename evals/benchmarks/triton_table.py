@@ -177,7 +177,7 @@ def step_kernels(case: Case, target: str, page_tokens: int = PAGE) -> list[Any]:
     k = torch.zeros(1, case.kv_heads, 1, d, dtype=torch.bfloat16)
     with compiling(target) as kernels:
         step = triton_kernel.plan(kv, kv.packed, [keys], [Encoder(eye, (case.v_bits,), 1.0)], False)
-        assert step is not None
+        assert isinstance(step, triton_kernel.triton_step.Step)
         step(k, k)
     return kernels
 
