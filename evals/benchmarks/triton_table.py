@@ -167,7 +167,7 @@ def step_kernels(case: Case, target: str, page_tokens: int = PAGE) -> list[Any]:
     """The compiled kernels of a decoding step's ``cache_update`` under a calibration: coding, and what puts codes and
     tokens where they belong."""
     from headq_ao.ops import Encoder
-    from headq_ao.ops.cache_update import triton_kernel
+    from headq_ao.ops.cache_update import triton_kernel, triton_step
 
     d = case.head_dim
     eye = torch.eye(d).expand(1, case.kv_heads, d, d)
@@ -177,7 +177,7 @@ def step_kernels(case: Case, target: str, page_tokens: int = PAGE) -> list[Any]:
     k = torch.zeros(1, case.kv_heads, 1, d, dtype=torch.bfloat16)
     with compiling(target) as kernels:
         step = triton_kernel.plan(kv, kv.packed, [keys], [Encoder(eye, (case.v_bits,), 1.0)], False)
-        assert isinstance(step, triton_kernel.triton_step.Step)
+        assert isinstance(step, triton_step.Step)
         step(k, k)
     return kernels
 
