@@ -88,7 +88,7 @@ class Calibration:
             fields: dict[str, Any] = {name: tensors[f"{i}.{name}"] for name in TENSORS}
             fields |= {name: tensors.get(f"{i}.{name}") for name in PROFILE}
             version = head.get("version")
-            known = {"effective": None if version == UNCOUNTED else "left out"}
+            known: dict[str, Any] = {"effective": None if version == UNCOUNTED else "left out"}
             known |= {"segment_tokens": 0 if version in UNFRAMED else "left out"}
             counts = known | counts
             layer = LayerMoments(**counts, **fields)

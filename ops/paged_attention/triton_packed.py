@@ -373,7 +373,7 @@ def _read(
         if zero is not None:
             s += lift[None, :] * _number(zero, zero_stride, page, inside, slot >= 0)[:, None]
         if FRAMED:
-            s += mean[None, :]
+            s += mean[None, :]  # type: ignore[index]
         if GROUPS == 1 and values[4] is not None:
             z = _number(values[4], values[5], page, inside, slot >= 0)
         sums = _absorb(

@@ -17,7 +17,7 @@ def manager():
     from headq_ao.integrations.vllm.window import NewestTokensSpec, WindowManager
 
     spec = NewestTokensSpec(
-        block_size=SIZE, num_kv_heads=2, head_size=64, dtype=torch.bfloat16, sliding_window=WINDOW
+        block_size=SIZE, num_kv_heads=2, head_size=64, dtype=torch.bfloat16, sliding_window=WINDOW, every=SCHEDULED
     )  # fmt: skip
     pool = BlockPool(4000, enable_caching=True, hash_block_size=SIZE)
     made = WindowManager(
@@ -59,23 +59,17 @@ def test_what_is_read_has_pages_and_the_rest_is_let_go(manager, seed):
     assert not manager.looked_at
 
 
-def test_a_prompt_can_be_gone_on_from_at_its_end_and_at_few_places(manager):
-    """The blocks before each such place are kept through the chunk that brings them, so that they can be cached."""
+@pytest.mark.parametrize("interval", [0, 1024, None])
+def test_another_request_can_go_on_where_vllm_expects_it(manager, interval):
+    """Whatever vLLM is told to keep has pages when the chunk that brings it is computed."""
     blocks = step(manager, 0, 5000)
-    tail = -(-(WINDOW - 1) // SIZE)
-    for place in (1024, 2048, 3072, 4096, 5000 // SCHEDULED * SCHEDULED):
-        assert not any(blocks[place // SIZE - i].is_null for i in range(1, tail + 1))
-    assert sum(not b.is_null for b in blocks) < 30
     mask = manager.reachable_block_mask(
-        0, 5000 // SIZE, SCHEDULED, manager.kv_cache_spec, False, reachable_boundaries=[4999]
-    )
+        0, 5000 // SIZE, SCHEDULED, manager.kv_cache_spec, False, retention_interval=interval,
+        reachable_boundaries=[4999, 2304],
+    )  # fmt: skip
+    assert sum(mask) >= 2 * -(-(WINDOW - 1) // SIZE)
     assert all(not blocks[i].is_null for i, keep in enumerate(mask) if keep)
-    assert sum(mask) == 5 * tail
-
-
-def test_a_user_can_ask_for_more_places(manager):
-    mask = manager.reachable_block_mask(0, 64, SCHEDULED, manager.kv_cache_spec, False, retention_interval=SCHEDULED)
-    assert sum(mask) == 64 // (SCHEDULED // SIZE) * 3
+    assert sum(not b.is_null for b in blocks) < len(blocks) / 2
 
 
 def test_vllm_knows_its_own_pages_still():
@@ -85,7 +79,7 @@ def test_vllm_knows_its_own_pages_still():
     from headq_ao.integrations.vllm.window import NewestTokensSpec, WindowManager
 
     sizes = {"block_size": 32, "num_kv_heads": 1, "head_size": 64, "dtype": torch.bfloat16}
-    newest = NewestTokensSpec(**sizes, sliding_window=8)
+    newest = NewestTokensSpec(**sizes, sliding_window=8, every=256)
     assert Registry.get_manager_class(newest) is WindowManager
     assert Registry.get_manager_class(FullAttentionSpec(**sizes)).__name__ == "FullAttentionManager"
     assert Registry.get_manager_class(SlidingWindowSpec(**sizes, sliding_window=8)).__name__ == "SlidingWindowManager"

@@ -4,14 +4,16 @@ import inspect
 import json
 import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache, LinearAttentionLayer
 from transformers.masking_utils import create_masks_for_generate
+from transformers.utils.hub import try_to_load_from_cache
 
 from headq_ao.codecs.rotation import POSITIONS
 from headq_ao.integrations.transformers.hybrid import NATIVE, DummyLayer, dense_layers
@@ -227,6 +229,19 @@ def check_cached(model: PreTrainedModel) -> None:
 def rotary_embedding(model: nn.Module) -> nn.Module | None:
     """The module that makes a model's rotary embeddings, the first where there are several; None without any."""
     return next((module for name, module in model.named_modules() if name.endswith("rotary_emb")), None)
+
+
+def meta_model(config: Any) -> PreTrainedModel:
+    """The text model that a config describes, without weights."""
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(text_config(config))
+    return model
+
+
+def cached_checkpoint(name: str, revision: str | None) -> Path | None:
+    """The folder of a hub's checkpoint on this machine; None where it has not been fetched."""
+    found = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def positions(model: nn.Module) -> int:

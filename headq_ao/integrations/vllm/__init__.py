@@ -5,8 +5,6 @@ backend is turned on by ``--attention-backend CUSTOM`` and a calibration, see
 :mod:`headq_ao.integrations.vllm.settings`.
 """
 
-BACKEND = "headq_ao.integrations.vllm.backend.HeadQBackend"
-
 
 def register() -> None:
     """Make the backend known to vLLM; nothing else changes until it is chosen."""

@@ -8,8 +8,7 @@ from vllm.forward_context import get_forward_context
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from headq_ao.codecs.planes import PlaneCodec
-from headq_ao.integrations.vllm.backend import HeadQMetadata
-from headq_ao.integrations.vllm.window import window_name
+from headq_ao.integrations.vllm.metadata import HeadQMetadata, window_name
 from headq_ao.ops.cache_update.encoders import Encoders
 from headq_ao.ops.encode.types import Encoder
 from headq_ao.ops.requests import LayerPages

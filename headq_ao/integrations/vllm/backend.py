@@ -1,17 +1,14 @@
 """The attention backend: what vLLM is told about pages, and what it hands to each step."""
 
 import itertools
-from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
-    AttentionMetadata,
     AttentionMetadataBuilder,
     AttentionType,
     CommonAttentionMetadata,
@@ -19,14 +16,14 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
+from headq_ao.integrations.vllm.attention import HeadQAttention
+from headq_ao.integrations.vllm.metadata import FEW, HeadQMetadata
 from headq_ao.integrations.vllm.settings import settings
 from headq_ao.ops.dispatch import kernels
-from headq_ao.ops.requests import Requests
 
 PAGE_TOKENS = 256  # of packed pages, unless --block-size says otherwise: sinks in a page's header are 1/10 of its bytes
 WINDOW_TOKENS = 32  # of pages in full precision: about as many as take the bytes of a packed page
 UNIT = 32  # tokens that no page cuts
-FEW = 32  # new tokens of a request that are read with all others in one call
 
 
 class HeadQBackend(AttentionBackend):
@@ -43,10 +40,8 @@ class HeadQBackend(AttentionBackend):
         return "CUSTOM"
 
     @staticmethod
-    def get_impl_cls() -> type[Any]:
+    def get_impl_cls() -> type[HeadQAttention]:
         """See :class:`AttentionBackend`."""
-        from headq_ao.integrations.vllm.attention import HeadQAttention
-
         return HeadQAttention
 
     @staticmethod
@@ -87,43 +82,6 @@ class WindowBackend(HeadQBackend):
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
         """See :data:`WINDOW_TOKENS`."""
         return [WINDOW_TOKENS if kv_cache_spec is None else kv_cache_spec.block_size]
-
-
-@dataclass
-class HeadQMetadata(AttentionMetadata):
-    """A step's requests, as one KV cache group sees them. Lengths keep their addresses from step to step.
-
-    Attributes:
-        tokens: new tokens of all requests together.
-        most, few: of one of them, and of one that is not long, at most.
-        long: requests of more than :data:`FEW` new tokens: number, first token, the one behind the last.
-        table: vLLM's block table ``[B, C]`` int32.
-        start: ``[B + 1]`` int64, where the new tokens of each request begin.
-        held, packed, total: ``[B]`` int64: tokens before the step; those that are read as codes; those with it.
-        newest: the most that ``held`` is above ``packed``.
-    """
-
-    tokens: int
-    most: int
-    few: int
-    long: tuple[tuple[int, int, int], ...]
-    table: Tensor
-    start: Tensor
-    held: Tensor
-    packed: Tensor
-    total: Tensor
-    newest: int
-    joined: dict[int, Requests] = field(default_factory=dict)
-
-    def requests(self, window: "HeadQMetadata") -> Requests:
-        """What the operators take, with the block table of the group that holds a layer's newest tokens."""
-        found = self.joined.get(id(window))
-        if found is None:
-            found = self.joined[id(window)] = Requests(
-                self.start, self.held, self.packed, self.total, self.table, window.table, self.most, self.few,
-                self.long, self.newest,
-            )  # fmt: skip
-        return found
 
 
 class HeadQMetadataBuilder(AttentionMetadataBuilder[HeadQMetadata]):

@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from headq_ao.integrations.vllm import BACKEND
-
+BACKEND = "headq_ao.integrations.vllm.backend.HeadQBackend"
 SUPPORTED = "0.32"
 MARK = "_headq_ao"
 
@@ -85,7 +84,7 @@ def _honour_choice(platform: Any) -> None:
             c.use_per_head_quant_scales, None, c.attn_type, False, c.use_non_causal, c.use_batch_invariant,
             c.use_kv_connector, c.use_pcp, c.use_adaptive_verification, c.use_dcp, c.use_rswa,
         )  # fmt: skip
-        refuse(dict.fromkeys(wrong, True))
+        refuse({reason.removesuffix(" not supported"): True for reason in wrong})
         return BACKEND
 
     platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
@@ -102,8 +101,9 @@ def _with_window(made: Callable[..., None]) -> Callable[..., None]:
         from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 
         from headq_ao.integrations.vllm.backend import PAGE_TOKENS
+        from headq_ao.integrations.vllm.metadata import window_name
         from headq_ao.integrations.vllm.settings import layer_number, settings
-        from headq_ao.integrations.vllm.window import WindowLayer, window_name
+        from headq_ao.integrations.vllm.window import WindowLayer
 
         config = get_current_vllm_config()
         ours, impl = settings(config), self.impl

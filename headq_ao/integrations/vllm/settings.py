@@ -25,7 +25,14 @@ from headq_ao.codecs.layer_codec import LayerCodec
 from headq_ao.codecs.planes import PlaneCodec
 from headq_ao.codecs.rotation import POSITIONS, Rotation
 from headq_ao.config import HeadQConfig, headq_config
-from headq_ao.integrations.transformers.models import attention_modules, layer_shapes, rotary_embedding, text_config
+from headq_ao.integrations.transformers.models import (
+    attention_modules,
+    cached_checkpoint,
+    layer_shapes,
+    meta_model,
+    rotary_embedding,
+    text_config,
+)
 from headq_ao.layer_shape import LayerShape
 
 if TYPE_CHECKING:
@@ -136,10 +143,7 @@ def _folder(model: str, revision: str | None) -> Path | None:
     """Where a model's files lie: a folder, or the hub's cache; None where they are not on this machine yet."""
     if Path(model).is_dir():
         return Path(model)
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(model, "config.json", revision=revision)
-    return Path(found).parent if isinstance(found, str) else None
+    return cached_checkpoint(model, revision)
 
 
 def _of_checkpoint(folder: Path | None, hf_config: Any) -> tuple[Calibration | None, HeadQConfig | None]:
@@ -189,10 +193,7 @@ def _checked(config: HeadQConfig, known: Calibration, model_config: Any, folder:
 
 def _rotations(hf_config: Any, shapes: Sequence[LayerShape]) -> tuple[Rotation | None, ...]:
     """How each layer turns its keys with their position: of transformers' own model, without its weights."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(text_config(hf_config))
+    model = meta_model(hf_config)
     made = rotary_embedding(model)
     embedding = None if made is None else type(made)(made.config)
     modules = attention_modules(model, len(shapes))

@@ -1,7 +1,7 @@
 """A layer's newest tokens in full precision, as vLLM sees them: a layer of its own, of sliding-window attention.
 
 A page of them takes as many bytes as a packed page of eight times the tokens. So of a long chunk only those are given
-pages that a later step reads, and a finished request leaves the pages at few places where another may go on.
+pages that a later step reads, or a later request that goes on where a packed page ends.
 """
 
 from collections.abc import Sequence
@@ -16,20 +16,8 @@ from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
 from vllm.v1.kv_cache_interface import KVCacheSpec, SlidingWindowSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cache_spec
 
-from headq_ao.integrations.vllm.backend import FEW, WINDOW_TOKENS, WindowBackend
-
-SUFFIX = ".newest"
-EVERY = 1024  # tokens after which a finished request can be gone on from, besides the end of its prompt
-
-
-def window_name(layer_name: str) -> str:
-    """What the layer that holds another's newest tokens is called."""
-    return layer_name + SUFFIX
-
-
-def interval(alignment: int) -> int:
-    """:data:`EVERY` in whole pages of all groups."""
-    return int(cdiv(EVERY, alignment) * alignment)
+from headq_ao.integrations.vllm.backend import WINDOW_TOKENS, WindowBackend
+from headq_ao.integrations.vllm.metadata import FEW
 
 
 class WindowManager(SlidingWindowManager):
@@ -43,9 +31,8 @@ class WindowManager(SlidingWindowManager):
         """Which of the blocks from ``first`` on, of a request of ``tokens`` tokens, get pages."""
         size, need = self.block_size, cdiv(self.sliding_window - 1, self.block_size)
         newest = (tokens - (self.sliding_window - 1) - FEW) // size
-        every = interval(self.scheduler_block_size)
-        ends = [tokens // self.scheduler_block_size * self.scheduler_block_size]
-        ends += range(cdiv(first * size, every) * every, tokens + 1, every)
+        every = self.kv_cache_spec.every
+        ends = range(cdiv(first * size, every) * every, tokens + 1, every)
         tails = {end // size - i for end in ends for i in range(1, need + 1)}
         return [i >= newest or i in tails for i in range(first, cdiv(tokens, size))]
 
@@ -97,18 +84,6 @@ class WindowManager(SlidingWindowManager):
         found: list[Any] = super().pop_blocks_for_free(request_id)
         return found
 
-    @classmethod
-    def reachable_block_mask(
-        cls, start_block: int, end_block: int, alignment_tokens: int | None, *args: Any,
-        retention_interval: int | None = None, **options: Any,
-    ) -> Any:  # fmt: skip
-        """Unless ``--prefix-cache-retention-interval`` is given, at the end of a prompt and every :func:`interval`."""
-        if retention_interval is None and alignment_tokens is not None:
-            retention_interval = interval(alignment_tokens)
-        return super().reachable_block_mask(
-            start_block, end_block, alignment_tokens, *args, retention_interval=retention_interval, **options
-        )
-
 
 KVCacheSpecRegistry._ensure_registered()  # vLLM's own, which it leaves out where there is one already
 
@@ -116,16 +91,22 @@ KVCacheSpecRegistry._ensure_registered()  # vLLM's own, which it leaves out wher
 @register_kv_cache_spec(manager_class=WindowManager, uniform_type_base_spec=SlidingWindowSpec)
 @dataclass(frozen=True, kw_only=True)
 class NewestTokensSpec(SlidingWindowSpec):
-    """Pages of :class:`WindowManager`."""
+    """Pages of :class:`WindowManager`.
+
+    Attributes:
+        every: tokens of a packed page: where one ends, another request may go on.
+    """
+
+    every: int
 
     def max_admission_blocks_per_request(self, max_in_flight_tokens: int, max_model_len: int) -> int:
         """See :class:`SlidingWindowSpec`."""
         size, window = self.block_size, self.sliding_window - 1
         tail = cdiv(window, size)
         newest = cdiv(window + FEW, size) + 1
-        most = tail + 1 + newest + tail * (1 + cdiv(min(max_in_flight_tokens, max_model_len), EVERY))
+        most = tail + 1 + newest + tail * (1 + cdiv(min(max_in_flight_tokens, max_model_len), self.every))
         all_of_them: int = super().max_admission_blocks_per_request(max_in_flight_tokens, max_model_len)
-        return min(all_of_them, most)
+        return int(min(all_of_them, most))
 
 
 class WindowLayer(AttentionLayerBase):
@@ -159,4 +140,5 @@ class WindowLayer(AttentionLayerBase):
             head_size=self.head_size,
             dtype=self.dtype,
             sliding_window=self.window,
+            every=vllm_config.cache_config.block_size,
         )
