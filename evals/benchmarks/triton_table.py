@@ -166,7 +166,7 @@ def step_kernels(case: Case, target: str, page_tokens: int = PAGE) -> list[Any]:
     """The compiled kernels of a decoding step's ``cache_update`` under a calibration: coding, and what puts codes and
     tokens where they belong."""
     from headq_ao.ops import Encoder
-    from headq_ao.ops.cache_update import triton_kernel
+    from headq_ao.ops.cache_update import triton_kernel, triton_step
 
     d = case.head_dim
     eye = torch.eye(d).expand(1, case.kv_heads, d, d)
@@ -176,7 +176,7 @@ def step_kernels(case: Case, target: str, page_tokens: int = PAGE) -> list[Any]:
     k = torch.zeros(1, case.kv_heads, 1, d, dtype=torch.bfloat16)
     with compiling(target) as kernels:
         step = triton_kernel.plan(kv, kv.packed, [keys], [Encoder(eye, (case.v_bits,), 1.0)], False)
-        assert step is not None
+        assert isinstance(step, triton_step.Step)
         step(k, k)
     return kernels
 
@@ -212,8 +212,11 @@ def engine_kernels(
     of = Requests(start, kv.held, kv.packed, kv.total, kv.table, kv.table, few, few, newest=63)
     q, k = (torch.zeros(few, heads, d, dtype=torch.bfloat16, device=cpu) for heads in (case.heads, hkv))
     with compiling(target) as kernels:
-        update.plan(kv, kv.packed, [keys], [values], False).requests(k, k, of)
-        attention.plan(kv, readers, case.heads, 0, None).requests(q, 1.0, q, of)
+        coding = update.plan(kv, kv.packed, [keys], [values], False)
+        reading = attention.plan(kv, readers, case.heads, 0, None)
+        assert isinstance(coding, update.OwnedPlan) and isinstance(reading, attention.OwnedPlan)
+        coding.requests(k, k, of)
+        reading.requests(q, 1.0, q, of)
     return kernels
 
 

@@ -211,11 +211,11 @@ class OwnedPlan:
         k, v = (x if x.dtype == self.dtype and x.stride(2) == 1 else x.to(self.dtype).contiguous() for x in (k, v))
         for part, _ in of.parts(len(k)):
             kv = dense_indices(replace(part.cache(self.kv, part.held, part.held), new_start=part.start))
-            own = [x.transpose(0, 1).expand(len(part), -1, -1, -1) for x in (k, v)]
+            own_k, own_v = (x.transpose(0, 1).expand(len(part), -1, -1, -1) for x in (k, v))
             if self.step is not None and part.most <= triton_step.MOST:
-                self.step.launch(kv, kv.total, *own, part.most, part.most)
-            else:
-                assert update(kv, *own, kv.total, part.most, *self.coding, part.most)
+                self.step.launch(kv, kv.total, own_k, own_v, part.most, part.most)
+            elif not update(kv, own_k, own_v, kv.total, part.most, *self.coding, part.most):
+                raise ValueError(f"an engine's window must have coordinates side by side, got {kv.window_k.stride()}")
 
 
 def update(

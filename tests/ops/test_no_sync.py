@@ -14,7 +14,8 @@ from headq_ao.ops.cache_update.reference import cache_update
 from headq_ao.ops.encode.types import Encoder
 from headq_ao.ops.paged_attention.reference import paged_attention
 from headq_ao.ops.requests import LayerPages, Requests
-from headq_ao.ops.types import PagedKV, Readers, Visible
+from headq_ao.ops.types import PagedKV, Readers, SegmentFrame, Visible
+from tests.ops.frames import some_frame
 from tests.ops.no_sync import HostSyncError, fake_cuda
 from tests.ops.paged_triton_cases import Case, make
 from tests.ops.test_requests import Engine
@@ -26,6 +27,7 @@ CASES = {
     "sliding, given": Case(columns=3, sliding=60, given=True, new=2, total=(172,)),
     "chunk": Case(new=100, total=(270,)),
     "segments": Case(segments=2),
+    "frames": Case(frame=some_frame(64, 128)),
 }
 
 
@@ -35,7 +37,7 @@ def fake(x):
         return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda")
     if isinstance(x, (list, tuple)):
         return type(x)(map(fake, x))
-    if isinstance(x, (PagedKV, Readers, Visible)):
+    if isinstance(x, (PagedKV, Readers, SegmentFrame, Visible)):
         return replace(x, **{key: fake(value) for key, value in vars(x).items()})
     return x
 
@@ -145,12 +147,12 @@ def test_a_step_with_kernels_does_not_wait(name, launches):
     assert grids["join"] == [(batch * heads * case.new, -(-case.dim // 64))]
 
 
-def engine(monkeypatch, kernels):
+def engine(monkeypatch, kernels, frame=None):
     """A layer of an engine's pages in CUDA tensors that are not there, and what makes a step of it."""
     if not kernels:
         monkeypatch.setattr(dispatch, "KERNELS", {})
     monkeypatch.setattr(importlib.import_module("headq_ao.ops.paged_attention.op"), "direct", lambda q: True)
-    real = Engine("mixed", sinks=4)
+    real = Engine("mixed", sinks=4, frame=frame)
 
     def layer():
         size = real.pages.raw.shape
@@ -179,9 +181,10 @@ def engine(monkeypatch, kernels):
 FIELDS = {f.name for f in fields(Encoder)} - {"bits", "group_size", "unbiased"}
 
 
+@pytest.mark.parametrize("frame", [None, some_frame(32, 128)], ids=["no frame", "frame"])
 @pytest.mark.parametrize("new", [(1, 1, 1), (1, 3, 2), (1, 40, 2, 50)])
-def test_an_engines_step_by_operators_does_not_wait(new, monkeypatch):
-    layer, of = engine(monkeypatch, False)
+def test_an_engines_step_by_operators_does_not_wait(new, frame, monkeypatch):
+    layer, of = engine(monkeypatch, False, frame)
     with fake_cuda() as guard:
         q, k, requests = of(new)
         pages = layer()
@@ -190,11 +193,12 @@ def test_an_engines_step_by_operators_does_not_wait(new, monkeypatch):
     assert guard.calls > 50
 
 
+@pytest.mark.parametrize("frame", [None, some_frame(32, 128)], ids=["no frame", "frame"])
 @pytest.mark.parametrize("new", [(1, 1, 1), (1, 3, 2), (1, 40, 2, 16)])
-def test_an_engines_step_with_kernels_does_not_wait(new, launches, monkeypatch):
+def test_an_engines_step_with_kernels_does_not_wait(new, frame, launches, monkeypatch):
     """Five launches where each request has one token, whatever the lengths; long chunks by themselves."""
     *_, grids = launches
-    layer, of = engine(monkeypatch, True)
+    layer, of = engine(monkeypatch, True, frame)
     with fake_cuda():
         q, k, requests = of(new)
         pages = layer()

@@ -83,6 +83,16 @@ def test_a_step_over_an_engines_pages(target, case, few):
         assert found["split_kernel"]["warps_per_processor"] >= table.resources(own, chip)["warps_per_processor"]
 
 
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_keys_in_the_frame_of_their_segment_in_an_engines_pages(target):
+    """The same kernels compile, and none but the one with a loop over segments spills."""
+    kernels, chip = table.engine_kernels(table.CASES[0], target, framed=True), table.CHIPS[target]
+    found = {kernel.name: table.resources(kernel, chip) for kernel in kernels}
+    assert len(found) == 5 and all(each["binary_bytes"] > 1000 for each in found.values())
+    assert all(each["spills"] == 0 for name, each in found.items() if name != "split_kernel")
+    assert found["split_kernel"]["warps_per_processor"] >= LEAST_WARPS
+
+
 @pytest.mark.parametrize("page", [32, 64])
 def test_loads_of_planes_are_pipelined(page):
     """Pages are looked up a tile ahead, so that loads that depend on them can be: two tiles wait beside this one."""
