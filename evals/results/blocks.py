@@ -13,7 +13,9 @@ from headq_ao.evals.harness import table
 from headq_ao.evals.models import sweep_table
 from headq_ao.evals.results import messages, tables
 from headq_ao.evals.results.provenance import KERNELS, QUALITY, SPEED, History, footer, read
+from headq_ao.evals.vllm import tables as served
 
+SERVED = (*KERNELS, "headq_ao/integrations/vllm")
 Make = Callable[[Path], str]
 
 
@@ -86,6 +88,11 @@ BLOCKS: dict[str, Block] = {
     "decode": one("bench/decode.json", bench_decode.result_table, SPEED),
     "generate": one("bench/generate.json", bench_generate.result_table, SPEED),
     "gpu": Block("gpu/[ls]*.json", lambda results: gpu.result_table(results / "gpu"), KERNELS),
+    "vllm": Block(
+        "vllm/*.json",
+        lambda results: served.tables(served.read(results / "vllm")),
+        ("ops", "headq_ao/integrations/vllm"),
+    ),
     "triton": one("triton/aot.json", triton_table.result_table, KERNELS),
     **{f"messages {topic}": Block("", functools.partial(message_table, topic), ()) for topic in messages.TOPICS},
     **{

@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from headq_ao.evals.vllm import convert, measure, recall, server, soak_command, tables
+from headq_ao.evals.vllm import convert, measure, recall, server, soak_command
 
 COMMANDS = {
     "convert": (convert.add_arguments, convert.run, "a model of the evaluations as a folder that vLLM serves"),
@@ -19,7 +19,6 @@ COMMANDS = {
         soak_command.run,
         "random requests on a small cache, each checked (slow)",
     ),
-    "table": (tables.add_arguments, tables.run, "the stored results as tables of docs/vllm.md"),
     "serve": (server.add_arguments, server.run, "SmolLM2 behind an OpenAI server on loopback"),
 }
 EPILOG = """\

@@ -1,6 +1,5 @@
-"""The stored results as tables of docs/vllm.md: ``python -m headq_ao.evals.vllm table``."""
+"""The stored results as tables of docs/vllm.md, which ``python -m headq_ao.evals.results`` writes."""
 
-import argparse
 import json
 import re
 import statistics
@@ -8,29 +7,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from headq_ao.evals.harness.table import fill_marks
-from headq_ao.evals.vllm.measure import OUT
-
-PAGE = Path("docs/vllm.md")
 NAME = re.compile(
     r"(?P<kind>[a-z]+)(?:_(?P<rest>\w+))?\.(?P<model>[^.].*)\.(?P<cache>bf16|fp8|headq)(?:_(?P<label>\w+))?"
 )
 
 Result = dict[str, Any]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the command ``table``."""
-    add = parser.add_argument
-    add("--results", type=Path, default=OUT, help="folder (default: %(default)s)")
-    add("--page", type=Path, default=PAGE, help="whose marks are filled (default: %(default)s)")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Fill the page's marks."""
-    found = list(read(args.results))
-    fill_marks(args.page, "vllm", lambda: tables(found))
-    return 0
 
 
 def read(folder: Path) -> Iterable[tuple[dict[str, str | None], Result]]:

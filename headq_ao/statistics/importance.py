@@ -46,7 +46,8 @@ def importance_weights(
     """
     b, hkv, tokens, _ = k.shape
     places = torch.zeros(tokens, dtype=torch.int64, device=k.device) if segment is None else segment
-    of_q = k.new_zeros(b, hkv, q.shape[1] // hkv, tokens, int(places.max()) + 1 if tokens else 1)
+    segments = 1 if segment is None or not tokens else int(segment.max()) + 1
+    of_q = k.new_zeros(b, hkv, q.shape[1] // hkv, tokens, segments)
     of_k, of_v = k.new_zeros(b, hkv, tokens), k.new_zeros(b, hkv, tokens)
     for at, _, s, packed in score_tiles(q, k, scaling, n_sink=n_sink, window=window, every=every):
         a = attention(s, sinks) * packed

@@ -3,6 +3,7 @@
 import json
 
 from headq_ao.evals.vllm import tables
+from headq_ao.evals.vllm.measure import OUT
 
 ENVIRONMENT = {
     "cpu": "A CPU", "cores": 2, "threads": 1, "load": 0.5, "git": {"commit": "0123456789", "dirty": False},
@@ -28,5 +29,5 @@ def test_every_stored_result_has_its_row(tmp_path):
 
 
 def test_the_stored_results_of_the_checkout_are_read():
-    found = list(tables.read(tables.OUT))
-    assert not found or tables.tables(found).startswith("**")
+    found = list(tables.read(OUT))
+    assert found and tables.tables(found).startswith("**")
