@@ -215,7 +215,10 @@ class _Call:
         fields = _Args.from_buffer_copy(self.fields)
         batch, heads, tokens, _ = q.shape
         out = torch.empty((batch, heads, tokens, self.dim), dtype=torch.float32, device="cpu")
-        fields.q, fields.out = _dense(q), _dense(out)
+        x, y = fields.q, fields.out
+        x.data, x.dtype, y.data, y.dtype = q.data_ptr(), DTYPES[q.dtype], out.data_ptr(), DTYPES[torch.float32]
+        x.batch, x.head, x.token, _ = q.stride()
+        y.batch, y.head, y.token, _ = out.stride()
         fields.scaling, fields.threads = scaling, torch.get_num_threads()
         fields.new_tokens, fields.queries = tokens, self.heads * tokens
         for name in more:
