@@ -409,7 +409,7 @@ class Step:
             )  # fmt: skip
 
     def room(self, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-        """What the first launch leaves to the second: of so many tokens of heads."""
+        """What the first launch leaves to the second: of that many tokens of heads."""
         like, programs = self.rows, tokens * 2 * len(SPREADS)
         return (
             like.new_empty(programs, self.width),
