@@ -43,9 +43,9 @@ def test_readme_is_a_page():
 
 
 def test_what_is_asked_for_is_pinned():
-    pins = {
-        line.split("==")[0].lower().replace("_", "-") for line in text("constraints.txt").splitlines() if "==" in line
-    }
+    lines = [*text("constraints.txt").splitlines(), *text("constraints-vllm.txt").splitlines()]
+    pins = {line.split("==")[0].lower().replace("_", "-") for line in lines if "==" in line}
+    pins |= {"vllm"} & {name.removesuffix("-cpu") for name in pins}  # the distribution for CPUs
     extras = PROJECT["project"]["optional-dependencies"]
     asked = [*PROJECT["project"]["dependencies"], *(need for needs in extras.values() for need in needs)]
     names = {re.match(r"[\w-]+", need)[0].lower().replace("_", "-") for need in asked}

@@ -13,9 +13,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from headq_ao import Calibration, HeadQCache, calibrate, headq_config, quantize_
+from headq_ao.calibration.rope import rotation_of
 from headq_ao.codecs.layer_codec import LayerCodec
 from headq_ao.evals.harness import inputs
-from headq_ao.integrations.transformers.models import layer_shapes
+from headq_ao.integrations.transformers.models import attention_modules, layer_shapes, rotary_embedding
 from headq_ao.statistics.moments import TENSORS
 from tests.conftest import build_tiny
 from tests.scale.conftest import torchrun
@@ -101,11 +102,12 @@ def test_a_codec_made_for_all_heads_is_cut(tiny, codec_name, basis):
     options = {"rank": 0} if basis is None else {"rank": 16, "basis": basis}
     config = headq_config(key_codec=codec_name, value_codec=codec_name, calibration=calibration, **options)
     shape = layer_shapes(model.config)[0]
-    whole = LayerCodec(config, shape, calibration.layers[0], torch.device("cpu"))
+    rotation = rotation_of(rotary_embedding(model), attention_modules(model, 1)[0], shape)
+    whole = LayerCodec(config, shape, calibration.layers[0], torch.device("cpu"), rotation=rotation)
     assert ("hessian" in whole.calibrated.tensors()) == ("mean" in whole.values.tensors()) == (codec_name == "whitened")
     for part in (slice(0, 2), slice(2, 4)):
         mine = dataclasses.replace(shape, n_heads=4, n_kv_heads=2)
-        codec = LayerCodec(config, mine, calibration.layers[0], torch.device("cpu"), part)
+        codec = LayerCodec(config, mine, calibration.layers[0], torch.device("cpu"), part, rotation=rotation)
         for a, b in ((whole.calibrated, codec.calibrated), (whole.values, codec.values)):
             assert a.tensors().keys() == b.tensors().keys()
             for name, tensor in a.tensors().items():
