@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from headq_ao.ambient import mode_neutral
 from headq_ao.codecs.rotation import Rotation
 from headq_ao.layer_shape import LayerShape
 from headq_ao.statistics.rope_shift import RopeShift
@@ -55,6 +56,7 @@ def rope_shift(
     return found if torch.allclose(rebuilt, matrices, atol=TOLERANCE) else None
 
 
+@mode_neutral
 def rotation_of(embedding: nn.Module | None, attention: nn.Module, shape: LayerShape) -> Rotation | None:
     """The rotation of a layer's keys at any position; None where it cannot be told."""
     shift = rope_shift(embedding, attention, shape, (0, 1))

@@ -110,6 +110,7 @@ def _no_moments(shape: LayerShape, beside: Sequence[str] = ()) -> LayerMoments:
     """Moments without data; those tensors beside that allocate bits are the same for all heads."""
     shapes = tensor_shapes(shape.n_kv_heads, shape.head_dim, TOKEN_TILE, shape.dims[1])
     tensors: dict[str, Any] = {name: torch.empty(shapes[name], dtype=torch.float32, device=META) for name in TENSORS}
-    halving = torch.tensor([0.25**bits for bits in range(4)], device="cpu")
-    tensors |= {name: (halving if name == "errors" else torch.ones(1)).expand(shapes[name]) for name in beside}
+    made: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+    halving = torch.tensor([0.25**bits for bits in range(4)], **made)
+    tensors |= {name: (halving if name == "errors" else torch.ones(1, **made)).expand(shapes[name]) for name in beside}
     return LayerMoments(1, 1, **tensors)
