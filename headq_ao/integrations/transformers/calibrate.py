@@ -178,7 +178,8 @@ def spread_starts(
     model: PreTrainedModel, lengths: list[int], context_length: int | None, framed: bool = False
 ) -> tuple[int, Tensor]:
     """The context to cover, and the first position of each sequence: evenly from 0 to where it ends with the context;
-    0 where keys are ``framed``, whose statistics are the same everywhere.
+    with a segment where keys are ``framed``, whose statistics are the same in all of them: short sequences stand
+    everywhere in one.
 
     Raises:
         ValueError: when the context is not a whole number of at least 1, or more than the model's positions.
@@ -190,8 +191,8 @@ def spread_starts(
     if not whole or context_length < 1 or (most is not None and context_length > most):
         limit = "" if most is None else f" and at most {most}, the model's positions"
         raise ValueError(f"context_length must be a whole number of at least 1{limit}, got {context_length!r}")
-    rotary = rotary_embedding(model) is not None and not framed
-    room = [max(context_length - n, 0) if rotary else 0 for n in lengths]
+    cover = min(context_length, segment_tokens(positions(model))) if framed else context_length
+    room = [max(cover - n, 0) if rotary_embedding(model) is not None else 0 for n in lengths]
     starts = [r * i // max(len(lengths) - 1, 1) for i, r in enumerate(room)]
     return context_length, torch.tensor(starts, dtype=torch.int64, device="cpu")
 
