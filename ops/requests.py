@@ -94,7 +94,7 @@ class LayerPages:
         self, raw: Tensor, window: Tensor, layout: PageLayout, n_sink: int, readers: Readers,
         encoders: tuple[Encoders, Encoders], q_heads: int, sliding: int = 0,
     ) -> None:  # fmt: skip
-        self.raw, self.layout, self.q_heads, self.sliding = raw, layout, q_heads, sliding
+        self.raw, self.layout, self.sliding = raw, layout, sliding
         size = raw.shape[1] * raw.shape[2] * raw.shape[3]
         pages, sink_k, sink_v = layout.views(raw.as_strided((len(raw), size), (raw.stride(0), 1)), n_sink, window.dtype)
         self.readers, self.encoders = readers, encoders

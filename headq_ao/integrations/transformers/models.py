@@ -281,14 +281,10 @@ def kv_heads_here(model: PreTrainedModel, shapes: list[LayerShape], rank: int, s
     return slice(rank * held, (rank + 1) * held)
 
 
-def fingerprint(model: PreTrainedModel, shapes: Sequence[LayerShape] | None = None) -> dict[str, Any]:
-    """What identifies a model for a calibration: type, shapes, rope, and the RMS of 16 slices of its embedding.
-
-    The RMS values agree to 1e-3 between dtypes of one model; they are left out where the weight is not a plain tensor.
-    """
-    c = text_config(model.config)
-    shapes = layer_shapes(model.config) if shapes is None else shapes
-    print_ = {
+def config_fingerprint(config: Any, shapes: Sequence[LayerShape]) -> dict[str, Any]:
+    """What :func:`fingerprint` tells of a config alone: type, shapes and rope."""
+    c = text_config(config)
+    return {
         "model_type": c.model_type,
         "layers": len(shapes),
         "heads": shapes[0].n_heads,
@@ -298,6 +294,14 @@ def fingerprint(model: PreTrainedModel, shapes: Sequence[LayerShape] | None = No
             getattr(c, "rope_parameters", None), sort_keys=True, default=str
         ),  # order is not kept in files
     }
+
+
+def fingerprint(model: PreTrainedModel, shapes: Sequence[LayerShape] | None = None) -> dict[str, Any]:
+    """What identifies a model for a calibration: type, shapes, rope, and the RMS of 16 slices of its embedding.
+
+    The RMS values agree to 1e-3 between dtypes of one model; they are left out where the weight is not a plain tensor.
+    """
+    print_ = config_fingerprint(model.config, layer_shapes(model.config) if shapes is None else shapes)
     weight = input_embedding(model).weight
     if isinstance(weight, DTensor):  # tensor-parallel: all ranks ask at once
         weight = nn.Parameter(weight.full_tensor().detach(), requires_grad=False)

@@ -4,15 +4,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.models.utils import WeightsMapper
 
-from headq_ao.integrations.transformers.hf_quantizer import PREFIX
-
-METHOD = "headq"
-logger = init_logger(f"vllm.{__name__}")
+from headq_ao.integrations.transformers.hf_quantizer import METHOD, PREFIX
 
 
 class HeadQCheckpoint(QuantizationConfig):

@@ -42,7 +42,8 @@ def _register_checkpoints() -> None:
     """Let vLLM load what ``save_pretrained`` wrote of a model with HeadQ."""
     from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
 
-    from headq_ao.integrations.vllm.checkpoint import METHOD, HeadQCheckpoint
+    from headq_ao.integrations.transformers.hf_quantizer import METHOD
+    from headq_ao.integrations.vllm.checkpoint import HeadQCheckpoint
 
     if METHOD not in QUANTIZATION_METHODS:
         register_quantization_config(METHOD)(HeadQCheckpoint)

@@ -25,9 +25,11 @@ from headq_ao.codecs.layer_codec import LayerCodec
 from headq_ao.codecs.planes import PlaneCodec
 from headq_ao.codecs.rotation import POSITIONS, Rotation
 from headq_ao.config import HeadQConfig, headq_config
+from headq_ao.integrations.transformers.hf_quantizer import METHOD, HeadQQuantizationConfig, read_calibration
 from headq_ao.integrations.transformers.models import (
     attention_modules,
     cached_checkpoint,
+    config_fingerprint,
     layer_shapes,
     meta_model,
     rotary_embedding,
@@ -102,7 +104,7 @@ def settings(vllm_config: "VllmConfig") -> Settings:
     given = (getattr(vllm_config, "additional_config", None) or {}).get("headq", {})
     if not isinstance(given, dict):
         raise ValueError(f"additional_config['headq'] must be an object of options, got {given!r}")
-    return _settings(json.dumps(given, sort_keys=True), os.environ.get(VARIABLE), str(model.model), _Hashed(model))
+    return _settings(json.dumps(given, sort_keys=True), os.environ.get(VARIABLE), _Hashed(model))
 
 
 class _Hashed:
@@ -119,9 +121,9 @@ class _Hashed:
 
 
 @functools.lru_cache(maxsize=8)
-def _settings(given: str, variable: str | None, checkpoint: str, model: _Hashed) -> Settings:
+def _settings(given: str, variable: str | None, model: _Hashed) -> Settings:
     options = json.loads(given)
-    folder = _folder(checkpoint, getattr(model.model_config, "revision", None))
+    folder = _folder(str(model.model_config.model), getattr(model.model_config, "revision", None))
     saved, config = _of_checkpoint(folder, model.model_config.hf_config)
     if WINDOW in options:
         options["residual_length"] = options.pop(WINDOW)
@@ -150,10 +152,8 @@ def _of_checkpoint(folder: Path | None, hf_config: Any) -> tuple[Calibration | N
     """The calibration and config that a checkpoint was saved with."""
     saved = getattr(hf_config, "quantization_config", None)
     saved = saved if isinstance(saved, dict) or saved is None else saved.to_dict()
-    if not saved or saved.get("quant_method") != "headq":
+    if not saved or saved.get("quant_method") != METHOD:
         return None, None
-    from headq_ao.integrations.transformers.hf_quantizer import HeadQQuantizationConfig, read_calibration
-
     config = HeadQQuantizationConfig.from_dict(saved).config
     files = [] if folder is None else sorted(str(f) for f in folder.glob("*.safetensors"))
     return read_calibration(files) if saved.get("calibrated") and files else None, config
@@ -175,17 +175,8 @@ def _checked(config: HeadQConfig, known: Calibration, model_config: Any, folder:
         raise ValueError(
             f"vLLM serves HeadQ's own calibrated codec with both sides packed; leave out {', '.join(wrong)}"
         )
-    c = text_config(model_config.hf_config)
     shapes = tuple(layer_shapes(model_config.hf_config))
-    here = {
-        "model_type": c.model_type,
-        "layers": len(shapes),
-        "heads": shapes[0].n_heads,
-        "kv_heads": shapes[0].n_kv_heads,
-        "head_dim": shapes[0].head_dim,
-        "rope": json.dumps(getattr(c, "rope_parameters", None), sort_keys=True, default=str),
-    }
-    known.check_model(here | _weights(folder))
+    known.check_model(config_fingerprint(model_config.hf_config, shapes) | _weights(folder))
     if not known.suffices:
         raise ValueError(f"{known.shortage()}: vLLM serves no uncalibrated cache")
     return shapes
