@@ -30,6 +30,7 @@ MOST_SPLITS, LEAST_TOKENS = 512, 128  # of a split
 COLUMNS, BLOCK = 32, 64  # coordinates that one program maps the query to, and that one program joins
 PRECISION = {"cuda": "tf32x3", "hip": "ieee", "interpreter": "interpreter"}  # of products in fp32
 STAGES = {"cuda": 3, "hip": 1, "interpreter": 1}
+JOIN_OPTIONS = {"cuda": {"maxnreg": 128}}  # ptxas stops at 96 by itself, and spills two on sm_100
 WINDOW_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -112,7 +113,7 @@ def _launch(
             mean, None if mean is None else mean.stride(), out, start, lse, reads, heads, heads // layout.kv_heads, new,
             lines, packed_parts, parts, kv.n_sink, sliding, kv.table.shape[1], ring, D=dim, D_PADDED=padded,
             BLOCK=min(BLOCK, padded), P=layout.page_tokens, SPLITS=4096 // padded, BY_POSITION=owned is not None,
-            num_warps=4, enable_fp_fusion=True,
+            num_warps=4, enable_fp_fusion=True, **JOIN_OPTIONS.get(target, {}),
         )  # fmt: skip
 
 

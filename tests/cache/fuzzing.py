@@ -71,6 +71,11 @@ class Fuzz:
             self.options |= {"key_codec": "affine", "value_codec": "affine", "rank": 0}
         self.capacity = pick([None, None, None, MOST_TOKENS + 60])
         self.segment = pick([0, 32, 64])
+        self.near = 1.5 * NEAR[self.dtype]  # of an output
+        if self.segment and self.options.get("key_codec") == "affine":
+            # the stream's mean stands still, so in the frames it turns, and an affine codec has its whole length in
+            # the range of 8 bits: 0.9 % of a key instead of 0.3 %, which the scores show
+            self.near *= 2
         g = torch.Generator().manual_seed(0)  # of the calibration's stream: tests/cache/streams.py
         self.mix = torch.randn(DIM, DIM, generator=g, dtype=torch.float64)
         self.mean = torch.randn(HKV, 1, DIM, generator=g, dtype=torch.float64) * 3
@@ -262,7 +267,7 @@ class Fuzz:
                     )
                     found = out[b, :, part].double()
                     error = (found - want).norm(dim=(0, 2)) / want.norm(dim=(0, 2))
-                    assert error.max() < 1.5 * NEAR[self.dtype], f"attention of sequence {b}: {error.max()}"
+                    assert error.max() < self.near, f"attention of sequence {b}: {error.max()}"
                     self.outputs.append(out[b, :, part])
 
     def check(self):

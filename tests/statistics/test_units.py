@@ -265,11 +265,14 @@ def logit_error(model, ids, config):
 )
 def test_logits_of_a_model(resized, token_ids, options, calibrated):
     ids, found = token_ids(2, 200), []
-    for by_k, by_v in ((1.0, 1.0), (1e7, 1e-6), (1e-6, 1e7)):
+    for by_k, by_v in ((1.0, 1.0), (2.0**23, 2.0**-20), (1e7, 1e-6), (1e-6, 1e7)):
         model = resized(by_k, by_v)
         calibration = calibrate(model, [token_ids(2, 200, seed=9)], progress=False) if calibrated else None
         found.append(logit_error(model, ids, headq_config(**MODEL | options, calibration=calibration))[0])
-    assert found[1:] == pytest.approx([found[0]] * 2, rel=0.05)
+    assert found[1] == pytest.approx(found[0], rel=1e-3)
+    # tables are rounded otherwise within an octave: at 8 bits that is a part of the error (up to 7 % in 48 sequences)
+    rounding = 0.1 if options.get("k_bits") == 8 else 0.03
+    assert found[2:] == pytest.approx([found[0]] * 2, rel=rounding)
 
 
 def test_units_are_counted_saved_and_copied(resized, token_ids, tmp_path):
