@@ -31,7 +31,8 @@ class Requests:
         few: the same of those that are not long.
         long: those whose new tokens are many, in rising order: number, first token, the one behind the last. They are
             read one at a time, all others at once.
-        newest: an upper bound of ``held − packed``; None: what the window table has room for.
+        recent: tokens before a query that it reads in full precision, so that ``packed = max(held − recent, 0)``; None:
+            all from ``packed`` on.
     """
 
     start: Tensor
@@ -43,7 +44,7 @@ class Requests:
     most: int
     few: int
     long: tuple[tuple[int, int, int], ...] = ()
-    newest: int | None = None
+    recent: int | None = None
 
     def __len__(self) -> int:
         return len(self.table)
@@ -53,7 +54,7 @@ class Requests:
         at = slice(first, stop)
         return Requests(
             self.start[first : stop + 1], self.held[at], self.packed[at], self.total[at], self.table[at],
-            self.window_table[at], self.few, self.few, newest=self.newest,
+            self.window_table[at], self.few, self.few, recent=self.recent,
         )  # fmt: skip
 
     def parts(self, tokens: int) -> Iterator[tuple["Requests", slice]]:
@@ -69,10 +70,10 @@ class Requests:
     def cache(self, kv: PagedKV, packed: Tensor, held: Tensor) -> PagedKV:
         """A layer's pages as these requests see them; ``held`` either of before the step or, once its tokens are
         there, ``total``."""
-        newest = None if self.newest is None else self.newest + (self.most if held is self.total else 0)
+        newest = None if self.recent is None else self.recent + (self.most if held is self.total else 0)
         return replace(
             kv, table=self.table, window_table=self.window_table, packed=packed, held=held, total=self.total,
-            newest=newest,
+            newest=newest, recent=self.recent,
         )  # fmt: skip
 
 

@@ -27,6 +27,10 @@ class PagedKV:
     - Tokens ``packed[b] ≤ p < held[b]`` are number ``p % Pw`` of page ``window_table[b, p // Pw]`` of ``window_k``,
       ``window_v``. Sinks are number ``p`` of page ``table[b, 0]`` of ``sink_k``, ``sink_v``.
 
+    With ``recent`` too, all tokens are in pages, and what a query reads of them depends on its position alone, not on
+    the call that it comes with: up to ``max(packed[b], p − recent)`` the query at ``p`` reads codes, from there on full
+    precision, which is there for ``packed[b]`` and later.
+
     Attributes:
         pages: of :meth:`PageLayout.allocate`.
         layout: :attr:`PageLayout.spec`.
@@ -41,6 +45,8 @@ class PagedKV:
         sink_k, sink_v: ``[N, Hkv, n_sink, D]`` with a ``window_table``.
         newest: with a ``window_table``, an upper bound of ``held − max(packed, n_sink)`` that the host knows; None:
             what the table has room for.
+        recent: with a ``window_table``, tokens before a query that it reads in full precision; None: all from
+            ``packed`` on.
     """
 
     pages: list[Tensor]
@@ -60,6 +66,12 @@ class PagedKV:
     sink_k: Tensor | None = None
     sink_v: Tensor | None = None
     newest: int | None = None
+    recent: int | None = None
+
+    @property
+    def coded(self) -> Tensor:
+        """``[B]`` int64: body tokens that a query may read as codes, those before them too."""
+        return self.packed if self.recent is None else torch.maximum(self.packed, self.total - 1 - self.recent)
 
     @property
     def body_start(self) -> int:
@@ -77,7 +89,7 @@ class PagedKV:
         return PagedKV(
             self.pages, self.layout, self.table[one], self.segment, self.packed[one], self.held[one], self.total[one],
             window_k, window_v, self.n_sink, new_k, new_v, new_start, window_table, self.sink_k, self.sink_v,
-            self.newest,
+            self.newest, self.recent,
         )  # fmt: skip
 
 
@@ -156,6 +168,16 @@ class Visible:
 
     low: Tensor
     high: Tensor
+
+    def tile(self, of: slice) -> "Visible":
+        """Of some of the queries."""
+        return Visible(self.low[:, of], self.high[:, of])
+
+    def codes_end(self, kv: PagedKV) -> Tensor:
+        """Positions below which queries read codes, sinks apart, ``[B, S]`` or ``[B, 1]``; the last position that a
+        query sees is its own."""
+        end = (kv.packed + kv.body_start)[:, None]
+        return end if kv.recent is None else torch.maximum(end, self.high - 1 - kv.recent)
 
 
 def last_in_slots(count: Tensor, slots: int) -> Tensor:

@@ -209,7 +209,7 @@ def engine_kernels(
     values = Encoder(eye, (case.v_bits,), 1.0)
     readers = Readers(torch.zeros(1, 1, hkv, d, d + 3), torch.zeros(1, hkv, d, d), torch.zeros(1, hkv, d), frame)
     start = torch.zeros(2, dtype=torch.int64, device=cpu)
-    of = Requests(start, kv.held, kv.packed, kv.total, kv.table, kv.table, few, few, newest=63)
+    of = Requests(start, kv.held, kv.packed, kv.total, kv.table, kv.table, few, few, recent=63)
     q, k = (torch.zeros(few, heads, d, dtype=torch.bfloat16, device=cpu) for heads in (case.heads, hkv))
     with compiling(target) as kernels:
         coding = update.plan(kv, kv.packed, [keys], [values], False)

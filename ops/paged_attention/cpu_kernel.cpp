@@ -71,6 +71,7 @@ struct Args {
   int32_t n_groups, batch, kv_heads, queries, new_tokens;     // queries: rows per KV head (group x new tokens)
   int32_t key_dim, value_dim, coordinates, segments;          // coordinates: M
   int32_t page_tokens, columns, n_sink, body, sliding, threads, frames, frame_tokens, map_row;  // body: position of the first token in pages
+  int32_t recent;                                             // see PagedKV.recent; -1: none
   float scaling;
 };
 
@@ -488,23 +489,31 @@ float split_weights(float* row, float most, const float* sigma, const float* off
   return offset ? sum_of(constant) : -0.5f * top * unit * sum_of(to_float(whole));
 }
 
-// What is visible of one sequence: body tokens from:to in pages, of which first:packed are read there, in chunks; tokens in full
+// What is visible of one sequence: body tokens from:to in pages, of which first:coded are read there, in chunks; tokens in full
 // precision in pieces, neighbours in memory, of batch entry or page `at`.
 struct Piece { const Dense *k, *v; int64_t at, slot, position; int n; };
 struct Sequence {
-  int64_t first, packed;
+  int64_t first, coded;
   int from, to, chunks, rows;
   int64_t before;                                             // chunks of the sequences before it
   std::vector<Piece> piece;
 };
 
-struct Positions { int64_t low, high; };
+// Positions low:high that a query sees, those below `codes` as codes, sinks apart.
+struct Positions { int64_t low, high, codes; };
 
-// The positions that a query sees.
 inline Positions visible(const Args& a, int b, int s) {
   const int64_t at = int64_t(b) * a.new_tokens + s, position = a.total[b] - a.new_tokens + s;
-  if (a.low) return {a.low[at], std::max(a.low[at], a.high[at])};
-  return {a.sliding ? std::max<int64_t>(position - a.sliding + 1, 0) : 0, std::max<int64_t>(position + 1, 0)};
+  Positions x{a.sliding ? std::max<int64_t>(position - a.sliding + 1, 0) : 0, std::max<int64_t>(position + 1, 0), a.packed[b] + a.body};
+  if (a.low) x.low = a.low[at], x.high = std::max(a.low[at], a.high[at]);
+  if (a.recent >= 0) x.codes = std::max(x.codes, x.high - 1 - a.recent);
+  return x;
+}
+
+// Those of tokens in full precision, which lie from `position` on, sinks apart from others.
+inline Positions in_full(const Args& a, Positions x, int64_t position) {
+  if (a.recent >= 0 && position >= a.n_sink) x.low = std::max(x.low, x.codes);
+  return x;
 }
 
 // How many of the positions from:to are among those.
@@ -521,16 +530,16 @@ void add(Sequence& s, Positions all, const Dense& k, const Dense& v, int64_t at,
 
 Sequence sequence(const Args& a, int b) {
   Sequence s{};
-  Positions all{std::numeric_limits<int64_t>::max(), 0};
+  Positions all{std::numeric_limits<int64_t>::max(), 0, 0};
   for (int i = 0; i < a.new_tokens; i++) {
     const Positions x = visible(a, b, i);
-    if (x.low < x.high) all = {std::min(all.low, x.low), std::max(all.high, x.high)};
+    if (x.low < x.high) all = {std::min(all.low, x.low), std::max(all.high, x.high), std::max(all.codes, x.codes)};
   }
   if (all.low >= all.high) return s;
-  const int64_t p = a.page_tokens, held = a.held[b];
-  s.packed = a.packed[b];
-  s.first = std::max<int64_t>(((s.packed + p - 1) / p - a.columns) * p, a.n_sink - a.body);
-  const int64_t low = std::max(all.low - a.body, s.first), high = std::min(all.high - a.body, s.packed);
+  const int64_t p = a.page_tokens, held = a.held[b], packed = a.packed[b];
+  s.coded = all.codes - a.body;
+  s.first = std::max<int64_t>(((s.coded + p - 1) / p - a.columns) * p, a.n_sink - a.body);
+  const int64_t low = std::max(all.low - a.body, s.first), high = std::min(all.high - a.body, s.coded);
   if (low < high) {
     const int64_t unit = std::min<int64_t>(p, LANES);  // whole tiles and granules
     s.from = int(low / p * p);
@@ -540,20 +549,22 @@ Sequence sequence(const Args& a, int b) {
   if (a.window_table) {
     add(s, all, a.sink_k, a.sink_v, a.table[b * a.table_row], 0, 0, std::min<int64_t>(a.n_sink, held));
     const int64_t size = a.window_k.tokens;
-    for (int64_t t = std::max<int64_t>(s.packed, a.n_sink), n; t < held; t += n) {
+    for (int64_t t = std::max<int64_t>(packed, a.n_sink), n; t < held; t += n) {
       n = std::min(held - t, size - t % size);
       add(s, all, a.window_k, a.window_v, a.window_table[b * a.window_row + t / size], t % size, t, n);
     }
   } else {
     const int64_t ring = a.window_k.tokens - a.n_sink, body = std::max<int64_t>(held - a.n_sink, 0);
     add(s, all, a.window_k, a.window_v, b, 0, 0, std::min<int64_t>(a.n_sink, held));
-    for (int64_t j = std::max({body - ring, s.packed, int64_t(0)}), n; j < body; j += n) {
+    for (int64_t j = std::max({body - ring, packed, int64_t(0)}), n; j < body; j += n) {
       n = std::min(body - j, ring - j % ring);
       add(s, all, a.window_k, a.window_v, b, a.n_sink + j % ring, a.n_sink + j, n);
     }
   }
   const int64_t start = a.new_start ? a.new_start[b] : 0;
-  add(s, all, a.new_k, a.new_v, b, start, held, std::min(a.total[b] - held, a.new_k.tokens - start));
+  const int64_t fresh = std::max<int64_t>(std::min(a.total[b] - held, a.new_k.tokens - start), 0), sinks = std::clamp<int64_t>(a.n_sink - held, 0, fresh);
+  add(s, all, a.new_k, a.new_v, b, start, held, sinks);
+  add(s, all, a.new_k, a.new_v, b, start + sinks, held + sinks, fresh - sinks);
   return s;
 }
 
@@ -561,9 +572,9 @@ Sequence sequence(const Args& a, int b) {
 void count(const Args& a, const Sequence& s, int b) {
   for (int i = 0; i < a.new_tokens; i++) {
     const Positions x = visible(a, b, i);
-    int64_t n = shared(x, a.body + s.first, a.body + s.packed);
+    int64_t n = shared(x, a.body + s.first, x.codes);
     a.reads[0] += n;
-    for (const Piece& p : s.piece) n += shared(x, p.position, p.position + p.n);
+    for (const Piece& p : s.piece) n += shared(in_full(a, x, p.position), p.position, p.position + p.n);
     a.reads[1] += n;
   }
 }
@@ -650,7 +661,7 @@ struct Range { int low, high; };
 
 Range seen(const Args& a, const Sequence& of, int b, int q, int t0, int t1) {
   const Positions x = visible(a, b, q % a.new_tokens);
-  const int64_t last = std::min<int64_t>(t1, of.packed), first = std::max<int64_t>(t0, of.first);
+  const int64_t last = std::min<int64_t>(t1, x.codes - a.body), first = std::max<int64_t>(t0, of.first);
   const int low = int(std::clamp<int64_t>(x.low - a.body, first, std::max(first, last))), high = int(std::clamp<int64_t>(x.high - a.body, first, std::max(first, last)));
   return {low - t0, std::max(low, high) - t0};
 }
@@ -940,11 +951,12 @@ void attend_exact(const Args& a, const Sequence& of, int b, int h, const float* 
     }
   std::fill(out, out + int64_t(a.queries) * d, 0.0f);
   for (int i = 0; i < a.queries; i++) {
-    const Positions x = visible(a, b, i % a.new_tokens);
+    const Positions all = visible(a, b, i % a.new_tokens);
     float *w = s + i * n, most = NEG, total = 0;
     bool bad = false;
     j = 0;
     for (const Piece& p : of.piece) {
+      const Positions x = in_full(a, all, p.position);
       const int m = p.n;
       const int low = int(std::clamp<int64_t>(x.low - p.position, 0, m)), high = int(std::clamp<int64_t>(x.high - p.position, low, m));
       std::fill(w + j, w + j + low, NEG);

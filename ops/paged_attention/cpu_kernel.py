@@ -16,7 +16,7 @@ from headq_ao.ops.layout import PIECES, granule, plane_columns, plane_pieces
 from headq_ao.ops.page_layout import PagedGroup, PageLayout
 from headq_ao.ops.paged_attention import long_chunk, tiled
 from headq_ao.ops.paged_attention.new_tokens import with_new_tokens
-from headq_ao.ops.paged_attention.tiled import overlap
+from headq_ao.ops.paged_attention.tiled import overlap_in_full
 from headq_ao.ops.paged_attention.tiles import tiles
 from headq_ao.ops.types import PagedKV, Readers, Visible, in_vectors, visible_positions
 
@@ -70,7 +70,7 @@ class _Group(ctypes.Structure):
 
 _INTS = (
     "n_groups batch kv_heads queries new_tokens key_dim value_dim coordinates segments page_tokens columns n_sink "
-    "body sliding threads frames frame_tokens map_row"
+    "body sliding threads frames frame_tokens map_row recent"
 )
 
 
@@ -114,23 +114,18 @@ def launch(
         return _launch(_call(kv, readers, q.shape[1], sliding, reads), q, scaling, readers.query_map, visible)
     shown = visible_positions(kv.total, q.shape[2], sliding) if visible is None else visible
     of_cache = None
-    if (
-        kv.new_k is not None
-        and bool((kv.held > 0).all() and (kv.total - kv.held == q.shape[2]).all())
-        and long_chunk.serves(q, kv, visible, sliding)
-    ):
+    if kv.new_k is not None and long_chunk.serves(q, kv, visible, sliding):
         if reads is not None:
             tiled.count(kv, shown, PageLayout.parse(kv.layout), reads)
         return long_chunk.attention(q, scaling, kv, readers)
-    if kv.new_k is None or bool(kv.held.any()):
+    if kv.new_k is None or kv.recent is not None or bool(kv.held.any()):
         call = _call(replace(kv, new_k=None, new_v=None), readers, q.shape[1], 0, reads)
         outs = []
         for t in tiles(q.shape[2], _query_tile(q, kv)):
-            of_tile = Visible(shown.low[:, t], shown.high[:, t])
-            outs.append(_launch(call, q[:, :, t], scaling, readers.query_map, of_tile))
+            outs.append(_launch(call, q[:, :, t], scaling, readers.query_map, shown.tile(t)))
         of_cache = torch.cat([out for out, _ in outs], 2), torch.cat([lse for _, lse in outs], 2)
     if reads is not None and kv.new_k is not None:
-        reads[1] += overlap(shown, kv.held, kv.total)
+        reads[1] += overlap_in_full(shown, kv)
     return with_new_tokens(of_cache, q, scaling, kv, visible, sliding)
 
 
@@ -236,6 +231,7 @@ class _Call:
             held.data, held.dtype = x.data_ptr(), DTYPES[x.dtype]
             held.token, held.head = x.stride(0), x.stride(1)
         fields.batch, fields.new_tokens, fields.queries = len(of.table), 1, self.heads
+        fields.recent = recent(of.recent)
         fields.table, fields.table_row, fields.columns = of.table.data_ptr(), of.table.stride(0), of.table.shape[1]
         fields.window_table, fields.window_row = of.window_table.data_ptr(), of.window_table.stride(0)
         fields.packed, fields.held, fields.total = of.packed.data_ptr(), of.total.data_ptr(), of.total.data_ptr()
@@ -259,7 +255,7 @@ def _call(kv: PagedKV, readers: Readers, q_heads: int, sliding: int, reads: Tens
         *(() if (frame := readers.frame) is None else (frame.table, frame.partner)),
     )  # fmt: skip
     forms = [None if x is None else (x.data_ptr(), x.shape, x.stride(), x.dtype) for x in tensors]
-    key = (kv.layout, kv.n_sink, q_heads, sliding, frame and frame.tokens, *forms)
+    key = (kv.layout, kv.n_sink, q_heads, sliding, kv.recent, frame and frame.tokens, *forms)
     found = _calls.get(key)
     if found is not None:
         return _Call(found[0], [found[1]])
@@ -306,7 +302,7 @@ def _arguments(kv: PagedKV, readers: Readers, q_heads: int, sliding: int, reads:
         n_groups=len(groups), batch=kv.table.shape[0], kv_heads=layout.kv_heads, queries=q_heads // layout.kv_heads,
         key_dim=layout.key_dim, value_dim=layout.value_dim, coordinates=query_map.shape[-1] - 3,
         segments=1 if segment is None else len(query_map), page_tokens=layout.page_tokens, columns=table.shape[1],
-        n_sink=kv.n_sink, body=kv.body_start, sliding=sliding, table=table.data_ptr(), table_row=table.stride(0),
+        n_sink=kv.n_sink, body=kv.body_start, sliding=sliding, recent=recent(kv.recent), table=table.data_ptr(), table_row=table.stride(0),
         segment=_address(segment), new_start=_address(start), reads=_address(reads), window_table=_address(window),
         window_row=0 if window is None else window.stride(0),
         **dict(zip(("window_k", "window_v", "new_k", "new_v", "sink_k", "sink_v"), map(_dense, dense), strict=True)),
@@ -321,6 +317,11 @@ def _arguments(kv: PagedKV, readers: Readers, q_heads: int, sliding: int, reads:
         args.frame_tokens, args.map_row = frame.tokens, query_map.stride(3)
         kept += [table_of_frames, partner]
     return _Call(args, [*kept, *kv.pages, table])
+
+
+def recent(tokens: int | None) -> int:
+    """:attr:`PagedKV.recent` as the kernel takes it."""
+    return -1 if tokens is None else tokens
 
 
 def _transposed(read: Tensor) -> Tensor:

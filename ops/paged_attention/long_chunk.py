@@ -8,25 +8,32 @@ from torch import Tensor
 
 from headq_ao.ops.page_layout import PageLayout
 from headq_ao.ops.paged_attention import reference
-from headq_ao.ops.paged_attention.new_tokens import Part, flash
-from headq_ao.ops.types import PagedKV, Readers, Visible
+from headq_ao.ops.paged_attention.new_tokens import Part, flash, hiding
+from headq_ao.ops.paged_attention.tiles import tiles
+from headq_ao.ops.types import PagedKV, Readers, Visible, visible_positions
 
 LEAST_QUERIES = 512  # measured: fewer are read faster as codes
 TILE = 4096  # tokens that are dequantized at a time
+BLOCK = 512  # queries that are read under one mask
 
 
 def serves(q: Tensor, kv: PagedKV, visible: Visible | None, sliding: int) -> bool:
-    """Whether these are such chunks, over a cache that is not empty, whose queries see all of it."""
+    """Whether these are such chunks, whose queries see all of the cache; there is one, unless they read their own tokens
+    as codes."""
     if q.shape[2] < LEAST_QUERIES or q.dtype not in (torch.bfloat16, torch.float16) or visible is not None or sliding:
         return False
     layout = PageLayout.parse(kv.layout)
     alike = layout.key_dim == layout.value_dim and kv.segment is None and kv.window_k.dtype == q.dtype
-    return alike and kv.new_k is not None and bool((kv.held > 0).all() and (kv.total - kv.held == q.shape[2]).all())
+    some = kv.recent is not None or bool((kv.held > 0).all())
+    return alike and some and kv.new_k is not None and bool((kv.total - kv.held == q.shape[2]).all())
 
 
 def attention(q: Tensor, scaling: float, kv: PagedKV, readers: Readers) -> Part:
     """:func:`headq_ao.ops.paged_attention` of such a chunk."""
     assert kv.new_k is not None and kv.new_v is not None
+    if kv.recent is not None:
+        parts = [_by_position(q[b : b + 1], scaling, kv.sequence(b), readers_of(readers, b)) for b in range(len(q))]
+        return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
     return joined(read_cache(q, scaling, kv, readers), flash(q, kv.new_k, kv.new_v, None, scaling))
 
 
@@ -67,6 +74,37 @@ def _read_one(q: Tensor, scaling: float, kv: PagedKV, readers: Readers) -> Part:
             found = part if found is None else joined(found, part)
     last = flash(q, k, v, None, scaling, causal=False)
     return last if found is None else joined(found, last)
+
+
+def _by_position(q: Tensor, scaling: float, kv: PagedKV, readers: Readers) -> Part:
+    """Of one sequence whose queries read codes up to ends of their own; see :attr:`PagedKV.recent`."""
+    assert kv.new_k is not None and kv.new_v is not None
+    shown = visible_positions(kv.total, q.shape[2], 0)
+    (window, in_window), (new, is_new) = reference.window_positions(kv), reference.new_positions(kv)
+    position, here = torch.cat([window, new], 1), torch.cat([in_window, is_new], 1)
+    k, v = (torch.cat(x, 2) for x in zip(reference.window_tokens(kv), (kv.new_k, kv.new_v), strict=True))
+    of_full = []
+    for block in tiles(q.shape[2], BLOCK):
+        seen = reference.seen_in_full(position, here, shown.tile(block), kv)
+        read = seen[0].any(0).nonzero()[:, 0]
+        mask = hiding(seen[..., read], q.dtype)
+        of_full.append(flash(q[:, :, block], k[:, :, read], v[:, :, read], mask, scaling))
+    out, lse = (torch.cat(x, 2) for x in zip(*of_full, strict=True))
+    layout, ends = PageLayout.parse(kv.layout), shown.codes_end(kv)[0].contiguous()
+    for begin in range(kv.n_sink, int(ends[-1]), TILE):
+        end = min(begin + TILE, int(ends[-1]))
+        k, v = (x.to(q.dtype) for x in dequantized(kv, layout, readers, begin, end))
+        some, whole = (int(i) for i in torch.searchsorted(ends, torch.tensor([begin + 1, end])))
+        for first in [*range(some, whole, BLOCK), whole]:
+            rows = slice(first, min(first + BLOCK, whole) if first < whole else q.shape[2])
+            n, mask = end - begin, None
+            if first < whole:
+                n = int(ends[rows.stop - 1]) - begin
+                mask = hiding(torch.arange(begin, begin + n) < ends[None, rows, None], q.dtype)
+            if rows.start < rows.stop:
+                part = flash(q[:, :, rows], k[:, :, :n], v[:, :, :n], mask, scaling, causal=False)
+                out[:, :, rows], lse[:, :, rows] = joined((out[:, :, rows], lse[:, :, rows]), part)
+    return out, lse
 
 
 def joined(one: Part, other: Part) -> Part:

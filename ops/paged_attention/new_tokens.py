@@ -20,7 +20,12 @@ def with_new_tokens(
     shown = visible_positions(kv.total, q.shape[2], sliding) if visible is None else visible
     if q.device.type != "cpu" or q.dtype == torch.float64 or kv.new_k.shape[-1] != kv.new_v.shape[-1]:
         parts = by_products(q, scaling, kv, shown)
-    elif visible is None and not 0 < sliding < q.shape[2] and bool((kv.total - kv.held == q.shape[2]).all()):
+    elif (
+        visible is None
+        and kv.recent is None
+        and not 0 < sliding < q.shape[2]
+        and bool((kv.total - kv.held == q.shape[2]).all())
+    ):
         parts = flash(q, kv.new_k, kv.new_v, None, scaling)
     else:
         parts = masked(q, scaling, kv, shown)
@@ -46,17 +51,26 @@ def flash(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float =
 
 
 def masked(q: Tensor, scaling: float, kv: PagedKV, shown: Visible) -> Part:
-    """Under ranges and padding."""
+    """Under ranges and padding; tokens that no query of a tile reads are left out."""
     assert kv.new_k is not None and kv.new_v is not None
     position, here = reference.new_positions(kv)
     k, v = (x.float().masked_fill(~here[:, None, :, None], 0.0) for x in (kv.new_k, kv.new_v))
     outs = []
     for t in tiles(q.shape[2], QUERY_TILE):
-        seen = reference.visible_at(position, here, Visible(shown.low[:, t], shown.high[:, t]))[:, None]
-        mask = torch.zeros(seen.shape, dtype=torch.float32, device=seen.device).masked_fill(~seen, float("-inf"))
-        out, lse = flash(q[:, :, t].float() * scaling, k, v, mask)
-        outs.append((out, lse.masked_fill(~seen.any(-1), float("-inf"))))
+        seen = reference.seen_in_full(position, here, shown.tile(t), kv)
+        read = seen.flatten(0, 1).any(0).nonzero()[:, 0]
+        if 0 < len(read) < len(position[0]):
+            seen, of_tile = seen[..., read], (k[:, :, read], v[:, :, read])
+        else:
+            of_tile = k, v
+        out, lse = flash(q[:, :, t].float() * scaling, *of_tile, hiding(seen))
+        outs.append((out, lse.masked_fill(~seen.any(-1)[:, None], float("-inf"))))
     return torch.cat([o for o, _ in outs], 2), torch.cat([lse for _, lse in outs], 2)
+
+
+def hiding(seen: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """What is added to scores ``[B, 1, S, n]`` so that only what is ``seen [B, S, n]`` counts."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, float("-inf"))[:, None]
 
 
 def by_products(q: Tensor, scaling: float, kv: PagedKV, shown: Visible) -> Part:
@@ -68,7 +82,7 @@ def by_products(q: Tensor, scaling: float, kv: PagedKV, shown: Visible) -> Part:
         parts = []
         for t in tiles(kv.new_k.shape[2], TOKEN_TILE):
             if worth(position[:, t], of_tile) or not t.start:
-                k, v = kv.new_k[:, :, t], kv.new_v[:, :, t]
-                parts.append(reference.dense_part(grouped, k, v, position[:, t], here[:, t], of_tile))
+                seen = reference.seen_in_full(position[:, t], here[:, t], of_tile, kv)
+                parts.append(reference.dense_part(grouped, kv.new_k[:, :, t], kv.new_v[:, :, t], here[:, t], seen))
         outs.append(reference.merge(parts))
     return torch.cat([o for o, _ in outs], 3).flatten(1, 2), torch.cat([lse for _, lse in outs], 3).flatten(1, 2)

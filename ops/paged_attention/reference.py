@@ -31,8 +31,9 @@ def packed_part(
     """Over the pages of the block table, or of a part of its columns."""
     j = body_tokens(kv, layout.page_tokens)[:, part].flatten(1)  # [B, C·P]
     frames = None if readers.frame is None else readers.frame.of(j)
-    here = (j >= 0) & (j < kv.packed[:, None]) & (j + kv.body_start >= kv.n_sink)
-    seen = visible_at(j + kv.body_start, here, shown)  # [B, S, C·P]
+    here = (j >= 0) & (j < kv.coded[:, None]) & (j + kv.body_start >= kv.n_sink)
+    coded = Visible(shown.low, torch.minimum(shown.high, shown.codes_end(kv)))
+    seen = visible_at(j + kv.body_start, here, coded)  # [B, S, C·P]
     table = kv.table[:, part].long()
     scores, outs = [], []
     for group in layout.split(kv.pages):
@@ -48,7 +49,7 @@ def packed_part(
 def body_tokens(kv: PagedKV, page_tokens: int) -> Tensor:
     """Body tokens ``[B, C, P]`` of each column's page: ``c`` holds the last logical page ``i ≡ c (mod C)`` in use;
     below 0: none."""
-    pages = (kv.packed + page_tokens - 1).div(page_tokens, rounding_mode="floor")
+    pages = (kv.coded + page_tokens - 1).div(page_tokens, rounding_mode="floor")
     logical = last_in_slots(pages, kv.table.shape[1])  # [B, C]
     return logical[..., None] * page_tokens + torch.arange(page_tokens, device=kv.table.device)
 
@@ -131,7 +132,8 @@ def read_back(out: Tensor, lse: Tensor, readers: Readers) -> Tensor:
 
 def window_part(q: Tensor, kv: PagedKV, shown: Visible) -> tuple[Tensor, Tensor]:
     """Over sinks and the newest tokens."""
-    return dense_part(q, *window_tokens(kv), *window_positions(kv), shown)
+    position, here = window_positions(kv)
+    return dense_part(q, *window_tokens(kv), here, seen_in_full(position, here, shown, kv))
 
 
 def window_tokens(kv: PagedKV) -> tuple[Tensor, Tensor]:
@@ -177,7 +179,8 @@ def window_columns(kv: PagedKV) -> Tensor:
 def new_part(q: Tensor, kv: PagedKV, shown: Visible) -> tuple[Tensor, Tensor]:
     """Over the call's own tokens."""
     assert kv.new_k is not None and kv.new_v is not None
-    return dense_part(q, kv.new_k, kv.new_v, *new_positions(kv), shown)
+    position, here = new_positions(kv)
+    return dense_part(q, kv.new_k, kv.new_v, here, seen_in_full(position, here, shown, kv))
 
 
 def new_positions(kv: PagedKV) -> tuple[Tensor, Tensor]:
@@ -188,12 +191,11 @@ def new_positions(kv: PagedKV) -> tuple[Tensor, Tensor]:
     return position, (position >= kv.held[:, None]) & (position < kv.total[:, None])
 
 
-def dense_part(
-    q: Tensor, k: Tensor, v: Tensor, position: Tensor, here: Tensor, shown: Visible
-) -> tuple[Tensor, Tensor]:
-    """Over tokens in full precision ``[B, Hkv, n, D]`` at those positions ``[B, n]``; others may hold anything."""
+def dense_part(q: Tensor, k: Tensor, v: Tensor, here: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+    """Over tokens in full precision ``[B, Hkv, n, D]``, those of them that are ``here [B, n]``, the others may hold
+    anything; ``seen [B, S, n]`` by each query."""
     k, v = (x.to(q.dtype).masked_fill(~here[:, None, :, None], 0.0) for x in (k, v))
-    seen = visible_at(position, here, shown)[:, None, None]
+    seen = seen[:, None, None]
     a, lse = softmax((q @ k[:, :, None].transpose(-1, -2)).masked_fill(~seen, float("-inf")))
     return a @ v[:, :, None], lse
 
@@ -202,6 +204,12 @@ def visible_at(position: Tensor, here: Tensor, shown: Visible) -> Tensor:
     """Which queries see the tokens at those positions, ``[B, S, n]``."""
     at = position[:, None]
     return here[:, None] & (at >= shown.low[..., None]) & (at < shown.high[..., None])
+
+
+def seen_in_full(position: Tensor, here: Tensor, shown: Visible, kv: PagedKV) -> Tensor:
+    """Which queries read the tokens at those positions in full precision, ``[B, S, n]``."""
+    at = position[:, None]
+    return visible_at(position, here, shown) & ((at < kv.n_sink) | (at >= shown.codes_end(kv)[..., None]))
 
 
 def softmax(s: Tensor) -> tuple[Tensor, Tensor]:

@@ -38,14 +38,24 @@ def paged_attention(
 
 def count(kv: PagedKV, shown: Visible, layout: PageLayout, reads: Tensor) -> None:
     """Add how many packed tokens, and how many at all, queries see."""
-    first = (kv.packed.add(layout.page_tokens - 1) // layout.page_tokens - kv.table.shape[1]).clamp(min=0)
+    first = (kv.coded.add(layout.page_tokens - 1) // layout.page_tokens - kv.table.shape[1]).clamp(min=0)
     first = (kv.body_start + first * layout.page_tokens).clamp(min=kv.n_sink)
-    packed = overlap(shown, first, kv.body_start + kv.packed)
+    coded = Visible(shown.low, torch.minimum(shown.high, shown.codes_end(kv)))
+    packed = overlap(coded, first, kv.body_start + kv.coded)
     position, here = reference.window_positions(kv)
-    others = reference.visible_at(position, here, shown).sum()
+    others = reference.seen_in_full(position, here, shown, kv).sum()
     if kv.new_k is not None:
-        others = others + overlap(shown, kv.held, kv.total)
+        others = others + overlap_in_full(shown, kv)
     reads += torch.stack([packed, packed + others])
+
+
+def overlap_in_full(shown: Visible, kv: PagedKV) -> Tensor:
+    """How many of the call's own tokens queries read in full precision."""
+    if kv.recent is None:
+        return overlap(shown, kv.held, kv.total)
+    sinks = torch.clamp(kv.total, max=kv.n_sink)
+    newest = Visible(torch.maximum(shown.low, shown.codes_end(kv)), shown.high)
+    return overlap(shown, kv.held, sinks) + overlap(newest, kv.held.clamp(min=kv.n_sink), kv.total)
 
 
 def overlap(shown: Visible, first: Tensor, stop: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ def query_tiles(q: Tensor, scaling: float, kv_heads: int, shown: Visible) -> Ite
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     grouped = (q.to(wide) * scaling).unflatten(1, (kv_heads, -1))
     for t in tiles(q.shape[2], QUERY_TILE):
-        yield grouped[:, :, :, t], Visible(shown.low[:, t], shown.high[:, t])
+        yield grouped[:, :, :, t], shown.tile(t)
 
 
 def worth(position: Tensor, shown: Visible) -> bool:

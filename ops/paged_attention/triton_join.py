@@ -5,18 +5,18 @@ import triton
 import triton.language as tl
 
 from headq_ao.ops.paged_attention.triton_packed import body_token, oldest_segment, oldest_token
-from headq_ao.ops.paged_attention.triton_window import product_fp32, query_token, visible
+from headq_ao.ops.paged_attention.triton_window import coded, codes_end, product_fp32, query_token, visible
 
 LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit(
-    do_not_specialize=["kv_heads", "new", "rows", "table_columns"],
-    do_not_specialize_on_alignment=["packed", "query_start"],
+    do_not_specialize=["recent", "kv_heads", "new", "rows", "table_columns"],
+    do_not_specialize_on_alignment=["packed", "total", "query_start"],
 )
 def map_kernel(
-    q, q_strides, query_start, scaling, query_map, map_strides, mapped, frame, packed, table_columns, kv_heads, new,
-    rows,
+    q, q_strides, query_start, scaling, query_map, map_strides, mapped, frame, packed, recent, total, table_columns,
+    kv_heads, new, rows,
     P: tl.constexpr, SEGMENTS: tl.constexpr, M: tl.constexpr, KEY_D: tl.constexpr, KEY_PADDED: tl.constexpr,
     COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -34,7 +34,7 @@ def map_kernel(
     some = True
     if frame is not None:
         angles, partner, tokens, count = frame
-        in_pages = tl.load(packed + b)
+        in_pages = coded(total + b, tl.load(packed + b), recent)
         at_frame = oldest_segment(in_pages, table_columns, tokens, count, P) + tl.program_id(2) // SEGMENTS
         some = (at_frame < count) & (at_frame * tokens < in_pages)
         angles += at_frame * (2 * KEY_D)
@@ -105,12 +105,12 @@ def _joined(parts, part_lse, lse, lines, begin, end, d, D: tl.constexpr, SPLITS:
 
 
 @triton.jit(
-    do_not_specialize=["heads", "group", "new", "lines", "packed_splits", "splits", "n_sink", "sliding",
+    do_not_specialize=["recent", "heads", "group", "new", "lines", "packed_splits", "splits", "n_sink", "sliding",
                        "table_columns"],
     do_not_specialize_on_alignment=["packed", "held", "total", "low", "high", "reads", "query_start"],
 )  # fmt: skip
 def join_kernel(
-    parts, part_lse, packed, held, total, low, high, read, read_strides, mean, mean_strides, out, query_start, lse,
+    parts, part_lse, packed, recent, held, total, low, high, read, read_strides, mean, mean_strides, out, query_start, lse,
     reads, heads, group, new, lines, packed_splits, splits, n_sink, sliding, table_columns, ring,
     D: tl.constexpr, D_PADDED: tl.constexpr, BLOCK: tl.constexpr, P: tl.constexpr, SPLITS: tl.constexpr,
     BY_POSITION: tl.constexpr,
@@ -156,7 +156,9 @@ def join_kernel(
         if reads is not None:
             first, last = visible(b, i, True, new, low, high, total, sliding)
             in_pages, end = tl.load(packed + b), tl.load(total + b)
-            oldest = oldest_token(in_pages, table_columns, n_sink, P, BY_POSITION)
+            oldest = oldest_token(coded(total + b, in_pages, recent), table_columns, n_sink, P, BY_POSITION)
+            if recent is not None:
+                in_pages = codes_end(last, in_pages, recent)
             seen = tl.minimum(body_token(last, n_sink, BY_POSITION), in_pages)
             seen = tl.maximum(seen - tl.maximum(body_token(first, n_sink, BY_POSITION), oldest), 0)
             in_window = tl.load(held + b)

@@ -94,14 +94,15 @@ def _launch(
     with torch.cuda.device_of(q):
         map_kernel[(batch * layout.kv_heads, triton.cdiv(m + 3, COLUMNS) * triton.cdiv(rows, 16), frames * segments)](
             q, q_strides, start, scaling, query_map, _shared(query_map.stride()[:4], query_map.shape), mapped,
-            None if frame is None else of_frame, kv.packed, kv.table.shape[1], layout.kv_heads, new, rows,
+            None if frame is None else of_frame, kv.packed, kv.recent, kv.total, kv.table.shape[1], layout.kv_heads,
+            new, rows,
             P=layout.page_tokens, SEGMENTS=segments, COLUMNS=COLUMNS, num_warps=4, enable_fp_fusion=True, **sizes,
         )  # fmt: skip
         split_kernel[(batch * layout.kv_heads, parts, triton.cdiv(rows, constants["ROWS"]))](
             mapped, all_query_columns(forms, device), head_table(layout, kv.pages), kv.table, kv.table.stride(0),
             kv.table.shape[1], kv.segment if segments > 1 else None, None if frame is None else of_frame[2:], q,
             q_strides, start, scaling, _tokens(kv.window_k, kv.window_v), owned,
-            None if kv.new_k is None else _tokens(kv.new_k, kv.new_v), kv.new_start, kv.packed, kv.held, kv.total,
+            None if kv.new_k is None else _tokens(kv.new_k, kv.new_v), kv.new_start, kv.packed, kv.recent, kv.held, kv.total,
             low, high, kv.n_sink, ring, sliding, part_out, part_lse, layout.kv_heads, new, rows, splits, new_slots,
             SEGMENTS=segments, **sizes, **constants, **options,
         )  # fmt: skip
@@ -109,7 +110,7 @@ def _launch(
         mean = None if readers.mean is None else readers.mean.expand(batch, layout.kv_heads, -1)
         padded = constants["D_PADDED"]
         join_kernel[(lines, triton.cdiv(dim, min(BLOCK, padded)))](
-            part_out, part_lse, kv.packed, kv.held, kv.total, low, high, read, None if read is None else read.stride(),
+            part_out, part_lse, kv.packed, kv.recent, kv.held, kv.total, low, high, read, None if read is None else read.stride(),
             mean, None if mean is None else mean.stride(), out, start, lse, reads, heads, heads // layout.kv_heads, new,
             lines, packed_parts, parts, kv.n_sink, sliding, kv.table.shape[1], ring, D=dim, D_PADDED=padded,
             BLOCK=min(BLOCK, padded), P=layout.page_tokens, SPLITS=4096 // padded, BY_POSITION=owned is not None,
@@ -173,9 +174,11 @@ def _owned(kv: PagedKV) -> tuple[tuple[Any, ...] | None, int]:
 
 
 def _served(q: Tensor, kv: PagedKV, layout: PageLayout, readers: Readers) -> bool:
-    """Segments must be whole tiles of a program, whatever the values' bits."""
+    """Segments must be whole tiles of a program, whatever the values' bits; tokens that are read as codes by some
+    queries, in full precision by others, are in pages."""
     coded = all(g.keys.bits and g.values.bits for g in layout.groups)
     coded = coded and (readers.frame is None or readers.frame.tokens % LONGEST_TILE == 0)
+    coded = coded and (kv.recent is None or kv.new_k is None)
     return coded and q.shape[2] <= QUERIES and q.dtype in WINDOW_DTYPES and kv.window_k.dtype in WINDOW_DTYPES
 
 

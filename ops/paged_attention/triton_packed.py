@@ -22,7 +22,7 @@ import triton.language as tl
 from headq_ao.ops.paged_attention.triton_codes import CHUNK, log2, parts, piece, query_slices, raised, unit
 from headq_ao.ops.paged_attention.triton_heads import FIELDS as _FIELDS
 from headq_ao.ops.paged_attention.triton_heads import form, sides
-from headq_ao.ops.paged_attention.triton_window import LOG2E, exact_split, visible
+from headq_ao.ops.paged_attention.triton_window import LOG2E, coded, codes_end, exact_split, visible
 
 FIELDS = tl.constexpr(_FIELDS)
 LARGEST = tl.constexpr(14)  # log2 of the largest factor in fp16
@@ -394,8 +394,8 @@ def _read(
 
 @triton.jit
 def _packed_split(
-    q, q_stride, columns, heads, table, table_columns, segment, frame, held, total, low, high, n_sink, sliding, to,
-    to_lse, b, h, row, live, split, mine, new, splits,
+    q, q_stride, columns, heads, table, table_columns, segment, frame, in_pages, recent, total, low, high, n_sink,
+    sliding, to, to_lse, b, h, row, live, split, mine, new, splits,
     KINDS: tl.constexpr, KIND: tl.constexpr, M: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr,
     ROWS: tl.constexpr, PTX: tl.constexpr, P: tl.constexpr, BY_POSITION: tl.constexpr,
 ):  # fmt: skip
@@ -415,6 +415,9 @@ def _packed_split(
 
     # what the rows see, this split's share of it in whole tiles, and the tiles that all rows see whole
     first, last = visible(b, row % new, live, new, low, high, total, sliding)
+    held = coded(total + b, in_pages, recent)
+    if recent is not None:
+        last = tl.minimum(last, codes_end(last, in_pages, recent))
     body = body_token(first, n_sink, BY_POSITION)
     first = tl.maximum(body, oldest_token(held, table_columns, n_sink, P, BY_POSITION)).to(tl.int32)
     last = tl.where(live, tl.minimum(body_token(last, n_sink, BY_POSITION), held), 0).to(tl.int32)
@@ -476,15 +479,16 @@ def _packed_split(
 
 
 @triton.jit(
-    do_not_specialize=["kv_heads", "new", "rows", "splits", "n_sink", "ring", "sliding", "table_columns", "new_slots"],
+    do_not_specialize=["kv_heads", "new", "rows", "splits", "n_sink", "ring", "recent", "sliding", "table_columns",
+                       "new_slots"],
     do_not_specialize_on_alignment=[
         "table", "segment", "packed", "held", "total", "low", "high", "new_start", "query_start",
     ],
 )  # fmt: skip
 def split_kernel(
     mapped, columns, heads, table, table_stride, table_columns, segment, frame, q, q_strides, query_start, scaling,
-    window, owned, new_tokens, new_start, packed, held, total, low, high, n_sink, ring, sliding, out, out_lse, kv_heads,
-    new, rows, splits, new_slots,
+    window, owned, new_tokens, new_start, packed, recent, held, total, low, high, n_sink, ring, sliding, out, out_lse,
+    kv_heads, new, rows, splits, new_slots,
     KINDS: tl.constexpr, M: tl.constexpr, KEY_D: tl.constexpr, KEY_PADDED: tl.constexpr, D: tl.constexpr,
     D_PADDED: tl.constexpr, ROWS: tl.constexpr, PTX: tl.constexpr, P: tl.constexpr, SEGMENTS: tl.constexpr,
     TILE: tl.constexpr, PRECISION: tl.constexpr,
@@ -497,7 +501,8 @@ def split_kernel(
     of a segment, and how many there are) one such for each segment, from that of the oldest token on. ``heads``: the
     table of :func:`headq_ao.ops.paged_attention.triton_heads.head_table`. ``window``, ``new_tokens``: keys, their
     strides of batch, head and token, values, theirs; ``owned``: where an engine's pages hold the newest tokens, its
-    window table, that one's stride, tokens of a page, and sinks of keys and values, each with strides. With
+    window table, that one's stride, tokens of a page, and sinks of keys and values, each with strides; ``recent``:
+    :attr:`headq_ao.ops.types.PagedKV.recent`. With
     ``query_start`` queries are those of :class:`headq_ao.ops.requests.Requests`. Grid: heads, splits, blocks of rows.
     """
     b = tl.program_id(0).to(tl.int64) // kv_heads
@@ -521,14 +526,14 @@ def split_kernel(
             if kind == i:
                 _packed_split(
                     mapped, M + 3, columns, heads, table + b * table_stride, table_columns, segment, of_frame,
-                    in_pages, total, low, high, n_sink, sliding, to, to_lse, b, h, row, live, part // SEGMENTS, mine,
+                    in_pages, recent, total, low, high, n_sink, sliding, to, to_lse, b, h, row, live, part // SEGMENTS, mine,
                     new, splits,
                     KINDS, i, M, D, D_PADDED, ROWS, PTX, P, owned is not None,
                 )  # fmt: skip
     else:
         exact_split(
             q, q_strides, query_start, scaling, window, owned, table, table_stride, new_tokens, new_start, in_pages,
-            held, total, low, high, n_sink, ring, sliding, to, to_lse, b, h, row, live, part - splits * SEGMENTS, new,
+            recent, held, total, low, high, n_sink, ring, sliding, to, to_lse, b, h, row, live, part - splits * SEGMENTS, new,
             rows, new_slots,
             KEY_D, KEY_PADDED, D, D_PADDED, TILE, PRECISION,
         )  # fmt: skip

@@ -19,6 +19,21 @@ def visible(b, s, live, new, low, high, total, sliding):
 
 
 @triton.jit
+def codes_end(last, in_pages, recent):
+    """Where in an engine's pages queries that see up to ``last`` go over from codes to full precision: see
+    :attr:`headq_ao.ops.types.PagedKV.recent`."""
+    return tl.maximum(last - 1 - recent, in_pages)
+
+
+@triton.jit
+def coded(total, in_pages, recent):
+    """Tokens that a sequence's queries may read as codes."""
+    if recent is not None:
+        in_pages = codes_end(tl.load(total), in_pages, recent)
+    return in_pages
+
+
+@triton.jit
 def query_token(query_start, b, s, new):
     """The token that is query ``s`` of the ``new`` at a sequence's end, and whether it is one of the call's."""
     token = tl.load(query_start + b + 1) - new + s
@@ -84,8 +99,8 @@ def _attend(
 
 @triton.jit
 def exact_split(
-    q, q_strides, query_start, scaling, window, owned, table, table_stride, new_tokens, start, in_pages, held, total,
-    low, high, n_sink, ring, sliding, to, to_lse, b, h, row, live, tile, new, rows, new_slots,
+    q, q_strides, query_start, scaling, window, owned, table, table_stride, new_tokens, start, in_pages, recent, held,
+    total, low, high, n_sink, ring, sliding, to, to_lse, b, h, row, live, tile, new, rows, new_slots,
     KEY_D: tl.constexpr, KEY_PADDED: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, TILE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -109,6 +124,9 @@ def exact_split(
         sink_tiles = tl.cdiv(n_sink, TILE)
         tiles = sink_tiles + tl.cdiv(ring, TILE)
         lowest = tl.min(tl.where(live, first, in_window), 0)  # pages of tokens that no query sees may be let go
+    behind = first
+    if recent is not None:
+        behind = tl.maximum(first, codes_end(last, in_pages, recent))
     slot = tile * TILE + tl.arange(0, TILE)
     if tile < tiles:
         if owned is None:  # a slot of the ring holds the newest body token that belongs there
@@ -136,7 +154,7 @@ def exact_split(
             here = (number < ring) & (position < in_window) & (position >= lowest)
             page = tl.load(window_table + b * window_stride + position // size, mask=here, other=0).to(tl.int64)
             _attend(
-                x, window, page, b, h, position % size, position, here, first, last, to, to_lse, row, live,
+                x, window, page, b, h, position % size, position, here, behind, last, to, to_lse, row, live,
                 KEY_D, KEY_PADDED, D, D_PADDED, PRECISION,
             )  # fmt: skip
     elif new_tokens is not None:

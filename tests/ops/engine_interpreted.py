@@ -33,10 +33,18 @@ MIXED = ((1, 2, 2), (2, 4, 3))
 
 @dataclass(frozen=True)
 class Owned(Case):
-    """``size`` tokens of a window's page; ``bound``: the host knows how many tokens of the window are read."""
+    """``size`` tokens of a window's page; ``bound``: the host knows how many tokens of the window are read;
+    ``recent``: see :attr:`headq_ao.ops.types.PagedKV.recent`."""
 
     size: int = 16
     bound: bool = True
+    recent: int | None = None
+
+    @property
+    def coded(self):
+        if self.recent is None:
+            return self.packed
+        return tuple(max(p, t - 1 - self.recent) for p, t in zip(self.packed, self.total, strict=True))
 
 
 CASES = {
@@ -50,6 +58,14 @@ CASES = {
     "sliding": Owned(sliding=50, new=3, packed=(150, 40), held=(170, 60), total=(173, 63), dim=32, size=8),
     "given": Owned(given=True, new=2, packed=(150, 40), held=(170, 60), total=(172, 62), dim=32, heads=((1, 4, 4),)),
     "all packed": Owned(packed=(171,), new_tokens=False, dim=32),
+    "recent": Owned(
+        recent=20, heads=MIXED, new=3, packed=(150, 40, 0), held=(173, 63, 13), total=(173, 63, 13), dim=32,
+        new_tokens=False,
+    ),
+    "recent, sliding, frames": Owned(
+        recent=10, sliding=90, new=8, packed=(410,), held=(428,), total=(428,), columns=14, dim=32, size=8,
+        frame=some_frame(32, 128), new_tokens=False,
+    ),
     "frames": Owned(
         dim=32, frame=some_frame(32, 128), packed=(300, 150), held=(320, 170), total=(321, 171), columns=10,
     ),
@@ -88,7 +104,8 @@ def owned(case, seed=0):
             window[at] = torch.randn(layout.kv_heads, 2 * case.dim, generator=g)
         for p in range(int(low[b]), min(case.sinks, int(kv.held[b]))):
             sinks[:, int(kv.table[b, 0]), :, p] = torch.randn(2, layout.kv_heads, case.dim, generator=g)
-    used = torch.arange(case.columns) < ((kv.packed + case.page - 1) // case.page).clamp(min=1)[:, None]
+    kv = replace(kv, recent=case.recent)
+    used = torch.arange(case.columns) < ((kv.coded + case.page - 1) // case.page).clamp(min=1)[:, None]
     window, sinks = window.to(case.dtype), sinks.to(case.dtype)
     kv = replace(
         kv, window_table=table, window_k=window[..., : case.dim], window_v=window[..., case.dim :],
@@ -122,7 +139,8 @@ def counts(case, kv, visible):
     for b in range(len(kv.packed)):
         for low, high in zip(shown.low[b].tolist(), shown.high[b].tolist(), strict=True):
             seen = set(range(max(low, 0), min(high, int(kv.total[b]))))
-            packed += len(seen & set(range(case.sinks, int(kv.packed[b]))))
+            end = int(kv.packed[b]) if case.recent is None else max(int(kv.packed[b]), high - 1 - case.recent)
+            packed += len(seen & set(range(case.sinks, end)))
             total += len(seen)
     return [packed, total]
 
@@ -144,15 +162,18 @@ def test_attention(name, splits):
 @pytest.mark.parametrize("new", [(1, 1, 1), (3, 0, 2)])
 def test_attention_of_requests(new, sliding, frame):
     """Queries one after the other; a request without any is left alone, and so is a token of no request."""
-    lengths = {"packed": (150, 0, 40), "held": (172, 0, 62), "total": (172, 0, 62)}
-    case = Owned(**lengths, heads=MIXED, dim=32, new=max(new), new_tokens=False, sliding=sliding, frame=frame)
+    total, recent = (172, 0, 62), 19
+    case = Owned(
+        packed=tuple(max(t - n - recent, 0) for t, n in zip(total, new, strict=True)), held=total, total=total,
+        heads=MIXED, dim=32, new=max(new), new_tokens=False, sliding=sliding, frame=frame, recent=recent,
+    )  # fmt: skip
     given, clean = (to_device(x) for x in owned(case))
     _, kv, readers, _ = given
     g = torch.Generator().manual_seed(3)
     q = torch.randn(sum(new) + 1, 6, case.dim, generator=g).to(DEVICE)
     start = torch.tensor([0, new[0], new[0] + new[1], sum(new)], device=DEVICE)
     of = Requests(
-        start, kv.held, kv.packed, kv.total, kv.table, kv.window_table, max(new), max(new), newest=kv.newest - max(new)
+        start, kv.held, kv.packed, kv.total, kv.table, kv.window_table, max(new), max(new), recent=case.recent
     )
     out = torch.full((*q.shape[:2], case.dim), 7.0, dtype=torch.bfloat16, device=DEVICE)
     attention.OwnedPlan(kv, readers, sliding).requests(q, 0.7, out, of)

@@ -38,6 +38,11 @@ class Case:
     dtype: torch.dtype = torch.float32
     frame: SegmentFrame | None = None
 
+    @property
+    def coded(self):
+        """Tokens that stand in pages, of each sequence."""
+        return self.packed
+
     def layout(self) -> PageLayout:
         groups, first = [], 0
         for n, k, v in self.heads:
@@ -61,9 +66,9 @@ def make(case: Case, device: torch.device, seed: int = 0) -> tuple[torch.Tensor,
     packed, held, total = (torch.tensor(x) for x in (case.packed, before, case.total))
     tokens = torch.zeros(used + 2, case.page, dtype=torch.bool)  # that hold something
     for b in range(batch):
-        last = (case.packed[b] - 1) // case.page
+        last = (case.coded[b] - 1) // case.page
         for i in range(max(0, last - case.columns + 1), last + 1):
-            n = min(case.page, case.packed[b] - i * case.page)
+            n = min(case.page, case.coded[b] - i * case.page)
             tokens[table[b, i % case.columns], :n] = True
     for t in pages:
         if t.dtype == torch.uint8:

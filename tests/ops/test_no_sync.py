@@ -173,7 +173,7 @@ def engine(monkeypatch, kernels, frame=None):
         tables = (torch.empty(len(new), n, dtype=torch.int32, device="cuda") for n in (5, 20))
         q = torch.empty(bounds[-1], real.q_heads, real.dim, device="cuda")
         k = torch.empty(bounds[-1], real.heads, real.dim, device="cuda")
-        return q, k, Requests(start, *lengths, *tables, max(new), few, each, newest=23)
+        return q, k, Requests(start, *lengths, *tables, max(new), few, each, recent=23)
 
     return layer, of
 

@@ -19,7 +19,7 @@ from headq_ao.ops.types import PagedKV, Visible
 from tests.ops.paged_cases import Case, make
 from tests.ops.test_paged_attention import CASES, LIBRARY, counted, needs_kernel, queries
 
-OF_AN_ENGINE = {"window_table", "sink_k", "sink_v", "newest"}  # which the operator does not take
+OF_AN_ENGINE = {"window_table", "sink_k", "sink_v", "newest", "recent"}  # which the operator does not take
 NAMES = [f.name for f in dataclasses.fields(PagedKV) if f.name not in OF_AN_ENGINE]
 
 

@@ -10,7 +10,7 @@ import torch
 
 from headq_ao.ops.layout import unpack_keys, unpack_values
 from headq_ao.ops.page_layout import GroupLayout, PageLayout
-from headq_ao.ops.paged_attention import reference
+from headq_ao.ops.paged_attention import long_chunk, reference
 from headq_ao.ops.requests import LayerPages, Requests
 from headq_ao.ops.types import Readers
 from tests.ops.frames import some_frame
@@ -100,7 +100,7 @@ class Engine:
         of = Requests(
             torch.tensor(bounds), held, (held - WINDOW + 1).clamp(min=0), held + torch.tensor(list(new.values())),
             *tables, max(new.values()), max((n for n in new.values() if n <= long), default=0), tuple(each),
-            newest=WINDOW - 1,
+            recent=WINDOW - 1,
         )  # fmt: skip
         out = torch.full_like(q, float("nan"))
         pages.step(q, k, v, out, self.dim**-0.5, of)
@@ -188,6 +188,39 @@ def test_codes_do_not_depend_on_how_tokens_come(form):
         found.append(engine.bytes_of("a"))
     for other in found[1:]:
         assert all(map(torch.equal, found[0], other))
+
+
+@pytest.mark.parametrize("planned", [True, False])
+@pytest.mark.parametrize("frame", [None, some_frame(32, PAGE, 3)], ids=["no frame", "frame"])
+@pytest.mark.parametrize("sliding", [0, 40])
+@pytest.mark.parametrize("form", FORMS)
+def test_what_a_token_reads_does_not_depend_on_how_tokens_come(form, sliding, frame, planned):
+    """Alone or in chunks, with others or not: at 2 bits a code in place of a number would show."""
+    ways = [[1] * 120, [120], [20, 100], [64, 1, 1, 30, 24], [7] * 17 + [1]]
+    found = []
+    for i, way in enumerate(ways):
+        engine = Engine(form, sliding=sliding, frame=frame)
+        if planned and not compiled(engine):
+            pytest.skip("no compiler")
+        engine.pages.planned = planned
+        found.append(torch.cat([engine.step({"a": n} if i % 2 else {"other": 1, "a": n})["a"] for n in way]))
+    for other in found[1:]:
+        torch.testing.assert_close(found[0], other, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("frame", [None, some_frame(32, PAGE, 3)], ids=["no frame", "frame"])
+def test_long_chunks_in_half_precision_read_what_single_tokens_do(frame, monkeypatch):
+    monkeypatch.setattr(long_chunk, "LEAST_QUERIES", 33)
+    monkeypatch.setattr(long_chunk, "TILE", 64)
+    monkeypatch.setattr(long_chunk, "BLOCK", 16)
+    for way in [[200], [3, 197], [90, 110], [40, 33, 127]]:
+        engines = [Engine("mixed", dtype=torch.bfloat16, frame=frame) for _ in range(2)]
+        found, expected = (
+            torch.cat([engine.step({"a": n})["a"] for n in sizes]).float()
+            for engine, sizes in zip(engines, (way, [1] * 200), strict=True)
+        )
+        error = (found - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
+        assert error.max() < 1e-2, (way, int(error.argmax()))
 
 
 def test_a_rejected_draft_leaves_no_trace():

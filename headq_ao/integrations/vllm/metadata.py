@@ -26,8 +26,8 @@ class HeadQMetadata(AttentionMetadata):
         long: requests of more than :data:`FEW` new tokens: number, first token, the one behind the last.
         table: vLLM's block table ``[B, C]`` int32.
         start: ``[B + 1]`` int64, where the new tokens of each request begin.
-        held, packed, total: ``[B]`` int64: tokens before the step; those that are read as codes; those with it.
-        newest: the most that ``held`` is above ``packed``.
+        held, packed, total: ``[B]`` int64: tokens before the step; those that all queries read as codes; those with it.
+        recent: tokens before a query that it reads in full precision.
     """
 
     tokens: int
@@ -39,7 +39,7 @@ class HeadQMetadata(AttentionMetadata):
     held: Tensor
     packed: Tensor
     total: Tensor
-    newest: int
+    recent: int
     joined: dict[int, Requests] = field(default_factory=dict)
 
     def requests(self, window: "HeadQMetadata") -> Requests:
@@ -48,6 +48,6 @@ class HeadQMetadata(AttentionMetadata):
         if found is None:
             found = self.joined[id(window)] = Requests(
                 self.start, self.held, self.packed, self.total, self.table, window.table, self.most, self.few,
-                self.long, self.newest,
+                self.long, self.recent,
             )  # fmt: skip
         return found
