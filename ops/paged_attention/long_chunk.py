@@ -18,8 +18,8 @@ BLOCK = 512  # queries that are read under one mask
 
 
 def serves(q: Tensor, kv: PagedKV, visible: Visible | None, sliding: int) -> bool:
-    """Whether these are such chunks, whose queries see all of the cache; there is one, unless they read their own tokens
-    as codes."""
+    """Whether these are such chunks, whose queries see all of the cache; an empty one only where they read tokens of
+    their own as codes."""
     if q.shape[2] < LEAST_QUERIES or q.dtype not in (torch.bfloat16, torch.float16) or visible is not None or sliding:
         return False
     layout = PageLayout.parse(kv.layout)

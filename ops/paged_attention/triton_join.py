@@ -110,8 +110,8 @@ def _joined(parts, part_lse, lse, lines, begin, end, d, D: tl.constexpr, SPLITS:
     do_not_specialize_on_alignment=["packed", "held", "total", "low", "high", "reads", "query_start"],
 )  # fmt: skip
 def join_kernel(
-    parts, part_lse, packed, recent, held, total, low, high, read, read_strides, mean, mean_strides, out, query_start, lse,
-    reads, heads, group, new, lines, packed_splits, splits, n_sink, sliding, table_columns, ring,
+    parts, part_lse, packed, recent, held, total, low, high, read, read_strides, mean, mean_strides, out, query_start,
+    lse, reads, heads, group, new, lines, packed_splits, splits, n_sink, sliding, table_columns, ring,
     D: tl.constexpr, D_PADDED: tl.constexpr, BLOCK: tl.constexpr, P: tl.constexpr, SPLITS: tl.constexpr,
     BY_POSITION: tl.constexpr,
 ):  # fmt: skip

@@ -526,14 +526,14 @@ def split_kernel(
             if kind == i:
                 _packed_split(
                     mapped, M + 3, columns, heads, table + b * table_stride, table_columns, segment, of_frame,
-                    in_pages, recent, total, low, high, n_sink, sliding, to, to_lse, b, h, row, live, part // SEGMENTS, mine,
-                    new, splits,
+                    in_pages, recent, total, low, high, n_sink, sliding, to, to_lse, b, h, row, live, part // SEGMENTS,
+                    mine, new, splits,
                     KINDS, i, M, D, D_PADDED, ROWS, PTX, P, owned is not None,
                 )  # fmt: skip
     else:
         exact_split(
             q, q_strides, query_start, scaling, window, owned, table, table_stride, new_tokens, new_start, in_pages,
-            recent, held, total, low, high, n_sink, ring, sliding, to, to_lse, b, h, row, live, part - splits * SEGMENTS, new,
-            rows, new_slots,
+            recent, held, total, low, high, n_sink, ring, sliding, to, to_lse, b, h, row, live, part - splits * SEGMENTS,
+            new, rows, new_slots,
             KEY_D, KEY_PADDED, D, D_PADDED, TILE, PRECISION,
         )  # fmt: skip
