@@ -533,7 +533,7 @@ def split_kernel(
     else:
         exact_split(
             q, q_strides, query_start, scaling, window, owned, table, table_stride, new_tokens, new_start, in_pages,
-            recent, held, total, low, high, n_sink, ring, sliding, to, to_lse, b, h, row, live, part - splits * SEGMENTS,
-            new, rows, new_slots,
+            recent, held, total, low, high, n_sink, ring, sliding, to, to_lse, b, h, row, live,
+            part - splits * SEGMENTS, new, rows, new_slots,
             KEY_D, KEY_PADDED, D, D_PADDED, TILE, PRECISION,
         )  # fmt: skip
