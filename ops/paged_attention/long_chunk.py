@@ -14,7 +14,7 @@ from headq_ao.ops.types import PagedKV, Readers, Visible, visible_positions
 
 LEAST_QUERIES = 512  # measured: fewer are read faster as codes
 TILE = 4096  # tokens that are dequantized at a time
-BLOCK = 512  # queries that are read under one mask
+BLOCK = 256  # queries that are read under one mask
 
 
 def serves(q: Tensor, kv: PagedKV, visible: Visible | None, sliding: int) -> bool:
@@ -78,19 +78,9 @@ def _read_one(q: Tensor, scaling: float, kv: PagedKV, readers: Readers) -> Part:
 
 def _by_position(q: Tensor, scaling: float, kv: PagedKV, readers: Readers) -> Part:
     """Of one sequence whose queries read codes up to ends of their own; see :attr:`PagedKV.recent`."""
-    assert kv.new_k is not None and kv.new_v is not None
-    shown = visible_positions(kv.total, q.shape[2], 0)
-    (window, in_window), (new, is_new) = reference.window_positions(kv), reference.new_positions(kv)
-    position, here = torch.cat([window, new], 1), torch.cat([in_window, is_new], 1)
-    k, v = (torch.cat(x, 2) for x in zip(reference.window_tokens(kv), (kv.new_k, kv.new_v), strict=True))
-    of_full = []
-    for block in tiles(q.shape[2], BLOCK):
-        seen = reference.seen_in_full(position, here, shown.tile(block), kv)
-        read = seen[0].any(0).nonzero()[:, 0]
-        mask = hiding(seen[..., read], q.dtype)
-        of_full.append(flash(q[:, :, block], k[:, :, read], v[:, :, read], mask, scaling))
-    out, lse = (torch.cat(x, 2) for x in zip(*of_full, strict=True))
-    layout, ends = PageLayout.parse(kv.layout), shown.codes_end(kv)[0].contiguous()
+    ends = visible_positions(kv.total, q.shape[2], 0).codes_end(kv)[0].contiguous()
+    out, lse = _in_full(q, scaling, kv, ends)
+    layout = PageLayout.parse(kv.layout)
     for begin in range(kv.n_sink, int(ends[-1]), TILE):
         end = min(begin + TILE, int(ends[-1]))
         k, v = (x.to(q.dtype) for x in dequantized(kv, layout, readers, begin, end))
@@ -105,6 +95,27 @@ def _by_position(q: Tensor, scaling: float, kv: PagedKV, readers: Readers) -> Pa
                 part = flash(q[:, :, rows], k[:, :, :n], v[:, :, :n], mask, scaling, causal=False)
                 out[:, :, rows], lse[:, :, rows] = joined((out[:, :, rows], lse[:, :, rows]), part)
     return out, lse
+
+
+def _in_full(q: Tensor, scaling: float, kv: PagedKV, ends: Tensor) -> Part:
+    """What such queries read in full precision: sinks, and tokens from ``ends [S]`` up to their own."""
+    assert kv.new_k is not None and kv.new_v is not None
+    (window, in_window), (new, _) = reference.window_positions(kv), reference.new_positions(kv)
+    kept = in_window[0].nonzero()[:, 0]
+    position = torch.cat([window[0, kept], new[0]])  # rising
+    k, v = (
+        torch.cat([x[:, :, kept], own], 2)
+        for x, own in zip(reference.window_tokens(kv), (kv.new_k, kv.new_v), strict=True)
+    )
+    own_position, sinks = new[0], int((position < kv.n_sink).sum())
+    parts = []
+    for block in tiles(q.shape[2], BLOCK):
+        first, stop = torch.searchsorted(position, torch.stack([ends[block.start], own_position[block.stop - 1] + 1]))
+        read = torch.cat([torch.arange(min(sinks, int(stop))), torch.arange(max(int(first), sinks), int(stop))])
+        at, own = position[read], own_position[block, None]
+        mask = hiding(((at >= ends[block, None]) | (at < kv.n_sink))[None] & (at <= own), q.dtype)
+        parts.append(flash(q[:, :, block], k[:, :, read], v[:, :, read], mask, scaling))
+    return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
 
 
 def joined(one: Part, other: Part) -> Part:
@@ -131,14 +142,15 @@ def dequantized(kv: PagedKV, layout: PageLayout, readers: Readers, begin: int, e
         codes = reference.gathered(group.keys, table, torch.float32, keys=True)[:, :, inside]
         assert group.keys.scale is not None
         sigma = reference.numbers(group.keys.scale, table, torch.float32)[:, :, inside, None]
-        k = (codes @ to_codes.mT + bias.mT) * sigma + of_mean.mT
+        k = (codes @ to_codes.mT).add_(bias.mT).mul_(sigma).add_(of_mean.mT)
         if group.keys.zero is not None:
-            k = k + reference.numbers(group.keys.zero, table, torch.float32)[:, :, inside, None] * of_zero.mT
+            k.addcmul_(reference.numbers(group.keys.zero, table, torch.float32)[:, :, inside, None], of_zero.mT)
         keys.append(k)
         values.append(reference.gathered(group.values, table, torch.float32, keys=False)[:, :, inside])
     k, v = torch.cat(keys, 1), torch.cat(values, 1)
     if (frame := readers.frame) is not None:  # R_s of what was read in the frame of segment s
         c, d = frame.table[frame.of(torch.arange(begin, end, device=k.device))].unbind(1)
-        k = k * c - k[..., frame.partner.long()] * d
+        partner = torch.eye(k.shape[-1], device=k.device)[:, frame.partner]  # a product is faster than an index
+        k = (k * c).addcmul_(k @ partner, d, value=-1)
     v = v if readers.read is None else v @ readers.read.mT
-    return k, v if readers.mean is None else v + readers.mean[:, :, None]
+    return k, v if readers.mean is None else v.add_(readers.mean[:, :, None])
