@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from headq_ao.evals.vllm import server
+from tests.vllm import checkpoints
 from tests.vllm.engines import PLAIN
 
 OPTIONS = [
@@ -78,7 +79,24 @@ def test_a_prefix_of_another_client_is_found(port):
 
 
 @pytest.mark.skipif(PLAIN, reason="of the plug-in")
-@pytest.mark.xfail(reason="the backend has no counters yet")
-def test_metrics_count_packed_bytes(port):
-    found = {name: value for name, value in metrics(port).items() if "headq" in name}
-    assert any("bytes" in name and value > 0 for name, value in found.items()), found
+def test_metrics_count_what_is_packed(port, tiny):
+    """Tokens of a prompt and of its answer, none of a prefix that was found; the bytes are those of the pages."""
+
+    def found():
+        return {name.partition("{")[0]: value for name, value in metrics(port).items() if name.startswith("headq:")}
+
+    prompt = "Counted, byte by byte. " * 20
+    steps = []
+    for _ in range(2):
+        before = found()
+        with post(port, prompt=prompt, max_tokens=9) as answer:
+            usage = json.load(answer)["usage"]
+        steps.append((found()["headq:packed_tokens_total"] - before["headq:packed_tokens_total"], usage))
+    (first, usage), (again, _) = steps
+    assert first == usage["prompt_tokens"] + 9
+    assert again == first - len(prompt) // 128 * 128
+    bits = 2.5 * 2 * checkpoints.LAYERS * checkpoints.KV_HEADS * checkpoints.HEAD_DIM
+    after = found()
+    assert after["headq:bytes_per_token"] == pytest.approx(bits / 8, rel=0.1)
+    assert after["headq:packed_bytes_total"] == after["headq:packed_tokens_total"] * after["headq:bytes_per_token"]
+    assert 0 <= after["headq:page_usage"] <= 1

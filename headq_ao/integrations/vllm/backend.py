@@ -18,12 +18,11 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from headq_ao.integrations.vllm.attention import HeadQAttention
 from headq_ao.integrations.vllm.metadata import FEW, HeadQMetadata
-from headq_ao.integrations.vllm.settings import settings
+from headq_ao.integrations.vllm.settings import UNIT, settings
 from headq_ao.ops.dispatch import kernels
 
 PAGE_TOKENS = 256  # of packed pages, unless --block-size says otherwise: sinks in a page's header are 1/10 of its bytes
 WINDOW_TOKENS = 32  # of pages in full precision: about as many as take the bytes of a packed page
-UNIT = 32  # tokens that no page cuts
 
 
 class HeadQBackend(AttentionBackend):

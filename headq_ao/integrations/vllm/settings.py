@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 VARIABLE = "HEADQ_CALIBRATION"
+UNIT = 32  # tokens that no page cuts
 WINDOW = "window"  # the name that engines give to residual_length
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 HOW = (
@@ -71,14 +72,21 @@ class Settings:
                 "divides them"
             )
         held = shape.n_kv_heads // size
-        part = slice(rank * held, (rank + 1) * held)
-        whole = LayerCodec(
-            self.config, shape, self.calibration.layers[layer], torch.device("cpu"), heads=part, bits=self.bits[layer],
-            rotation=self.rotations[layer], positions=self.positions,
-        )  # fmt: skip
-        codec = dataclasses.replace(whole.start(1, torch.float32), kv_heads=held)
+        codec = self._start(layer, slice(rank * held, (rank + 1) * held))
+        codec = dataclasses.replace(codec, kv_heads=held)
         codec.put_together()
         return codec
+
+    def _start(self, layer: int, heads: slice) -> PlaneCodec:
+        return LayerCodec(
+            self.config, self.shapes[layer], self.calibration.layers[layer], torch.device("cpu"), heads=heads,
+            bits=self.bits[layer], rotation=self.rotations[layer], positions=self.positions,
+        ).start(1, torch.float32)  # fmt: skip
+
+    def bytes_of_token(self) -> float:
+        """What a packed token takes in all layers, its codes and scales."""
+        pages = (self._start(i, slice(None)).layout(UNIT) for i in range(len(self.shapes)))
+        return sum(page.bytes_of_page(0, torch.float32) for page in pages) / UNIT
 
 
 def layer_number(name: str) -> int:

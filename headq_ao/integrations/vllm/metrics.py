@@ -1,0 +1,63 @@
+"""Counters of a serving engine, beside vLLM's own: what was packed, and what was turned away."""
+
+import functools
+from typing import Any
+
+from prometheus_client import Counter, Gauge
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.metrics.loggers import AggregateStatLoggerBase
+
+from headq_ao.integrations.vllm.settings import settings
+
+
+@functools.cache
+def _metrics() -> dict[str, Any]:
+    """Of this process; Prometheus takes each name once."""
+    return {
+        "tokens": Counter(
+            "headq:packed_tokens", "Tokens coded into packed pages, each once in all layers.", ["engine"]
+        ),
+        "bytes": Counter("headq:packed_bytes", "Bytes of those codes and their scales.", ["engine"]),
+        "rejections": Counter("headq:refused_requests", "Requests that were turned away.", ["engine", "reason"]),
+        "bytes_of_token": Gauge("headq:bytes_per_token", "Bytes of a packed token in all layers.", ["engine"]),
+        "usage": Gauge("headq:page_usage", "Share of the pages, packed and of newest tokens, in use.", ["engine"]),
+    }
+
+
+class PackedCounters(AggregateStatLoggerBase):
+    """vLLM makes one in each serving process; it counts where HeadQ is the attention backend.
+
+    A token is counted when its output is: a prompt's tokens with its first token, those found in the prefix cache left
+    out; rejected drafts are not counted.
+    """
+
+    def __init__(self, vllm_config: Any, engine_indexes: list[int]) -> None:
+        self.on = vllm_config.attention_config.backend == AttentionBackendEnum.CUSTOM
+        self.config, self.engines, self.bytes_of_token = vllm_config, [str(i) for i in engine_indexes], 0.0
+
+    def log_engine_initialized(self) -> None:
+        """See :class:`StatLoggerBase`."""
+        if self.on:
+            self.bytes_of_token = settings(self.config).bytes_of_token()
+            for engine in self.engines:
+                _metrics()["bytes_of_token"].labels(engine).set(self.bytes_of_token)
+
+    def record(
+        self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
+    ) -> None:
+        """See :class:`StatLoggerBase`."""
+        if not self.on:
+            return
+        engine = str(engine_idx)
+        if scheduler_stats is not None:
+            _metrics()["usage"].labels(engine).set(scheduler_stats.kv_cache_usage)
+        if iteration_stats is not None:
+            tokens = iteration_stats.prompt_token_stats.computed + iteration_stats.num_generation_tokens
+            _metrics()["tokens"].labels(engine).inc(tokens)
+            _metrics()["bytes"].labels(engine).inc(tokens * self.bytes_of_token)
+
+    def record_admission_rejection(self, reason: str) -> None:
+        """See :class:`AggregateStatLoggerBase`."""
+        if self.on:
+            for engine in self.engines:
+                _metrics()["rejections"].labels(engine, reason).inc()
