@@ -4,10 +4,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from headq_ao.evals.vllm import convert, measure, recall, server, soak_command
+from headq_ao.evals.vllm import adapter, convert, measure, recall, server, soak_command
 
 COMMANDS = {
     "convert": (convert.add_arguments, convert.run, "a model of the evaluations as a folder that vLLM serves"),
+    "adapter": (adapter.add_arguments, adapter.run, "a random adapter that changes a model's keys and values"),
     "capacity": (measure.add_capacity, measure.capacity, "tokens that fit, as vLLM says"),
     "quality": (measure.add_quality, measure.quality, "perplexity and KL to vLLM's bf16 cache"),
     "decode": (measure.add_decode, measure.decode, "time of a decode step over full pages"),

@@ -28,6 +28,7 @@ class EngineSpec:
         compiled: whether the model goes through torch.compile, as vLLM's default is.
         dtype: of the model.
         dummy: random weights, for what does not depend on them.
+        adapter: folder of an adapter (LoRA) that all requests use.
     """
 
     model: str
@@ -43,6 +44,7 @@ class EngineSpec:
     compiled: bool = False
     dtype: str = "bfloat16"
     dummy: bool = False
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         if self.cache not in CACHES:
@@ -72,12 +74,15 @@ class EngineSpec:
             options |= {"kv_transfer_config": DECODE_ONLY, "disable_hybrid_kv_cache_manager": False}
         if self.dummy:
             options["load_format"] = "dummy"
+        if self.adapter is not None:
+            options |= {"enable_lora": True, "max_lora_rank": 64, "max_loras": 1}
         return options
 
     def describe(self) -> dict[str, Any]:
         """Plain data for a result: without folders that only this machine has."""
         data = dataclasses.asdict(self)
         data["model"] = self.model.rstrip("/").rpartition("/")[2]
+        data["adapter"] = self.adapter and self.adapter.rstrip("/").rpartition("/")[2]
         data["headq"] = {k: v.rpartition("/")[2] if isinstance(v, str) else v for k, v in self.headq.items()}
         return data if self.cache == "headq" else {k: v for k, v in data.items() if k != "headq"}
 
@@ -174,8 +179,12 @@ class Driver:
         RuntimeError: when the engine is in another process, where its scheduler cannot be read.
     """
 
-    def __init__(self, llm: Any) -> None:
-        self.engine = llm.llm_engine
+    def __init__(self, llm: Any, adapter: str | None = None) -> None:
+        self.engine, self.adapter = llm.llm_engine, None
+        if adapter is not None:
+            from vllm.lora.request import LoRARequest
+
+            self.adapter = LoRARequest("adapter", 1, adapter)
         core = getattr(self.engine.engine_core, "engine_core", None)
         if core is None:
             raise RuntimeError("steps are timed in one process: set VLLM_ENABLE_V1_MULTIPROCESSING=0")
@@ -189,6 +198,12 @@ class Driver:
             return output
 
         self.scheduler.schedule = counted
+
+    def add(self, ask: Ask) -> None:
+        """A request, to be run."""
+        self.engine.add_request(
+            ask.name, {"prompt_token_ids": ask.prompt}, ask.sampling, lora_request=self.adapter
+        )  # fmt: skip
 
     def count(self, scheduled: dict[str, int]) -> tuple[int, int]:
         """Prompt tokens and decode tokens of a step, from the tokens scheduled for each request."""
@@ -211,7 +226,7 @@ class Driver:
         """Everything in ``asks`` at once, and what ``then`` asks when a request has finished."""
         run = Run([], [])
         for ask in asks:
-            self.engine.add_request(ask.name, {"prompt_token_ids": ask.prompt}, ask.sampling)
+            self.add(ask)
         while self.engine.has_unfinished_requests():
             wall, cpu = time.perf_counter(), time.process_time()
             outputs = self.engine.step()
@@ -222,5 +237,5 @@ class Driver:
                 if output.finished:
                     run.outputs.append(output)
                     if (follow := then(output)) is not None:
-                        self.engine.add_request(follow.name, {"prompt_token_ids": follow.prompt}, follow.sampling)
+                        self.add(follow)
         return run

@@ -106,6 +106,7 @@ def add_quality(parser: argparse.ArgumentParser) -> None:
     add("--rows", type=int, default=2, help="(default: %(default)s)")
     add("--row-length", type=int, default=1024, help="(default: %(default)s)")
     add("--first", type=int, default=256, help="tokens before the first that is scored (default: %(default)s)")
+    add("--adapter", type=Path, help="folder of a LoRA that all requests use; named in the results")
     add("--scratch", type=Path, help="folder for the bf16 log-probabilities, GBs (default: a temporary one)")
 
 
@@ -127,7 +128,8 @@ def quality(args: argparse.Namespace) -> int:
             for hit in (False, True) if chunk == max(args.chunk) else (False,):
                 given = {"rows": rows, "first": args.first, "hit": hit, "reference": f"{folder}/{chunk}.pt"}
                 cells = {c: Cell("quality", quality_spec(args, c, chunk), given, args.threads) for c in args.caches}
-                code |= in_turns(args, f"quality_chunk{chunk}{'_hit' if hit else ''}", cells)
+                adapter = "" if args.adapter is None else f"_{args.adapter.name}"
+                code |= in_turns(args, f"quality_chunk{chunk}{'_hit' if hit else ''}{adapter}", cells)
     return code
 
 
@@ -135,6 +137,7 @@ def quality_spec(args: argparse.Namespace, cache: str, chunk: int) -> EngineSpec
     """An engine that takes ``chunk`` tokens a step, of one request at a time."""
     length = max(8192 if not args.quick else 0, args.row_length + 1)
     options = {"max_model_len": length, "batched_tokens": chunk, "sequences": 1, "prefix_caching": True}
+    options["adapter"] = None if args.adapter is None else str(args.adapter.resolve())
     return spec_of(args, cache, **options)
 
 

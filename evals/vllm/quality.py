@@ -53,7 +53,7 @@ def measure(
         ``tokens`` scored, ``cached_tokens`` of each row.
     """
     llm = start(spec)
-    driver, recorder = Driver(llm), Recorder(llm)
+    driver, recorder = Driver(llm, spec.adapter), Recorder(llm)
     written = spec.cache == "bf16" and not hit
     known = [] if written else torch.load(reference, mmap=True)
     nll, kl, cached, kept = [], [], [], []
