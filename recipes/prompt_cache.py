@@ -54,26 +54,33 @@ def measure(model: Any, ids: torch.Tensor, folder: Path, repeats: int = 5) -> di
         return cache
 
     recompute, cache = timed(compute, 1)
-    packed, dense = folder / "packed.safetensors", folder / "dense.safetensors"
+    packed, small, dense = (folder / f"{name}.safetensors" for name in ("packed", "compressed", "dense"))
     save, _ = timed(lambda: cache.save(packed), 1)
+    save_small, _ = timed(lambda: cache.save(small, compress=True), 1)
     load_packed, loaded = timed(lambda: HeadQCache.load(packed, model), repeats)
-    equal = torch.equal(model(token, **with_cache(cache)).logits, model(token, **with_cache(loaded)).logits)
+    load_small, restored = timed(lambda: HeadQCache.load(small, model), repeats)
+    logits = [model(token, **with_cache(held)).logits for held in (cache, loaded, restored)]
+    equal = torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
     restore_(model)
     exact = DynamicCache(config=model.config)
     recompute_dense, _ = timed(lambda: model(prompt, **with_cache(exact), logits_to_keep=1), 1)
     rows = {f"{i}.{n}": getattr(x, n).bfloat16() for i, x in enumerate(exact.layers) for n in ("keys", "values")}
     safetensors.torch.save_file(rows, dense)
     load_dense, _ = timed(lambda: {n: t.clone() for n, t in safetensors.torch.load_file(dense).items()}, repeats)
-    sizes = {"packed_bytes": packed.stat().st_size, "dense_bf16_bytes": dense.stat().st_size}
+    files = {"packed_bytes": packed, "compressed_bytes": small, "dense_bf16_bytes": dense}
+    sizes = {name: file.stat().st_size for name, file in files.items()}
     seconds = {
         "recompute": recompute,
         "recompute_dense": recompute_dense,
         "save": save,
+        "save_compressed": save_small,
         "load": load_packed,
+        "load_compressed": load_small,
         "load_dense_bf16": load_dense,
     }
     return {
         **sizes,
+        "bits_per_element": {name: 16 * size / sizes["dense_bf16_bytes"] for name, size in sizes.items()},
         "size_ratio": sizes["packed_bytes"] / sizes["dense_bf16_bytes"],
         "seconds": seconds,
         "speedup_over_recompute": recompute / load_packed,
@@ -120,7 +127,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_json(args.json, result)
     seconds, ratio = result["seconds"], result["size_ratio"]
     print(
-        f"{args.tokens} tokens: {result['packed_bytes']:,} bytes, {ratio:.3f} of a dense bf16 file; "
+        f"{args.tokens} tokens: {result['packed_bytes']:,} bytes, {result['compressed_bytes']:,} compressed; "
+        f"{ratio:.3f} of a dense bf16 file; "
         f"read in {seconds['load']:.2f} s, computed in {seconds['recompute']:.2f} s "
         f"({result['speedup_over_recompute']:.0f} times); next token bit-equal: {result['next_token_bit_equal']}"
     )

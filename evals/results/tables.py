@@ -90,6 +90,11 @@ def prompt_cache(result: dict[str, Any]) -> str:
     header = [f"{result['tokens']} tokens, {result['model']}", "file", "seconds to read", "seconds to compute"]
     rows = [
         ["packed", f"{result['packed_bytes'] / 1e6:.1f} MB", number(seconds["load"]), number(seconds["recompute"], 1)],
+        *(
+            [["packed, `compress=True`", f"{n / 1e6:.1f} MB", number(seconds["load_compressed"]), ""]]
+            if (n := result.get("compressed_bytes"))
+            else []
+        ),
         [
             "dense, bfloat16",
             f"{result['dense_bf16_bytes'] / 1e6:.1f} MB",

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from headq_ao.cache.serialize import batch_from_data, batch_to_data, layer_from_tensors, layer_to_tensors
 from headq_ao.cache.token_ids import EMBEDDED, PAD, UNKNOWN
 from headq_ao.codecs import registry
+from headq_ao.compression import compress, decompress
 from headq_ao.config import HeadQConfig
 from headq_ao.files import FileKind
 from headq_ao.integrations.transformers.hybrid import keeps_states, put_states, state_data, state_tensors
@@ -21,11 +22,13 @@ from headq_ao.integrations.transformers.identity import embedding_table, identit
 from headq_ao.integrations.transformers.sink_check import TELLING, StoredCache, sink_error, tolerance
 from headq_ao.user_warning import warn
 
-PROMPT_CACHE = FileKind("prompt cache", 4, "fill a HeadQCache with the prompt and save it again")
-IDS, STATE = "token_ids", "state"
+PROMPT_CACHE = FileKind("prompt cache", 5, "fill a HeadQCache with the prompt and save it again", oldest=4)
+IDS, STATE, COMPRESSED = "token_ids", "state", "compressed"
 
 
-def save_cache(cache: StoredCache, model: PreTrainedModel, path: str | os.PathLike[str]) -> None:
+def save_cache(
+    cache: StoredCache, model: PreTrainedModel, path: str | os.PathLike[str], compressed: bool = False
+) -> None:  # fmt: skip
     """Write a cache; see :meth:`headq_ao.HeadQCache.save`."""
     cache.batch.settle()
     cache.ids.crop(cache.batch.lengths.seen)
@@ -54,6 +57,8 @@ def save_cache(cache: StoredCache, model: PreTrainedModel, path: str | os.PathLi
         "embedding": embedding_told(ids),
         "sinks": sinks_at_saving(cache, model),
     }
+    if compressed:
+        tensors, head[COMPRESSED] = compress(tensors)
     PROMPT_CACHE.save(path, head, tensors)
 
 
@@ -98,6 +103,9 @@ def sinks_at_saving(cache: StoredCache, model: PreTrainedModel) -> float | None:
 def load_cache(cache: StoredCache, model: PreTrainedModel, path: str | os.PathLike[str]) -> None:
     """Fill an empty cache of ``model`` from a file; see :meth:`headq_ao.HeadQCache.load`."""
     head, tensors = PROMPT_CACHE.load(path)
+    if COMPRESSED in head:
+        with PROMPT_CACHE.refusing(path):
+            tensors = decompress(tensors, head[COMPRESSED])
     state = model._headq
     ids = tensors.pop(IDS, None)
     with PROMPT_CACHE.refusing(path):

@@ -14,6 +14,7 @@ import torchao
 from torchao.quantization import Int8WeightOnlyConfig
 
 from headq_ao import HeadQCache, calibrate, headq_config, quantize_, restore_
+from headq_ao.cache.serialize import layer_to_tensors
 from headq_ao.evals.harness import inputs
 from headq_ao.files import checksum
 from tests.conftest import ROOT
@@ -53,6 +54,11 @@ def assert_reads_the_same(model, cache, path, ids, mask=None, shared=False):
     """``shared``: sequences share pages, which a file has once for each of them."""
     cache.save(path)
     loaded = HeadQCache.load(path, model)
+    cache.save(f"{path}.compressed", compress=True)
+    kept, restored = loaded.packed, HeadQCache.load(f"{path}.compressed", model).packed
+    for one, other in zip(kept, restored, strict=True):
+        (one, data), (other, same) = layer_to_tensors(one), layer_to_tensors(other)
+        assert data == same and one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
     assert loaded.get_seq_length() == cache.get_seq_length()
     reports = loaded.bits_report(), cache.bits_report()
     assert shared or repr(reports[0]) == repr(reports[1])  # nan where nothing is packed
@@ -296,7 +302,7 @@ DAMAGE = {
     "truncated": (lambda p: p.write_bytes(p.read_bytes()[:-1]), ""),
     "changed byte": (lambda p: p.write_bytes(p.read_bytes()[:-1] + b"x"), "changed or damaged; fill a HeadQCache"),
     "unsigned head": (lambda p: rewrite(p, in_layer(ring=999), signed=False), "changed or damaged"),
-    "newer": (lambda p: rewrite(p, lambda h: h | {"version": 5}), "version 5 is newer than 4, .*; update headq_ao"),
+    "newer": (lambda p: rewrite(p, lambda h: h | {"version": 6}), "version 6 is newer than 5, .*; update headq_ao"),
     "older": (lambda p: rewrite(p, lambda h: h | {"version": 3}), "version 3 is older than 4, .*; fill a HeadQCache"),
     "a calibration": (None, "no headq_prompt_cache entry"),
     "fewer layers": (lambda p: rewrite(p, lambda h: h | {"layers": h["layers"][:1]}), ""),
@@ -333,6 +339,46 @@ def test_damaged_files(tiny, token_ids, tmp_path, name):
         HeadQCache.load(path, model)
     with pytest.raises(FileNotFoundError, match=r"no prompt cache file at .*; fill a HeadQCache"):
         HeadQCache.load(tmp_path / "nowhere", model)
+
+
+def in_form(**changes):
+    def change(head):
+        head["compressed"]["1.page.0"] |= changes
+
+    return change
+
+
+def reversed_stream(tensors):
+    tensors["1.page.0"] = tensors["1.page.0"].flip(0)
+
+
+COMPRESSED_DAMAGE = {
+    "more elements": (in_form(shape=[1 << 40]), None, "must give 1099511627776 bytes"),
+    "fewer elements": (in_form(shape=[3]), None, "must give 3 bytes a part, got 4"),
+    "no such code": (in_form(planes=[["brotli", 4]]), None, "do not make up|must give"),
+    "another stream": (None, reversed_stream, "1.page.0"),
+    "no form": (lambda head: head["compressed"].pop("1.page.0") and None, None, "it has no '1.page.0'"),
+}
+
+
+@pytest.mark.parametrize("name", COMPRESSED_DAMAGE)
+def test_damaged_compressed_files(tiny, token_ids, tmp_path, name):
+    model, path = prepared(tiny, token_ids), tmp_path / "c"
+    filled(model, token_ids(1, 200)).save(path, compress=True)
+    change, edit, message = COMPRESSED_DAMAGE[name]
+    rewrite(path, change or (lambda head: head), edit or (lambda tensors: tensors))
+    with pytest.raises(ValueError, match=f"c' is not a usable headq_ao prompt cache: .*({message})"):
+        HeadQCache.load(path, model)
+
+
+def test_compressed_files_are_smaller(tiny, token_ids, tmp_path):
+    model, path = prepared(tiny, token_ids, dtype=torch.bfloat16, calibrated=True), tmp_path / "c"
+    cache, sizes = filled(model, token_ids(1, 2000)), []
+    for compress in (False, True):
+        cache.save(path, compress=compress)
+        with safetensors.safe_open(path, "pt") as f:
+            sizes.append(sum(f.get_tensor(name).nbytes for name in f.keys()))  # noqa: SIM118
+    assert sizes[1] < 0.95 * sizes[0]
 
 
 @pytest.mark.real_model
