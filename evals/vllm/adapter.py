@@ -25,7 +25,8 @@ def run(args: argparse.Namespace) -> int:
     """Write the adapter."""
     if args.rank < 1 or args.share <= 0:
         raise ValueError(f"--rank must be at least 1 and --share above 0, got {args.rank} and {args.share}")
-    g, tensors = torch.Generator().manual_seed(args.seed), {}
+    g = torch.Generator().manual_seed(args.seed)
+    tensors: dict[str, torch.Tensor] = {}
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     for name, weight in model.named_parameters():
         if name.removesuffix(".weight").rpartition(".")[2] not in TARGETS:
