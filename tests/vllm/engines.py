@@ -71,6 +71,20 @@ def tokens_of(output, i=0):
     return list(output.outputs[i].token_ids)
 
 
+# Nats between the two likeliest tokens below which another may be chosen: matrix products of other shapes differ in
+# their last bits, and a code may be rounded to its other neighbour.
+NEAR = 1e-4 if PLAIN else 0.1
+
+
+def assert_same(output, expected):
+    """The same tokens, up to where two were nearly as likely; ``expected`` with ``logprobs=2``."""
+    pairs = zip(tokens_of(output), tokens_of(expected), strict=True)
+    at = next((i for i, (x, y) in enumerate(pairs) if x != y), None)
+    if at is not None:
+        best = sorted((found.logprob for found in expected.outputs[0].logprobs[at].values()), reverse=True)
+        assert best[0] - best[1] < NEAR, (output.request_id, at, best)
+
+
 def core(llm):
     """The engine's core: scheduler and worker."""
     return llm.llm_engine.engine_core.engine_core
@@ -113,6 +127,6 @@ def coded(layer, pages):
 
 
 __all__ = [
-    "BLOCK", "PLAIN", "Ask", "Driver", "clean", "core", "free_pages", "fresh", "generate", "greedy", "headq_options",
-    "ids", "page_bytes", "start", "stop", "tokens_of",
+    "BLOCK", "PLAIN", "Ask", "Driver", "assert_same", "clean", "core", "free_pages", "fresh", "generate", "greedy",
+    "headq_options", "ids", "page_bytes", "start", "stop", "tokens_of",
 ]  # fmt: skip
