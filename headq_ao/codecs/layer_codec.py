@@ -331,7 +331,7 @@ def _key_codec(config: HeadQConfig, moments: LayerMoments) -> KeyCodec:
         return affine_codec(config, moments.c_q[None], moments.k_mean[None], rows)
     mean, outer = moments.shrunk("k")
     covariance = centred_moment(mean, outer)
-    base = whitened_codec(config, moments.shrunk_c_q[None], mean[None], covariance[None])
+    base = whitened_codec(config, moments.shrunk_c_q[None], mean[None], covariance[None], bool(moments.segment_tokens))
     return with_side_code(config, base, moments.shrunk_c_q[None], rows)
 
 

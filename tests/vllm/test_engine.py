@@ -1,7 +1,6 @@
 """What the engine does with requests, over packed pages.
 
-A query reads as codes what was older than the window when its chunk began. So tokens depend on where prompts are cut
-into chunks: the engine ``llm`` cuts at 64 tokens, ``wide`` takes each prompt here whole, whatever shares the step.
+A step takes 64 tokens; where a prompt is cut changes nothing that its queries read.
 """
 
 import re
@@ -128,7 +127,7 @@ def test_prompt_logprobs_agree_with_those_of_decoding(llm):
     fresh(llm)
     whole = generate(llm, [ids(200) + out], greedy(1, prompt_logprobs=0))[0].prompt_logprobs[200:]
     read = [found[t].logprob for t, found in zip(out, whole, strict=True)]
-    tolerance = 1e-3 if PLAIN else 1.0  # these weights are random, and quantized to 2.5 bits
+    tolerance = 1e-3 if PLAIN else 0.05  # a code may be rounded to its other neighbour
     assert max(abs(a - b) for a, b in zip(sampled, read, strict=True)) < tolerance
 
 
