@@ -247,6 +247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(summary(compared))
     print(
         f"\nMB: all that the cache holds, {report['exact_rows']:.0f} full-precision tokens (sinks, window) included;\n"
+        "the exact cache is in float32, as the model is: in 16 bits it would be half of that;\n"
         "bits: per element of packed tokens; ms a token: median, not a benchmark;\n"
         f"perplexity, KL to the exact cache and flips: over the last {args.scored} tokens.\n"
     )
