@@ -25,10 +25,12 @@ VLLM_STAMP := $(VLLM)/.installed
 PIP_VLLM := $(VLLM)/bin/python -m pip install --disable-pip-version-check $(PIP_ARGS)
 VLLM_ARGS ?= tests/vllm
 SERVE_ARGS ?=
+KVPRESS := $(VENV)-kvpress
+KVPRESS_ARGS ?= tests/kvpress
 TYPECHECK := build/typecheck/headq_ao
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-models test-versions test-vllm serve gpu gpu-wheels lint docs release clean
+.PHONY: help demo test test-models test-versions test-vllm test-kvpress serve gpu gpu-wheels lint docs release clean
 
 help: ## this list
 	@echo 'headq_ao: KV-cache quantization for Hugging Face causal language models'
@@ -83,6 +85,12 @@ test-versions: pyproject.toml ## the quick tests with the oldest versions that p
 test-vllm: $(VLLM_STAMP) ## the engine tests, in an environment that has vLLM
 	OMP_NUM_THREADS=$(THREADS) $(VLLM)/bin/python -m pytest -p no:cacheprovider --durations=10 $(VLLM_ARGS)
 
+# kvpress asks for transformers < 5.3 and runs its pipeline with newer ones: into a folder of its own, beside $(VENV).
+KVPRESS_SPEC ?= kvpress==0.5.5 cachetools==5.5.2 fire==0.6.0 peft==0.21.2
+test-kvpress: $(STAMP) ## HeadQPress in the pipeline of kvpress, which is installed beside, without what it pins
+	test -d $(KVPRESS)/kvpress || $(PIP) --no-deps --target $(KVPRESS) $(KVPRESS_SPEC)
+	PYTHONPATH=$(KVPRESS) OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -p no:cacheprovider $(KVPRESS_ARGS)
+
 serve: $(VLLM_STAMP) ## SmolLM2 with a packed cache behind an OpenAI server on loopback; prints a curl line
 	$(VLLM)/bin/python -m headq_ao.evals.vllm serve $(SERVE_ARGS)
 
@@ -110,7 +118,7 @@ release: $(STAMP) lint docs ## build wheel and sdist into dist, check their meta
 	@echo; ls -l dist
 
 clean: ## remove the environment, caches and build output
-	rm -rf $(VENV) $(OLDEST) $(VLLM) build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(VLLM) $(KVPRESS) build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes first, so that no later requirement chooses another build of it. Its build then decides on itself and on
