@@ -67,7 +67,9 @@ def _supply(
     native = model._headq.fallback is None
     if native:
         keep_attention(model)
-    cache = HeadQCache(model) if cache is None else cache
+    if cache is None:
+        attention.warn_scored_unread(model._headq.codecs[0].model.number)
+        cache = HeadQCache(model)
     tokens = _tokens(args, kwargs)
     if tokens is None:
         cache.check_made_for(model._headq)
