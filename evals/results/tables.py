@@ -138,3 +138,9 @@ def calibration_size(result: dict[str, Any]) -> str:
         f"tokens of {result['text']}, calibrations on {result['calibration_text']}. One that is not used leaves the KL "
         "at that of none; `python recipes/calibration_size.py`."
     )
+
+
+def first_minutes(result: dict[str, Any]) -> str:
+    """What a newcomer's commands took, by the clock."""
+    rows = [[f"`{step['command']}`", step["where"], number(step["seconds"], 0)] for step in result["steps"]]
+    return markdown_table(["command", "where", "seconds"], rows, left=2)
