@@ -37,6 +37,11 @@ def table(folder: Path) -> str:
     return markdown_table(header, rows, left=5)
 
 
+def _versions(result: dict[str, Any]) -> list[list[int]]:
+    versions = result["environment"]["versions"]
+    return [_numbers(versions[name]) for name in PACKAGES[::-1]]
+
+
 def _numbers(version: str) -> list[int]:
     return [int(part) for part in version.split("+")[0].split(".") if part.isdigit()]
 
