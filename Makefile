@@ -109,10 +109,16 @@ lint: $(STAMP) ## ruff check, ruff format --check, mypy, and whether every numbe
 docs: $(STAMP) ## the documentation as a site in build/site; a broken link or reference is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --clean
 
-# The checklist is in CONTRIBUTING.md.
+# The checklist is in CONTRIBUTING.md. What is committed is built, README.md with absolute links where SITE is given.
 release: $(STAMP) lint docs ## build wheel and sdist into dist, check their metadata, install the wheel and use it
 	$(PIP) -q -c $(PINS) build twine
-	rm -rf dist && $(BIN)/python -m build --outdir dist .
+	rm -rf dist build/release && mkdir -p build/release && git archive HEAD | tar -x -C build/release
+ifdef SITE
+	$(BIN)/python -m headq_ao.evals.results.links $(SITE) build/release/README.md
+else
+	@echo "README's links are relative, and dead on a package index: SITE=https://HOST/OWNER/NAME/blob/TAG makes them absolute"
+endif
+	$(BIN)/python -m build --outdir dist build/release
 	$(BIN)/python -m twine check --strict dist/*
 	PYTHONPATH= $(BIN)/python -m pytest tests/test_packaging.py -q
 	@echo; ls -l dist

@@ -142,5 +142,8 @@ def calibration_size(result: dict[str, Any]) -> str:
 
 def first_minutes(result: dict[str, Any]) -> str:
     """What a newcomer's commands took, by the clock."""
-    rows = [[f"`{step['command']}`", step["where"], number(step["seconds"], 0)] for step in result["steps"]]
-    return markdown_table(["command", "where", "seconds"], rows, left=2)
+    rows = []
+    for step in result["steps"]:
+        busy = f"{step['threads']}, of a machine with {step['load']} processes at work"
+        rows.append([f"`{step['command']}`", step["where"], busy, number(step["seconds"], 0)])
+    return markdown_table(["command", "where", "threads", "seconds"], rows, left=3)

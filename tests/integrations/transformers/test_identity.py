@@ -184,7 +184,7 @@ def test_other_families(tmp_path, family):
 def test_quantized_weights(tmp_path, config):
     one, same, other = (build_tiny() for _ in range(3))
     for made in (one, same):
-        torchao.quantization.quantize_(made, config(version=2))
+        torchao.quantization.quantize_(made, config())
     for made in (one, same, other):
         quantize_(made, headq_config(**FAST))
     filled(one).save(tmp_path / "p")
