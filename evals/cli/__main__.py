@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         complain(str(error))
         return 2
     except (ValueError, OSError, ImportError, MemoryError) as error:
-        complain(str(error) if getattr(error, "errno", None) is None else loading.system_error(error))
+        complain(loading.told(error))
         return 1
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for this

@@ -132,8 +132,8 @@ def gpus() -> list[Finding]:
     for i in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(i)
         text = f"{torch.cuda.get_device_name(i)}, compute capability {major}.{minor}"
-        remedy = () if triton else ("slow", EXTRAS["triton"])
-        found.append(Finding(f"GPU {i}", text, *remedy))
+        slow = () if triton else ("slow", EXTRAS["triton"])
+        found.append(Finding(f"GPU {i}", text, *slow))
     return found
 
 

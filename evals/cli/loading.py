@@ -146,10 +146,11 @@ def read_text(name: str, characters: int, column: str = "text") -> tuple[str, st
     return "\n\n".join(parts), Path(source).name if Path(source).exists() else source
 
 
-def system_error(error: OSError) -> str:
-    """An error of the operating system without its number."""
-    place = "" if error.filename is None else f": {error.filename}"
-    return f"{error.strerror}{place}"
+def told(error: BaseException) -> str:
+    """A message; that of the operating system without its number."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    return error.strerror if error.filename is None else f"{error.strerror}: {error.filename}"
 
 
 def first_line(error: BaseException) -> str:
