@@ -144,6 +144,6 @@ def first_minutes(result: dict[str, Any]) -> str:
     """What a newcomer's commands took, by the clock."""
     rows = []
     for step in result["steps"]:
-        busy = f"{step['threads']}, of a machine with {step['load']} processes at work"
-        rows.append([f"`{step['command']}`", step["where"], busy, number(step["seconds"], 0)])
-    return markdown_table(["command", "where", "threads", "seconds"], rows, left=3)
+        told = [str(step[name]) for name in ("commit", "threads", "load")]
+        rows.append([f"`{step['command']}`", step["where"], *told, number(step["seconds"], 0)])
+    return markdown_table(["command", "where", "commit", "threads", "load", "seconds"], rows, left=3)
