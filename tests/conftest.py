@@ -19,7 +19,7 @@ from tests import older_transformers
 VOCAB = 128
 TORCHAO_0_17 = (  # it warns of the version that its weights have by default, and of the other one too
     "ignore:Config Deprecation. version 1 of Int8:UserWarning",
-    "ignore:Deprecation. Plain\\w+ is deprecated:UserWarning",
+    "ignore:Deprecation. (Plain\\w+|AffineQuantizedTensor) is deprecated:UserWarning",
     "ignore:Stored version is not the same as current default version:UserWarning",
 )
 ROOT = Path(__file__).resolve().parents[1]
