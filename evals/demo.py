@@ -4,6 +4,7 @@
 """
 
 import argparse
+import importlib.util
 import statistics
 import sys
 import time
@@ -233,6 +234,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(args, name)}")
     if args.out.exists() and not args.out.is_dir():
         parser.error(f"--out must be a folder, got the file {args.out}")
+    if importlib.util.find_spec("matplotlib") is None:  # before the work, not after it
+        parser.error("the chart needs matplotlib: pip install 'headq_ao[plot]'")
     if args.threads:
         torch.set_num_threads(args.threads)
     start = time.perf_counter()
@@ -247,6 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(summary(compared))
     print(
         f"\nMB: all that the cache holds, {report['exact_rows']:.0f} full-precision tokens (sinks, window) included;\n"
+        "the exact cache is in float32, as the model is: in 16 bits it would be half of that;\n"
         "bits: per element of packed tokens; ms a token: median, not a benchmark;\n"
         f"perplexity, KL to the exact cache and flips: over the last {args.scored} tokens.\n"
     )

@@ -1,6 +1,7 @@
 """Fixtures shared by the tests: tiny seeded models, and a clean slate of once-only warnings."""
 
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 import sys
@@ -16,8 +17,19 @@ from headq_ao.integrations.transformers import attention
 from tests import older_transformers
 
 VOCAB = 128
+TORCHAO_0_17 = (  # it warns of the version that its weights have by default, and of the other one too
+    "ignore:Config Deprecation. version 1 of Int8:UserWarning",
+    "ignore:Deprecation. (Plain\\w+|AffineQuantizedTensor) is deprecated:UserWarning",
+    "ignore:Stored version is not the same as current default version:UserWarning",
+)
 ROOT = Path(__file__).resolve().parents[1]
 older_transformers.install()
+
+
+def pytest_configure(config):
+    if importlib.metadata.version("torchao").startswith("0.17."):
+        for line in TORCHAO_0_17:
+            config.addinivalue_line("filterwarnings", line)
 
 
 def load_recipe(name):

@@ -31,9 +31,19 @@ def hooked(init):
     @functools.wraps(init)
     def call(model, *args, **kwargs):
         init(model, *args, **kwargs)
-        model.register_forward_pre_hook(lambda _, args, kwargs: (args, renamed(kwargs)), with_kwargs=True)
+        model.register_forward_pre_hook(rename, with_kwargs=True)
 
     return call
+
+
+@torch.compiler.disable  # as the cache's own hook: outside the graphs of a compiled model, inside those of a function
+def rename(model, args, kwargs):
+    return args, renamed(kwargs)
+
+
+@torch.compiler.substitute_in_graph(rename)
+def rename_in_graph(model, args, kwargs):
+    return args, renamed(kwargs)
 
 
 def renaming(function):

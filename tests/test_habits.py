@@ -8,6 +8,7 @@ import tomllib
 import yaml
 
 import headq_ao
+from headq_ao.evals.results import links
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -36,6 +37,17 @@ def test_links(name):
                 re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.*)", text(path), re.M)
             }
             assert anchor in heads, f"{path}#{anchor}"
+
+
+def test_a_package_index_gets_absolute_links(tmp_path, capsys):
+    readme, site = tmp_path / "README.md", "https://host/owner/name/blob/v1"
+    readme.write_text(text("README.md"), encoding="utf-8")
+    assert links.main([site, str(readme)]) == 0
+    made = readme.read_text(encoding="utf-8")
+    assert LINK.findall(text("README.md")) and LINK.findall(made) == []
+    assert f"]({site}/docs/results.md" in made and f"]({site.replace('blob', 'raw')}/recipes/results/" in made
+    with pytest.raises(SystemExit):
+        links.main(["docs", str(readme)])
 
 
 def test_readme_is_a_page():

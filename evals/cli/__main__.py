@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from headq_ao.evals.cli import calibrate, chat, compare, doctor, estimate, evaluate
+from headq_ao.evals.cli import calibrate, chat, compare, doctor, estimate, evaluate, loading
 from headq_ao.evals.cli.console import PROG, HelpFormatter, UsageError, complain, warnings_as_notes
 
 COMMANDS = (doctor, estimate, calibrate, evaluate, compare, chat)
@@ -36,7 +36,8 @@ def version() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    args = build_parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args = build_parser().parse_args(argv or ["--help"])
     try:
         with warnings_as_notes():
             code: int = args.run(args)
@@ -44,8 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         complain(str(error))
         return 2
-    except (ValueError, OSError, ImportError) as error:
-        complain(str(error))
+    except (ValueError, OSError, ImportError, MemoryError) as error:
+        complain(loading.told(error))
+        return 1
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for this
+            raise
+        complain(f"{loading.first_line(error)} Take a smaller --batch-size or shorter rows, or another --device")
         return 1
     except KeyboardInterrupt:
         complain("interrupted")

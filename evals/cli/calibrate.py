@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from headq_ao.evals.cli import loading
-from headq_ao.evals.cli.console import UsageError, add_command, at_least, note, say
+from headq_ao.evals.cli.console import UsageError, add_command, at_least, check_output, note, say
 
 NAME = "calibrate"
 DESCRIPTION = """\
@@ -48,31 +48,45 @@ def check(args: argparse.Namespace) -> None:
         UsageError: saying what to do.
     """
     out = args.output
-    if out.suffix != ".safetensors":
-        raise UsageError(f"-o must name a .safetensors file, got {str(out)!r}")
-    if out.is_dir():
-        raise UsageError(f"-o must name a file, got the folder {str(out)!r}")
+    check_output(out, "-o", [".safetensors"])
     if out.exists() and not args.force:
         raise UsageError(f"{out} is there already; --force writes over it")
     loading.check_text(args.text)
+
+
+def sequences(tokenizer: Any, text: str, source: str, tokens: int, row_length: int) -> list[Any]:
+    """The first tokens of a text, all of them where there are fewer, in rows ``[T]`` of nearly equal length.
+
+    Raises:
+        ValueError: when there are none.
+    """
+    import torch
+
+    found = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = torch.tensor(found[:tokens], dtype=torch.int64)
+    if not len(ids):
+        raise ValueError(f"{source} has no tokens")
+    if len(ids) < tokens:
+        note(f"{source} has {len(ids)} tokens, fewer than --tokens {tokens}: all of them are taken")
+    return list(ids.tensor_split(-(-len(ids) // row_length)))
 
 
 def run(args: argparse.Namespace) -> int:
     """Calibrate and save; 1 where the text is too little for a calibration that would be used."""
     check(args)
     from headq_ao import calibrate
-    from headq_ao.evals.harness.texts import rows_of
 
     start = time.perf_counter()
     text, source = loading.read_text(args.text, CHARACTERS_PER_TOKEN * args.tokens, args.column)
-    loading.model_config(args)  # a wrong name is told before weights are read
+    config = loading.model_config(args)  # a wrong name or length is told before weights are read
+    most = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if args.context_length is not None and most is not None and args.context_length > most:
+        raise UsageError(f"--context-length must be at most {most}, the model's positions, got {args.context_length}")
     model, tokenizer = loading.load_model(args)
-    length = min(args.tokens, args.row_length)
-    rows = rows_of(tokenizer, text, source, args.tokens // length, length)
-    note(f"{type(model).__name__}: {rows.numel()} tokens of {source} in {len(rows)} sequences")
-    made = calibrate(
-        model, list(rows), context_length=args.context_length, progress=not args.no_progress, source=source
-    )
+    rows = sequences(tokenizer, text, source, args.tokens, args.row_length)
+    number = "one sequence" if len(rows) == 1 else f"{len(rows)} sequences"
+    note(f"{type(model).__name__}: {sum(map(len, rows))} tokens of {source} in {number}")
+    made = calibrate(model, rows, context_length=args.context_length, progress=not args.no_progress, source=source)
     if not made.suffices:
         raise ValueError(f"{made.shortage()}; nothing was written")
     args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ NAME = "chat"
 DESCRIPTION = """\
 A conversation in the terminal. Answers are printed as they come; after each, one line says how many tokens the cache
 holds, how many bytes it takes, and what an exact one would take. Nothing is computed twice: the cache is kept between
-turns. /clear forgets the conversation; /bye or Ctrl-D ends it."""
+turns. Ctrl-C stops an answer; /clear forgets the conversation; /bye or Ctrl-D ends it."""
 EXAMPLES = """\
   headq calibrate smollm2 -o smollm2.safetensors && headq chat smollm2 --calibration smollm2.safetensors
   headq chat path/to/model --prompt "Why is the sky blue?"                 one answer, then end
@@ -55,6 +55,11 @@ class Conversation:
         self.messages = [{"role": "system", "content": self.args.system}] if self.args.system else []
         self.ids: list[int] = []
         self.cache: Any = None
+
+    def take_back(self) -> None:
+        """Forget the last message, whose answer was stopped; the next one is computed from the beginning."""
+        del self.messages[-1:]
+        self.ids, self.cache = [], None
 
     def new_cache(self) -> Any:
         """An empty one."""
@@ -107,7 +112,9 @@ class Conversation:
             return f"[{tokens:,} tokens, cache {bytes_text(exact)}, {speed}]"
         held = self.cache.get_memory_footprint()
         report = self.cache.bits_report()
-        saved = f"cache {bytes_text(held)}, exact {bytes_text(exact)}"
+        spare = report.bytes["unused"]
+        room = f" ({bytes_text(spare)} of it for tokens to come)" if spare > exact / 4 else ""
+        saved = f"cache {bytes_text(held)}{room}, exact {bytes_text(exact)}"
         return f"[{tokens:,} tokens, {report.packed_rows:,.0f} packed, {saved}, {speed}]"
 
 
@@ -115,6 +122,8 @@ def run(args: argparse.Namespace) -> int:
     """Talk until the input ends."""
     from headq_ao import headq_config, quantize_
 
+    if args.prompt is not None and not args.prompt.strip():
+        raise UsageError("--prompt must have some text; without --prompt a conversation begins")
     if args.exact and (args.calibration or args.preset):
         raise UsageError("--exact takes no --calibration and no --preset")
     try:
@@ -147,4 +156,8 @@ def run(args: argparse.Namespace) -> int:
             conversation.forget()
             note("[forgotten]")
         elif text:
-            conversation.answer(text)
+            try:
+                conversation.answer(text)
+            except KeyboardInterrupt:
+                conversation.take_back()
+                note("[stopped; the message is taken back; /bye or Ctrl-D ends the conversation]")

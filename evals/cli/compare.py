@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from headq_ao.evals.cli import loading
-from headq_ao.evals.cli.console import UsageError, add_command, note, say, show_table
+from headq_ao.evals.cli.console import UsageError, add_command, check_output, note, say, show_table
 from headq_ao.evals.cli.evaluate import add_protocol, checked
 
 NAME = "compare"
@@ -50,14 +50,16 @@ def subjects(args: argparse.Namespace) -> tuple[Path, Path | None, dict[str, Any
     Raises:
         UsageError: on all that can be refused before a model is loaded.
     """
+    if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise UsageError("--plot needs the package matplotlib: pip install 'headq_ao[plot]'")
+    check_output(args.plot, "--plot", [".png", ".svg", ".pdf"])
+    check_output(args.json, "--json")
     found: dict[str, Any] = {}
     text, calibration = Path(), None
     for line in args.methods or DEFAULTS:
         name, *options = line.split() or [""]
         one = argparse.Namespace(**vars(args) | {"method": name, "options": options, "preset": None})
         text, calibration, found[line] = checked(one) if not found else _subject(one)
-    if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise UsageError("--plot needs the package matplotlib: pip install 'headq_ao[plot]'")
     return text, calibration, found
 
 
@@ -103,7 +105,8 @@ def run(args: argparse.Namespace) -> int:
     if not results:
         raise ValueError("no method could be scored on this model")
     ordered = sorted(results, key=lambda line: results[line]["score"]["mean_kl"])
-    say(f"{Path(args.model).name}: {args.rows} rows of {args.row_length} tokens of {text.name}\n")
+    number = "one row" if args.rows == 1 else f"{args.rows} rows"
+    say(f"{Path(args.model).name}: {number} of {args.row_length} tokens of {text.name}\n")
     cells = [table_row(line, results[line]) for line in ordered]
     best = next((i for i, line in enumerate(ordered) if line.startswith("headq")), None)
     show_table(["method", "bits at 4k", "KL (nats)", "perplexity ratio", "flips"], cells, mark=best)

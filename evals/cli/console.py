@@ -3,9 +3,11 @@
 import argparse
 import importlib.util
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TextIO
 
 PROG = "headq"
@@ -91,6 +93,12 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=28)
 
+    def add_argument(self, action: argparse.Action) -> None:
+        """argparse forgets that subcommands are indented once more when it chooses the column."""
+        super().add_argument(action)
+        if list(self._iter_indented_subactions(action)):
+            self._action_max_length += self._indent_increment
+
 
 def add_command(commands: Any, name: str, title: str, description: str, examples: str) -> argparse.ArgumentParser:
     """A subcommand's parser, its help with examples."""
@@ -98,6 +106,32 @@ def add_command(commands: Any, name: str, title: str, description: str, examples
         name, help=title, description=description, epilog=f"examples:\n{examples}", formatter_class=HelpFormatter
     )
     return parser
+
+
+def check_output(path: Path | None, option: str, suffixes: Sequence[str] = ()) -> None:
+    """Raise UsageError where a result could not be written there, before any work; its folder may be missing.
+
+    Args:
+        suffixes: one of which the name must have; empty: any.
+    """
+    if path is None:
+        return
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise UsageError(f"{option} must name a {' or '.join(suffixes)} file, got {str(path)!r}")
+    if path.is_dir():
+        raise UsageError(f"{option} must name a file, got the folder {str(path)!r}")
+    folder = next(folder for folder in path.absolute().parents if folder.exists())
+    if not folder.is_dir() or not writable(folder):
+        raise UsageError(f"{option} {str(path)!r}: nothing can be written in {str(folder)!r}")
+
+
+def writable(folder: Path) -> bool:
+    """Whether a file can be made there; permissions alone do not tell (a full disk, a read-only file system)."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
 
 
 def at_least(least: int) -> Any:

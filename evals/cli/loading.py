@@ -1,6 +1,7 @@
 """The options by which commands name a model and a text, and what they load."""
 
 import argparse
+import difflib
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,6 @@ def model_config(args: argparse.Namespace) -> Any:
     Raises:
         UsageError: when transformers finds none.
     """
-    from transformers import AutoConfig
-
     from headq_ao.evals.models import smollm2
 
     name, options = args.model, {}
@@ -42,10 +41,25 @@ def model_config(args: argparse.Namespace) -> Any:
         name, options = smollm2.package_folder(), {"gguf_file": smollm2.GGUF}
     elif args.gguf_file:
         options = {"gguf_file": args.gguf_file}
+    if Path(name).is_file():
+        raise UsageError(f"MODEL must be a folder or a name on the Hugging Face Hub, got the file {name!r}")
+    from transformers import AutoConfig
+
+    if not Path(name).exists():
+        note(f"there is no folder {name!r} here: asking the Hugging Face Hub")
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code, **options)
     except (OSError, ValueError) as error:
-        raise UsageError(f"transformers finds no model {args.model!r}: {first_line(error)}") from error
+        raise UsageError(f"transformers finds no model {args.model!r}: {first_line(error)}{hint(name)}") from error
+
+
+def hint(name: str) -> str:
+    """What else may have been meant by a model that was not found, or how to do without a network."""
+    if Path(name).exists():
+        return ""
+    if difflib.get_close_matches(name.lower().rsplit("/")[-1], [NAMED], cutoff=0.7):
+        return f" Was {NAMED!r} meant? It comes from a package and needs no network"
+    return f" Without a network, name a folder, or {NAMED!r}, which comes from a package; HF_HUB_OFFLINE=1 asks no hub"
 
 
 def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
@@ -130,6 +144,13 @@ def read_text(name: str, characters: int, column: str = "text") -> tuple[str, st
         if length >= characters:
             break
     return "\n\n".join(parts), Path(source).name if Path(source).exists() else source
+
+
+def told(error: BaseException) -> str:
+    """A message; that of the operating system without its number."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    return error.strerror if error.filename is None else f"{error.strerror}: {error.filename}"
 
 
 def first_line(error: BaseException) -> str:

@@ -20,6 +20,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from headq_ao import HeadQCache, calibrate, headq_config, quantize_, restore_
+from headq_ao.integrations.transformers.models import with_cache
 from headq_ao.ops import dispatch
 
 PREFILL, CHUNKS, STEPS = 96, (17, 16), (4, 12)
@@ -120,7 +121,7 @@ def stream(model: PreTrainedModel, ids: Tensor, cache: Any, sizes: list[int] = S
         for part in ids[:, : sum(sizes)].split(sizes, 1):
             at += part.shape[1]
             more = {} if mask is None else {"attention_mask": mask[:, :at]}
-            found.append(model(input_ids=part, cache=cache, use_cache=True, **more).logits)
+            found.append(model(input_ids=part, **with_cache(cache), use_cache=True, **more).logits)
     return torch.cat(found, 1)
 
 
@@ -194,7 +195,7 @@ def stored(model: PreTrainedModel, ids: Tensor) -> dict[str, bool]:
         path = os.path.join(folder, "prompt.safetensors")
         cache.save(path)
         again = HeadQCache.load(path, model)
-        one, other = (model(input_ids=ids[:, :1], cache=c, use_cache=True).logits for c in (cache, again))
+        one, other = (model(input_ids=ids[:, :1], **with_cache(c), use_cache=True).logits for c in (cache, again))
     return {"loaded": torch.equal(one, other)}
 
 
@@ -208,7 +209,7 @@ def cropped(model: PreTrainedModel, dense: PreTrainedModel, ids: Tensor) -> floa
         return str(error)
     n = sum(SHORT)
     with torch.no_grad():
-        again = model(input_ids=ids[:, n - 3 : n], cache=cache, use_cache=True).logits
+        again = model(input_ids=ids[:, n - 3 : n], **with_cache(cache), use_cache=True).logits
     reference = stream(dense, ids, DynamicCache(config=dense.config), SHORT)
     return float((again - reference[:, -3:]).norm() / (reference - reference.mean((0, 1))).norm() * n**0.5 / 3**0.5)
 
@@ -234,7 +235,7 @@ def arithmetic(model: PreTrainedModel, dense: PreTrainedModel, ids: Tensor) -> f
         plain.layers.append(DynamicLayer() if window is None else DynamicSlidingWindowLayer(window))
     states = copy.deepcopy(cache)
     with torch.no_grad():
-        logits = model(input_ids=ids[:, n : n + 1], cache=cache, use_cache=True).logits
+        logits = model(input_ids=ids[:, n : n + 1], **with_cache(cache), use_cache=True).logits
         for i, layer in enumerate(cache.layers):
             if not hasattr(layer, "rows_of_model"):
                 plain.layers[i] = states.layers[i]
@@ -244,7 +245,7 @@ def arithmetic(model: PreTrainedModel, dense: PreTrainedModel, ids: Tensor) -> f
             keep = (position < n) & (position >= n - (n if window is None else window - 1))
             plain.layers[i].update(k[:, :, keep], v[:, :, keep])
             copy_states(states.layers[i], plain.layers[i], n)
-        reference = dense(input_ids=ids[:, n : n + 1], cache=plain, use_cache=True).logits
+        reference = dense(input_ids=ids[:, n : n + 1], **with_cache(plain), use_cache=True).logits
     return relative(logits, reference)
 
 

@@ -11,7 +11,7 @@ from headq_ao.evals.benchmarks import bench_decode, bench_generate, triton_table
 from headq_ao.evals.gpu import report as gpu
 from headq_ao.evals.harness import table
 from headq_ao.evals.models import sweep_table
-from headq_ao.evals.results import messages, tables
+from headq_ao.evals.results import messages, tables, versions
 from headq_ao.evals.results.provenance import KERNELS, QUALITY, SPEED, History, footer, read
 from headq_ao.evals.vllm import tables as served
 
@@ -93,6 +93,8 @@ BLOCKS: dict[str, Block] = {
         lambda results: served.tables(served.read(results / "vllm")),
         ("ops", "headq_ao/integrations/vllm"),
     ),
+    "versions": Block("versions/*.json", lambda results: versions.table(results / "versions"), ("headq_ao", "ops")),
+    "first minutes": one("first_minutes/walk.json", tables.first_minutes, ("headq_ao", "evals/cli")),
     "triton": one("triton/aot.json", triton_table.result_table, KERNELS),
     **{f"messages {topic}": Block("", functools.partial(message_table, topic), ()) for topic in messages.TOPICS},
     **{

@@ -47,6 +47,7 @@ TOPICS: dict[str, tuple[str, ...]] = {
     "codecs": ("headq_ao/codecs/registry.py", "headq_ao/codecs/tokenwise.py", "headq_ao/codecs/protocol.py"),
     "kernels": ("ops/cpu_build.py",),
     "vllm": ("headq_ao/integrations/vllm",),
+    "kvpress": ("headq_ao/integrations/kvpress",),
     "operators": ("ops",),
 }
 NO_MESSAGES = ("lazy.py", "user_warning.py")

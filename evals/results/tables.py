@@ -143,3 +143,12 @@ def calibration_size(result: dict[str, Any]) -> str:
         f"tokens of {result['text']}, calibrations on {result['calibration_text']}. One that is not used leaves the KL "
         "at that of none; `python recipes/calibration_size.py`."
     )
+
+
+def first_minutes(result: dict[str, Any]) -> str:
+    """What a newcomer's commands took, by the clock."""
+    rows = []
+    for step in result["steps"]:
+        told = [str(step[name]) for name in ("commit", "threads", "load")]
+        rows.append([f"`{step['command']}`", step["where"], *told, number(step["seconds"], 0)])
+    return markdown_table(["command", "where", "commit", "threads", "load", "seconds"], rows, left=3)

@@ -97,6 +97,7 @@ class _Counts:
     packed: int = 0
     exact: int = 0
     sequences: int = 0
+    distinct: dict[tuple[int, tuple[int, ...]], int] = field(default_factory=dict)
 
     def add(self, layer: PackedLayer) -> None:
         lengths = layer.batch.lengths
@@ -106,7 +107,10 @@ class _Counts:
             coded = [min(n, layer.sliding_window) for n in coded]
         assert layer.pool is not None
         stored = coded if layer.table is None else layer.table.stored(coded)
-        shared = layer.distinct(stored)
+        kind = id(layer.table), tuple(stored)  # most layers keep the same tokens in the same pages
+        if kind not in self.distinct:
+            self.distinct[kind] = layer.distinct(stored)
+        shared = self.distinct[kind]
         for total, packed in zip(lengths.totals(), coded, strict=True):
             for side, width in layer.elements.items():
                 self.elements[side] += total * width

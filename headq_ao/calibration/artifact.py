@@ -141,7 +141,12 @@ class Calibration:
         if wrong:
             raise ValueError(
                 "the calibration was made on another model: "
-                + "; ".join(f"{k} is {fingerprint[k]!r} here and {self.fingerprint.get(k)!r} there" for k in wrong)
+                + "; ".join(
+                    f"{k} is {fingerprint[k]!r} here and {self.fingerprint.get(k)!r} there"
+                    if not isinstance(fingerprint[k], list)
+                    else f"its {k} differ"
+                    for k in wrong
+                )
                 + "; run calibrate on this model"
             )
 

@@ -1,7 +1,7 @@
 """What collects statistics while attention runs, and the context variable through which attention finds it."""
 
 import contextvars
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -99,13 +99,14 @@ def queries_by_segment(q: Tensor, weight: Tensor, kv_heads: int, frame: SegmentF
 
 
 class Profiler:
-    """Measures what coded keys and values change in the output of every layer, on one sequence."""
+    """Measures what coded keys and values change in the output of every layer, on one sequence; ``measured`` is called
+    after each layer."""
 
     def __init__(
         self, moments: list[LayerMoments], n_sink: int, counted: Tensor, places: Sequence[int] | None = None,
-        frames: Frames | None = None,
+        frames: Frames | None = None, measured: Callable[[], object] = lambda: None,
     ) -> None:  # fmt: skip
-        self.frames = [None] * len(moments) if frames is None else frames
+        self.frames, self.measured = [None] * len(moments) if frames is None else frames, measured
         self.numbers = {place: i for i, place in enumerate(range(len(moments)) if places is None else places)}
         self.moments, self.n_sink, self.counted = moments, n_sink, counted
 
@@ -120,6 +121,7 @@ class Profiler:
             m, q, k, v, scaling, n_sink=self.n_sink, window=window, every=IMPORTANCE_EVERY,
             counted=self.counted.to(k.device), sinks=sinks, frame=self.frames[number],
         )  # fmt: skip
+        self.measured()
 
 
 class MomentAccumulator:

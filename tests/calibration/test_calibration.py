@@ -573,7 +573,7 @@ def test_another_model(made):
     made.check_model({k: v for k, v in made.fingerprint.items() if k != "weights"})
     with pytest.raises(ValueError, match="made on another model: layers is 3 here and 2 there; run calibrate on this"):
         made.check_model(made.fingerprint | {"layers": 3})
-    with pytest.raises(ValueError, match=r"weights is \[0.1, 0.26\] here and \[0.1, 0.25\] there"):
+    with pytest.raises(ValueError, match="another model: its weights differ; run"):
         made.check_model(made.fingerprint | {"weights": [0.1, 0.26]})
     with pytest.raises(ValueError, match="head_dim is 64 here and None there"):
         made.check_model(made.fingerprint | {"head_dim": 64})
@@ -582,7 +582,7 @@ def test_another_model(made):
 def test_a_calibration_of_another_model_is_refused(tiny, llama, batches, tmp_path):
     calibration = run(llama, batches)
     other = tiny("llama", head_dim=32, heads=4, kv_heads=2, layers=2, seed=1)
-    with pytest.raises(ValueError, match="the calibration was made on another model: weights is"):
+    with pytest.raises(ValueError, match="the calibration was made on another model: its weights differ; run"):
         quantize_(other, headq_config(calibration=calibration))
     with pytest.raises(FileNotFoundError, match="no calibration file"):
         quantize_(llama, headq_config(calibration=str(tmp_path / "gone.safetensors")))

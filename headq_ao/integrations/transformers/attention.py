@@ -1,5 +1,7 @@
 """Attention on dense keys and values, and attention weights; :mod:`.calls` has the attention function itself."""
 
+import sys
+from types import FrameType
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from headq_ao.ops.types import Visible, visible_positions
 from headq_ao.user_warning import warn
 
 NAME = "headq"
+LM_EVAL = "lm_eval.models.huggingface"
 
 
 @mode_neutral
@@ -118,6 +121,23 @@ def warn_dense(why: str, model: int) -> None:
     if (model, why) not in _warned:
         _warned.add((model, why))
         warn(f"HeadQ: {why}; this call runs on dense keys and values", again=True)
+
+
+def warn_scored_unread(model: int) -> None:
+    """Say, once per model, that lm-eval's own ``hf`` model scores without reading the cache, where it is what calls."""
+    if LM_EVAL not in sys.modules or (model, LM_EVAL) in _warned:
+        return
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "_model_call" and frame.f_globals.get("__name__") == LM_EVAL:
+            _warned.add((model, LM_EVAL))
+            return warn(
+                "HeadQ: lm-eval's model 'hf' scores log-likelihoods in one forward pass, which reads no cached token: "
+                "its numbers are those of the exact cache; headq-lm-eval --model headq feeds each request through the "
+                "cache",
+                again=True,
+            )
+        frame = frame.f_back
 
 
 _warned: set[tuple[int, str]] = set()

@@ -142,8 +142,9 @@ def calibrate(
         moments = [dataclasses.replace(layer.moments(), effective=effective) for layer in recorder.layers]
         profiled, counts = profiled_row(rows, counted)
         if len(profiled) >= n_sink + WHOLE and not own_attention:
-            RECORDER.set(Profiler(moments, n_sink, counts, serving.places, frames))
-            model(input_ids=profiled[None].to(device), use_cache=False)
+            with tqdm(total=len(moments), desc="sensitivity", unit="layer", disable=not progress) as bar:
+                RECORDER.set(Profiler(moments, n_sink, counts, serving.places, frames, bar.update))
+                model(input_ids=profiled[None].to(device), use_cache=False)
     finally:
         RECORDER.reset(token)
         configs.put_back(model)

@@ -67,7 +67,9 @@ def _supply(
     native = model._headq.fallback is None
     if native:
         keep_attention(model)
-    cache = HeadQCache(model) if cache is None else cache
+    if cache is None:
+        attention.warn_scored_unread(model._headq.codecs[0].model.number)
+        cache = HeadQCache(model)
     tokens = _tokens(args, kwargs)
     if tokens is None:
         cache.check_made_for(model._headq)
@@ -196,13 +198,15 @@ def headq_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    scaling: float | None = None,
     dropout: float = 0.0,
+    scaling: float | None = None,
     is_causal: bool | None = None,
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention over a HeadQ cache; over plain keys and values, transformers' SDPA attention.
+
+    Arguments are in the order of SDPA attention, which wrappers of attention (kvpress's) pass on by position.
 
     Args:
         module: the attention module; its ``headq`` submodule is the layer's codec.

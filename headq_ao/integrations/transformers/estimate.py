@@ -14,6 +14,7 @@ from headq_ao.cache.schedule import page_tokens, schedule_of
 from headq_ao.cache.token_ids import TokenIds
 from headq_ao.calibration.artifact import Calibration, usable_calibration
 from headq_ao.calibration.bit_allocation import head_bits
+from headq_ao.codecs.base import HeadBits
 from headq_ao.codecs.layer_codec import LayerCodec
 from headq_ao.codecs.registry import LayerContext, build
 from headq_ao.codecs.source import SourceModule
@@ -64,15 +65,10 @@ def estimate_memory(
         dtype = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
     shapes = layer_shapes(model_config)
     config, known = usable_calibration(config)
-    sources: list[SourceModule] = []
     shared = [None] * len(shapes) if config.codec is not None else head_bits(config, known, shapes)
-    for shape, bits in zip(shapes, shared, strict=True):
-        moments = None if config.calibration is None else _no_moments(shape)
-        if config.codec is None:
-            sources.append(LayerCodec(config, shape, moments, META, bits=bits))
-        else:
-            layer = LayerContext(shape, config.n_sink, META, moments)
-            sources.append(build(config.codec, config.codec_options or {}, layer))
+    kinds = list(zip(shapes, shared, strict=True))
+    made = {kind: _source(config, *kind) for kind in dict.fromkeys(kinds)}  # without data, equal layers share a codec
+    sources = [made[kind] for kind in kinds]
     if any(source.prototype.drops for source in sources):
         raise ValueError(f"how many tokens {config.codec!r} leaves out depends on the text: there is no estimate")
     schedule = schedule_of(config, sources)
@@ -88,6 +84,14 @@ def estimate_memory(
     ids = TokenIds()
     ids.note(torch.empty(batch_size, tokens, dtype=torch.int64, device=META), batch_size, tokens, 0, None)
     return BitsReport.of(batch, ids)
+
+
+def _source(config: HeadQConfig, shape: LayerShape, bits: HeadBits | None) -> SourceModule:
+    """What codes a layer of that form, without data."""
+    moments = None if config.calibration is None else _no_moments(shape)
+    if config.codec is None:
+        return LayerCodec(config, shape, moments, META, bits=bits)
+    return build(config.codec, config.codec_options or {}, LayerContext(shape, config.n_sink, META, moments))
 
 
 def assumed_calibration(model_config: Any) -> Calibration:

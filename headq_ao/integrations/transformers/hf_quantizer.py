@@ -105,7 +105,8 @@ class HeadQQuantizer(HfQuantizer):
         self.inner = inner
         self.quantization_config.weights = inner.quantization_config
         for name in OF_THE_WEIGHTS:
-            setattr(self, name, getattr(inner, name))
+            if hasattr(inner, name):  # get_new_dtype and quantized_element_size: of later versions of transformers
+                setattr(self, name, getattr(inner, name))
 
     @property
     def below(self) -> HfQuantizer | None:

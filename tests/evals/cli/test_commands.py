@@ -5,6 +5,7 @@ import json
 import sys
 
 import pytest
+import transformers
 
 from headq_ao.evals.cli import chat, doctor, loading
 from headq_ao.evals.cli.__main__ import main
@@ -61,11 +62,12 @@ def test_doctor_finds_nothing_wrong_here(capsys):
 def test_doctor_tells_what_is_wrong(monkeypatch, capsys):
     monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda name: ["torch>=99", "no-such-package>=1"])
     monkeypatch.setenv("HEADQ_CPU_KERNEL", "0")
+    monkeypatch.setattr(doctor.os, "getloadavg", lambda: (99.0, 0, 0))
     monkeypatch.setattr(doctor, "trial", lambda device: doctor.Finding("tiny model", "not run"))
     assert main(["doctor"]) == 1
     shown = capsys.readouterr().out
     assert "pip install 'torch>=99'" in shown and "pip install 'no-such-package>=1'" in shown
-    assert "unset HEADQ_CPU_KERNEL" in shown and "2 wrong, 1 slow" in shown
+    assert "unset HEADQ_CPU_KERNEL" in shown and "2 wrong, 2 slow" in shown and "take fewer threads" in shown
 
 
 def test_eval(tiny_folder, text_file, tmp_path, capsys):
@@ -128,6 +130,56 @@ def test_chat_exact(tiny_folder, capsys):
     assert main(["chat", str(tiny_folder), "--exact", "--preset", "quality"]) == 2
     assert main(["chat", str(tiny_folder), "--calibration", "nowhere.safetensors"]) == 2
     assert "make one with: headq calibrate" in capsys.readouterr().err
+
+
+def test_ctrl_c_stops_an_answer_and_not_the_conversation(tiny_folder, monkeypatch, capsys):
+    own, calls = chat.Conversation.answer, []
+
+    def answer(self, text):
+        calls.append(text)
+        if len(calls) == 1:
+            self.encode(text)
+            raise KeyboardInterrupt
+        return own(self, text)
+
+    monkeypatch.setattr(chat.Conversation, "answer", answer)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("w1 w2\nw3 w4 w5\n"))
+    assert main(["chat", str(tiny_folder), "--max-new-tokens", "4"]) == 0
+    told = capsys.readouterr().err
+    assert "[stopped" in told and "[6 tokens" in told  # three and four, less the last, which is not in the cache yet
+    assert main(["chat", str(tiny_folder), "--prompt", " "]) == 2
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["eval", "--json", "file/e.json"], "--json 'file/e.json': nothing can be written in"),
+        (["compare", "--json", "."], "--json must name a file, got the folder '.'"),
+        (["compare", "--plot", "plot.txt"], "--plot must name a .png or .svg or .pdf file, got 'plot.txt'"),
+    ],
+)
+def test_places_of_results_are_looked_at_before_any_work(command, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(loading, "model_config", None)
+    (tmp_path / "file").touch()
+    assert main([command[0], "m", *command[1:]]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("file.bin", "got the file 'file.bin'"), ("smollm", "Was 'smollm2' meant?"), ("some/model", "HF_HUB_OFFLINE=1")],
+)
+def test_a_model_that_is_not_found(name, told, tmp_path, monkeypatch, capsys):
+    def offline(*args, **kwargs):
+        raise OSError("We couldn't connect\nand more")
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file.bin").touch()
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", offline)
+    assert main(["estimate", name]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("headq: ") and told in last
 
 
 def test_a_missing_package_is_one_line(monkeypatch, capsys):

@@ -46,7 +46,23 @@ def test_lm_eval_missing_is_one_line(monkeypatch, capsys):
     assert told == "headq: headq_ao.evals.lm_eval needs lm-eval: pip install 'headq_ao[lm-eval]'\n"
 
 
-@pytest.mark.parametrize(("error", "code"), [(ValueError("so"), 1), (KeyboardInterrupt(), 130), (ImportError("so"), 1)])
+def test_headq_alone_shows_the_commands(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main([])
+    lines = capsys.readouterr().out.splitlines()
+    assert caught.value.code == 0
+    for command in cli.COMMANDS:  # each on a line with its title
+        assert any(line.split()[:1] == [command.NAME] and len(line.split()) > 3 for line in lines)
+
+
+class OutOfMemoryError(RuntimeError):
+    """torch's, by its name."""
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(ValueError("so"), 1), (KeyboardInterrupt(), 130), (ImportError("so"), 1), (OutOfMemoryError("so"), 1)],
+)
 def test_exit_codes(error, code, monkeypatch, capsys):
     def fail(args):
         raise error

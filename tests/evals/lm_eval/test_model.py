@@ -13,7 +13,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
 from lm_eval.models.huggingface import HFLM
 
-from headq_ao import HeadQCache
+from headq_ao import HeadQCache, headq_config, quantize_
 from headq_ao.evals.lm_eval import HeadQLM, ModelArgumentError, NothingPackedError
 from headq_ao.evals.lm_eval import model as module
 
@@ -285,3 +285,16 @@ def test_stored_answers_of_another_cache_are_refused(lm, tmp_path):
     for other in (lm(**SMALL | {"k_bits": 3}), lm(quantized=False), lm(**SMALL | {"chunk_size": 8})):
         with pytest.raises(ModelArgumentError, match="answers of another model or cache"):
             CachingLM(other, store)
+
+
+def test_lm_evals_own_model_is_told_that_it_reads_no_cache(lm, recwarn):
+    """Once; and its generation, and HeadQ's own model, are not."""
+    stock = lm(stock=True)
+    quantize_(stock.model, headq_config())
+    stock.generate_until(prompts(2)[:1])
+    assert not [w for w in recwarn if "reads no cached token" in str(w.message)]
+    with pytest.warns(UserWarning, match="headq-lm-eval --model headq feeds each request through the cache"):
+        stock.loglikelihood(REQUESTS[:1])
+    stock.loglikelihood(REQUESTS[1:2])
+    lm(**SMALL).loglikelihood(REQUESTS[:1])
+    assert not [w for w in recwarn if "reads no cached token" in str(w.message)]  # pytest.warns has had the only one

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from headq_ao.evals.results import __main__ as command
-from headq_ao.evals.results import documents, messages
+from headq_ao.evals.results import documents, messages, versions
 from headq_ao.evals.results.blocks import BLOCKS, block
 from headq_ao.evals.results.provenance import CHANGED, History, footer
 
@@ -161,3 +161,17 @@ def test_the_documents_of_this_checkout():
     """What ``make lint`` checks too."""
     assert command.problems(ROOT, STORED) == []
     assert sum(len(documents.names(path.read_text(encoding="utf-8"))) for path in documents.documents(ROOT)) > 10
+
+
+def test_versions_are_counted_from_reports(tmp_path):
+    suite = '<testsuite tests="9" failures="1" errors="1" skipped="2" time="120"></testsuite>'
+    for name in ("a.xml", "b.xml"):
+        (tmp_path / name).write_text(f"<testsuites>{suite}</testsuites>", encoding="utf-8")
+    out = tmp_path / "results" / "one.json"
+    assert versions.main([str(tmp_path / "a.xml"), str(tmp_path / "b.xml"), "-o", str(out)]) == 0
+    stored = json.loads(out.read_text(encoding="utf-8"))
+    assert stored["counts"] == {"tests": 18, "failures": 2, "errors": 2, "skipped": 4, "seconds": 240.0}
+    older = stored | {"environment": {"versions": stored["environment"]["versions"] | {"transformers": "5.9.1"}}}
+    (tmp_path / "results" / "two.json").write_text(json.dumps(older), encoding="utf-8")
+    *_, first, last = versions.table(out.parent).splitlines()
+    assert "| 5.9.1 | quick | 10 | 4 | 4 | 4 |" in first and "5.9.1" not in last

@@ -13,7 +13,7 @@ from headq_ao.integrations.transformers import attention
 from headq_ao.integrations.transformers.hf_quantizer import MARKS, HeadQQuantizer
 
 FAST = {"epoch_tokens": 64, "residual_length": 32, "block_size": 16}
-WEIGHTS = {"plain": None, "int8": Int8WeightOnlyConfig}
+WEIGHTS = {"plain": None, "int8": lambda: Int8WeightOnlyConfig(version=2)}
 KINDS = (  # what transformers asks a quantizer
     "is_trainable", "is_qat_trainable", "is_compileable", "requires_calibration", "pre_quantized",
     "quantized_element_size", "serialized_names",
@@ -59,7 +59,8 @@ def seen_by_transformers(model):
         "attributes": sorted(vars(model).keys() - {"_weight_conversions"}),  # of any model that was loaded
         "marks": [getattr(model, name, "none") for name in MARKS[1:]],
         "lists": {n: getattr(model, n) for n in dir(kind) if n.startswith(("_keys", "_no_", "_keep"))},
-        "quantizer": {name: getattr(quantizer, name) for name in KINDS} | {"serializable": quantizer.is_serializable()},
+        "quantizer": {name: getattr(quantizer, name, None) for name in KINDS}
+        | {"serializable": quantizer.is_serializable()},
         "quantizer's attributes": sorted(vars(quantizer)),
         "weights": type(quantizer.inner),
         "config": {n: x for n, x in model.config.to_dict().items() if n not in ("_name_or_path", "architectures")},
@@ -180,7 +181,7 @@ def test_the_weights_config_answers_for_itself(doors):
 
 def test_what_is_given_to_from_pretrained_is_not_changed(doors, tmp_path):
     doors("plain")
-    for weights in (None, TorchAoConfig(Int8WeightOnlyConfig())):
+    for weights in (None, TorchAoConfig(Int8WeightOnlyConfig(version=2))):
         config = headq_config(**FAST)
         given = HeadQQuantizationConfig(config, weights=weights)
         before = vars(given).copy()

@@ -22,7 +22,7 @@ from headq_ao.statistics.moments import TENSORS
 FAST = {"epoch_tokens": 64, "residual_length": 32, "block_size": 16}
 FAMILIES = ["llama", "qwen3", "mistral", "gemma3", "phi3", "gpt_neox", "gpt2"]
 WEIGHTS = {
-    "int8": lambda: Int8WeightOnlyConfig(),
+    "int8": lambda: Int8WeightOnlyConfig(version=2),
     "int4": lambda: IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)),
 }
 
@@ -109,7 +109,7 @@ def test_weights_quantized_by_transformers(tiny, token_ids, tmp_path, weights):
 def test_tied_embeddings_that_quantization_parted(tiny, token_ids, tmp_path):
     """torchao quantizes lm_head, which was the embedding: it must not be tied again on loading."""
     model, ids = tiny(head_dim=64, tie_word_embeddings=True), token_ids(1, 120)
-    quantize_(model, Int8WeightOnlyConfig())
+    quantize_(model, Int8WeightOnlyConfig(version=2))
     quantize_(model, headq_config(**FAST))
     before = logits_of(model, ids)
     model.save_pretrained(tmp_path)
@@ -231,7 +231,7 @@ def test_a_newer_config_is_refused(tiny, tmp_path):
 
 def test_weights_of_unknown_origin_are_refused(tiny, tmp_path):
     model = tiny(head_dim=64)
-    torchao.quantization.quantize_(model, Int8WeightOnlyConfig())
+    torchao.quantization.quantize_(model, Int8WeightOnlyConfig(version=2))
     quantize_(model, headq_config(**FAST))
     with pytest.raises(ValueError, match=r"its config is not known.*quantize the weights with headq_ao.quantize_"):
         model.save_pretrained(tmp_path)
@@ -239,7 +239,7 @@ def test_weights_of_unknown_origin_are_refused(tiny, tmp_path):
 
 def test_only_headq_configs():
     with pytest.raises(ValueError, match="config must come from headq_config, got a Int8WeightOnlyConfig"):
-        HeadQQuantizationConfig(Int8WeightOnlyConfig())
+        HeadQQuantizationConfig(Int8WeightOnlyConfig(version=2))
 
 
 def test_no_pickle(tiny, token_ids, tmp_path, monkeypatch):

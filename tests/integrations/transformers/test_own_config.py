@@ -47,13 +47,13 @@ def quantized(model, ids):
 
 
 def weights_and_cache(model, ids):
-    quantize_(model, Int8WeightOnlyConfig())
+    quantize_(model, Int8WeightOnlyConfig(version=2))
     quantize_(model, headq_config(**FAST))
 
 
 def cache_and_weights(model, ids):
     quantize_(model, headq_config(**FAST))
-    quantize_(model, Int8WeightOnlyConfig())
+    quantize_(model, Int8WeightOnlyConfig(version=2))
     restore_(model)
 
 
@@ -72,7 +72,7 @@ ACTS = {
     "calibrated": lambda m, ids: quantize_(m, headq_config(calibration=calibrate(m, [TEXT], progress=False))),
     "restore": lambda m, ids: (quantized(m, ids), restore_(m)),
     "changed": lambda m, ids: (quantized(m, ids), setattr(m.config, "use_cache", False), restore_(m)),
-    "weights": lambda m, ids: quantize_(m, Int8WeightOnlyConfig()),
+    "weights": lambda m, ids: quantize_(m, Int8WeightOnlyConfig(version=2)),
     "weights and cache": weights_and_cache,
     "cache and weights": cache_and_weights,
     "saved": saved,
@@ -257,7 +257,7 @@ def test_parted_embeddings_are_noted_in_the_model_s_own_config(tiny, token_ids, 
     """Weights alone too: torchao quantizes lm_head, which was the embedding, and it must not be tied on loading."""
     model, ids = tiny(head_dim=64, tie_word_embeddings=True), token_ids(1, 60)
     holder = model.config
-    quantize_(model, Int8WeightOnlyConfig())
+    quantize_(model, Int8WeightOnlyConfig(version=2))
     assert holder.tie_word_embeddings and not model.config.tie_word_embeddings
     model.save_pretrained(tmp_path)
     with torch.no_grad():

@@ -211,7 +211,7 @@ def other_models(tiny, token_ids):
         return model
 
     def int8(model):
-        torchao.quantization.quantize_(model, Int8WeightOnlyConfig())
+        torchao.quantization.quantize_(model, Int8WeightOnlyConfig(version=2))
 
     def tuned(model):
         model.model.layers[1].mlp.up_proj.weight += 1e-4

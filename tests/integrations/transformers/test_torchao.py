@@ -22,11 +22,11 @@ def logits_of(model, ids):
 @pytest.mark.parametrize("headq_first", [True, False])
 def test_int8_weights_and_packed_cache(tiny, token_ids, headq_first):
     ids, weights_only = token_ids(2, 160), tiny(head_dim=64)
-    torchao.quantization.quantize_(weights_only, Int8WeightOnlyConfig())
+    torchao.quantization.quantize_(weights_only, Int8WeightOnlyConfig(version=2))
     with torch.no_grad():
         dense = weights_only(ids).logits
     model = tiny(head_dim=64)
-    configs = [headq_config(**CACHE), Int8WeightOnlyConfig()]
+    configs = [headq_config(**CACHE), Int8WeightOnlyConfig(version=2)]
     for config in configs if headq_first else configs[::-1]:
         quantize_(model, config)
     assert type(model.model.layers[0].self_attn.k_proj.weight) is not torch.nn.Parameter
@@ -66,8 +66,8 @@ def test_other_configs_pass_through(tiny, token_ids):
 
     for arguments in ({}, {"filter_fn": only_keys}, {"filter_fn": None}, {"device": "cpu"}):
         ours, theirs = tiny(), tiny()
-        torchao.quantization.quantize_(theirs, Int8WeightOnlyConfig(), **arguments)
-        quantize_(ours, Int8WeightOnlyConfig(), **arguments)
+        torchao.quantization.quantize_(theirs, Int8WeightOnlyConfig(version=2), **arguments)
+        quantize_(ours, Int8WeightOnlyConfig(version=2), **arguments)
         kinds = [[type(m.weight) for m in x.modules() if isinstance(m, torch.nn.Linear)] for x in (ours, theirs)]
         assert kinds[0] == kinds[1]
         assert len(set(kinds[0])) == (2 if arguments.get("filter_fn") else 1)
