@@ -66,12 +66,12 @@ def estimate_memory(
     config, known = usable_calibration(config)
     sources: list[SourceModule] = []
     shared = [None] * len(shapes) if config.codec is not None else head_bits(config, known, shapes)
-    for shape, bits in zip(shapes, shared, strict=True):
+    for i, (shape, bits) in enumerate(zip(shapes, shared, strict=True)):
         moments = None if config.calibration is None else _no_moments(shape)
         if config.codec is None:
             sources.append(LayerCodec(config, shape, moments, META, bits=bits))
         else:
-            layer = LayerContext(shape, config.n_sink, META, moments)
+            layer = LayerContext(shape, config.n_sink, META, moments, framed=moments, index=i, layers=len(shapes))
             sources.append(build(config.codec, config.codec_options or {}, layer))
     if any(source.prototype.drops for source in sources):
         raise ValueError(f"how many tokens {config.codec!r} leaves out depends on the text: there is no estimate")
