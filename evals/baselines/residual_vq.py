@@ -32,8 +32,8 @@ WIDTH = 32  # coordinates that are coded together
 ENTRIES = 2048  # of a codebook
 BOOKS = 8
 DECAY = 0.99
-STARTS, PASSES = 5, 3  # passes of k-means over the samples, and of the moving averages after it
-BATCH = 2048  # samples of one step of the moving averages
+STARTS, START_SAMPLES = 4, 16384  # rounds of k-means, and on how many of the samples
+BATCH = 256  # samples of one step of the moving averages, which see each sample once
 TILE = 8192  # vectors that are compared with a codebook at a time
 MOST_SAMPLES = 100_000
 EPILOG = """\
@@ -144,15 +144,16 @@ class ResidualVQ(TokenCodec):
 
 @register("residual_vq")
 def residual_vq(layer: LayerContext, *, books: int = BOOKS, codebooks: str | None = None) -> TokenCodec:
-    """The first ``books`` of a model's trained codebooks; ``codebooks``: their file, None: the one in the cache folder."""
+    """The first ``books`` of a model's codebooks, of the file ``codebooks``; None: the one in the cache folder."""
     settings, tensors = training.of_layer(CODEBOOKS, codebooks, layer.fingerprint, layer.index)
     if not 1 <= books <= settings["books"]:
         raise ValueError(f"books must be 1 to the {settings['books']} that were trained, got {books}")
     return ResidualVQ(layer, tensors["key"][:books], tensors["value"][:books])
 
 
-def k_means(x: Tensor, entries: int, generator: torch.Generator) -> Tensor:
-    """``entries`` centres ``[entries, w]`` of samples ``x [n, w]``; those that nothing is near to go to a sample."""
+def k_means(x: Tensor, entries: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """``entries`` centres ``[entries, w]`` of samples ``x [n, w]``, and how many samples are near to each; those that
+    nothing is near to go to a sample."""
     centres = x[torch.randperm(len(x), generator=generator)[:entries]]
     for _ in range(STARTS):
         at = nearest(x, centres)
@@ -160,20 +161,19 @@ def k_means(x: Tensor, entries: int, generator: torch.Generator) -> Tensor:
         total = torch.zeros_like(centres).index_add_(0, at, x)
         others = x[torch.randint(len(x), (entries,), generator=generator)]
         centres = torch.where(count[:, None] > 0, total / count.clamp(min=1)[:, None], others)
-    return centres
+    return centres, count
 
 
-def moving_average(x: Tensor, centres: Tensor, generator: torch.Generator) -> Tensor:
-    """Centres after passes over the samples in which each follows those near to it: ``n ← γ n + (1 − γ) n'``,
-    ``s ← γ s + (1 − γ) s'``, ``c = s / n``."""
-    count = torch.bincount(nearest(x, centres), minlength=len(centres)).float() * (BATCH / len(x))
-    total = centres * count[:, None]
-    for _ in range(PASSES):
-        for batch in x[torch.randperm(len(x), generator=generator)].split(BATCH):
-            at = nearest(batch, centres)
-            count = torch.lerp(torch.bincount(at, minlength=len(centres)).float(), count, DECAY)
-            total = torch.lerp(torch.zeros_like(total).index_add_(0, at, batch), total, DECAY)
-            centres = torch.where(count[:, None] > 1e-3, total / count.clamp(min=1e-3)[:, None], centres)
+def moving_average(x: Tensor, centres: Tensor, count: Tensor, generator: torch.Generator) -> Tensor:
+    """Centres after a pass over the samples in which each follows those near to it: ``n ← γ n + (1 − γ) n'``,
+    ``s ← γ s + (1 − γ) s'``, ``c = s / n``; ``count``: samples that were near to each before."""
+    share = count.float() * (BATCH / count.sum())
+    total = centres * share[:, None]
+    for batch in x[torch.randperm(len(x), generator=generator)].split(BATCH):
+        at = nearest(batch, centres)
+        share = torch.lerp(torch.bincount(at, minlength=len(centres)).float(), share, DECAY)
+        total = torch.lerp(torch.zeros_like(total).index_add_(0, at, batch), total, DECAY)
+        centres = torch.where(share[:, None] > 1e-3, total / share.clamp(min=1e-3)[:, None], centres)
     return centres
 
 
@@ -187,7 +187,8 @@ def fit(x: Tensor, books: int, entries: int, seed: int) -> Tensor:
         raise ValueError(f"{entries} entries need as many samples, got {len(x)}; train on more text")
     generator, found = torch.Generator().manual_seed(seed), []
     for _ in range(books):
-        book = moving_average(x, k_means(x, entries, generator), generator).half().float()
+        start = k_means(x[: max(START_SAMPLES, entries)], entries, generator)
+        book = moving_average(x, *start, generator).half().float()
         found.append(book)
         x = x - book[nearest(x, book)]
     return torch.stack(found)
