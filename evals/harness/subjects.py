@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 from headq_ao import Calibration, HeadQConfig, estimate_memory, headq_config, quantize_, restore_
 from headq_ao.codecs import registry
-from headq_ao.evals.baselines import methods as methods  # registers the baselines
+from headq_ao.evals.baselines import neighbours as neighbours  # registers the baselines
 from headq_ao.evals.baselines.transformers_cache import TransformersCache
 from headq_ao.evals.harness.inputs import describe
 from headq_ao.integrations.transformers.models import layer_shapes
