@@ -17,6 +17,8 @@ from headq_ao.evals.baselines.codecs import pack_bits, unpack_bits
 from headq_ao.ops.rounding import half, scale_by_gain
 from headq_ao.ops.types import SegmentFrame
 
+SPREADS = (0.85, 1.0, 1.2)  # scales that are tried under a metric, in units of the RMS
+PLAIN_SPREADS = (1.0,)  # and without one
 BITS = (1, 2, 4)  # those that divide the window of eight
 
 
@@ -103,24 +105,28 @@ class Trellis(TokenCodec):
         return found
 
     def _coded(self, basis: Basis, x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-        """Symbols ``[B, Hkv, n, D]`` and scales ``[B, Hkv, n]``."""
-        y = basis.into(x)
-        scale = half(y.square().mean(-1, keepdim=True).sqrt())
-        rows, h = y / scale, basis.hessian
-        if h is None:
-            symbols = trellis_code.encode(rows.flatten(0, -2), bits).view(y.shape)
-        else:
-            of_heads = (trellis_code.encode(rows[:, i].flatten(0, 1), bits, h[0, i]) for i in range(y.shape[1]))
-            symbols = torch.stack([s.view(len(y), *y.shape[2:]) for s in of_heads], 1)
-        y_hat = scale * trellis_code.decode(symbols, bits)
-        seen = y_hat if h is None else y_hat @ h
-        along = (y * seen).sum(-1, keepdim=True)
-        if self.unbiased:
-            whole = (y * (y if h is None else y @ h)).sum(-1, keepdim=True)
-            scale = scale_by_gain(scale, whole, along)
-        else:
-            scale = scale_by_gain(scale, along, (y_hat * seen).sum(-1, keepdim=True))
-        return symbols, scale.squeeze(-1)
+        """Symbols ``[B, Hkv, n, D]`` and scales ``[B, Hkv, n]``: of the scales that are tried, those of least error."""
+        y, h = basis.into(x), basis.hessian
+        rms, whole = y.square().mean(-1, keepdim=True).sqrt(), form(y, h, y)
+        best: list[Tensor] = []
+        for spread in PLAIN_SPREADS if h is None else SPREADS:
+            scale = half(rms * spread)
+            symbols = self._symbols(y / scale, h, bits)
+            y_hat = scale * trellis_code.decode(symbols, bits)
+            along, size = form(y, h, y_hat), form(y_hat, h, y_hat)
+            kept = scale_by_gain(scale, whole, along) if self.unbiased else scale_by_gain(scale, along, size)
+            gain = kept / scale
+            new = [whole - 2 * gain * along + gain.square() * size, kept, symbols]
+            best = [torch.where(new[0] < best[0], a, b) for a, b in zip(new, best, strict=True)] if best else new
+        return best[2], best[1].squeeze(-1)
+
+    @staticmethod
+    def _symbols(rows: Tensor, hessian: Tensor | None, bits: int) -> Tensor:
+        """Of ``[B, Hkv, n, D]`` in units of the scale."""
+        if hessian is None:
+            return trellis_code.encode(rows.flatten(0, -2), bits).view(rows.shape)
+        of_heads = (trellis_code.encode(rows[:, i].flatten(0, 1), bits, hessian[0, i]) for i in range(rows.shape[1]))
+        return torch.stack([s.view(len(rows), *rows.shape[2:]) for s in of_heads], 1)
 
     def _turned(self, k: Tensor, position: Tensor, back: bool) -> Tensor:
         """Keys into the frame of their segments, or out of it."""
@@ -142,6 +148,11 @@ class Trellis(TokenCodec):
     def decode_values(self, held: Held) -> Tensor:
         """See :class:`TokenCodec`."""
         return self._decoded("value", held)
+
+
+def form(x: Tensor, hessian: Tensor | None, y: Tensor) -> Tensor:
+    """``xᵀ H y`` of each token, ``[.., 1]``."""
+    return ((x if hessian is None else x @ hessian) * y).sum(-1, keepdim=True)
 
 
 def signed_rotation(head_dim: int, seed: int) -> Tensor:
