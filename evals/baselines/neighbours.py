@@ -1,6 +1,6 @@
 """All baselines, registered: those of :mod:`~.methods`, and the systems that stand nearest to HeadQ."""
 
-from headq_ao.evals.baselines import eviction, kvlinc, methods, residual_vq, trellis
+from headq_ao.evals.baselines import eviction, kvlinc, methods, residual_vq, trellis, vllm_types
 
 NEIGHBOURS = tuple(
     factory.__name__
@@ -13,4 +13,4 @@ NEIGHBOURS = tuple(
         trellis.trellis,
     )
 )
-ALL = (*methods.METHODS, *NEIGHBOURS)
+ALL = (*methods.METHODS, *NEIGHBOURS, *vllm_types.TYPES)
