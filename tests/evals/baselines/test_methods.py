@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from headq_ao import HeadQCache, calibrate, headq_config, quantize_, restore_
+from headq_ao import HeadQCache, restore_
 from headq_ao.codecs import registry
 from headq_ao.codecs.registry import LayerContext
 from headq_ao.evals.baselines.codecs import Affine, LowRank
@@ -22,26 +22,6 @@ CASES = [
     ("squat", SIDES | {"k_group": 16, "v_group": 16, "rank": 4}),
     ("gear", SIDES | {"k_group": 16, "v_group": 16, "block": 16}),
 ]
-
-
-@pytest.fixture(autouse=True)
-def no_gradients():
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture
-def quantized(tiny, token_ids):
-    """``quantized(method, options, **model options)``: a model with that codec."""
-
-    def make(name, options, **model_options):
-        model = tiny(**model_options)
-        calibration = calibrate(model, [token_ids(3, 200, seed=9)], progress=False)
-        own = {"block_size": 16, "residual_length": 16, "calibration": calibration}
-        quantize_(model, headq_config(codec=name, codec_options=options, **own))
-        return model
-
-    return make
 
 
 def built(name, options, shape=None):
