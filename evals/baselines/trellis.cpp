@@ -17,30 +17,27 @@ struct Args {
 };
 
 struct Scratch {
-  std::vector<float> cost, cand, pulls, next;
+  std::vector<float> cost, target, cand, pulls, next;
+  std::vector<int32_t> pick;
   std::vector<uint8_t> picks;
   Scratch(const Args& a, int k)
-      : cost(a.classes), cand(size_t(a.classes) * k), pulls(a.has_metric ? size_t(a.classes) * a.width : 0),
-        next(pulls.size()), picks(size_t(a.classes) * a.width) {}
+      : cost(a.classes), target(a.classes), cand(size_t(a.classes) * k),
+        pulls(a.has_metric ? size_t(a.classes) * a.width : 0), next(pulls.size()), pick(a.classes),
+        picks(size_t(a.classes) * a.width) {}
 };
 
 // Costs of the states that class c and each symbol lead to, over the survivors of the classes.
 void extend(const Args& a, Scratch& s, int k, int j, float x) {
+  const int n = a.classes;
+  float *target = s.target.data(), *cost = s.cost.data();
   const float w = a.has_metric ? a.weight[j] : 1.0f;
+  for (int c = 0; c < n; c++) target[c] = a.has_metric ? x + s.pulls[size_t(c) * a.width + j] : x;
   for (int b = 0; b < k; b++) {
-    const float* level = a.levels + size_t(b) * a.classes;
-    float* cand = s.cand.data() + size_t(b) * a.classes;
-    if (a.has_metric) {
-      const float* pull = s.pulls.data() + j;
-      for (int c = 0; c < a.classes; c++) {
-        const float miss = x + pull[size_t(c) * a.width] - level[c];
-        cand[c] = s.cost[c] + miss * miss * w;
-      }
-    } else {
-      for (int c = 0; c < a.classes; c++) {
-        const float miss = x - level[c];
-        cand[c] = s.cost[c] + miss * miss;
-      }
+    const float* level = a.levels + size_t(b) * n;
+    float* cand = s.cand.data() + size_t(b) * n;
+    for (int c = 0; c < n; c++) {
+      const float miss = target[c] - level[c];
+      cand[c] = cost[c] + miss * miss * w;
     }
   }
 }
@@ -48,19 +45,19 @@ void extend(const Args& a, Scratch& s, int k, int j, float x) {
 // The best of the 2^bits states that go over into each class: class k·m + b comes from classes p·C/k + m by symbol b.
 void select(const Args& a, Scratch& s, int k, uint8_t* picks) {
   const int part = a.classes / k;
+  float* best = s.target.data();
+  int32_t* pick = s.pick.data();
   for (int b = 0; b < k; b++) {
     const float* cand = s.cand.data() + size_t(b) * a.classes;
-    for (int m = 0; m < part; m++) {
-      float best = cand[m];
-      int pick = 0;
-      for (int p = 1; p < k; p++) {
-        const float c = cand[p * part + m];
-        pick = c < best ? p : pick;
-        best = std::min(best, c);
+    for (int m = 0; m < part; m++) best[m] = cand[m], pick[m] = 0;
+    for (int p = 1; p < k; p++) {
+      const float* other = cand + p * part;
+      for (int m = 0; m < part; m++) {
+        pick[m] = other[m] < best[m] ? p : pick[m];
+        best[m] = other[m] < best[m] ? other[m] : best[m];
       }
-      s.cost[k * m + b] = best;
-      picks[k * m + b] = uint8_t(pick);
     }
+    for (int m = 0; m < part; m++) s.cost[k * m + b] = best[m], picks[k * m + b] = uint8_t(pick[m]);
   }
 }
 
@@ -71,9 +68,10 @@ void feed_back(const Args& a, Scratch& s, int k, int j, float x, const uint8_t* 
   for (int c = 0; c < a.classes; c++) {
     const int from = picks[c] * part + c / k;
     const float error = x - a.levels[size_t(c % k) * a.classes + from];
-    const float* old = s.pulls.data() + size_t(from) * a.width;
-    float* made = s.next.data() + size_t(c) * a.width;
-    for (int i = j + 1; i < a.width; i++) made[i] = old[i] + error * row[i];
+    const float* __restrict old = s.pulls.data() + size_t(from) * a.width;
+    float* __restrict made = s.next.data() + size_t(c) * a.width;
+    for (int i = (j + 1) & -16; i < a.width; i++)  // whole vectors; what is before j is not looked at again
+      made[i] = old[i] + error * row[i];
   }
   s.pulls.swap(s.next);
 }
