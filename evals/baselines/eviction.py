@@ -136,6 +136,8 @@ class RDKV(PerToken):
         self, q: Tensor, k: Tensor, v: Tensor, scaling: float, position: Tensor, packed: Tensor, most: int
     ) -> tuple[TokenCodec, Tensor | None]:
         """See :class:`headq_ao.codecs.protocol.Codec`."""
+        if not most:
+            return self, None
         found: dict[str, list[Tensor]] = {name: [] for name in ("key_blob", "key_choice", "value_blob", "value_choice")}
         for b, n in enumerate(packed.tolist()):
             order = position[b].argsort(stable=True)[-int((position[b] >= 0).sum()) :]
@@ -241,7 +243,7 @@ def allocate(weight: Tensor, loss: Sequence[float], sizes: Sequence[int], budget
         return (cost + price[:, None, None] * size).argmin(-1)
 
     low = torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
-    high = low + cost.amax().clamp(min=1e-30) * 2
+    high = low + 2 * weight.double().sum().clamp(min=1e-30)
     for _ in range(ROUNDS):
         middle = (low + high) / 2
         fits = size[at(middle)].sum(-1) <= budget
