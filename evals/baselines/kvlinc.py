@@ -34,7 +34,7 @@ MAPS = {
 FEATURES = 128  # of each of the two softmaxes of a map
 GROUP = 128  # tokens of a channel, or coordinates of a token, that share a scale
 WINDOW = 128  # newest tokens that training keeps in full precision
-STEPS, RATE = 200, 0.02
+STEPS, RATE, TOKENS = 400, 0.01, 16384
 QUERIES = 32  # of a block of GROUP positions that a training step looks at
 EPILOG = """\
 examples:
@@ -192,7 +192,8 @@ def blocks(q: Tensor, k: Tensor, v: Tensor, scaling: float, n_sink: int, argumen
 
 
 def distil(texts: Sequence[Blocks], steps: int, seed: int) -> tuple[dict[str, Tensor], tuple[float, float, float]]:
-    """Maps of a layer, and the loss without them, with the first ones and with the last."""
+    """Maps of a layer, and on the last text, which is left out of the training where there are several, the loss
+    without them, with the first ones and with the last."""
     heads, group, d = texts[0].q.shape[0], texts[0].q.shape[1], texts[0].q.shape[-1]
     generator = torch.Generator().manual_seed(seed)
     of_q = torch.randn(heads * group, 2, d, FEATURES, generator=generator)
@@ -200,12 +201,14 @@ def distil(texts: Sequence[Blocks], steps: int, seed: int) -> tuple[dict[str, Te
     weights = [of_q.requires_grad_(), of_k.requires_grad_()]
     optimizer = torch.optim.Adam(weights, RATE)
 
-    def mean_loss() -> float:
-        with torch.no_grad():
-            return float(torch.stack([text.loss(of_q, of_k) for text in texts]).mean())
+    last, texts = texts[-1], texts[:-1] or texts
 
-    alone = [((t.weighted / t.mass[..., None] - t.wanted).square().sum() / t.wanted.square().sum()) for t in texts]
-    first = mean_loss()
+    def held_out() -> float:
+        with torch.no_grad():
+            return float(last.loss(of_q, of_k))
+
+    alone = (last.weighted / last.mass[..., None] - last.wanted).square().sum() / last.wanted.square().sum()
+    first = held_out()
     with torch.enable_grad():
         for step in range(steps):
             loss = texts[step % len(texts)].loss(of_q, of_k)
@@ -213,7 +216,7 @@ def distil(texts: Sequence[Blocks], steps: int, seed: int) -> tuple[dict[str, Te
             loss.backward()
             optimizer.step()
     made = {"query": of_q.detach().half(), "key": of_k.detach().half()}
-    return made, (float(torch.stack(alone).mean()), first, mean_loss())
+    return made, (float(alone), first, held_out())
 
 
 def train(
@@ -259,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     train_ = parser.add_subparsers(dest="command", required=True).add_parser("train", help="train the maps")
     training.add_arguments(train_)
-    train_.add_argument("--tokens", type=int, default=4096, help="of the text (4096)")
+    train_.add_argument("--tokens", type=int, default=TOKENS, help=f"of the text ({TOKENS})")
     train_.add_argument("--argument", choices=ARGUMENTS, default="key", help="what the map of keys sees (key)")
     train_.add_argument("--steps", type=int, default=STEPS, help=f"of Adam, for each layer ({STEPS})")
     args = parser.parse_args(argv)
@@ -273,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         progress=not args.no_progress, source=text.name,
     )  # fmt: skip
     losses = torch.stack([t for name, t in file.tensors.items() if name.endswith(".losses")]).mean(0).tolist()
-    print("mean error {:.4f} without, {:.4f} then {:.4f} with the maps".format(*losses), file=sys.stderr)
+    print("error of a text left out: {:.4f} without, {:.4f} then {:.4f} with the maps".format(*losses), file=sys.stderr)
     print(f"written: {file.path.name}", file=sys.stderr)
     return 0
 

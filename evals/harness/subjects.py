@@ -121,7 +121,7 @@ class Subject:
             assert self.config is not None
             at = {str(t): estimate_memory(model, self.config, t).bits_at_t for t in CONTEXTS}
         else:
-            own = report["bytes"].get("bases", 0)  # of each sequence, whatever its length
+            own = _own_bytes(report)
             width = _width(layer_shapes(model.config))
             at = {str(t): body + 8 * own / (t * width) / len(packed) for t in CONTEXTS}
         return {**sides, "body": body, "at": at}
@@ -137,7 +137,7 @@ class Subject:
             found = {t: estimate_memory(model, self.config, t, dtype=torch.bfloat16) for t in MEMORY_CONTEXTS}
             return {str(t): sum(estimate.bytes.values()) for t, estimate in found.items()}
         exact = report["exact_rows"]
-        own = 0 if self.method in EVICTING else report["bytes"].get("bases", 0)
+        own = 0 if self.method in EVICTING else _own_bytes(report)
         per_row = sum(16 if bits[side] is None else bits[side] for side in ("key", "value")) / 8
         return {str(t): round(own + width * ((t - exact) * per_row + exact * 4)) for t in MEMORY_CONTEXTS}
 
@@ -151,6 +151,12 @@ class Subject:
     def describe(self) -> dict[str, Any]:
         """``kind``, ``name`` and ``options`` as plain data."""
         return {"kind": self.kind, "name": self.method, "options": self.options}
+
+
+def _own_bytes(report: dict[str, Any]) -> float:
+    """What a sequence keeps beside its tokens, whatever its length."""
+    kept: float = report["bytes"].get("bases", 0) / report.get("sequences", 1)
+    return kept
 
 
 def _width(shapes: list[LayerShape]) -> int:

@@ -43,6 +43,7 @@ class BitsReport:
         exact_rows: mean full-precision tokens per sequence and layer (sinks and window) that attention reads.
         packed_rows: mean packed tokens per sequence and layer.
         tokens: mean tokens per sequence.
+        sequences: whose bytes these are.
         bytes: by kind: codes, scales, tokens of a side that is kept exact, per-sequence bases, queries kept for
             statistics, full-precision tokens, states of layers that are not packed (recurrent, convolution, an
             indexer's keys), lengths and block tables, token ids (of the prompt cache's check), unused
@@ -67,6 +68,7 @@ class BitsReport:
     fallback: str | None = None
     key_stored_bits: float | None = None
     value_stored_bits: float | None = None
+    sequences: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -85,7 +87,7 @@ class BitsReport:
         if ids is not None:
             held += ids.tensors()
             count.kinds["token_ids"] = ids.nbytes(batch.lengths.seen)
-        return count.report(storage_bytes(held))
+        return count.report(storage_bytes(held), max(batch.lengths.batch, 1))
 
 
 @dataclass
@@ -145,7 +147,7 @@ class _Counts:
             entry = sum(t[:1, :, :1].nbytes for t in (window.k, window.v) if t is not None)
             self.kinds["exact_rows"] += entry * sum(min(t, slots) for t in lengths.totals())
 
-    def report(self, held: int) -> BitsReport:
+    def report(self, held: int, sequences: int) -> BitsReport:
         self.kinds["unused"] = held - sum(self.kinds.values())
         body = {side: 8 * n / packed for side, n in self.body.items() if (packed := self.packed_elements[side])}
         at_t = {side: bits + 8 * self.own[side] / self.elements[side] for side, bits in body.items()}
@@ -168,6 +170,7 @@ class _Counts:
             bytes=self.kinds,
             key_stored_bits=stored.get("key"),
             value_stored_bits=stored.get("value"),
+            sequences=sequences,
         )
 
 
