@@ -26,9 +26,9 @@ def unpack_stream(packed: Tensor, bits: int, count: int) -> Tensor:
     first = torch.arange(count, device=packed.device) * bits
     byte, offset = first // 8, first % 8
     wide = torch.nn.functional.pad(packed, (0, 3)).long()  # a code of up to 17 bits lies in three bytes
-    found = sum(wide[..., byte + i] << 8 * i for i in range(3)) >> offset
-    assert isinstance(found, Tensor)
-    return found & (2**bits - 1)
+    whole = wide[..., byte] | wide[..., byte + 1] << 8 | wide[..., byte + 2] << 16
+    found: Tensor = whole >> offset & 2**bits - 1
+    return found
 
 
 def stream_bytes(count: int, bits: int) -> int:

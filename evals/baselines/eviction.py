@@ -53,7 +53,7 @@ class PerToken(TokenCodec):
 
     def encode(self, k: Tensor, v: Tensor, position: Tensor) -> dict[str, Tensor]:
         """See :class:`TokenCodec`."""
-        found = {}
+        found: dict[str, Tensor] = {}
         for side, x in (("key", k), ("value", v)):
             packed = [x.half()] if self.codec is None else self.codec.encode(x, Frame())
             names = [name for name in self.forms() if name.startswith(side)]
@@ -141,7 +141,7 @@ class RDKV(PerToken):
         found: dict[str, list[Tensor]] = {name: [] for name in ("key_blob", "key_choice", "value_blob", "value_choice")}
         for b, n in enumerate(packed.tolist()):
             order = position[b].argsort(stable=True)[-int((position[b] >= 0).sum()) :]
-            one = self.coded(*(x[b, :, order].float() for x in (q, k, v)), scaling, n)
+            one = self.coded(q[b, :, order].float(), k[b, :, order].float(), v[b, :, order].float(), scaling, n)
             for name, t in one.items():
                 found[name].append(t)
         own = {name: padded(ts) for name, ts in found.items()}

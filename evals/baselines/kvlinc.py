@@ -153,7 +153,8 @@ class Blocks:
         of_v, of_one = (keys.mT @ self.v).cumsum(1), keys.sum(2).cumsum(1)[..., None]
         weighted = self.weighted + share * (phi @ of_v[:, None])
         out = weighted / (self.mass[..., None] + share * (phi @ of_one[:, None]))
-        return (out - self.wanted).square().sum() / self.wanted.square().sum()
+        error: Tensor = (out - self.wanted).square().sum() / self.wanted.square().sum()
+        return error
 
 
 def blocks(q: Tensor, k: Tensor, v: Tensor, scaling: float, n_sink: int, argument: str, seed: int) -> Blocks:
@@ -238,7 +239,7 @@ def train(
     for number, tensors, scaling in bar:
         if number in file.done:
             continue
-        texts = [blocks(*x, scaling, n_sink, argument, seed) for x in _texts(tensors)]
+        texts = [blocks(q, k, v, scaling, n_sink, argument, seed) for q, k, v in _texts(tensors)]
         made, losses = distil(texts, steps, seed)
         bar.set_postfix_str("error {:.4f} without, {:.4f} then {:.4f} with".format(*losses))
         file.add(number, made | {"losses": torch.tensor(losses)})
@@ -246,10 +247,10 @@ def train(
     return file
 
 
-def _texts(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+def _texts(tensors: tuple[Tensor, Tensor, Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """``q``, ``k``, ``v`` of each text, fp32."""
-    for b in range(len(tensors[0])):
-        yield [x[b].float() for x in tensors]
+    for q, k, v in zip(*tensors, strict=True):
+        yield q.float(), k.float(), v.float()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -48,7 +48,8 @@ A run that was cut off goes on with the next layer. The codebooks belong to the 
 
 def vectors(x: Tensor, strided: bool) -> Tensor:
     """Tokens ``[.., D]`` as ``[.., D / 32, 32]``: every (D / 32)-th coordinate together, or neighbours."""
-    return x.unflatten(-1, (WIDTH, -1)).mT if strided else x.unflatten(-1, (-1, WIDTH))
+    found: Tensor = x.unflatten(-1, (WIDTH, -1)).mT if strided else x.unflatten(-1, (-1, WIDTH))
+    return found
 
 
 def tokens(x: Tensor, strided: bool) -> Tensor:
@@ -119,7 +120,7 @@ class ResidualVQ(TokenCodec):
         k, v = k.float(), v.float()
         if self.rotation is not None:
             k = self.rotation.at(k, -position)
-        found = {}
+        found: dict[str, Tensor] = {}
         for side, x in (("key", k), ("value", v)):
             scale = x.std(-1, correction=0).half()
             y = vectors(x / scale.float().clamp(min=1e-6)[..., None], side == "key")

@@ -151,7 +151,7 @@ def trained_levels(bits: int, window: int = WINDOW) -> Tensor:
     averaging (Lloyd); the first ones are quantiles in a mixed order."""
     n = 2**window
     order = (torch.arange(n) * MULTIPLIER) % n
-    levels = torch.special.ndtri((order.double() + 0.5) / n).float()
+    levels: Tensor = torch.special.ndtri((order.double() + 0.5) / n).float()
     x = torch.randn(TRAINED_ON, 64, generator=torch.Generator().manual_seed(0))
     for _ in range(ROUNDS):
         at = states(viterbi(x, levels, bits), bits, window)[:, window // bits :].flatten()

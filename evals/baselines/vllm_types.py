@@ -72,7 +72,8 @@ class Levels(Codec):
         return {"codes": ((head_dim * self.bits // 8,), torch.uint8, 1), "norm": ((), torch.float16, 1)}
 
     def _levels(self, like: Tensor) -> Tensor:
-        return sphere_levels(NORMAL, self.bits).to(like.device) * (NORMAL / like.shape[-1]) ** 0.5
+        levels: Tensor = sphere_levels(NORMAL, self.bits).to(like.device) * (NORMAL / like.shape[-1]) ** 0.5
+        return levels
 
     def encode(self, x: Tensor, frame: Frame) -> list[Tensor]:
         x = x.float()
