@@ -22,6 +22,14 @@ def test_rows_of_any_bits_round_trip():
         assert (error <= 0.51 * width[:, None] + 4e-3).all()
 
 
+@pytest.mark.parametrize("n", [1, 3, 5, 64])
+def test_a_single_row_of_odd_length(n):
+    x = torch.linspace(-1, 1, n)[None]
+    for choice in range(1, 5):
+        found, _ = unpack_rows(pack_rows(x, torch.tensor([choice]), 32), torch.tensor([choice]), n, 32)
+        assert (found - x).abs().max() <= 1 / (2 ** CHOICES[choice] - 1) + 1e-3
+
+
 @pytest.mark.parametrize("share", [0.05, 0.3, 0.9])
 def test_the_budget_holds_and_is_used(share):
     weight = torch.rand(3, 200, generator=torch.Generator().manual_seed(1)) ** 4
