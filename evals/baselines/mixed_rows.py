@@ -59,7 +59,10 @@ def unpack_rows(blob: Tensor, choice: Tensor, n: int, group: int) -> tuple[Tenso
         if bits == 16:
             x[chosen] = packed.view(torch.float16).float()
             continue
-        codes, rest = packed[:, : stream_bytes(n, bits)], packed[:, stream_bytes(n, bits) :].clone()
+        codes, rest = (
+            packed[:, : stream_bytes(n, bits)],
+            packed[:, stream_bytes(n, bits) :].clone(memory_format=torch.contiguous_format),
+        )
         scale, zero = rest.view(torch.float16).float().repeat_interleave(group, 1).unflatten(1, (2, -1)).unbind(1)
         x[chosen] = zero[:, :n] + scale[:, :n] * unpack_stream(codes, bits, n)
     return x, int(sizes[choice].sum())
