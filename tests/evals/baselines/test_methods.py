@@ -191,15 +191,16 @@ def test_bits_by_hand(quantized, token_ids, name, options, key, value):
     assert sum(report.bytes.values()) == cache.get_memory_footprint()
 
 
-def test_what_a_sequence_keeps_is_charged(tiny, token_ids):
+@pytest.mark.parametrize("batch", [1, 3])
+def test_what_a_sequence_keeps_is_charged(tiny, token_ids, batch):
     subject = Subject("squat", SIDES | {"k_group": 16, "v_group": 32, "rank": 4, "residual_length": 16})
     model = tiny()
     with subject.on(model):
         cache = HeadQCache(model)
-        model(token_ids(1, 200), cache=cache)
+        model(token_ids(batch, 200), cache=cache)
         report = cache.bits_report().to_dict()
     bits = subject.bits(model, report)
-    assert report["bytes"]["bases"] == 2 * 2 * 32 * 4 * 2  # layers, heads, head_dim, rank, bytes
+    assert report["bytes"]["bases"] == batch * 2 * 2 * 32 * 4 * 2  # layers, heads, head_dim, rank, bytes
     assert bits["body"] == 3.5  # keys 2 + 32/16, values 2 + 32/32
     assert bits["at"]["4096"] == pytest.approx(3.5 + 8 * 1024 / (4096 * 2 * 2 * 32) / 2)
     assert bits["at"]["1024"] > bits["at"]["4096"] > bits["at"]["16384"] > 3.5
