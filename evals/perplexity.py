@@ -12,7 +12,7 @@ from torch import Tensor
 from headq_ao import Calibration
 from headq_ao.cache.memory_report import NothingPackedError
 from headq_ao.config import PRESETS
-from headq_ao.evals.baselines.methods import METHODS
+from headq_ao.evals.baselines.neighbours import ALL
 from headq_ao.evals.harness import inputs
 from headq_ao.evals.harness.environment import environment, write_json
 from headq_ao.evals.harness.scoring import exact_logprobs, score
@@ -144,7 +144,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--method",
         default="headq",
         metavar="NAME",
-        help=f"headq (default), another quantizer in the same cache ({', '.join(METHODS)}), or a backend of "
+        help=f"headq (default), another quantizer in the same cache ({', '.join(ALL)}), or a backend of "
         f"transformers' QuantizedCache ({', '.join(BACKENDS)})",
     )
     add("--preset", choices=sorted(PRESETS), help="start from a named config")

@@ -19,7 +19,10 @@ EXAMPLES = """\
   headq compare path/to/model --text my.txt --rows 4 --calibration model.safetensors
   headq compare smollm2 --method headq --method "kivi k_bits=2 v_bits=2 k_group=64 v_group=64" --method fp8
 
-methods: headq, kivi, per_token, hadamard, turboquant, squat, gear; quanto, hqq, fp8 (of transformers)"""
+methods: headq; kivi, per_token, hadamard, turboquant, squat, gear, trellis, kvlinc_base, rdkv, random_eviction;
+int4_per_token_head, turboquant_k8v4, turboquant_4bit_nc, turboquant_k3v4_nc, turboquant_3bit_nc (as vLLM defines
+them); quanto, hqq, fp8 (of transformers); residual_vq and kvlinc, which are trained for a model first
+(python -m headq_ao.evals.baselines.residual_vq --help)"""
 DEFAULTS = (
     "headq",
     "headq preset=quality",
@@ -29,6 +32,8 @@ DEFAULTS = (
     "hadamard k_bits=2 v_bits=2 subtract_mean=true",
     "turboquant k_bits=2 v_bits=2",
     "squat k_bits=2 v_bits=2 k_group=64 v_group=64",
+    "trellis k_bits=2 v_bits=2",
+    "int4_per_token_head",
     "fp8",
 )
 
@@ -98,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
                 prefill=args.prefill, chunk=args.chunk, batch_size=args.batch_size, progress=progress,
                 label=line.split()[0],
             )  # fmt: skip
-        except (ValueError, ImportError) as error:
+        except (ValueError, ImportError, FileNotFoundError) as error:
             note(f"left out: {line}: {loading.first_line(error)}")
         except NothingPackedError as error:
             raise ValueError(f"{line}: {error}") from error

@@ -11,7 +11,8 @@ from transformers import DynamicCache
 
 from headq_ao import Calibration, HeadQConfig, estimate_memory, headq_config, quantize_, restore_
 from headq_ao.codecs import registry
-from headq_ao.evals.baselines import methods as methods  # registers the baselines
+from headq_ao.evals.baselines.eviction import EVICTING
+from headq_ao.evals.baselines.neighbours import ALL as ALL  # registers the baselines
 from headq_ao.evals.baselines.transformers_cache import TransformersCache
 from headq_ao.evals.harness.inputs import describe
 from headq_ao.integrations.transformers.models import layer_shapes
@@ -30,7 +31,7 @@ class Subject:
 
     Args:
         method: ``"headq"``, ``"exact"``, a backend of transformers' ``QuantizedCache``, or a codec that is registered
-            (:mod:`headq_ao.codecs.registry`), such as those of :data:`headq_ao.evals.baselines.methods.METHODS`.
+            (:mod:`headq_ao.codecs.registry`), such as those of :data:`headq_ao.evals.baselines.neighbours.ALL`.
         options: of ``headq_config``, of ``QuantizedCache``, or of the method together with ``n_sink``,
             ``residual_length`` and ``block_size``.
         calibration: for those that use one.
@@ -109,6 +110,10 @@ class Subject:
         """
         if self.kind == "exact":
             return {"key": None, "value": None, "body": None, "at": dict.fromkeys(map(str, CONTEXTS))}
+        if self.method in EVICTING:  # the budget is in proportion to the prompt
+            sides = {side: report[f"{side}_stored_bits"] for side in ("key", "value")}
+            body = sum(sides.values()) / 2
+            return {**sides, "body": body, "at": dict.fromkeys(map(str, CONTEXTS), body)}
         sides = {side: report[f"{side}_body_bits"] for side in ("key", "value")}
         packed = [x for x in sides.values() if x is not None]
         body = sum(packed) / len(packed)
@@ -116,7 +121,7 @@ class Subject:
             assert self.config is not None
             at = {str(t): estimate_memory(model, self.config, t).bits_at_t for t in CONTEXTS}
         else:
-            own = report["bytes"].get("bases", 0)  # of each sequence, whatever its length
+            own = _own_bytes(report)
             width = _width(layer_shapes(model.config))
             at = {str(t): body + 8 * own / (t * width) / len(packed) for t in CONTEXTS}
         return {**sides, "body": body, "at": at}
@@ -131,7 +136,8 @@ class Subject:
             assert self.config is not None
             found = {t: estimate_memory(model, self.config, t, dtype=torch.bfloat16) for t in MEMORY_CONTEXTS}
             return {str(t): sum(estimate.bytes.values()) for t, estimate in found.items()}
-        exact, own = report["exact_rows"], report["bytes"].get("bases", 0)
+        exact = report["exact_rows"]
+        own = 0 if self.method in EVICTING else _own_bytes(report)
         per_row = sum(16 if bits[side] is None else bits[side] for side in ("key", "value")) / 8
         return {str(t): round(own + width * ((t - exact) * per_row + exact * 4)) for t in MEMORY_CONTEXTS}
 
@@ -145,6 +151,12 @@ class Subject:
     def describe(self) -> dict[str, Any]:
         """``kind``, ``name`` and ``options`` as plain data."""
         return {"kind": self.kind, "name": self.method, "options": self.options}
+
+
+def _own_bytes(report: dict[str, Any]) -> float:
+    """What a sequence keeps beside its tokens, whatever its length."""
+    kept: float = report["bytes"].get("bases", 0) / report.get("sequences", 1)
+    return kept
 
 
 def _width(shapes: list[LayerShape]) -> int:

@@ -37,10 +37,13 @@ class BitsReport:
         key_body_bits, value_body_bits: stored bytes of packed tokens of that side × 8 / (tokens · Hkv · head_dim); None
             where the side is exact or nothing is packed yet.
         key_bits_at_t, value_bits_at_t: body bits plus everything kept per sequence (bases, moments) over its tokens.
+        key_stored_bits, value_stored_bits: 8 × everything stored of the tokens that have left the window, and kept per
+            sequence, over their elements, also of those that a codec has left out; None where nothing is packed.
         packed_bits_per_element, bits_at_t: the mean over the packed sides.
         exact_rows: mean full-precision tokens per sequence and layer (sinks and window) that attention reads.
         packed_rows: mean packed tokens per sequence and layer.
         tokens: mean tokens per sequence.
+        sequences: whose bytes these are.
         bytes: by kind: codes, scales, tokens of a side that is kept exact, per-sequence bases, queries kept for
             statistics, full-precision tokens, states of layers that are not packed (recurrent, convolution, an
             indexer's keys), lengths and block tables, token ids (of the prompt cache's check), unused
@@ -63,6 +66,9 @@ class BitsReport:
     bytes: dict[str, int]
     layers: dict[str, int] = field(default_factory=dict)
     fallback: str | None = None
+    key_stored_bits: float | None = None
+    value_stored_bits: float | None = None
+    sequences: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -81,7 +87,7 @@ class BitsReport:
         if ids is not None:
             held += ids.tensors()
             count.kinds["token_ids"] = ids.nbytes(batch.lengths.seen)
-        return count.report(storage_bytes(held))
+        return count.report(storage_bytes(held), max(batch.lengths.batch, 1))
 
 
 @dataclass
@@ -93,6 +99,7 @@ class _Counts:
     own: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("key", "value"), 0))
     packed_elements: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("key", "value"), 0))
     elements: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("key", "value"), 0))
+    left_window: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("key", "value"), 0))
     tokens: int = 0
     packed: int = 0
     exact: int = 0
@@ -114,6 +121,7 @@ class _Counts:
         for total, packed in zip(lengths.totals(), coded, strict=True):
             for side, width in layer.elements.items():
                 self.elements[side] += total * width
+                self.left_window[side] += packed * width
             self.tokens += total
             self.packed += packed
             self.exact += min(total, layer.sliding_window or total, plan.n_sink + layer.ring) if not packed else (
@@ -143,11 +151,16 @@ class _Counts:
             entry = sum(t[:1, :, :1].nbytes for t in (window.k, window.v) if t is not None)
             self.kinds["exact_rows"] += entry * sum(min(t, slots) for t in lengths.totals())
 
-    def report(self, held: int) -> BitsReport:
+    def report(self, held: int, sequences: int) -> BitsReport:
         self.kinds["unused"] = held - sum(self.kinds.values())
         body = {side: 8 * n / packed for side, n in self.body.items() if (packed := self.packed_elements[side])}
         at_t = {side: bits + 8 * self.own[side] / self.elements[side] for side, bits in body.items()}
         n = max(self.sequences, 1)
+        stored = {
+            side: 8 * (self.body.get(side, 0) + self.own[side]) / elements
+            for side, elements in self.left_window.items()
+            if elements and (side in self.body or self.own[side])
+        }
         return BitsReport(
             key_body_bits=body.get("key"),
             value_body_bits=body.get("value"),
@@ -159,6 +172,9 @@ class _Counts:
             packed_rows=self.packed / n,
             tokens=self.tokens / n,
             bytes=self.kinds,
+            key_stored_bits=stored.get("key"),
+            value_stored_bits=stored.get("value"),
+            sequences=sequences,
         )
 
 

@@ -137,18 +137,18 @@ class Calibration:
 
     def check_model(self, fingerprint: dict[str, Any]) -> None:
         """Raise ValueError where this calibration was made on another model."""
-        wrong = [k for k, here in fingerprint.items() if not _same(here, self.fingerprint.get(k))]
+        wrong = differences(fingerprint, self.fingerprint)
         if wrong:
-            raise ValueError(
-                "the calibration was made on another model: "
-                + "; ".join(
-                    f"{k} is {fingerprint[k]!r} here and {self.fingerprint.get(k)!r} there"
-                    if not isinstance(fingerprint[k], list)
-                    else f"its {k} differ"
-                    for k in wrong
-                )
-                + "; run calibrate on this model"
-            )
+            raise ValueError(f"the calibration was made on another model: {wrong}; run calibrate on this model")
+
+
+def differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> str:
+    """Where a model's fingerprint differs from one that was kept; empty: nowhere."""
+    wrong = [k for k, x in here.items() if not _same(x, there.get(k))]
+    return "; ".join(
+        f"its {k} differ" if isinstance(here[k], list) else f"{k} is {here[k]!r} here and {there.get(k)!r} there"
+        for k in wrong
+    )
 
 
 def _same(here: Any, there: Any) -> bool:

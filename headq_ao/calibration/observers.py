@@ -2,7 +2,7 @@
 
 import contextvars
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,7 +15,19 @@ from headq_ao.statistics.moments import TENSORS, LayerMoments
 
 Frames = Sequence[SegmentFrame | None]  # of each layer
 IMPORTANCE_EVERY = 4  # every fourth query serves for the weights that attention gives
-RECORDER: contextvars.ContextVar["Recorder | Profiler | None"] = contextvars.ContextVar("headq_recorder", default=None)
+
+
+class AttentionObserver(Protocol):
+    """Sees what each layer's attention reads."""
+
+    def record(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None,
+        sinks: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """One layer's ``[B, H, T, D]`` states of a call."""
+
+
+RECORDER: contextvars.ContextVar[AttentionObserver | None] = contextvars.ContextVar("headq_recorder", default=None)
 
 
 class Recorder:

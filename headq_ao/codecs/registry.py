@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from headq_ao.codecs.protocol import Codec
-from headq_ao.codecs.rotation import Rotation
+from headq_ao.codecs.rotation import POSITIONS, Rotation
 from headq_ao.codecs.source import SourceModule
 from headq_ao.codecs.tokenwise import TokenCodec
 from headq_ao.layer_shape import LayerShape
@@ -38,6 +38,11 @@ class LayerContext:
         moments: of a calibration, or None.
         rotation: the model's rotary embedding, which keys have been through; None: it has none, or one that does more
             than turn pairs of coordinates by angles in proportion to the position.
+        framed: the moments as the calibration has them, which may be in the frame of segments, or None.
+        positions: of the model.
+        index, layers: which layer it is, and of how many.
+        fingerprint: of the model (:attr:`headq_ao.Calibration.fingerprint`), for what was trained for it; None: there
+            is no model, only shapes.
     """
 
     shape: LayerShape
@@ -45,6 +50,11 @@ class LayerContext:
     device: torch.device
     moments: LayerMoments | None = None
     rotation: Rotation | None = None
+    framed: LayerMoments | None = None
+    positions: int = POSITIONS
+    index: int = 0
+    layers: int = 1
+    fingerprint: Mapping[str, Any] | None = None
 
 
 class TokenSource(SourceModule):

@@ -67,8 +67,11 @@ def estimate_memory(
     config, known = usable_calibration(config)
     shared = [None] * len(shapes) if config.codec is not None else head_bits(config, known, shapes)
     kinds = list(zip(shapes, shared, strict=True))
-    made = {kind: _source(config, *kind) for kind in dict.fromkeys(kinds)}  # without data, equal layers share a codec
-    sources = [made[kind] for kind in kinds]
+    if config.codec is None:
+        made = {kind: _source(config, *kind) for kind in dict.fromkeys(kinds)}  # without data, equal ones share a codec
+        sources = [made[kind] for kind in kinds]
+    else:
+        sources = [_source(config, *kind, index=i, layers=len(shapes)) for i, kind in enumerate(kinds)]
     if any(source.prototype.drops for source in sources):
         raise ValueError(f"how many tokens {config.codec!r} leaves out depends on the text: there is no estimate")
     schedule = schedule_of(config, sources)
@@ -86,12 +89,15 @@ def estimate_memory(
     return BitsReport.of(batch, ids)
 
 
-def _source(config: HeadQConfig, shape: LayerShape, bits: HeadBits | None) -> SourceModule:
+def _source(
+    config: HeadQConfig, shape: LayerShape, bits: HeadBits | None, index: int = 0, layers: int = 1
+) -> SourceModule:  # fmt: skip
     """What codes a layer of that form, without data."""
     moments = None if config.calibration is None else _no_moments(shape)
     if config.codec is None:
         return LayerCodec(config, shape, moments, META, bits=bits)
-    return build(config.codec, config.codec_options or {}, LayerContext(shape, config.n_sink, META, moments))
+    context = LayerContext(shape, config.n_sink, META, moments, framed=moments, index=index, layers=layers)
+    return build(config.codec, config.codec_options or {}, context)
 
 
 def assumed_calibration(model_config: Any) -> Calibration:

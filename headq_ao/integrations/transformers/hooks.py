@@ -117,13 +117,16 @@ def registered_sources(
     shapes, heads = shapes_here(model, serving.shapes, config)
     if heads is not None and calibration is not None:
         raise ValueError(f"codec={config.codec!r} with a calibration cannot be put on a tensor-parallel model")
-    embedding = rotary_embedding(model)
+    embedding, identity = rotary_embedding(model), fingerprint(model, serving.shapes)
     sources = []
     for i, (module, shape) in enumerate(zip(serving.modules, shapes, strict=True)):
         rotation = rotation_of(embedding, module, shape)
-        moments = None if calibration is None else calibration.layers[i]
-        moments = moments if moments is None or rotation is None else in_model_frame(moments, rotation)
-        layer = registry.LayerContext(shape, config.n_sink, execution_device(module), moments, rotation)
+        framed = None if calibration is None else calibration.layers[i]
+        moments = framed if framed is None or rotation is None else in_model_frame(framed, rotation)
+        layer = registry.LayerContext(
+            shape, config.n_sink, execution_device(module), moments, rotation, framed, positions(model), i,
+            len(shapes), identity,
+        )  # fmt: skip
         sources.append(registry.build(config.codec, config.codec_options or {}, layer))
     return shapes, sources
 

@@ -93,11 +93,14 @@ def test_compare(tiny_folder, text_file, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     methods = ["headq residual_length=16 block_size=16", "kivi k_bits=2 v_bits=2 residual_length=16 block_size=32"]
     methods.append("hadamard k_bits=2 v_bits=2 group=48")  # 48 does not divide 32
+    methods += ["trellis k_bits=2 v_bits=2 residual_length=16", "residual_vq codebooks=nowhere.safetensors"]
     arguments = ["compare", str(tiny_folder), *texts(text_file), *SHORT, "--plot", str(tmp_path / "plots" / "c.png")]
     assert main(arguments + [word for method in methods for word in ("--method", method)]) == 0
     captured = capsys.readouterr()
     assert captured.out.count("headq residual") == captured.out.count("kivi k_bits") == 1
+    assert captured.out.count("trellis k_bits") == 1
     assert "left out: hadamard" in captured.err
+    assert "left out: residual_vq" in captured.err and "residual_vq train MODEL" in captured.err
     assert (tmp_path / "plots" / "c.png").stat().st_size > 5000
 
 
