@@ -1,8 +1,8 @@
 """What the operators of the paged cache pass to each other; plain tensors with names."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -169,9 +169,9 @@ class Visible:
     low: Tensor
     high: Tensor
 
-    def tile(self, of: slice) -> "Visible":
+    def tile(self, of: slice) -> Self:
         """Of some of the queries."""
-        return Visible(self.low[:, of], self.high[:, of])
+        return replace(self, low=self.low[:, of], high=self.high[:, of])
 
     def codes_end(self, kv: PagedKV) -> Tensor:
         """Positions below which queries read codes, sinks apart, ``[B, S]`` or ``[B, 1]``; the last position that a

@@ -16,7 +16,8 @@ import headq_ao.ops
 KERNELS = re.compile(r"headq_ao\.ops\.\w+\.triton_\w+")  # importing one needs Triton
 # packages that need another one
 OPTIONAL = dict.fromkeys(("headq_ao.lm_eval", "headq_ao.evals.lm_eval", "headq_ao.evals.tasks"), "lm_eval")
-OPTIONAL["headq_ao.integrations.vllm"] = "vllm"
+# not by the names of tests/vllm and tests/kvpress, which are namespaces where tests/ is searched
+OPTIONAL |= {"headq_ao.integrations.vllm": "vllm.version", "headq_ao.integrations.kvpress": "kvpress.presses"}
 PACKAGES = (headq_ao, headq_ao.ops, headq_ao.evals)  # ops and evals lie beside headq_ao, where a walk does not go
 
 

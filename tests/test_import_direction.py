@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # What each room may import besides itself; a room is a package, or a module that belongs to none.
 LEAVES = (
     "headq_ao.ambient",
+    "headq_ao.compression",
     "headq_ao.files",
     "headq_ao.layer_shape",
     "headq_ao.lazy",

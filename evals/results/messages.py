@@ -39,6 +39,7 @@ TOPICS: dict[str, tuple[str, ...]] = {
     "masks": ("headq_ao/cache/masks.py", "headq_ao/cache/reading.py"),
     "files": (
         "headq_ao/files.py",
+        "headq_ao/compression.py",
         "headq_ao/cache/serialize.py",
         "headq_ao/integrations/transformers/prompt_cache.py",
         "headq_ao/integrations/transformers/identity.py",

@@ -84,13 +84,16 @@ def _by_position(q: Tensor, scaling: float, kv: PagedKV, readers: Readers) -> Pa
     for begin in range(kv.n_sink, int(ends[-1]), TILE):
         end = min(begin + TILE, int(ends[-1]))
         k, v = (x.to(q.dtype) for x in dequantized(kv, layout, readers, begin, end))
-        some, whole = (int(i) for i in torch.searchsorted(ends, torch.tensor([begin + 1, end])))
+        some, whole = (int(i) for i in torch.searchsorted(ends, ends.new_tensor([begin + 1, end])))
         for first in [*range(some, whole, BLOCK), whole]:
             rows = slice(first, min(first + BLOCK, whole) if first < whole else q.shape[2])
             n, mask = end - begin, None
             if first < whole:
                 n = int(ends[rows.stop - 1]) - begin
-                mask = hiding(torch.arange(begin, begin + n) < ends[None, rows, None], q.dtype)
+                mask = hiding(
+                    torch.arange(begin, begin + n, dtype=ends.dtype, device=ends.device) < ends[None, rows, None],
+                    q.dtype,
+                )
             if rows.start < rows.stop:
                 part = flash(q[:, :, rows], k[:, :, :n], v[:, :, :n], mask, scaling, causal=False)
                 out[:, :, rows], lse[:, :, rows] = joined((out[:, :, rows], lse[:, :, rows]), part)
@@ -111,7 +114,8 @@ def _in_full(q: Tensor, scaling: float, kv: PagedKV, ends: Tensor) -> Part:
     parts = []
     for block in tiles(q.shape[2], BLOCK):
         first, stop = torch.searchsorted(position, torch.stack([ends[block.start], own_position[block.stop - 1] + 1]))
-        read = torch.cat([torch.arange(min(sinks, int(stop))), torch.arange(max(int(first), sinks), int(stop))])
+        number = torch.arange(int(stop), dtype=torch.int64, device=q.device)
+        read = number[(number < sinks) | (number >= first)]
         at, own = position[read], own_position[block, None]
         mask = hiding(((at >= ends[block, None]) | (at < kv.n_sink))[None] & (at <= own), q.dtype)
         parts.append(flash(q[:, :, block], k[:, :, read], v[:, :, read], mask, scaling))
@@ -132,7 +136,7 @@ def dequantized(kv: PagedKV, layout: PageLayout, readers: Readers, begin: int, e
     """
     assert readers.query_map is not None
     p = layout.page_tokens
-    pages = torch.arange(begin // p, -(-end // p), device=kv.table.device) % kv.table.shape[1]
+    pages = torch.arange(begin // p, -(-end // p), dtype=torch.int64, device=kv.table.device) % kv.table.shape[1]
     table, inside = kv.table[:, pages].long(), slice(begin - begin // p * p, end - begin // p * p)
     mapping = readers.query_map[0].expand(-1, layout.kv_heads, -1, -1)
     keys, values = [], []
@@ -149,8 +153,10 @@ def dequantized(kv: PagedKV, layout: PageLayout, readers: Readers, begin: int, e
         values.append(reference.gathered(group.values, table, torch.float32, keys=False)[:, :, inside])
     k, v = torch.cat(keys, 1), torch.cat(values, 1)
     if (frame := readers.frame) is not None:  # R_s of what was read in the frame of segment s
-        c, d = frame.table[frame.of(torch.arange(begin, end, device=k.device))].unbind(1)
-        partner = torch.eye(k.shape[-1], device=k.device)[:, frame.partner]  # a product is faster than an index
+        c, d = frame.table[frame.of(torch.arange(begin, end, dtype=torch.int64, device=k.device))].unbind(1)
+        partner = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device)[
+            :, frame.partner
+        ]  # a product is faster than an index
         k = (k * c).addcmul_(k @ partner, d, value=-1)
     v = v if readers.read is None else v @ readers.read.mT
     return k, v if readers.mean is None else v.add_(readers.mean[:, :, None])

@@ -270,8 +270,9 @@ def test_logits_of_a_model(resized, token_ids, options, calibrated):
         calibration = calibrate(model, [token_ids(2, 200, seed=9)], progress=False) if calibrated else None
         found.append(logit_error(model, ids, headq_config(**MODEL | options, calibration=calibration))[0])
     assert found[1] == pytest.approx(found[0], rel=1e-3)
-    # tables are rounded otherwise within an octave: at 8 bits that is a part of the error (up to 7 % in 48 sequences)
-    rounding = 0.1 if options.get("k_bits") == 8 else 0.03
+    # tables are rounded otherwise within an octave: at 8 bits that is a part of the error (up to 7 % in 48 sequences),
+    # and of heads that are nearly as sensitive another may get the better bits
+    rounding = 0.1 if options.get("k_bits") == 8 or "mean_bits" in options else 0.03
     assert found[2:] == pytest.approx([found[0]] * 2, rel=rounding)
 
 

@@ -97,6 +97,4 @@ def test_metrics_count_what_is_packed(port, tiny):
     assert again == first - len(prompt) // 128 * 128
     bits = 2.5 * 2 * checkpoints.LAYERS * checkpoints.KV_HEADS * checkpoints.HEAD_DIM
     after = found()
-    assert after["headq:bytes_per_token"] == pytest.approx(bits / 8, rel=0.1)
-    assert after["headq:packed_bytes_total"] == after["headq:packed_tokens_total"] * after["headq:bytes_per_token"]
-    assert 0 <= after["headq:page_usage"] <= 1
+    assert after["headq:packed_bytes_total"] / after["headq:packed_tokens_total"] == pytest.approx(bits / 8, rel=0.1)

@@ -3,7 +3,7 @@
 import functools
 from typing import Any
 
-from prometheus_client import Counter, Gauge
+from prometheus_client import Counter
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
@@ -19,8 +19,6 @@ def _metrics() -> dict[str, Any]:
         ),
         "bytes": Counter("headq:packed_bytes", "Bytes of those codes and their scales.", ["engine"]),
         "rejections": Counter("headq:refused_requests", "Requests that were turned away.", ["engine", "reason"]),
-        "bytes_of_token": Gauge("headq:bytes_per_token", "Bytes of a packed token in all layers.", ["engine"]),
-        "usage": Gauge("headq:page_usage", "Share of the pages, packed and of newest tokens, in use.", ["engine"]),
     }
 
 
@@ -39,20 +37,16 @@ class PackedCounters(AggregateStatLoggerBase):
         """See :class:`StatLoggerBase`."""
         if self.on:
             self.bytes_of_token = settings(self.config).bytes_of_token()
-            for engine in self.engines:
-                _metrics()["bytes_of_token"].labels(engine).set(self.bytes_of_token)
 
     def record(
         self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
     ) -> None:
         """See :class:`StatLoggerBase`."""
-        if not self.on:
-            return
-        engine = str(engine_idx)
-        if scheduler_stats is not None:
-            _metrics()["usage"].labels(engine).set(scheduler_stats.kv_cache_usage)
-        if iteration_stats is not None:
-            tokens = iteration_stats.prompt_token_stats.computed + iteration_stats.num_generation_tokens
+        if self.on and iteration_stats is not None:
+            tokens, engine = (
+                iteration_stats.prompt_token_stats.computed + iteration_stats.num_generation_tokens,
+                str(engine_idx),
+            )
             _metrics()["tokens"].labels(engine).inc(tokens)
             _metrics()["bytes"].labels(engine).inc(tokens * self.bytes_of_token)
 

@@ -37,7 +37,7 @@ def engine(plan):
             requests[name].num_computed_tokens += n
         return SimpleNamespace(num_scheduled_tokens=scheduled, preempted_req_ids=None)
 
-    def add_request(name, prompt, sampling):
+    def add_request(name, prompt, sampling, lora_request=None):
         requests[name] = SimpleNamespace(num_computed_tokens=0, num_prompt_tokens=len(prompt["prompt_token_ids"]))
 
     def step():
