@@ -82,7 +82,7 @@ def test_a_run_that_was_cut_off_goes_on(tiny, token_ids, tmp_path, monkeypatch):
 def test_another_model_is_refused(tiny, books):
     model = tiny(layers=2, seed=7)
     options = {"codebooks": books(2)}
-    with pytest.raises(ValueError, match="was trained on another model: weights is"):
+    with pytest.raises(ValueError, match="was trained on another model: its weights differ"):
         quantize_(model, headq_config(codec="residual_vq", codec_options=options))
     with pytest.raises(ValueError, match="books must be 1 to the 4 that were trained, got 5"):
         quantize_(tiny(layers=2), headq_config(codec="residual_vq", codec_options=options | {"books": 5}))
