@@ -19,7 +19,6 @@ from headq_ao.codecs.tokenwise import Held, TokenCodec
 from headq_ao.evals.baselines import training
 from headq_ao.evals.baselines.codecs import Affine, Frame
 from headq_ao.evals.baselines.methods import Pair
-from headq_ao.evals.harness import inputs
 from headq_ao.files import FileKind
 
 ARGUMENTS = ("key", "residual")
@@ -261,20 +260,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    train_ = parser.add_subparsers(dest="command", required=True).add_parser("train", help="train the maps")
-    training.add_arguments(train_)
-    train_.add_argument("--tokens", type=int, default=TOKENS, help=f"of the text ({TOKENS})")
+    train_ = training.command(parser, "the maps", TOKENS)
     train_.add_argument("--argument", choices=ARGUMENTS, default="key", help="what the map of keys sees (key)")
     train_.add_argument("--steps", type=int, default=STEPS, help=f"of Adam, for each layer ({STEPS})")
     args = parser.parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    text = inputs.find_text(args.text, "calibrate")
-    model, tokenizer = inputs.load(args.model, None, torch.float32)
-    rows = list(inputs.token_rows(tokenizer, text, args.tokens // inputs.CALIBRATION_ROW, inputs.CALIBRATION_ROW))
+    model, rows, source = training.load(args)
     file = train(
         model, rows, out=args.out, argument=args.argument, steps=args.steps, seed=args.seed,
-        progress=not args.no_progress, source=text.name,
+        progress=not args.no_progress, source=source,
     )  # fmt: skip
     losses = torch.stack([t for name, t in file.tensors.items() if name.endswith(".losses")]).mean(0).tolist()
     print("error of a text left out: {:.4f} without, {:.4f} then {:.4f} with the maps".format(*losses), file=sys.stderr)

@@ -20,7 +20,6 @@ from headq_ao.codecs.rotation import Rotation
 from headq_ao.codecs.tokenwise import Form, Held, TokenCodec
 from headq_ao.evals.baselines import training
 from headq_ao.evals.baselines.bitstream import pack_stream, stream_bytes, unpack_stream
-from headq_ao.evals.harness import inputs
 from headq_ao.files import FileKind
 from headq_ao.integrations.transformers.models import rotary_embedding
 from headq_ao.integrations.transformers.serving import serving_of
@@ -240,18 +239,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    train_ = parser.add_subparsers(dest="command", required=True).add_parser("train", help="train the codebooks")
-    training.add_arguments(train_)
-    train_.add_argument("--tokens", type=int, default=8192, help="of the text (8192)")
+    train_ = training.command(parser, "the codebooks", 8192)
     train_.add_argument("--books", type=int, default=BOOKS, help=f"trained for a layer's keys, and values ({BOOKS})")
     args = parser.parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    text = inputs.find_text(args.text, "calibrate")
-    model, tokenizer = inputs.load(args.model, None, torch.float32)
-    rows = list(inputs.token_rows(tokenizer, text, args.tokens // inputs.CALIBRATION_ROW, inputs.CALIBRATION_ROW))
+    model, rows, source = training.load(args)
     progress = not args.no_progress
-    file = train(model, rows, out=args.out, books=args.books, seed=args.seed, progress=progress, source=text.name)
+    file = train(model, rows, out=args.out, books=args.books, seed=args.seed, progress=progress, source=source)
     print(f"written: {file.path.name}", file=sys.stderr)
     return 0
 

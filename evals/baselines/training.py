@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from headq_ao.calibration.artifact import differences
 from headq_ao.calibration.observers import RECORDER
+from headq_ao.evals.harness import inputs
 from headq_ao.evals.harness.environment import environment
 from headq_ao.files import FileKind
 from headq_ao.integrations.transformers.models import execution_device, fingerprint
@@ -178,12 +179,25 @@ def _loaded(kind: FileKind, file: Path) -> tuple[dict[str, Any], dict[str, Tenso
     return _files[key]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What every ``train`` asks."""
-    option = parser.add_argument
+def command(parser: argparse.ArgumentParser, what: str, tokens: int) -> argparse.ArgumentParser:
+    """The parser of a command ``train``, with what every one asks; ``tokens``: of the text, where nobody says."""
+    made = parser.add_subparsers(dest="command", required=True).add_parser("train", help=f"train {what}")
+    option = made.add_argument
     option("model", help="'smollm2', 'qwen2.5-coder-0.5b' or a transformers model path")
     option("-o", "--out", type=Path, metavar="FILE", help="default: in the cache folder, where the method looks for it")
     option("--text", default="wikitext", help="'wikitext' (default: its validation split), 'bundled' or a text file")
     option("--seed", type=int, default=0, help="of all that is random (0)")
     option("--threads", type=int, help="CPU threads (PyTorch's default)")
     option("--no-progress", action="store_true", help="no progress bars")
+    option("--tokens", type=int, default=tokens, help=f"of the text ({tokens})")
+    return made
+
+
+def load(args: argparse.Namespace) -> tuple[PreTrainedModel, list[Tensor], str]:
+    """What those arguments name: the model in fp32, rows of the text ``[T]``, and the text's name."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    text = inputs.find_text(args.text, "calibrate")
+    model, tokenizer = inputs.load(args.model, None, torch.float32)
+    rows = inputs.token_rows(tokenizer, text, args.tokens // inputs.CALIBRATION_ROW, inputs.CALIBRATION_ROW)
+    return model, list(rows), text.name

@@ -26,9 +26,7 @@ def table(folder: Path) -> str:
     """A row for each combination of versions, oldest first; what was not run is named beneath the table in the page."""
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
     rows = []
-    for result in sorted(
-        found, key=lambda r: [_numbers(r["environment"]["versions"][name]) for name in PACKAGES[::-1]]
-    ):
+    for result in sorted(found, key=_versions):
         n, versions = result["counts"], result["environment"]["versions"]
         passed = n["tests"] - n["failures"] - n["errors"] - n["skipped"]
         shown = [str(passed), str(n["skipped"]), str(n["failures"] + n["errors"]), f"{n['seconds'] / 60:.0f}"]
