@@ -179,6 +179,10 @@ class Visible:
         end = (kv.packed + kv.body_start)[:, None]
         return end if kv.recent is None else torch.maximum(end, self.high - 1 - kv.recent)
 
+    def in_codes(self, kv: PagedKV) -> Self:
+        """The part that queries read as codes."""
+        return replace(self, high=torch.minimum(self.high, self.codes_end(kv)))
+
 
 def last_in_slots(count: Tensor, slots: int) -> Tensor:
     """Of ``count [B]`` things, of which number ``j`` lies in slot ``j mod slots``, the last of each slot:

@@ -77,7 +77,7 @@ class Soak:
             while waiting and len(self.scheduler.requests) < IN_FLIGHT:
                 i = waiting.pop(0)
                 ask = self.ask(i, f"r{i}")
-                self.engine.add_request(ask.name, {"prompt_token_ids": ask.prompt}, ask.sampling)
+                self.driver.add(ask)
                 if i % 10 == 9:
                     for _ in range(self.rng.randrange(1, 6)):
                         self.collect(out)
@@ -99,7 +99,7 @@ class Soak:
         """One request by itself, with no page to find."""
         assert self.llm.reset_prefix_cache()
         ask = self.ask(i, f"a{i}")
-        self.engine.add_request(ask.name, {"prompt_token_ids": ask.prompt}, ask.sampling)
+        self.driver.add(ask)
         while self.engine.has_unfinished_requests():
             self.watch()
             for output in self.engine.step():

@@ -32,8 +32,7 @@ def packed_part(
     j = body_tokens(kv, layout.page_tokens)[:, part].flatten(1)  # [B, C·P]
     frames = None if readers.frame is None else readers.frame.of(j)
     here = (j >= 0) & (j < kv.coded[:, None]) & (j + kv.body_start >= kv.n_sink)
-    coded = Visible(shown.low, torch.minimum(shown.high, shown.codes_end(kv)))
-    seen = visible_at(j + kv.body_start, here, coded)  # [B, S, C·P]
+    seen = visible_at(j + kv.body_start, here, shown.in_codes(kv))  # [B, S, C·P]
     table = kv.table[:, part].long()
     scores, outs = [], []
     for group in layout.split(kv.pages):

@@ -40,8 +40,7 @@ def count(kv: PagedKV, shown: Visible, layout: PageLayout, reads: Tensor) -> Non
     """Add how many packed tokens, and how many at all, queries see."""
     first = (kv.coded.add(layout.page_tokens - 1) // layout.page_tokens - kv.table.shape[1]).clamp(min=0)
     first = (kv.body_start + first * layout.page_tokens).clamp(min=kv.n_sink)
-    coded = Visible(shown.low, torch.minimum(shown.high, shown.codes_end(kv)))
-    packed = overlap(coded, first, kv.body_start + kv.coded)
+    packed = overlap(shown.in_codes(kv), first, kv.body_start + kv.coded)
     position, here = reference.window_positions(kv)
     others = reference.seen_in_full(position, here, shown, kv).sum()
     if kv.new_k is not None:
