@@ -30,7 +30,6 @@ MOST_SPLITS, LEAST_TOKENS = 512, 128  # of a split
 COLUMNS, BLOCK = 32, 64  # coordinates that one program maps the query to, and that one program joins
 PRECISION = {"cuda": "tf32x3", "hip": "ieee", "interpreter": "interpreter"}  # of products in fp32
 STAGES = {"cuda": 3, "hip": 1, "interpreter": 1}
-JOIN_OPTIONS = {"cuda": {"maxnreg": 128}}  # ptxas stops at 96 by itself, and spills two on sm_100
 WINDOW_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -109,13 +108,15 @@ def _launch(
         read = None if readers.read is None else readers.read.expand(batch, layout.kv_heads, -1, -1)
         mean = None if readers.mean is None else readers.mean.expand(batch, layout.kv_heads, -1)
         padded = constants["D_PADDED"]
+        # registers: by itself ptxas stops at 96 where it then spills
+        joining = {"maxnreg": 128 if padded <= 128 else 255} if target == "cuda" else {}
         join_kernel[(lines, triton.cdiv(dim, min(BLOCK, padded)))](
             part_out, part_lse, kv.packed, kv.recent, kv.held, kv.total, low, high, read,
             None if read is None else read.stride(), mean, None if mean is None else mean.stride(), out, start, lse,
             reads, heads, heads // layout.kv_heads, new, lines, packed_parts, parts, kv.n_sink, sliding,
             kv.table.shape[1], ring, D=dim, D_PADDED=padded, BLOCK=min(BLOCK, padded), P=layout.page_tokens,
             SPLITS=4096 // padded, BY_POSITION=owned is not None, num_warps=4, enable_fp_fusion=True,
-            **JOIN_OPTIONS.get(target, {}),
+            **joining,
         )  # fmt: skip
 
 
