@@ -29,7 +29,9 @@ class PackedLayer(ReadingLayer):
         if torch.compiler.is_compiling():
             self._append(k.detach(), v.detach())
             return self.tensors_of(k, v)
-        step, lengths = self.step, self.batch.lengths
+        lengths, step = self.batch.lengths, self.step
+        if step is None and k.shape[2] == 1:
+            step = self._prepare()
         if (
             step is not None
             and type(k) is Tensor

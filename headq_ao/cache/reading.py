@@ -15,7 +15,6 @@ from headq_ao.cache.masks import (
     view_of_call,
     visible_slots,
 )
-from headq_ao.cache.state import Step
 from headq_ao.cache.writing import WritingLayer
 from headq_ao.ops.paged_attention.reference import merge
 from headq_ao.ops.types import Visible
@@ -51,22 +50,7 @@ class ReadingLayer(WritingLayer):
         if sinks is not None:
             out = out * sink_share(lse, sinks)
         self.commit(q, scaling)
-        if self.step is None and sinks is None:  # a prepared step gives no log-sum-exp
-            self._prepare(q)
         return out.to(q.dtype)
-
-    def _prepare(self, q: Tensor) -> None:
-        """Put a decoding step together once, where the codec has kernels for it."""
-        ready = self.codec.captured and self.packs and not self.pending and q.shape[2] == 1
-        if not ready or torch.compiler.is_compiling() or self.batch.lengths.spans is not None:
-            return
-        counts = self.counts
-        before, reading = self._paged(counts.coded, counts.held), self._paged(counts.read, counts.total)
-        check = self.device.type == "cpu" if self.check_finite is None else self.check_finite
-        plans = self.codec.plan(before, counts.packed, reading, q.shape[1], self.sliding_window or 0, self.reads, check)
-        if plans is not None:
-            place, name, found = self.source.watched()
-            self.step = Step(*plans, q.shape, place, name, found, 0 if found is None else found.data_ptr())
 
     def view(self, mask: Tensor | None, is_causal: bool | None = None) -> MaskView | None:
         """What a call's mask says that the counts do not; None: nothing."""

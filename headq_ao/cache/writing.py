@@ -9,7 +9,7 @@ from torch import Tensor
 from headq_ao.ambient import mode_neutral
 from headq_ao.cache.lengths import on_device
 from headq_ao.cache.schedule import Span
-from headq_ao.cache.state import LayerState
+from headq_ao.cache.state import LayerState, Step
 from headq_ao.ops.cache_update.check import check_finite
 from headq_ao.ops.cache_update.reference import append, at
 
@@ -50,6 +50,26 @@ class WritingLayer(LayerState):
             self.batch.take_back()
             raise
         self.due = self.packs and not at_once
+
+    @mode_neutral
+    def _prepare(self) -> Step | None:
+        """Put a decoding step together once, before the first, where the codec has kernels for it."""
+        lengths, shape = self.batch.lengths, self.shape
+        if not self.is_initialized or lengths.first or lengths.spans is not None:
+            return None
+        ready = self.codec.captured and self.packs and self.pending is None
+        if not ready or self.source.current(self.codec) is not self.codec:
+            return None
+        self.fit()
+        counts, heads = self.counts, shape.n_heads
+        before, reading = self._paged(counts.coded, counts.held), self._paged(counts.read, counts.total)
+        check = self.device.type == "cpu" if self.check_finite is None else self.check_finite
+        plans = self.codec.plan(before, counts.packed, reading, heads, self.sliding_window or 0, self.reads, check)
+        if plans is not None:
+            place, name, found = self.source.watched()
+            form, address = (lengths.batch, heads, 1, shape.dims[0]), 0 if found is None else found.data_ptr()
+            self.step = Step(*plans, form, place, name, found, address)
+        return self.step
 
     def _traced_problem(self, k: Tensor, v: Tensor) -> str | None:
         """Why a graph cannot append these tokens; None: it can."""

@@ -112,8 +112,8 @@ def arguments(
 def supported(kv: PagedKV, packed: Tensor, *encoders: Encoder | None) -> bool:
     """Whether the kernel reads and writes these tensors where they lie."""
     layout, dtype = PageLayout.parse(kv.layout), kv.window_k.dtype
-    stored = [t for group in layout.split(kv.pages) for side in (group.keys, group.values) for t in side.tensors]
-    exact = [s.exact for g in layout.split(kv.pages) for s in (g.keys, g.values) if s.exact is not None]
+    sides = [side for group in layout.split(kv.pages) for side in (group.keys, group.values)]
+    stored, exact = [t for side in sides for t in side.tensors], [s.exact for s in sides if s.exact is not None]
     lengths = [packed, kv.packed, kv.held, kv.total, *([] if kv.new_start is None else [kv.new_start])]
     return (
         dtype in DTYPES

@@ -118,7 +118,7 @@ def test_steps_are_those_of_the_general_way(monkeypatch):
     for prepared in (True, False):
         engine = make("calibrated")
         if not prepared:
-            monkeypatch.setattr(type(engine.layer), "_prepare", lambda self, q: None)
+            monkeypatch.setattr(type(engine.layer), "_prepare", lambda self: None)
         q, k, v = stream(2, 300)
         outs.append(engine.feed(q, k, v, [40, *[1] * 260]))
         assert (engine.layer.step is not None) == prepared
