@@ -239,4 +239,4 @@ class PagePool:
             return
         source, target = (torch.tensor(x, device=self.tensors[0].device) for x in zip(*pairs, strict=True))
         for t in self.every:
-            t[target] = t[source]
+            t.index_copy_(0, target, t.index_select(0, source))
