@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import torch
 
 from headq_ao.codecs.affine import affine_codec
+from headq_ao.codecs.rotation import Rotation
 from headq_ao.codecs.side_code import with_side_code
 from headq_ao.codecs.whitened import (
     prompt_whitened_codec,
@@ -85,3 +86,9 @@ def integer_scores(query, codes, scale, zero):
     if zero is not None:
         s = s + query.zero[..., None] * zero.to(scale.dtype).repeat_interleave(groups, 1)[:, :, None]
     return s + query.of_mean[..., None]
+
+
+def some_rotation(head_dim=16):
+    """A rotation of pairs ``i, i + D/2``."""
+    angle = torch.rand(head_dim // 2).double()
+    return Rotation(torch.cat([-angle, angle]), torch.arange(head_dim).roll(head_dim // 2))
