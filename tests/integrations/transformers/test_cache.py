@@ -3,14 +3,11 @@
 import copy
 import os
 import pickle
-import warnings
 
 import pytest
 import torch
-import transformers
 
-from headq_ao import Calibration, HeadQCache, calibrate, headq_config, quantize_, restore_
-from tests import older_transformers
+from headq_ao import Calibration, HeadQCache, calibrate, headq_config, quantize_
 from tests.conftest import build_tiny
 
 FAST = {"epoch_tokens": 64, "residual_length": 32, "block_size": 16}
@@ -211,64 +208,3 @@ def test_what_load_and_save_are_given(model, token_ids, tmp_path):
     with pytest.raises(IsADirectoryError, match="is a folder; name a file in it"):
         cache.save(f"{tmp_path}/new/")
     assert sorted(os.listdir(tmp_path)) == ["c", "calibration", "empty", "text"]
-
-
-# The warning about dense calls
-def dense_warnings(model, ids):
-    with warnings.catch_warnings(record=True) as found, torch.no_grad():
-        warnings.simplefilter("default")  # Python's own filter leaves out words that it has shown
-        model(ids, use_cache=False)
-    return [str(w.message) for w in found if "dense keys and values" in str(w.message)]
-
-
-def test_dense_calls_are_told_once_per_model_and_reason(model, token_ids):
-    ids, other = token_ids(1, 10), build_tiny(seed=1)
-    quantize_(other, headq_config(**FAST))
-    twin = copy.deepcopy(model)
-    for one in (model, other, twin):
-        assert len(dense_warnings(one, ids)) == 1
-        assert dense_warnings(one, ids) == []
-        one.train()
-        assert "train mode" in dense_warnings(one, ids)[0]
-        assert dense_warnings(one, ids) == []
-        one.eval()
-    restore_(other)
-    quantize_(other, headq_config(**FAST))
-    assert len(dense_warnings(other, ids)) == 1
-
-
-def test_a_traced_dense_call_is_told_once_per_model(token_ids):
-    ids = token_ids(1, 10)
-    for seed in (0, 1):
-        model = build_tiny(seed=seed)
-        quantize_(model, headq_config(**FAST))
-        compiled = torch.compile(model, backend="eager")
-        assert len(dense_warnings(compiled, ids)) == 1
-        assert dense_warnings(compiled, ids) == dense_warnings(model, ids) == []
-
-
-def test_the_number_of_a_model_is_shared_by_its_layers(model):
-    assert isinstance(model, transformers.PreTrainedModel)
-    twin = copy.deepcopy(model)
-    numbers = [{layer.self_attn.headq.model.number for layer in m.model.layers} for m in (model, twin)]
-    assert [len(n) for n in numbers] == [1, 1] and numbers[0] != numbers[1]
-
-
-def test_warnings_point_to_the_users_line(tiny, token_ids):
-    """Not to a line of the library that was called in between."""
-    model = tiny()
-
-    def live(model):
-        model.set_attn_implementation("eager")
-        with torch.no_grad():
-            model.generate(token_ids(1, 20), max_new_tokens=2)
-
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        few = calibrate(model, [token_ids(1, 40)], progress=False)
-        quantize_(model, headq_config(calibration=few))
-        model(token_ids(1, 20), use_cache=False)
-        live(model)
-    ours = [w for w in seen if str(w.message).startswith("HeadQ: ")]
-    assert len(ours) == 4
-    assert {w.filename for w in ours} - {older_transformers.__file__} == {__file__}
