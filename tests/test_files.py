@@ -1,14 +1,16 @@
 """Files are written whole or not at all, where a path and its links lead, and are checked before they are read."""
 
 import errno
+import json
 import os
 import stat
 
 import pytest
 import safetensors.torch
+import torch
 
 from headq_ao import Calibration
-from headq_ao.files import atomic_path
+from headq_ao.files import FileKind, atomic_path, checksum, tensor_bytes
 from tests.calibration.moments import small_calibration
 
 
@@ -123,3 +125,85 @@ def test_a_failure_leaves_target_and_link(tmp_path):
     with pytest.raises(KeyError):
         fail()
     assert (tmp_path / "link").read_text() == "old" and sorted(os.listdir(tmp_path)) == ["link", "real"]
+
+
+KIND = FileKind("made thing", 5, "make one with made()", oldest=3)
+
+
+def test_a_head_and_tensors_come_back(tmp_path):
+    """Plain data and any dtype, contiguous or not; the version is in the head."""
+    tensors = {"a": torch.arange(6).view(2, 3).t(), "b": torch.ones(2, dtype=torch.bfloat16), "c": torch.empty(0)}
+    KIND.save(tmp_path / "x", {"list": [1, None, "ü"]}, tensors)
+    head, found = KIND.load(tmp_path / "x")
+    assert head == {"version": 5, "list": [1, None, "ü"]}
+    assert found.keys() == tensors.keys() and all(torch.equal(found[n], x) for n, x in tensors.items())
+    assert KIND.entry == "headq_made_thing"
+
+
+def test_numbers_that_are_none_are_not_written(tmp_path):
+    with pytest.raises(ValueError, match="Out of range float values"):
+        KIND.save(tmp_path / "x", {"error": float("nan")}, {})
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [
+        (6, "version 6 is newer than 5, which this headq_ao reads; update headq_ao"),
+        (2, "version 2 is older than 3, which this headq_ao reads; make one with made"),
+        (True, "its header has no version, got True; make one with made"),
+        (None, "its header has no version, got None"),
+        (3, None),
+        (5, None),
+    ],
+)
+def test_versions_that_are_read(version, message):
+    metadata = {KIND.entry: json.dumps({"version": version})}
+    if message is None:
+        assert KIND.head(metadata) == {"version": version}
+        return
+    with pytest.raises(ValueError, match=message):
+        KIND.head(metadata)
+    if version == 2:
+        with pytest.raises(ValueError, match="version 4 is older than 5"):
+            FileKind("made thing", 5, "").head({KIND.entry: json.dumps({"version": 4})})
+
+
+def test_another_kind_of_file_is_called_by_its_name(tmp_path):
+    FileKind("other thing", 1, "").save(tmp_path / "x", {}, {"a": torch.ones(1)})
+    with pytest.raises(ValueError, match="has no headq_made_thing entry: it is a other thing; make one with made"):
+        KIND.load(tmp_path / "x")
+    for path, message in ((tmp_path, "is a folder, not a made thing file"), (tmp_path / "y", "no made thing file at")):
+        with pytest.raises(FileNotFoundError, match=message):
+            KIND.load(path)
+
+
+def test_the_checksum_counts_all_there_is():
+    x = {"a": torch.tensor([1.0, 2.0]), "b": torch.zeros(2, dtype=torch.int32)}
+    others = [
+        ("h2", x), ("h", {"a": x["a"]}), ("h", {"a": x["a"], "c": x["b"]}), ("h", {"a": x["b"], "b": x["a"]}),
+        ("h", x | {"b": torch.zeros(2)}), ("h", x | {"b": x["b"][None]}), ("h", x | {"a": torch.tensor([1.0, -2.0])}),
+    ]  # fmt: skip
+    sums = {checksum(head, tensors) for head, tensors in [("h", x), *others]}
+    assert len(sums) == 1 + len(others)
+    assert (
+        checksum("h", dict(reversed(x.items())))
+        == checksum("h", x)
+        == checksum("h", {n: t.clone() for n, t in x.items()})
+    )
+
+
+def test_bytes_are_in_row_major_order():
+    x = torch.arange(6, dtype=torch.int16).view(2, 3)
+    assert bytes(tensor_bytes(x.t())) == b"\0\0\3\0\1\0\4\0\2\0\5\0"
+
+
+def test_what_goes_wrong_within_is_said_of_the_file():
+    for error, message in ((KeyError("a"), "it has no 'a'"), (TypeError("kind"), "kind")):
+        with (
+            pytest.raises(ValueError, match=f"'path' is not a usable headq_ao made thing: {message}"),
+            KIND.refusing("path"),
+        ):
+            raise error
+    with pytest.raises(RuntimeError, match="other"), KIND.refusing("path"):
+        raise RuntimeError("other")

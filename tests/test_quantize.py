@@ -3,9 +3,15 @@
 import pytest
 import torch
 import torchao
-from torchao.quantization import Int8WeightOnlyConfig
+from torchao.quantization import Int8WeightOnlyConfig, transform_module
+from transformers import AttentionInterface
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
-from headq_ao import headq_config, quantize_
+from headq_ao import Calibration, headq_config, quantize_
+from headq_ao.config import HeadQConfig
+from headq_ao.integrations.transformers import hooks
+from headq_ao.integrations.transformers.calls import headq_attention
+from headq_ao.integrations.transformers.loading import HeadQLoader
 from tests.integrations.transformers.traces import trace
 
 
@@ -41,3 +47,29 @@ def test_other_configs_pass_through(tiny, token_ids):
         with torch.no_grad():
             assert torch.equal(ours(ids).logits, theirs(ids).logits)
         assert not hasattr(ours, "_headq")
+
+
+@pytest.mark.parametrize(
+    "given", [None, "int8", HeadQConfig, torch.nn.Linear(2, 2)], ids=["none", "text", "class", "model"]
+)
+def test_what_is_no_config_is_named(tiny, given):
+    model = tiny()
+    before = trace(model)
+    with pytest.raises(ValueError, match=r"takes a config such as headq_config\(\) or torchao's, got .* as config"):
+        quantize_(model, given)
+    assert trace(model) == before
+
+
+def test_a_device_is_moved_to_first(tiny):
+    """Also where the config is then refused, as torchao does it."""
+    model = tiny(layers=1)
+    with pytest.raises(ValueError, match="made on another model"):
+        quantize_(model, headq_config(calibration=Calibration([], {"model_type": "gpt2"})), device="meta")
+    assert {p.device.type for p in model.parameters()} == {"meta"} and not hasattr(model, "_headq")
+
+
+def test_the_names_of_what_is_registered():
+    """Importing quantize_ makes the attention function, the quantizer and the config's handler known."""
+    assert AttentionInterface()["headq"] is headq_attention
+    assert AUTO_QUANTIZER_MAPPING["headq"] is HeadQLoader
+    assert transform_module._QUANTIZE_CONFIG_HANDLER[HeadQConfig] is hooks.attach

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from headq_ao.codecs.linalg import rotation_matrix, square_roots, top_eigenvectors
+from headq_ao.codecs.linalg import centred_moment, eigh, ridged, rotation_matrix, square_roots, top_eigenvectors
 from tests.codecs.states import randn, second_moment
 
 
@@ -33,3 +33,23 @@ def test_top_eigenvectors_do_not_flip():
     assert torch.equal(u.sign(), top_eigenvectors(c * (1 + 1e-15), 16).sign())
     order = (u.mT @ c @ u).diagonal(dim1=-2, dim2=-1)
     assert bool((order.diff() <= 1e-12).all()), "largest first"
+
+
+def test_a_centred_moment_is_the_covariance():
+    x = randn(2, 500, 8) + 3
+    covariance = torch.stack([torch.cov(rows.T, correction=0) for rows in x])
+    torch.testing.assert_close(centred_moment(x.mean(-2), second_moment(x)), covariance)
+
+
+def test_a_ridge_is_a_share_of_the_mean_eigenvalue():
+    matrix = torch.diag(torch.tensor([1.0, 2.0, 6.0]))
+    torch.testing.assert_close(ridged(matrix, 0.5), torch.diag(torch.tensor([2.5, 3.5, 7.5])))
+    assert bool((ridged(torch.zeros(3, 3), 0.5).diagonal() > 0).all()), "what is zero can be inverted afterwards"
+
+
+def test_eigenvectors_of_what_is_not_finite():
+    """Such a sequence must not fail its batch: the others' are theirs."""
+    matrix = torch.stack([torch.diag(torch.tensor([4.0, 1.0])), torch.full((2, 2), torch.inf)])
+    values, vectors = eigh(matrix)
+    assert values.tolist() == [[1.0, 4.0], [0.0, 0.0]] and values.dtype == torch.float64
+    torch.testing.assert_close(vectors[0].abs(), torch.tensor([[0.0, 1.0], [1.0, 0.0]]).double())
