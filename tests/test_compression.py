@@ -7,15 +7,16 @@ import torch
 
 from headq_ao.compression import compress, decompress
 
+G = torch.Generator().manual_seed(0)
 KINDS = {
-    "floats": torch.randn(3, 40, 5),
-    "halves": torch.randn(2000).half(),
-    "bfloat16": torch.randn(7, 11).bfloat16(),
-    "few codes": (torch.rand(64, 64) < 0.02).to(torch.uint8),
-    "noise": torch.randint(0, 256, (5000,), dtype=torch.uint8),
+    "floats": torch.randn(3, 40, 5, generator=G),
+    "halves": torch.randn(2000, generator=G).half(),
+    "bfloat16": torch.randn(7, 11, generator=G).bfloat16(),
+    "few codes": (torch.rand(64, 64, generator=G) < 0.02).to(torch.uint8),
+    "noise": torch.randint(0, 256, (5000,), dtype=torch.uint8, generator=G),
     "counts": torch.arange(300),
     "not finite": torch.tensor([float("nan"), float("-inf"), -0.0]),
-    "not contiguous": torch.randn(20, 30).t()[:, ::2],
+    "not contiguous": torch.randn(20, 30, generator=G).t()[:, ::2],
     "one": torch.tensor(3.5),
     "none": torch.empty(0, 4),
 }

@@ -64,14 +64,8 @@ def test_units_are_of_the_rms_and_leave_ordinary_rows_alone():
     moments.k_outer[1] *= 2.0**40
     assert moments.unit("k").tolist() == [[[1.0], [2.0**21]]], "divided by it, their RMS is half"
     found = moments.in_units()
-    for name, power in (
-        ("k_sum", 1),
-        ("k_seen_sum", 1),
-        ("k_outer", 2),
-        ("k_seen_outer", 2),
-        ("k_seen", 0),
-        ("v_sum", 0),
-    ):
+    powers = {"k_sum": 1, "k_seen_sum": 1, "k_outer": 2, "k_seen_outer": 2, "k_seen": 0, "v_sum": 0}
+    for name, power in powers.items():
         x = getattr(moments, name)
         assert torch.equal(getattr(found, name)[1], x[1] / 2.0 ** (21 * power)), name
         assert torch.equal(getattr(found, name)[0], x[0])
