@@ -1,10 +1,13 @@
 """What an Encoder holds, what of it does not fit, and how it passes through a schema."""
 
+import dataclasses
+
 import pytest
 import torch
 
-from headq_ao.ops import Encoder, quantize
+from headq_ao.ops import Encoder, quantize, unit_factor
 from tests.ops.encode.encoders import encoder_of, run
+from tests.ops.frames import some_frame
 
 
 @pytest.mark.parametrize("base", ["affine", "symmetric", "feedback"])
@@ -45,3 +48,35 @@ def test_errors(case, changes, message):
     args |= {name: torch.ones(x) if isinstance(x, tuple) else x for name, x in changes.items()}
     with pytest.raises(ValueError, match=message):
         run(args)
+
+
+def test_what_an_encoder_says_of_itself(case):
+    """Coordinates with those of a side code, scales of a token, and its tensors as kernels read them."""
+    args = case(True, head_dim=32, rank=5)
+    args["encode"] = args["encode"].mT.contiguous().mT
+    assert not args["encode"].is_contiguous()
+    encoder = encoder_of(args)
+    assert encoder.coordinates == 37 and encoder.encode.is_contiguous()
+    assert torch.equal(encoder.encode, args["encode"])
+    assert [encoder.groups(32), Encoder(torch.eye(32)[None, None], (2,), 1.0, 8).groups(32)] == [1, 4]
+    assert len(encoder.tensors) == 6 and encoder.factor is None
+
+
+def test_the_factor_is_made_once_or_taken_as_it_is_given(case):
+    encoder = encoder_of(case(True, feedback=True))
+    assert encoder.factor is encoder.factor
+    torch.testing.assert_close(encoder.factor, unit_factor(encoder.hessian))
+    given = torch.eye(16, dtype=torch.float64).expand(1, 2, 16, 16)
+    other = dataclasses.replace(encoder, cholesky=given)
+    assert torch.equal(other.factor, given)
+    assert torch.equal(Encoder.of_flat(*other.flat).factor, given)
+
+
+def test_a_frame_passes_through_too():
+    frame = some_frame(16, 64, 3)
+    encoder = Encoder(torch.eye(16)[None, None], (2,), 0.5, unbiased=False, frame=frame)
+    again = Encoder.of_flat(*encoder.flat)
+    assert again.frame.tokens == 64 and torch.equal(again.frame.table, frame.table)
+    assert torch.equal(again.frame.partner, frame.partner)
+    assert (again.step, again.unbiased, again.bits, again.group_size) == (0.5, False, (2,), 0)
+    assert all(x is not frame.table for x in encoder.tensors)
