@@ -20,13 +20,14 @@ def report_of(model, ids):
     return dataclasses.replace(report, layers={})
 
 
-@pytest.mark.parametrize("tokens", [3, 300])
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"k_bits": 3, "v_bits": None}, {"preset": "headq_paper"}],
+    ("family", "options", "tokens"),
+    [
+        ("llama", {}, 3), ("gemma3", {}, 300), ("llama", {"k_bits": 3, "v_bits": None}, 300),
+        ("gemma3", {"preset": "headq_paper"}, 300),
+    ],
     ids=str,
-)
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
+)  # fmt: skip
 def test_an_estimate_is_what_the_cache_takes(tiny, token_ids, family, options, tokens):
     """Byte for byte, part by part, of the model as of its config."""
     model, config = tiny(family), headq_config(**OPTIONS | options)
