@@ -1,5 +1,6 @@
-"""One version, links that lead somewhere, a README of a page, and pins for all that pyproject.toml asks for."""
+"""One version, links that lead somewhere, a README of a page, pins for what is asked for, tests for each module."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -68,3 +69,53 @@ def test_what_is_asked_for_is_pinned():
 def test_issue_templates(path):
     form = yaml.safe_load(path.read_text(encoding="utf-8"))
     assert form["name"] and form["description"] and all(part["attributes"]["label"] for part in form["body"])
+
+
+# Folders whose tests run by themselves, in an environment of their own.
+APART = {"integrations/vllm": "vllm", "integrations/kvpress": "kvpress"}
+UNTESTED = {"headq_ao/lm_eval.py": "an alias: tests/evals/lm_eval"}
+
+
+def home_of(module):
+    """``headq_ao/FOLDER/NAME.py``: ``tests/FOLDER/test_NAME.py``; ``ops/FOLDER/NAME.py``: ``tests/ops/FOLDER/..``."""
+    folder = module.parent.as_posix().removeprefix("headq_ao").removeprefix("/")
+    return Path("tests", APART.get(folder, folder), f"test_{module.name}")
+
+
+def kernels_alone(tree):
+    """Whether a module has nothing but kernels: they are run by ``tests/ops/*_interpreted.py``, compiled together."""
+    made = [n for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
+    kinds = ("triton.jit", "triton.constexpr_function")
+    return bool(made) and all(any(ast.unparse(d).startswith(kinds) for d in n.decorator_list) for n in made)
+
+
+def without_tests(root):
+    """The modules of ``headq_ao`` and ``ops`` that have no file of tests of their name, or none in it."""
+    found = []
+    for path in sorted(p for folder in ("headq_ao", "ops") for p in (root / folder).rglob("*.py")):
+        module, home = path.relative_to(root), root / home_of(path.relative_to(root))
+        if path.name == "__init__.py" or kernels_alone(ast.parse(path.read_text(encoding="utf-8"))):
+            continue
+        if not home.exists() or not re.search(r"^def test_", home.read_text(encoding="utf-8"), re.MULTILINE):
+            found.append(module.as_posix())
+    return found
+
+
+def test_each_module_has_a_file_of_tests_of_its_name():
+    assert without_tests(ROOT) == sorted(UNTESTED)
+
+
+def test_a_module_without_tests_is_found(tmp_path):
+    files = {
+        "headq_ao/cache/new.py": "def one(): ...", "headq_ao/cache/old.py": "def one(): ...",
+        "headq_ao/integrations/vllm/of_engine.py": "", "headq_ao/empty.py": "", "headq_ao/cache/__init__.py": "",
+        "ops/made/triton_both.py": "@triton.jit\ndef one(x): ...\ndef launch(): ...",
+        "ops/made/triton_jit.py": "@triton.jit(do_not_specialize=['n'])\ndef one(n): ...", "ops/made/op.py": "",
+        "tests/cache/test_old.py": "def test_one(): ...", "tests/vllm/test_of_engine.py": "def test_one(): ...",
+        "tests/test_empty.py": "import headq_ao.empty\n", "tests/ops/test_op.py": "def test_one(): ...",
+    }  # fmt: skip
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    lacking = ["headq_ao/cache/new.py", "headq_ao/empty.py", "ops/made/op.py", "ops/made/triton_both.py"]
+    assert without_tests(tmp_path) == lacking

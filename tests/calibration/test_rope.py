@@ -9,11 +9,8 @@ import torch
 from headq_ao import HeadQCache, calibrate, headq_config, quantize_
 from headq_ao.calibration.observers import RECORDER
 from headq_ao.calibration.rope import rope_shift, rotation_of
-from headq_ao.codecs.layer_codec import LATER, LayerCodec
-from headq_ao.codecs.rotation import Rotation
 from headq_ao.integrations.transformers.attention import NAME
 from headq_ao.integrations.transformers.models import attention_modules, layer_shapes, rotary_embedding
-from headq_ao.layer_shape import LayerShape
 from headq_ao.statistics.moments import SEGMENT_TOKENS
 
 SHIFTS = (0, 16, 128, 1024)
@@ -111,49 +108,6 @@ def test_the_model_is_left_as_it_was(tiny):
     before = model.model.rotary_emb.inv_freq.clone()
     rotation_of(rotary_embedding(model), attention_modules(model, 2)[0], layer_shapes(model.config)[0])
     assert torch.equal(model.model.rotary_emb.inv_freq, before)
-
-
-def some_rotation(head_dim=16):
-    """A rotation of pairs ``i, i + D/2``."""
-    angle = torch.rand(head_dim // 2).double()
-    return Rotation(torch.cat([-angle, angle]), torch.arange(head_dim).roll(head_dim // 2))
-
-
-def test_a_frame_turns_back_by_whole_segments():
-    """``R_sᵀ`` by the rotation itself at the start of the segment; and back again."""
-    torch.manual_seed(0)
-    rotation, k = some_rotation(), torch.randn(1, 2, 100, 16)
-    frame = rotation.frame(32, 96, torch.device("cpu"))
-    segment = frame.of(torch.arange(-4, 96))
-    assert frame.tokens == 32 and segment.tolist() == [0] * 36 + [1] * 32 + [2] * 32
-    there = frame.into(k, segment)
-    torch.testing.assert_close(there, rotation.at(k, -32 * segment[None]))
-    torch.testing.assert_close(frame.into(there, segment, back=True), k)
-    assert frame.of(torch.tensor(10**6)) == 2 and rotation.frame(32, 96, torch.device("cpu")) is frame
-
-
-def test_own_statistics_are_those_of_a_whole_segment():
-    """Twenty first tokens stand for a segment of 256: mean and variances of the keys, against all turned keys laid out
-    one after the other; half of the queries stand in the segment, half some segments later."""
-    torch.manual_seed(0)
-    rotation = some_rotation()
-    codec = LayerCodec(headq_config(), LayerShape(4, 2, 16, None), None, torch.device("cpu"), rotation=rotation)
-    q, k, of_q, of_k = torch.randn(1, 2, 40, 16), torch.randn(1, 2, 20, 16), torch.rand(1, 2, 40), torch.rand(1, 2, 20)
-    of_k = of_k / of_k.mean(-1, keepdim=True)
-    c_q, mean, variance = codec._spread_moments(q, of_q, k, of_k)
-
-    def at(x, shifts):
-        return torch.cat([rotation.at(x, torch.tensor([[by]])) for by in shifts], 2)
-
-    own = range(0, SEGMENT_TOKENS - 20 + 1, 20)
-    every, weights = at(k, own), of_k.repeat(1, 1, len(own))[..., None]
-    torch.testing.assert_close(mean, (weights * every).mean(2))
-    torch.testing.assert_close(variance, (weights * (every - mean.unsqueeze(2)).square()).mean(2))
-    halves = []
-    for shifts in (own, [SEGMENT_TOKENS * far for far in LATER]):
-        every = at(q, shifts)
-        halves.append(every.mT @ (of_q.repeat(1, 1, len(shifts))[..., None] * every) / every.shape[2])
-    torch.testing.assert_close(c_q, sum(halves) / 2)
 
 
 def test_frames_serve_sequences_without_a_calibration(tiny, token_ids):

@@ -13,8 +13,8 @@ from headq_ao.ops.page_layout import GroupLayout, PageLayout
 from headq_ao.ops.paged_attention import long_chunk, reference
 from headq_ao.ops.requests import LayerPages, Requests
 from headq_ao.ops.types import Readers
+from tests.ops.cache_update.streams import encoder_of
 from tests.ops.frames import some_frame
-from tests.ops.test_cache_update import encoder_of
 
 WINDOW, PAGE, WINDOW_PAGE = 24, 32, 8
 FORMS = {

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-import torchao
 import transformers
 
-from headq_ao import Calibration, HeadQCache, calibrate, headq_config, quantize_, restore_
-from headq_ao.integrations.transformers import hooks
+from headq_ao import HeadQCache, calibrate, headq_config, quantize_, restore_
+from tests.integrations.transformers.traces import dense_logits, trace
 from tests.pages import held
 
 # (family, head_dim, query heads, kv heads): each family, each head size, and MHA, GQA, MQA and groups of 6
@@ -37,27 +36,8 @@ def logits_through_cache(model, ids, sizes):
     return logits, cache
 
 
-def dense_logits(model, ids):
-    with torch.no_grad():
-        return model(ids).logits
-
-
 def relative(difference, reference):
     return (difference.norm() / (reference - reference.mean((0, 1))).norm()).item()
-
-
-def trace(model):
-    """Everything of a model that ``quantize_`` touches."""
-    return (
-        {name: type(module) for name, module in model.named_modules()},
-        {name: (value.data_ptr(), value.dtype) for name, value in model.state_dict().items()},
-        [name for name, _ in model.named_buffers()],
-        sorted(model.__dict__),
-        [list(m._forward_pre_hooks.values()) + list(m._forward_hooks.values()) for m in model.modules()],
-        [(len(m._forward_pre_hooks_with_kwargs), len(m._forward_hooks_with_kwargs)) for m in model.modules()],
-        model.config.to_dict(),
-        model.config._attn_implementation,
-    )
 
 
 @pytest.mark.parametrize(("family", "head_dim", "heads", "kv_heads"), MODELS)
@@ -255,41 +235,6 @@ def test_softcap_switched_off_is_supported(token_ids):
     assert relative(logits - dense, dense) < 0.04
 
 
-def test_not_a_transformers_model():
-    with pytest.raises(ValueError, match="whole transformers model, got a Sequential"):
-        quantize_(torch.nn.Sequential(torch.nn.Linear(16, 16)), headq_config())
-
-
-def test_torchao_default_filter_is_answered_with_the_fix(tiny):
-    model = tiny()
-    before = trace(model)
-    with pytest.raises(ValueError, match=r"got a Linear; call headq_ao.quantize_\(model, config\)"):
-        torchao.quantization.quantize_(model, headq_config())
-    assert trace(model) == before
-
-
-def test_filter_fn_is_refused(tiny):
-    model = tiny()
-    with pytest.raises(ValueError, match="without filter_fn"):
-        quantize_(model, headq_config(), filter_fn=lambda module, name: True)
-    assert not hasattr(model, "_headq")
-    quantize_(model, headq_config(), filter_fn=None)  # torchao's word for its default
-
-
-def test_twice_and_restore_without(tiny):
-    model = tiny()
-    with pytest.raises(ValueError, match="LlamaForCausalLM has no HeadQ"):
-        restore_(model)
-    quantize_(model, headq_config())
-    quantized = trace(model)
-    with pytest.raises(ValueError, match="already has a HeadQ cache"):
-        quantize_(model, headq_config(k_bits=4))
-    assert trace(model) == quantized
-    restore_(model)
-    with pytest.raises(ValueError, match="has no HeadQ config"):
-        HeadQCache(model)
-
-
 @pytest.mark.parametrize("other", [{"layers": 3}, {"head_dim": 64}, {"kv_heads": 4}, {"seed": 1}, {"family": "qwen3"}])
 def test_calibration_of_another_model_is_refused(tiny, token_ids, tmp_path, other):
     calibration = calibrate(tiny(**other), [token_ids(3, 200)], progress=False)
@@ -303,36 +248,6 @@ def test_calibration_of_another_model_is_refused(tiny, token_ids, tmp_path, othe
     with pytest.raises(FileNotFoundError, match="no calibration file"):
         quantize_(model, headq_config(calibration=str(tmp_path / "missing.safetensors")))
     assert trace(model) == before
-
-
-def test_calibration_with_too_few_layers_leaves_no_trace(tiny, token_ids):
-    model = tiny()
-    whole = calibrate(model, [token_ids(2, 200)], progress=False)
-    before = trace(model)
-    with pytest.raises((ValueError, IndexError)):
-        quantize_(model, headq_config(calibration=Calibration(whole.layers[:1], whole.fingerprint)))
-    assert trace(model) == before
-
-
-def test_failure_midway_leaves_the_model_unchanged(tiny, token_ids, monkeypatch):
-    model, built = tiny(), []
-    before, dense = trace(model), dense_logits(model, token_ids(1, 20))
-
-    class Failing(hooks.LayerCodec):
-        def __init__(self, *args):
-            if built:
-                raise MemoryError("layer 1")
-            built.append(self)
-            super().__init__(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(hooks, "LayerCodec", Failing)
-        with pytest.raises(MemoryError):
-            quantize_(model, headq_config())
-    assert len(built) == 1
-    assert trace(model) == before
-    assert torch.equal(dense_logits(model, token_ids(1, 20)), dense)
-    quantize_(model, headq_config())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])

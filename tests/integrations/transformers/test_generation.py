@@ -5,47 +5,15 @@ import threading
 
 import pytest
 import torch
-import transformers
-from transformers import DynamicCache, StaticCache
 
 from headq_ao import HeadQCache, calibrate, headq_config, quantize_, restore_
+from tests.integrations.transformers.calling import FINE, OPTIONS, forward, greedy
 from tests.pages import codes_of, same_codes, scales_of
 
-OPTIONS = {"epoch_tokens": 32, "residual_length": 32, "block_size": 16}
 AFFINE = {"key_codec": "affine", "value_codec": "affine"}
-FINE = OPTIONS | {"k_bits": 8, "v_bits": 8, "rank": 0}
-
-
-@pytest.fixture
-def model(tiny):
-    """A tiny Llama with an 8-bit cache: fine enough for equal tokens along different routes."""
-    model = tiny()
-    quantize_(model, headq_config(**FINE))
-    return model
-
-
-@pytest.fixture
-def quantized(tiny):
-    def make(family="llama", options=None, **config):
-        model = tiny(family, **config)
-        quantize_(model, headq_config(**OPTIONS | (options or {})))
-        return model
-
-    return make
-
-
-def greedy(model, ids, n=24, **kwargs):
-    return model.generate(ids, max_new_tokens=n, do_sample=False, **kwargs)
-
-
-def forward(model, ids, **kwargs):
-    with torch.no_grad():
-        return model(ids, **kwargs).logits
 
 
 # Decoding strategies
-
-
 def test_greedy_equals_a_loop_over_forward(model, token_ids):
     ids = token_ids(2, 70)
     cache, tokens = HeadQCache(model), ids
@@ -188,8 +156,6 @@ def test_two_threads_on_one_model(model, token_ids):
 
 
 # Padding
-
-
 @pytest.mark.parametrize(
     ("family", "options"),
     [
@@ -304,8 +270,6 @@ def test_mask_of_floats_and_bools(model, token_ids):
 
 
 # Copies
-
-
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_deepcopy_of_model_and_cache(tiny, token_ids, calibrated):
     model, ids = tiny(), token_ids(1, 80)
@@ -330,39 +294,7 @@ def test_deepcopy_of_model_and_cache(tiny, token_ids, calibrated):
     assert torch.equal(forward(twin, ids), forward(model, ids))
 
 
-# Dense calls
-
-
-def test_use_cache_false_is_dense_with_one_warning(tiny, model, token_ids):
-    ids = token_ids(1, 80)
-    with pytest.warns(UserWarning, match="use_cache is False") as seen:
-        logits = forward(model, ids, use_cache=False)
-    assert len(seen) == 1
-    forward(model, ids, use_cache=False)  # a second warning would be an error
-    assert torch.equal(logits, forward(tiny(), ids))
-
-
-def test_train_mode_is_dense_with_one_warning(tiny, model, token_ids):
-    ids = token_ids(1, 80)
-    model.train()
-    with pytest.warns(UserWarning, match="train mode") as seen:
-        out = model(ids, labels=ids)
-    assert len(seen) == 1
-    model(ids)  # a second warning would be an error
-    out.loss.backward()
-    assert model.model.layers[0].self_attn.k_proj.weight.grad.abs().max() > 0
-    assert torch.equal(out.logits, tiny()(ids).logits)
-
-
-def test_use_cache_false_in_the_config(model, token_ids):
-    model.config.use_cache = False
-    with pytest.warns(UserWarning, match="use_cache is False"):
-        assert forward(model, token_ids(1, 20)).shape == (1, 20, 128)
-
-
 # Refusals
-
-
 def test_a_static_cache_is_a_packed_one_of_static_capacity(model, token_ids):
     ids = token_ids(1, 70)
     found = greedy(model, ids, 30, cache_implementation="static", return_dict_in_generate=True)
@@ -372,29 +304,6 @@ def test_a_static_cache_is_a_packed_one_of_static_capacity(model, token_ids):
     with pytest.raises(ValueError, match="room for 100 tokens and holds 99; 3 more do not fit"):
         forward(model, ids[:, :3], cache=cache)
     assert cache.get_seq_length() == 99
-
-
-def test_a_cache_of_another_class_is_refused(model, token_ids):
-    with pytest.raises(ValueError, match="needs a HeadQCache, got a StaticCache"):
-        model(token_ids(1, 20), cache=StaticCache(config=model.config, max_cache_len=64))
-
-
-def test_quantized_cache_is_refused(model, token_ids):
-    from transformers.cache_utils import QuantizedCache
-
-    cache = QuantizedCache.__new__(QuantizedCache)  # its backends are optional packages
-    cache.layers = []
-    with pytest.raises(ValueError, match="needs a HeadQCache, got a QuantizedCache"):
-        model(token_ids(1, 20), cache=cache)
-
-
-def test_dynamic_cache_empty_or_filled(tiny, model, token_ids):
-    ids, filled = token_ids(1, 60), DynamicCache()
-    tiny()(ids, cache=filled)
-    with pytest.raises(ValueError, match="a DynamicCache that already holds tokens"):
-        model(ids, cache=filled)
-    out = model(ids, cache=DynamicCache(config=model.config))
-    assert isinstance(out.cache, HeadQCache)
 
 
 def test_masks_that_are_refused(model, token_ids):
@@ -416,18 +325,6 @@ def test_masks_that_are_refused(model, token_ids):
     assert cache.get_seq_length() == 20, "a refused call must not enter the cache"
 
 
-def test_mask_without_the_pre_hook(model, tiny, token_ids):
-    """Calling a part of the model bypasses the hook that reads the mask: attention still hides what the mask hides."""
-    ids, mask = token_ids(2, 90), torch.ones(2, 90, dtype=torch.long)
-    mask[0, :8] = 0
-    found = []
-    for part, cache in ((tiny().model, DynamicCache()), (model.model, HeadQCache(model))):
-        with torch.no_grad():
-            part(ids[:, :80], attention_mask=mask[:, :80], cache=cache)
-            found.append(part(ids[:, 80:], attention_mask=mask, cache=cache).last_hidden_state)
-    torch.testing.assert_close(*found, atol=0.05, rtol=0.05)
-
-
 def test_packed_position_ids_are_refused(model, token_ids):
     positions = torch.cat([torch.arange(12), torch.arange(8)])[None]
     with pytest.raises(ValueError, match="position_ids must count up by one within each row"):
@@ -435,11 +332,6 @@ def test_packed_position_ids_are_refused(model, token_ids):
     with pytest.raises(ValueError, match="position_ids must count up by one within each row"):
         model(token_ids(1, 20), None, positions)
     forward(model, token_ids(1, 20), position_ids=torch.arange(7, 27)[None])
-
-
-def test_unknown_attention_argument_is_refused(model, token_ids):
-    with pytest.raises(ValueError, match="passes softcap"):
-        model(token_ids(1, 20), softcap=30.0)
 
 
 def test_cache_of_another_model_or_config_is_refused(model, quantized, tiny, token_ids):
@@ -474,11 +366,6 @@ def test_batch_size_change_is_refused(model, token_ids):
     assert cache.batch_size == 2
 
 
-def test_offloading_is_refused(model):
-    with pytest.raises(NotImplementedError, match="drop offloading"):
-        HeadQCache(model).layers[0].offload()
-
-
 def test_non_finite_states_are_named(quantized, token_ids):
     for side, name in (("k_proj", "keys"), ("v_proj", "values")):
         for check in (None, True):
@@ -499,8 +386,6 @@ def test_non_finite_states_are_named(quantized, token_ids):
 
 
 # Reordering
-
-
 def select(model, ids, operation):
     cache = HeadQCache(model)
     forward(model, ids, cache=cache)
@@ -552,8 +437,6 @@ def test_selection_does_not_share_rows(model, token_ids):
 
 
 # Cropping
-
-
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
 @pytest.mark.parametrize("drafted", [1, 5, 32])
 def test_crop_within_the_window_equals_never_having_drafted(quantized, token_ids, family, drafted):
@@ -672,60 +555,6 @@ def test_reset_and_reuse(model, token_ids):
     assert torch.equal(logits, expected)
     assert first.shape[0] == 3
     assert cache.batch_size == 2
-
-
-# Ways to call
-
-
-def test_positional_arguments(model, token_ids):
-    ids, mask = token_ids(2, 80), torch.ones(2, 80, dtype=torch.long)
-    mask[0, :30] = 0
-    expected, found = HeadQCache(model), HeadQCache(model)
-    with torch.no_grad():
-        logits = model(input_ids=ids, attention_mask=mask, cache=expected).logits
-        assert torch.equal(model(ids, mask, None, found).logits, logits)
-    assert found.batch.lengths.totals() == [50, 80]
-    with torch.no_grad():
-        out = model(ids, mask)
-    assert out.cache.batch.lengths.totals() == [50, 80]
-
-
-def test_positional_arguments_in_another_order(quantized, token_ids):
-    """GPT-2's second argument is the cache, not the mask."""
-    model, ids = quantized("gpt2", FINE), token_ids(2, 40)
-    cache, expected = HeadQCache(model), HeadQCache(model)
-    with torch.no_grad():
-        assert torch.equal(model(ids, cache).logits, model(ids, cache=expected).logits)
-        model(ids[:, :1], cache)
-    assert cache.get_seq_length() == 41
-
-
-def test_base_model(tiny, token_ids):
-    base, ids = tiny(model_class=transformers.AutoModel), token_ids(1, 160)
-    with torch.no_grad():
-        dense = base(ids).last_hidden_state
-    quantize_(base, headq_config(**FINE))
-    cache = HeadQCache(base)
-    with torch.no_grad():
-        found = torch.cat([base(part, cache=cache).last_hidden_state for part in ids.split(40, 1)], 1)
-    assert cache.packed_fraction > 0
-    assert (found - dense).norm() / dense.norm() < 0.05
-    restore_(base)
-    with torch.no_grad():
-        assert torch.equal(base(ids).last_hidden_state, dense)
-
-
-def test_base_model_inside_a_causal_lm(tiny, model, token_ids):
-    whole = tiny()
-    quantize_(whole.model, headq_config(**FINE))
-    ids = token_ids(2, 70)
-    assert torch.equal(greedy(whole, ids), greedy(model, ids))
-
-
-def test_part_of_a_quantized_model_warns(model, token_ids):
-    """``model.model(...)`` bypasses the pre-hook of ``model``: dense, and it says so."""
-    with pytest.warns(UserWarning, match="dense keys and values"), torch.no_grad():
-        model.model(token_ids(1, 20))
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])

@@ -127,16 +127,6 @@ def test_tied_embeddings_stay_tied(tiny, token_ids, tmp_path):
     assert torch.equal(logits_of(loaded, ids), logits_of(model, ids))
 
 
-def test_put_on_while_loading(tiny, token_ids, tmp_path):
-    model, ids = tiny(), token_ids(1, 120)
-    model.save_pretrained(tmp_path)
-    config = calibrated(model, token_ids)
-    quantize_(model, config)
-    given = HeadQQuantizationConfig(config)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=given)
-    assert torch.equal(logits_of(loaded, ids), logits_of(model, ids))
-
-
 def test_restored_after_loading(tiny, token_ids, tmp_path):
     plain, ids = tiny(), token_ids(1, 120)
     with torch.no_grad():
@@ -163,16 +153,6 @@ def test_sharded_and_in_another_dtype(tiny, token_ids, tmp_path):
     half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert_same_calibration(half._headq.config.calibration, model._headq.config.calibration)
     assert logits_of(half, ids).dtype == torch.bfloat16
-
-
-def test_loading_reports_nothing_unexpected(tiny, token_ids, tmp_path):
-    model = tiny()
-    ignored = model._keys_to_ignore_on_load_unexpected.copy()
-    quantize_(model, calibrated(model, token_ids))
-    model.save_pretrained(tmp_path)
-    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert not info["unexpected_keys"] and not info["missing_keys"]
-    assert loaded._keys_to_ignore_on_load_unexpected == ignored
 
 
 def test_a_calibration_given_as_a_path_is_in_the_checkpoint(tiny, token_ids, tmp_path):

@@ -58,24 +58,6 @@ def test_int4_weights_and_packed_cache(tiny, token_ids, headq_first):
         assert torch.equal(model(ids).logits, dense)
 
 
-def test_other_configs_pass_through(tiny, token_ids):
-    ids = token_ids(1, 40)
-
-    def only_keys(module, name):
-        return name.endswith("k_proj")
-
-    for arguments in ({}, {"filter_fn": only_keys}, {"filter_fn": None}, {"device": "cpu"}):
-        ours, theirs = tiny(), tiny()
-        torchao.quantization.quantize_(theirs, Int8WeightOnlyConfig(version=2), **arguments)
-        quantize_(ours, Int8WeightOnlyConfig(version=2), **arguments)
-        kinds = [[type(m.weight) for m in x.modules() if isinstance(m, torch.nn.Linear)] for x in (ours, theirs)]
-        assert kinds[0] == kinds[1]
-        assert len(set(kinds[0])) == (2 if arguments.get("filter_fn") else 1)
-        with torch.no_grad():
-            assert torch.equal(ours(ids).logits, theirs(ids).logits)
-        assert not hasattr(ours, "_headq")
-
-
 def test_whole_model_filter_of_torchao_reaches_the_handler(tiny, token_ids):
     """torchao's own function, with a filter that matches the root, does what ours does."""
     one, two, ids = tiny(), tiny(), token_ids(1, 90)

@@ -8,7 +8,7 @@ import torch
 from headq_ao.codecs.base import GAUSSIAN_STEP
 from headq_ao.codecs.linalg import rotation_matrix
 from headq_ao.ops import Encoder, feedback_codes, quantize
-from tests.ops import codes_96f785c
+from tests.ops.encode.encoders import run
 
 TINY, HUGE = 2.0**-24, 65504.0
 
@@ -71,51 +71,6 @@ def encode_loop(k, mean, encode, read, step, bits, *, symmetric=True, side_encod
                 scale[i, j, n] = sigma
                 zero[i, j, n] = 0.0 if m is None else m
     return codes, scale, zero
-
-
-@pytest.fixture
-def case(randn, orthogonal):
-    """Tokens, and what an Encoder takes; ``own`` gives each sequence its own mean and side basis."""
-
-    def make(
-        symmetric, head_dim=16, batch=1, heads=2, tokens=16, base_bits=2, rank=0, side_bits=2, own=False, feedback=False
-    ):
-        mine = batch if own else 1
-        rotation = orthogonal(1, 1, head_dim)
-        args = {
-            "k": randn(batch, heads, tokens, head_dim) * (1 + randn(1, heads, 1, head_dim).abs()),
-            "mean": randn(mine, heads, head_dim),
-            "encode": rotation,
-            "read": rotation,
-            "step": torch.ones(1, 1, head_dim, dtype=torch.float64),
-            "symmetric": symmetric,
-            "bits": [base_bits] * head_dim + [side_bits] * rank,
-        }
-        if symmetric:
-            args["step"] = 0.5 + randn(1, 1, head_dim).abs() / 2
-        if feedback:
-            seen = randn(mine, heads, head_dim, head_dim // 2)
-            args["metric"] = seen @ seen.mT + 0.1 * torch.eye(head_dim, dtype=torch.float64)
-        if rank:
-            args["side_encode"] = orthogonal(mine, heads, head_dim)[..., :rank]
-            args["side_step"] = 0.1 + randn(mine, heads, rank).abs() / 2
-        return args
-
-    return make
-
-
-def encoder_of(args, **options):
-    """The Encoder of those arguments."""
-    given = {name: x for name, x in (args | options).items() if name not in ("k", "symmetric", "metric")}
-    given["bits"] = tuple(given["bits"])
-    given["step"] = given["step"] if args["symmetric"] else None
-    return Encoder(**given, hessian=args.get("metric"))
-
-
-def run(args, **options):
-    """Codes, scale and zero of quantize."""
-    codes, scale, zero = quantize(args["k"], encoder_of(args, **options))
-    return codes, scale[..., 0], None if zero is None else zero[..., 0]
 
 
 @pytest.mark.parametrize(
@@ -301,47 +256,6 @@ def test_side_code_lessens_the_error(case):
     assert after.square().mean() < 0.3 * before.square().mean()
 
 
-@pytest.mark.parametrize("options", [{}, {"batch": 2, "heads": 3, "tokens": 47, "own": True, "rank": 4}], ids=str)
-@pytest.mark.parametrize("base", ["affine", "symmetric", "feedback"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_opcheck(case, base, options, dtype):
-    args = case(base != "affine", **options, feedback=base == "feedback")
-    args = {n: x.to(dtype if n == "k" else torch.float32) if torch.is_tensor(x) else x for n, x in args.items()}
-    torch.library.opcheck(torch.ops.headq.quantize.default, (args["k"], *encoder_of(args).flat))
-
-
-def test_a_view(case):
-    args = case(True, heads=3, tokens=32, rank=2)
-    dense = run(args)
-    args["k"] = args["k"].transpose(1, 2).contiguous().transpose(1, 2)  # what a projection hands over
-    view = run(args)
-    assert torch.equal(view[0], dense[0]) and torch.equal(view[1], dense[1])
-
-
-@pytest.mark.parametrize("base", ["affine", "symmetric", "feedback"])
-def test_flat_and_back(case, base):
-    encoder = encoder_of(case(base != "affine", rank=4, feedback=base == "feedback"))
-    again = Encoder.of_flat(*encoder.flat)
-    x = torch.randn(1, 2, 3, 16)
-    assert all(
-        a is b is None or torch.equal(a, b) for a, b in zip(quantize(x, encoder), quantize(x, again), strict=True)
-    )
-    assert again.flat[1] == encoder.flat[1]
-
-
-@pytest.mark.parametrize("head_dim", [16, 80, 128, 256])
-@pytest.mark.parametrize("base", ["affine", "symmetric", "feedback"])
-def test_tokens_are_coded_each_for_itself(case, base, head_dim):
-    """Any cut of the tokens, single ones included: the same bits."""
-    args = case(base != "affine", head_dim=head_dim, tokens=37, rank=4, feedback=base == "feedback")
-    args = {n: x.float() if torch.is_tensor(x) else x for n, x in args.items()}
-    whole = run(args)
-    for cut in (1, 2, 3, 16):
-        parts = [run(args | {"k": k}) for k in args["k"].split(cut, 2)]
-        for x, *y in zip(whole, *parts, strict=True):
-            assert x is None or torch.equal(x, torch.cat(y, 2))
-
-
 @pytest.mark.parametrize("base", ["affine", "symmetric", "feedback"])
 def test_a_unit_changes_no_code(case, base):
     """Tokens as many times as large, by a power of two."""
@@ -349,52 +263,6 @@ def test_a_unit_changes_no_code(case, base):
     unit = 2.0 ** torch.tensor([[[-20], [30]]])
     plain, scaled = run(args), run(args | {"k": args["k"] * unit[..., None]}, unit=unit)
     assert all(a is b is None or torch.equal(a, b) for a, b in zip(plain, scaled, strict=True))
-
-
-@pytest.mark.parametrize("dim", [32, 48, 64, 80, 96, 128, 256])
-@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 8])
-@pytest.mark.parametrize("number", [True, False], ids=["values", "keys"])
-def test_codes_are_those_of_96f785c(dim, bits, number):
-    torch.manual_seed(dim + bits)
-    seen = torch.randn(1, 2, dim, dim // 4)
-    step = GAUSSIAN_STEP[bits]
-    encoder = Encoder(
-        torch.linalg.qr(torch.randn(1, 2, dim, dim))[0], (bits,), step if number else torch.full((1, 2, dim), step),
-        mean=torch.randn(1, 2, dim), hessian=seen @ seen.mT + 0.2 * torch.eye(dim),
-    )  # fmt: skip
-    x = 2 * torch.randn(2, 2, 32, dim)
-    codes, scale, _ = quantize(x, encoder)
-    want, sigma = codes_96f785c.quantize(x, encoder)
-    assert torch.equal(codes, want) and torch.equal(scale[..., 0], sigma)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"k": (2, 16, 16)}, r"x must be \[B, h, n, 16\] for this encoder, got \(2, 16, 16\)"),
-        ({"k": (1, 2, 16, 8)}, r"x must be \[B, h, n, 16\] for this encoder, got \(1, 2, 16, 8\)"),
-        ({"bits": [2] * 15}, r"bits must list 16 base and 0 side coordinates, got 15"),
-        ({"bits": [2] * 15 + [7]}, r"bits must be of \[1, 2, 3, 4, 5, 6, 8\], got \[7\]"),
-        ({"bits": [2] * 8 + [4] * 8}, r"need one bit width for all coordinates, got \[2, 4\]"),
-        ({"side_step": (1, 2, 4)}, r"side_encode, side_step and read must be given together"),
-        ({"mean": (1, 2, 8)}, r"mean must end in \(16,\) for tokens of 16, got \(1, 2, 8\)"),
-        ({"step": (1, 1, 4), "symmetric": True}, r"step must end in \(16,\) for tokens of 16, got \(1, 1, 4\)"),
-        ({"metric": (1, 2, 16, 16)}, r"error feedback \(hessian\) needs a symmetric code \(step\)"),
-        ({"metric": (1, 2, 16, 16), "symmetric": True, "group_size": 8}, r"and one scale per token"),
-        (
-            {"metric": (1, 2, 16, 16), "symmetric": True, "bits": [2] * 8 + [4] * 8},
-            r"error feedback need one bit width for all coordinates",
-        ),
-        ({"metric": (1, 2, 16, 8), "symmetric": True}, r"hessian must end in \(16, 16\) for tokens of 16, got"),
-        ({"group_size": 5}, r"group_size must divide the 16 coordinates, got 5"),
-    ],
-    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
-)
-def test_errors(case, changes, message):
-    args = case(False)
-    args |= {name: torch.ones(x) if isinstance(x, tuple) else x for name, x in changes.items()}
-    with pytest.raises(ValueError, match=message):
-        run(args)
 
 
 def encode_group(y, bits, step, unbiased):

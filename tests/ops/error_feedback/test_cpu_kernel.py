@@ -1,0 +1,88 @@
+"""The compiled kernel of feedback_codes against the reference."""
+
+import pytest
+import torch
+
+from headq_ao.ops import feedback_codes
+from headq_ao.ops.error_feedback import cpu_kernel
+from tests.ops.error_feedback.rows import BITS, decoded, seen_error
+
+SHAPES = [
+    # batch, heads, tokens, width, whose metric
+    (1, 1, 16, 16, "none"),
+    (2, 3, 17, 16, "head"),
+    (2, 2, 5, 32, "both"),
+    (3, 2, 40, 48, "row"),
+    (2, 2, 33, 64, "both"),
+    (1, 2, 1, 80, "head"),
+    (1, 2, 31, 96, "none"),
+    (2, 1, 18, 128, "row"),
+    (1, 1, 35, 256, "head"),
+]
+
+
+@pytest.mark.skipif(cpu_kernel.library() is None, reason="no compiler")
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("unbiased", [False, True])
+def test_the_kernel_equals_the_reference(case, without_kernel, shape, bits, unbiased):
+    """Code for code; fp32 sums of another order may decide the tie of one row."""
+    *size, own = shape
+    y, metric, step = case(*size, bits, own)
+    codes, scale = feedback_codes(y, metric, step, bits, unbiased=unbiased)
+    want, sigma = without_kernel(feedback_codes, y, metric, step, bits, unbiased=unbiased)
+    same = (codes == want).all(-1) & (scale == sigma)
+    assert int((~same).sum()) <= 1
+    ours, theirs = (seen_error(y, decoded(c, s, step, bits), metric)[~same] for c, s in ((codes, scale), (want, sigma)))
+    assert bool((ours < 1.5 * theirs + 1e-6).all())
+
+
+@pytest.mark.parametrize("kernel", [True, False], ids=["kernel", "reference"])
+def test_rows_do_not_depend_on_their_neighbours(case, without_kernel, kernel):
+    """Any cut of the tokens, any part of the batch or the heads: the same codes, bit for bit."""
+    call = feedback_codes if kernel else lambda *args: without_kernel(feedback_codes, *args)
+    y, metric, step = case(3, 2, 53, 32, own="both", dtype=torch.float32 if kernel else torch.float64)
+    whole = call(y, metric, step, 2)
+    again = call(y, metric, step, 2)
+    for cut in (1, 7, 16, 48):
+        parts = [call(part, metric, step, 2) for part in y.split(cut, 2)]
+        for i, axis in enumerate((2, 2)):
+            assert torch.equal(torch.cat([p[i] for p in parts], axis), whole[i])
+    alone = call(y[1:2, 1:], metric[1:2, 1:], step[1:2, 1:], 2)
+    for i in (0, 1):
+        assert torch.equal(again[i], whole[i])
+        assert torch.equal(alone[i], whole[i][1:2, 1:])
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_do_not_matter(case, threads):
+    y, metric, step = case(2, 3, 70, 32)
+    want, before = feedback_codes(y, metric, step, 2), torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        got = feedback_codes(y, metric, step, 2)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("unbiased", [False, True])
+@pytest.mark.parametrize("kernel", [True, False], ids=["kernel", "reference"])
+@pytest.mark.parametrize("bad", [0.0, 1e-12, 1e6, 3e38, float("inf"), float("-inf"), float("nan")])
+def test_extreme_rows_do_not_poison_others(case, without_kernel, kernel, unbiased, bad):
+    """A zero, tiny, huge or non-finite row: codes in range, scales that divide, and its neighbours as without it."""
+    call = feedback_codes if kernel else lambda *args, **kw: without_kernel(feedback_codes, *args, **kw)
+    y, metric, step = case(2, 2, 18, 32)
+    want = call(y, metric, step, 2, unbiased=unbiased)
+    y = y.clone()
+    y[1, 0, 5] = bad * (torch.ones(32) if abs(bad) == float("inf") else y[1, 0, 5].sign())
+    y[0, 1, 3, 7] = bad
+    codes, scale = call(y, metric, step, 2, unbiased=unbiased)
+    assert int(codes.max()) <= 3
+    touched = torch.zeros(2, 2, 18, dtype=torch.bool)
+    touched[1, 0, 5] = touched[0, 1, 3] = True
+    assert torch.equal(codes[~touched], want[0][~touched]) and torch.equal(scale[~touched], want[1][~touched])
+    if abs(bad) <= 1e6:
+        assert bool(torch.isfinite(scale).all()) and bool((scale > 0).all())
+    if bad == 0:
+        assert float(decoded(codes, scale, step, 2)[1, 0, 5].abs().max()) < 1e-5
