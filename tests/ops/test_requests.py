@@ -238,6 +238,17 @@ def test_a_rejected_draft_leaves_no_trace():
     assert all(map(torch.equal, drafted.bytes_of("a"), plain.bytes_of("a")))
 
 
+def test_a_sleep_takes_all_that_there_is_of_a_request():
+    """An engine that sleeps gives its pages up, and wakes with others in their place, at their addresses or not."""
+    engine = Engine("mixed")
+    before = torch.cat([engine.step({"a": n})["a"] for n in (70, 1, 1)])
+    engine.memory.random_(0, 256)
+    engine.requests.clear()
+    engine.free = list(range(len(engine.memory) - 1, 0, -1))
+    after = torch.cat([engine.step({"a": n})["a"] for n in (70, 1, 1)])
+    assert torch.equal(before, after)
+
+
 def test_requests_that_begin_alike_share_pages():
     engine = Engine("mixed")
     engine.step({"a": 64})
