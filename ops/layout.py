@@ -136,8 +136,11 @@ def _fold(pieces: Tensor, width: int) -> Tensor:
 
 
 def _spread(byte: Tensor, width: int) -> Tensor:
-    """``[..., 4]`` bytes to ``[..., P, 4]`` pieces."""
-    return torch.stack([(byte >> (p * width)) & (2**width - 1) for p in range(8 // width)], dim=-2)
+    """``[..., 4]`` bytes to ``[..., P, 4]`` pieces: four bytes are shifted as one number."""
+    shift = torch.arange(0, 8, width, dtype=torch.int32, device=byte.device)
+    pieces = (byte.contiguous().view(torch.int32) >> shift) & (2**width - 1) * 0x01010101
+    spread: Tensor = pieces.view(torch.uint8).unflatten(-1, (-1, 4))
+    return spread
 
 
 @lru_cache(maxsize=256)

@@ -11,6 +11,8 @@ from headq_ao.evals.vllm.engine import Ask, Driver, EngineSpec, page_tokens, sta
 
 IN_FLIGHT = 12
 PREFIXES = 8  # that half of the requests begin with
+ABORTED = 10  # one in so many
+CHANGE = 1e-3  # nats; fp32 sums in another order change less
 
 
 def prompts(count: int, longest: int, rng: random.Random, vocabulary: int) -> list[list[int]]:
@@ -29,9 +31,10 @@ def prompts(count: int, longest: int, rng: random.Random, vocabulary: int) -> li
 
 
 class Soak:
-    """One engine, its requests, and what they gave."""
+    """One engine, its requests, and what those gave that are run again, ``recheck`` of them; of the others nothing is
+    kept."""
 
-    def __init__(self, spec: EngineSpec, requests: int, longest: int) -> None:
+    def __init__(self, spec: EngineSpec, requests: int, longest: int, recheck: int) -> None:
         self.llm = start(spec)
         self.driver = Driver(self.llm)
         self.engine, self.scheduler = self.driver.engine, self.driver.scheduler
@@ -39,6 +42,9 @@ class Soak:
         self.rng = random.Random(0)
         self.prompts = prompts(requests, longest, self.rng, self.engine.model_config.get_vocab_size())
         self.lengths = [self.rng.randrange(1, 100) for _ in range(requests)]
+        stay = [i for i in range(requests) if i % ABORTED != ABORTED - 1]
+        self.again = set(self.rng.sample(stay, min(recheck, len(stay))))
+        self.finished, self.resident = 0, [resident()]
         layers = self.engine.vllm_config.compilation_config.static_forward_context
         self.layer = min((name for name in layers if name.endswith(".attn")), key=len)
         self.pages_of_layer = layers[self.layer].kv_cache
@@ -64,36 +70,44 @@ class Soak:
 
     def pages(self, name: str) -> torch.Tensor:
         """Bytes ``[pages, n]`` of a request that has just finished, full pages only; they are not used again yet."""
-        found = self.blocks.get(name) or self.blocks[name.rpartition("-")[0]]
+        found = self.blocks.pop(name, None) or self.blocks.pop(name.rpartition("-")[0])
         full = torch.tensor(found[0][: found[1] // self.block], dtype=torch.long)
         held: torch.Tensor = self.pages_of_layer[full].flatten(1).contiguous().view(torch.uint8)
         return held[:, : self.coded]
 
-    def together(self, progress: Any) -> tuple[dict[int, tuple[Any, torch.Tensor]], int, int]:
-        """All requests, a dozen in flight, one in ten aborted: outputs and pages, preemptions, aborts."""
+    def together(self, progress: Any) -> tuple[dict[int, tuple[Any, torch.Tensor]], int]:
+        """All requests, a dozen in flight, one in ten aborted: outputs and pages of those that are run again,
+        preemptions, aborts."""
         out: dict[int, tuple[Any, torch.Tensor]] = {}
-        waiting, aborted, preempted = list(range(len(self.prompts))), 0, 0
+        waiting, aborted, self.preempted = list(range(len(self.prompts))), 0, 0
         while waiting or self.engine.has_unfinished_requests():
             while waiting and len(self.scheduler.requests) < IN_FLIGHT:
                 i = waiting.pop(0)
                 ask = self.ask(i, f"r{i}")
                 self.driver.add(ask)
-                if i % 10 == 9:
+                if i % ABORTED == ABORTED - 1:
                     for _ in range(self.rng.randrange(1, 6)):
                         self.collect(out)
                     self.engine.abort_request([f"r{i}"])
+                    self.blocks.pop(f"r{i}", None)
                     aborted += 1
             self.collect(out)
-            preempted += self.driver.counts[2]
+            if 10 * (len(self.prompts) - len(waiting)) >= len(self.resident) * len(self.prompts):
+                self.resident.append(resident())
             progress(None)
-        return out, preempted, aborted
+        return out, aborted
 
     def collect(self, out: dict[int, tuple[Any, torch.Tensor]]) -> None:
-        """One step; what finished goes to ``out``."""
+        """One step; what finished and is run again goes to ``out``."""
         self.watch()
-        for output in self.engine.step():
+        outputs = self.engine.step()
+        self.preempted += self.driver.counts[2]
+        for output in outputs:
             if output.finished and output.outputs[0].finish_reason == "length":
-                out[int(output.request_id[1:])] = (output, self.pages(output.request_id))
+                self.finished += 1
+                i, pages = int(output.request_id[1:]), self.pages(output.request_id)
+                if i in self.again:
+                    out[i] = (output, pages)
 
     def alone(self, i: int) -> tuple[Any, torch.Tensor]:
         """One request by itself, with no page to find."""
@@ -113,25 +127,27 @@ def measure(spec: EngineSpec, requests: int, longest: int, recheck: int, progres
 
     Returns:
         ``finished``, ``aborted``, ``preempted``; of those run again: how many differ in a token, the largest gap in
-        nats between the two likeliest tokens where they first do, and the share of layer 0's page bytes that differ;
-        resident memory in MiB at the first and the second half's end.
+        nats between the two likeliest tokens where they first do, the largest change of a chosen token's
+        log-probability up to there and how many requests have one of :data:`CHANGE`, and the share of layer 0's page
+        bytes that differ;
+        resident memory in MiB at first and after each tenth of the requests.
     """
-    soak = Soak(spec, requests, longest)
-    before = resident()
-    out, preempted, aborted = soak.together(progress)
-    after = resident()
-    gaps, differing, total = [], 0, 0
-    for i in tqdm(soak.rng.sample(sorted(out), min(recheck, len(out))), desc="alone", unit="request"):
+    soak = Soak(spec, requests, longest, recheck)
+    out, aborted = soak.together(progress)
+    gaps, changes, differing, total = [], [], 0, 0
+    for i in tqdm(sorted(out), desc="alone", unit="request"):
         (output, pages), (again, expected) = out[i], soak.alone(i)
         gap = first_gap(again.outputs[0], output.outputs[0])
         gaps += [] if gap is None else [gap]
+        changes.append(largest_change(again.outputs[0], output.outputs[0]))
         n = min(len(pages), len(soak.prompts[i]) // soak.block)
         differing += int((pages[:n] != expected[:n]).sum())
         total += expected[:n].numel()
     return {
-        "finished": len(out), "aborted": aborted, "preempted": preempted, "rechecked": min(recheck, len(out)),
-        "different": len(gaps), "largest_gap": max(gaps, default=0.0), "page_bytes": total,
-        "page_bytes_differing": differing / total if total else 0.0, "resident_mib": [before, after],
+        "finished": soak.finished, "aborted": aborted, "preempted": soak.preempted, "rechecked": len(out),
+        "different": len(gaps), "largest_gap": max(gaps, default=0.0), "largest_change": max(changes),
+        "requests_changed": sum(change > CHANGE for change in changes), "page_bytes": total,
+        "page_bytes_differing": differing / total if total else 0.0, "resident_mib": soak.resident,
     }  # fmt: skip
 
 
@@ -142,6 +158,16 @@ def first_gap(expected: Any, found: Any) -> float | None:
             best = sorted((x.logprob for x in expected.logprobs[i].values()), reverse=True)
             return float(best[0] - best[1])
     return None
+
+
+def largest_change(expected: Any, found: Any) -> float:
+    """Nats by which the log-probability of a chosen token differs, as long as the outputs are the same."""
+    most = 0.0
+    for i, (a, b) in enumerate(zip(expected.token_ids, found.token_ids, strict=True)):
+        if a != b:
+            break
+        most = max(most, abs(expected.logprobs[i][a].logprob - found.logprobs[i][b].logprob))
+    return most
 
 
 def resident() -> float:

@@ -10,6 +10,7 @@ from headq_ao.evals.vllm.cells import Cell, keep, run_cell
 from headq_ao.evals.vllm.measure import add_common, result_path, spec_of
 
 SEQUENCES = 12
+MIB = 1 << 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,7 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--requests", type=int, default=2000, help="(default: %(default)s)")
     add("--longest", type=int, default=1000, help="tokens of a prompt, from 1 (default: %(default)s)")
     add("--recheck", type=int, default=200, help="requests that are run again alone (default: %(default)s)")
-    add("--mib", type=int, default=8, help="of pages; small enough to preempt (default: %(default)s)")
+    add("--mib", type=float, default=8, help="of pages; small enough to preempt (default: %(default)s)")
+    add("--headq-mib", type=float, default=1.5, help="the same for headq (default: %(default)s)")
     add("--dtype", default="float32", help="of the model (default: %(default)s)")
 
 
@@ -30,8 +32,9 @@ def run(args: argparse.Namespace) -> int:
         given |= {"requests": 60, "recheck": 20}
     code, gap = 0, 0.0
     for cache in args.caches:
+        size = int((args.headq_mib if cache == "headq" else args.mib) * MIB)
         options = {"batched_tokens": 64, "sequences": SEQUENCES, "max_model_len": args.longest + 128}
-        spec = spec_of(args, cache, **options, cache_bytes=args.mib << 20, dtype=args.dtype, compiled=False)
+        spec = spec_of(args, cache, **options, cache_bytes=size, dtype=args.dtype, compiled=False)
         cell = Cell("soak", dataclasses.replace(spec, prefix_caching=True), given, args.threads)
         result = run_cell(cell)
         keep(result_path(args, "soak", cache), cell, result, append=False)

@@ -13,6 +13,13 @@ NAME = re.compile(
 
 Result = dict[str, Any]
 
+REQUESTS = ["requests", "in", "out", "decode tokens/s", "a CPU s", "run, s", "CPU, s", "prefill", "preempted"]
+CONVERSATIONS = ["conversations", "prefix", "turns/s", "a CPU s", "returning turns/s", "a CPU s", "cached"]
+SOAK = [
+    "finished", "aborted", "preempted", "different", "largest gap, nats", "changed", "largest change, nats", "bytes",
+    "resident, MiB",
+]  # fmt: skip
+
 
 def read(folder: Path) -> Iterable[tuple[dict[str, str | None], Result]]:
     """Each stored result, with what its file's name says; quick ones are left out."""
@@ -29,10 +36,10 @@ def tables(found: Iterable[tuple[dict[str, str | None], Result]]) -> str:
         "capacity": ("Tokens that fit", ["max_model_len", "in flight", "page", "tokens", "requests"], capacity),
         "quality": ("Perplexity and KL to bf16", ["tokens a step", "perplexity", "KL, nats", "cached"], quality),
         "decode": ("A decode step", ["context", "batch", "wall, ms", "CPU, ms"], decode),
-        "requests": ("Requests at once", ["requests", "decode tokens/s", "run, s", "prefill", "preempted"], requests),
-        "conversations": ("Conversations", ["turns/s", "returning turns/s", "cached"], conversations),
+        "requests": ("Requests at once", REQUESTS, requests),
+        "conversations": ("Conversations", CONVERSATIONS, conversations),
         "recall": ("lm_eval", ["task", "items", "score"], recall),
-        "soak": ("Soak", ["finished", "aborted", "preempted", "different", "largest gap, nats", "bytes"], soak),
+        "soak": ("Soak", SOAK, soak),
     }
     parts = []
     for kind, (title, columns, rows) in makers.items():
@@ -85,16 +92,19 @@ def decode(name: dict[str, str | None], result: Result) -> Iterable[list[str]]:
 
 def requests(name: dict[str, str | None], result: Result) -> Iterable[list[str]]:
     for r in result["rounds"]:
-        wall = r["wall"]
-        share = f"{100 * wall['prefill_share']:.0f} %"
-        speed = f"{wall['decode_tokens_per_second']:.1f}"
-        yield [str(r["requests"]), speed, f"{wall['seconds']:.0f}", share, str(r["preempted"])]
+        wall, cpu = r["wall"], r["cpu"]
+        speeds = [f"{clock['decode_tokens_per_second']:.1f}" for clock in (wall, cpu)]
+        whole = [f"{clock['seconds']:.0f}" for clock in (wall, cpu)]
+        sizes = [str(r[key]) for key in ("requests", "prompt", "out")]
+        yield [*sizes, *speeds, *whole, f"{100 * cpu['prefill_share']:.0f} %", str(r["preempted"])]
 
 
 def conversations(name: dict[str, str | None], result: Result) -> Iterable[list[str]]:
     for r in result["rounds"]:
         cached = f"{100 * statistics.mean(x['cached_share'] for x in r['rounds'][1:]):.0f} %"
-        yield [f"{r['wall']['turns_per_second']:.3f}", f"{r['wall']['returning_turns_per_second']:.3f}", cached]
+        names = ("turns_per_second", "returning_turns_per_second")
+        speeds = [f"{r[clock][name]:.3f}" for name in names for clock in ("wall", "cpu")]
+        yield [f"{r['conversations']} × {len(r['rounds'])}", str(r["prefix"]), *speeds, cached]
 
 
 def recall(name: dict[str, str | None], result: Result) -> Iterable[list[str]]:
@@ -106,4 +116,9 @@ def recall(name: dict[str, str | None], result: Result) -> Iterable[list[str]]:
 def soak(name: dict[str, str | None], result: Result) -> Iterable[list[str]]:
     r = result["rounds"][-1]
     counts = [str(r[key]) for key in ("finished", "aborted", "preempted")]
-    yield [*counts, f"{r['different']} of {r['rechecked']}", f"{r['largest_gap']:.4f}", str(r["page_bytes_differing"])]
+    different, changed = (f"{r[key]} of {r['rechecked']}" for key in ("different", "requests_changed"))
+    memory = r["resident_mib"]
+    yield [
+        *counts, different, f"{r['largest_gap']:.4f}", changed, f"{r['largest_change']:.2g}",
+        str(r["page_bytes_differing"]), f"{memory[len(memory) // 2]:.0f}, {memory[-1]:.0f}",
+    ]  # fmt: skip

@@ -197,32 +197,39 @@ inline V rms_of(const Quadratic& q, const Work<V>& w) {
 
 inline uint8_t code_of(float c, float top) { return c >= 0 && c <= top ? uint8_t(c) : 0; }  // a non-finite token has none
 
-// Up to 16 tokens of one head, one to a lane: y [tokens, n] to codes [tokens, n] and sigma [tokens].
-inline void round_tile(const Quadratic& q, Work<V16>& w, const float* y, int tokens, uint8_t* codes, float* sigma) {
-  for (int i = 0; i < q.n; i++)
-    for (int l = 0; l < TILE; l++) w.y[i][l] = l < tokens ? y[int64_t(l) * q.n + i] : 0.0f;
-  V16 energy{}, best_error{}, best_sigma{};
-  const V16 rms = rms_of(q, w);
-  if (q.unbiased) energy = quadratic_form(q.hessian, q.n, w.y.data(), w.y.data(), w.seen.data());
-  Work<V16>* one[1] = {&w};
-  for (int s = 0; s < TRIES; s++) {
-    V16 tried = half(rms * SPREADS[s]);
-    sweep<V16, 1, false>(&q, one, &tried);
-    for (int pass = 0; pass < PASSES; pass++) sweep<V16, 1, true>(&q, one, &tried);
-    const V16 error = remaining_error(q, w, energy, tried);
-    if (s == 0) {
-      best_error = error, best_sigma = tried;
-      std::copy(w.code.begin(), w.code.end(), w.best.begin());
-      continue;
-    }
-    const auto better = error < best_error;
-    best_error = better ? error : best_error;
-    best_sigma = better ? tried : best_sigma;
-    for (int i = 0; i < q.n; i++) w.best[i] = better ? w.code[i] : w.best[i];
+// K times up to 16 tokens of one head, one to a lane: y [tokens, n] to codes [tokens, n] and sigma [tokens].
+template <int K>
+inline void round_tiles(const Quadratic& q, Work<V16>* const* w, const float* y, int tokens, uint8_t* codes, float* sigma) {
+  const Quadratic same[2] = {q, q};
+  V16 energy[K] = {}, best_error[K] = {}, best_sigma[K] = {}, rms[K], tried[K];
+  for (int k = 0; k < K; k++) {
+    const float* from = y + int64_t(k) * TILE * q.n;
+    for (int i = 0; i < q.n; i++)
+      for (int l = 0; l < TILE; l++) w[k]->y[i][l] = k * TILE + l < tokens ? from[int64_t(l) * q.n + i] : 0.0f;
+    rms[k] = rms_of(q, *w[k]);
+    if (q.unbiased) energy[k] = quadratic_form(q.hessian, q.n, w[k]->y.data(), w[k]->y.data(), w[k]->seen.data());
   }
-  for (int l = 0; l < tokens; l++) {
-    sigma[l] = best_sigma[l];
-    for (int i = 0; i < q.n; i++) codes[int64_t(l) * q.n + i] = code_of(w.best[i][l], q.top);
+  for (int s = 0; s < TRIES; s++) {
+    for (int k = 0; k < K; k++) tried[k] = half(rms[k] * SPREADS[s]);
+    sweep<V16, K, false>(same, w, tried);
+    for (int pass = 0; pass < PASSES; pass++) sweep<V16, K, true>(same, w, tried);
+    for (int k = 0; k < K; k++) {
+      const V16 error = remaining_error(q, *w[k], energy[k], tried[k]);
+      if (s == 0) {
+        best_error[k] = error, best_sigma[k] = tried[k];
+        std::copy(w[k]->code.begin(), w[k]->code.end(), w[k]->best.begin());
+        continue;
+      }
+      const auto better = error < best_error[k];
+      best_error[k] = better ? error : best_error[k];
+      best_sigma[k] = better ? tried[k] : best_sigma[k];
+      for (int i = 0; i < q.n; i++) w[k]->best[i] = better ? w[k]->code[i] : w[k]->best[i];
+    }
+  }
+  for (int t = 0; t < tokens; t++) {
+    const int k = t / TILE, l = t % TILE;
+    sigma[t] = best_sigma[k][l];
+    for (int i = 0; i < q.n; i++) codes[int64_t(t) * q.n + i] = code_of(w[k]->best[i][l], q.top);
   }
 }
 
@@ -269,9 +276,9 @@ inline void round_few(
 
 // The working sets of one thread.
 struct Scratch {
-  Work<V16> wide;
+  Work<V16> wide[2];
   Work<V8> narrow[2];
-  explicit Scratch(int n) : wide(n), narrow{Work<V8>(n), Work<V8>(n)} {}
+  explicit Scratch(int n) : wide{Work<V16>(n), Work<V16>(n)}, narrow{Work<V8>(n), Work<V8>(n)} {}
 };
 
 constexpr int TILE_FROM = 13;  // that many tokens take no longer as a whole tile than three at a time
@@ -284,14 +291,20 @@ inline void round_tokens(const Quadratic& q, Scratch& s, const float* y, int tok
     uint8_t* to = codes + int64_t(done) * q.n;
     float* scale = sigma + done;
     if (here >= TILE_FROM) {
-      here = std::min(here, TILE);
-      round_tile(q, s.wide, from, here, to, scale);
+      here = std::min(here, 2 * TILE);
+      Work<V16>* w[2] = {&s.wide[0], &s.wide[1]};
+      if (here >= TILE + TILE_FROM) {  // two tiles side by side
+        round_tiles<2>(q, w, from, here, to, scale);
+      } else {
+        here = std::min(here, TILE);
+        round_tiles<1>(q, w, from, here, to, scale);
+      }
     } else if (here == 1) {
       Work<V8>* w = s.narrow;
       round_few<V8, 1>(&q, &w, &from, 1, &to, &scale);
     } else {
       here = std::min(here, few<V16>);
-      Work<V16>* w = &s.wide;
+      Work<V16>* w = s.wide;
       round_few<V16, 1>(&q, &w, &from, here, &to, &scale);
     }
     done += here;

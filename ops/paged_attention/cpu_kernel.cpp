@@ -530,10 +530,13 @@ void add(Sequence& s, Positions all, const Dense& k, const Dense& v, int64_t at,
 
 Sequence sequence(const Args& a, int b) {
   Sequence s{};
-  Positions all{std::numeric_limits<int64_t>::max(), 0, 0};
+  constexpr int64_t END = std::numeric_limits<int64_t>::max();
+  Positions all{END, 0, 0}, near{END, 0, 0};  // near: those in full precision, sinks apart
   for (int i = 0; i < a.new_tokens; i++) {
     const Positions x = visible(a, b, i);
-    if (x.low < x.high) all = {std::min(all.low, x.low), std::max(all.high, x.high), std::max(all.codes, x.codes)};
+    if (x.low >= x.high) continue;
+    all = {std::min(all.low, x.low), std::max(all.high, x.high), std::max(all.codes, x.codes)};
+    near = {std::min(near.low, in_full(a, x, a.n_sink).low), all.high, 0};
   }
   if (all.low >= all.high) return s;
   const int64_t p = a.page_tokens, held = a.held[b], packed = a.packed[b];
@@ -551,20 +554,20 @@ Sequence sequence(const Args& a, int b) {
     const int64_t size = a.window_k.tokens;
     for (int64_t t = std::max<int64_t>(packed, a.n_sink), n; t < held; t += n) {
       n = std::min(held - t, size - t % size);
-      add(s, all, a.window_k, a.window_v, a.window_table[b * a.window_row + t / size], t % size, t, n);
+      add(s, near, a.window_k, a.window_v, a.window_table[b * a.window_row + t / size], t % size, t, n);
     }
   } else {
     const int64_t ring = a.window_k.tokens - a.n_sink, body = std::max<int64_t>(held - a.n_sink, 0);
     add(s, all, a.window_k, a.window_v, b, 0, 0, std::min<int64_t>(a.n_sink, held));
     for (int64_t j = std::max({body - ring, packed, int64_t(0)}), n; j < body; j += n) {
       n = std::min(body - j, ring - j % ring);
-      add(s, all, a.window_k, a.window_v, b, a.n_sink + j % ring, a.n_sink + j, n);
+      add(s, near, a.window_k, a.window_v, b, a.n_sink + j % ring, a.n_sink + j, n);
     }
   }
   const int64_t start = a.new_start ? a.new_start[b] : 0;
   const int64_t fresh = std::max<int64_t>(std::min(a.total[b] - held, a.new_k.tokens - start), 0), sinks = std::clamp<int64_t>(a.n_sink - held, 0, fresh);
   add(s, all, a.new_k, a.new_v, b, start, held, sinks);
-  add(s, all, a.new_k, a.new_v, b, start + sinks, held + sinks, fresh - sinks);
+  add(s, near, a.new_k, a.new_v, b, start + sinks, held + sinks, fresh - sinks);
   return s;
 }
 

@@ -33,7 +33,7 @@ MOST_QUERIES = 256  # new tokens of one call of the kernel
 MOST_BYTES = 2**26  # of what it keeps for each chunk
 MOST_KEPT = 1024  # calls whose arguments are kept
 FEW_TOKENS = 32  # the call's own, attended by the kernel
-MAPPED_QUERIES = 16  # per KV head; more are mapped by matrix products
+MAPPED_QUERIES = 16  # per KV head; more are mapped by matrix products, whose sums depend on how many there are
 _P, _I64, _I32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 
 
@@ -118,15 +118,23 @@ def launch(
         if reads is not None:
             tiled.count(kv, shown, PageLayout.parse(kv.layout), reads)
         return long_chunk.attention(q, scaling, kv, readers)
-    if kv.new_k is None or kv.recent is not None or bool(kv.held.any()):
-        call = _call(replace(kv, new_k=None, new_v=None), readers, q.shape[1], 0, reads)
-        outs = []
-        for t in tiles(q.shape[2], _query_tile(q, kv)):
-            outs.append(_launch(call, q[:, :, t], scaling, readers.query_map, shown.tile(t)))
-        of_cache = torch.cat([out for out, _ in outs], 2), torch.cat([lse for _, lse in outs], 2)
+    if kv.recent is not None and kv.new_k is not None:  # few others: what a query reads is summed as if it came alone
+        return _launch_tiles(kv, q, scaling, readers, shown, reads, FEW_TOKENS)
+    if kv.new_k is None or bool(kv.held.any()):
+        cached = replace(kv, new_k=None, new_v=None)
+        of_cache = _launch_tiles(cached, q, scaling, readers, shown, reads, _query_tile(q, kv))
     if reads is not None and kv.new_k is not None:
         reads[1] += overlap_in_full(shown, kv)
     return with_new_tokens(of_cache, q, scaling, kv, visible, sliding)
+
+
+def _launch_tiles(
+    kv: PagedKV, q: Tensor, scaling: float, readers: Readers, shown: Visible, reads: Tensor | None, size: int
+) -> tuple[Tensor, Tensor]:
+    call, outs = _call(kv, readers, q.shape[1], 0, reads), []
+    for t in tiles(q.shape[2], size):
+        outs.append(_launch(call, q[:, :, t], scaling, readers.query_map, shown.tile(t)))
+    return torch.cat([out for out, _ in outs], 2), torch.cat([lse for _, lse in outs], 2)
 
 
 def _launch(
@@ -137,8 +145,9 @@ def _launch(
     if visible is not None:
         kept += [visible.low.contiguous(), visible.high.contiguous()]
         fields |= {"low": kept[1].data_ptr(), "high": kept[2].data_ptr()}
-    if call.heads * q.shape[2] > MAPPED_QUERIES and query_map is not None and not call.fields.frames:
-        kept.append(_mapped(q, scaling, query_map[: call.fields.segments], call.fields.kv_heads))
+    many, of = call.heads * q.shape[2] > MAPPED_QUERIES, call.fields
+    if many and query_map is not None and not of.frames and of.recent < 0:
+        kept.append(_mapped(q, scaling, query_map[: of.segments], of.kv_heads))
         fields["mapped"] = kept[-1].data_ptr()
     out = call(kept[0], scaling, **fields)
     del kept  # what was made contiguous lives until here

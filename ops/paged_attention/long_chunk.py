@@ -9,12 +9,11 @@ from torch import Tensor
 from headq_ao.ops.page_layout import PageLayout
 from headq_ao.ops.paged_attention import reference
 from headq_ao.ops.paged_attention.new_tokens import Part, flash, hiding
-from headq_ao.ops.paged_attention.tiles import tiles
-from headq_ao.ops.types import PagedKV, Readers, Visible, visible_positions
+from headq_ao.ops.types import PagedKV, Readers, Visible
 
 LEAST_QUERIES = 512  # measured: fewer are read faster as codes
 TILE = 4096  # tokens that are dequantized at a time
-BLOCK = 256  # queries that are read under one mask
+BLOCK = 64  # queries that are read with the tokens near them
 
 
 def serves(q: Tensor, kv: PagedKV, visible: Visible | None, sliding: int) -> bool:
@@ -30,16 +29,7 @@ def serves(q: Tensor, kv: PagedKV, visible: Visible | None, sliding: int) -> boo
 
 def attention(q: Tensor, scaling: float, kv: PagedKV, readers: Readers) -> Part:
     """:func:`headq_ao.ops.paged_attention` of such a chunk."""
-    assert kv.new_k is not None and kv.new_v is not None
-    if kv.recent is not None:
-        parts = [_by_position(q[b : b + 1], scaling, kv.sequence(b), readers_of(readers, b)) for b in range(len(q))]
-        return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
-    return joined(read_cache(q, scaling, kv, readers), flash(q, kv.new_k, kv.new_v, None, scaling))
-
-
-def read_cache(q: Tensor, scaling: float, kv: PagedKV, readers: Readers) -> Part:
-    """Attention over all tokens ``p < held`` of the cache, ``new_k`` and ``new_v`` left out."""
-    parts = [_read_one(q[b : b + 1], scaling, kv.sequence(b), readers_of(readers, b)) for b in range(len(q))]
+    parts = [_of_one(q[b : b + 1], scaling, kv.sequence(b), readers_of(readers, b)) for b in range(len(q))]
     return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
 
 
@@ -55,81 +45,86 @@ def readers_of(readers: Readers, b: int) -> Readers:
     return replace(readers, query_map=query_map, read=cut(readers.read), mean=cut(readers.mean))
 
 
-def _read_one(q: Tensor, scaling: float, kv: PagedKV, readers: Readers) -> Part:
-    """Of one sequence."""
-    layout, packed = PageLayout.parse(kv.layout), int(kv.packed)
+def _of_one(q: Tensor, scaling: float, kv: PagedKV, readers: Readers) -> Part:
+    """Of one sequence. All queries read the codes before ``shown``; with ``kv.recent``, query ``first + i`` those up to
+    ``shown + i`` too."""
+    assert kv.new_k is not None and kv.new_v is not None
+    layout, packed, held, count = PageLayout.parse(kv.layout), int(kv.packed), int(kv.held), q.shape[2]
     oldest = (-(-packed // layout.page_tokens) - kv.table.shape[1]) * layout.page_tokens
-    oldest = max(oldest, kv.n_sink - kv.body_start)
-    tiles = [(begin, min(begin + TILE, packed)) for begin in range(oldest, packed, TILE)]
-    _, here = reference.window_positions(kv)
-    kept = here[0].nonzero()[:, 0]
-    k, v = (x[:, :, kept] for x in reference.window_tokens(kv))
-    found: Part | None = None
-    for tile in tiles:
-        of_tile = [x.to(q.dtype) for x in dequantized(kv, layout, readers, *tile)]
-        if tile == tiles[-1]:  # all in one
-            k, v = (torch.cat(x, 2) for x in zip(of_tile, (k, v), strict=True))
-        else:
-            part = flash(q, of_tile[0], of_tile[1], None, scaling, causal=False)
-            found = part if found is None else joined(found, part)
-    last = flash(q, k, v, None, scaling, causal=False)
-    return last if found is None else joined(found, last)
-
-
-def _by_position(q: Tensor, scaling: float, kv: PagedKV, readers: Readers) -> Part:
-    """Of one sequence whose queries read codes up to ends of their own; see :attr:`PagedKV.recent`."""
-    ends = visible_positions(kv.total, q.shape[2], 0).codes_end(kv)[0].contiguous()
-    out, lse = _in_full(q, scaling, kv, ends)
-    layout = PageLayout.parse(kv.layout)
-    for begin in range(kv.n_sink, int(ends[-1]), TILE):
-        end = min(begin + TILE, int(ends[-1]))
-        k, v = (x.to(q.dtype) for x in dequantized(kv, layout, readers, begin, end))
-        some, whole = (int(i) for i in torch.searchsorted(ends, ends.new_tensor([begin + 1, end])))
-        for first in [*range(some, whole, BLOCK), whole]:
-            rows = slice(first, min(first + BLOCK, whole) if first < whole else q.shape[2])
-            n, mask = end - begin, None
-            if first < whole:
-                n = int(ends[rows.stop - 1]) - begin
-                mask = hiding(
-                    torch.arange(begin, begin + n, dtype=ends.dtype, device=ends.device) < ends[None, rows, None],
-                    q.dtype,
-                )
-            if rows.start < rows.stop:
-                part = flash(q[:, :, rows], k[:, :, :n], v[:, :, :n], mask, scaling, causal=False)
-                out[:, :, rows], lse[:, :, rows] = joined((out[:, :, rows], lse[:, :, rows]), part)
+    if kv.recent is None:
+        oldest, shown, first = max(oldest, kv.n_sink - kv.body_start), packed, count
+        out, lse = flash(q, kv.new_k, kv.new_v, None, scaling)
+        in_full = window(kv, 0)
+    else:
+        oldest, shown = 0, max(packed, held - kv.recent)
+        first = shown + kv.recent - held + 1
+        out, lse = band(q, scaling, kv, shown)
+        in_full = None
+    whole = [(begin, min(begin + TILE, shown)) for begin in range(oldest, shown, TILE)]
+    for begin, end in whole or [(oldest, oldest)] * (in_full is not None):
+        k, v = rows(kv, layout, readers, begin, end, q.dtype)
+        if in_full is not None and end >= shown:  # all in one
+            k, v = (torch.cat(x, 2) for x in zip((k, v), in_full, strict=True))
+        join(out, lse, flash(q, k, v, None, scaling, causal=False))
+    for begin in range(first, count, TILE):
+        k, v = rows(kv, layout, readers, shown + begin - first, shown + min(begin + TILE, count) - first, q.dtype)
+        join(out[:, :, begin:], lse[:, :, begin:], flash(q[:, :, begin:], k, v, None, scaling))
     return out, lse
 
 
-def _in_full(q: Tensor, scaling: float, kv: PagedKV, ends: Tensor) -> Part:
-    """What such queries read in full precision: sinks, and tokens from ``ends [S]`` up to their own."""
-    assert kv.new_k is not None and kv.new_v is not None
-    (window, in_window), (new, _) = reference.window_positions(kv), reference.new_positions(kv)
-    kept = in_window[0].nonzero()[:, 0]
-    position = torch.cat([window[0, kept], new[0]])  # rising
-    k, v = (
-        torch.cat([x[:, :, kept], own], 2)
-        for x, own in zip(reference.window_tokens(kv), (kv.new_k, kv.new_v), strict=True)
-    )
-    own_position, sinks = new[0], int((position < kv.n_sink).sum())
-    parts = []
-    for block in tiles(q.shape[2], BLOCK):
-        first, stop = torch.searchsorted(position, torch.stack([ends[block.start], own_position[block.stop - 1] + 1]))
-        number = torch.arange(int(stop), dtype=torch.int64, device=q.device)
-        read = number[(number < sinks) | (number >= first)]
-        at, own = position[read], own_position[block, None]
-        mask = hiding(((at >= ends[block, None]) | (at < kv.n_sink))[None] & (at <= own), q.dtype)
-        parts.append(flash(q[:, :, block], k[:, :, read], v[:, :, read], mask, scaling))
-    return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
+def window(kv: PagedKV, oldest: int) -> tuple[Tensor, Tensor]:
+    """Keys and values before the call's own in full precision, from that position on, in order."""
+    position, here = reference.window_positions(kv)
+    kept = (here & (position >= oldest))[0].nonzero()[:, 0]
+    k, v = (x[:, :, kept] for x in reference.window_tokens(kv))
+    return k, v
 
 
-def joined(one: Part, other: Part) -> Part:
-    """Two parts of a softmax, each of which sees something for every query."""
-    (out, lse), (out_b, lse_b) = one, other
-    return torch.lerp(out, out_b, torch.sigmoid(lse_b - lse)[..., None]), torch.logaddexp(lse, lse_b)
+def band(q: Tensor, scaling: float, kv: PagedKV, shown: int) -> Part:
+    """What queries read in full precision, sinks apart that are before that: ``kv.recent`` tokens, none before
+    ``shown``, and their own. Blocks of them are read side by side, each with the tokens that lie near it."""
+    assert kv.recent is not None and kv.new_k is not None and kv.new_v is not None
+    held, count, blocks = int(kv.held), q.shape[2], -(-q.shape[2] // BLOCK)
+    width = BLOCK + kv.recent
+    near_each = []
+    for before, own in zip(window(kv, held - kv.recent), (kv.new_k, kv.new_v), strict=True):
+        x = own.new_zeros(*own.shape[1:2], kv.recent + blocks * BLOCK, own.shape[3])
+        x[:, kv.recent - before.shape[2] : kv.recent] = before[0]
+        x[:, kv.recent : kv.recent + count] = own[0]
+        near_each.append(x.unfold(1, width, BLOCK).permute(1, 0, 3, 2))  # [blocks, Hkv, width, D]
+    queries = torch.nn.functional.pad(q[0], (0, 0, 0, blocks * BLOCK - count)).unflatten(1, (blocks, BLOCK))
+    query, near = (torch.arange(n, dtype=torch.int64, device=q.device) for n in (BLOCK, width))
+    block = torch.arange(blocks, dtype=torch.int64, device=q.device)[:, None, None] * BLOCK
+    seen = (near >= query[:, None]) & (near <= query[:, None] + kv.recent) & (near + block >= shown - held + kv.recent)
+    k, v = near_each
+    out, lse = flash(queries.transpose(0, 1), k, v, hiding(seen, q.dtype), scaling)
+    out, lse = (x.transpose(0, 1).flatten(1, 2)[None, :, :count] for x in (out, lse))
+    return out, lse
 
 
-def dequantized(kv: PagedKV, layout: PageLayout, readers: Readers, begin: int, end: int) -> tuple[Tensor, Tensor]:
-    """What body tokens ``begin:end`` of one sequence stand for, ``[1, Hkv, n, D]`` fp32 each.
+def join(out: Tensor, lse: Tensor, part: Part) -> None:
+    """Add to one part of a softmax another one, each of which sees something for every query."""
+    other, other_lse = part
+    out.lerp_(other, torch.sigmoid(other_lse - lse)[..., None])
+    lse.copy_(torch.logaddexp(lse, other_lse))
+
+
+def rows(
+    kv: PagedKV, layout: PageLayout, readers: Readers, begin: int, end: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """:func:`dequantized` in that dtype; an engine's sinks, which lie in pages too, in full precision."""
+    k, v = dequantized(kv, layout, readers, begin, end, dtype)
+    if kv.window_table is not None and begin < kv.n_sink:
+        assert kv.sink_k is not None and kv.sink_v is not None
+        for x, sinks in ((k, kv.sink_k), (v, kv.sink_v)):
+            x[:, :, : kv.n_sink - begin] = sinks[kv.table[:, 0].long()][:, :, begin : min(kv.n_sink, end)]
+    return k, v
+
+
+def dequantized(
+    kv: PagedKV, layout: PageLayout, readers: Readers, begin: int, end: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """What body tokens ``begin:end`` of one sequence stand for, ``[1, Hkv, n, D]`` each.
 
     Keys as queries see them: from ``s = q·k̂`` for all ``q``, ``k̂ = σ (M_c c + M_b) + m M_h + M_μ`` with the columns
     ``M`` of the query map.
@@ -138,25 +133,32 @@ def dequantized(kv: PagedKV, layout: PageLayout, readers: Readers, begin: int, e
     p = layout.page_tokens
     pages = torch.arange(begin // p, -(-end // p), dtype=torch.int64, device=kv.table.device) % kv.table.shape[1]
     table, inside = kv.table[:, pages].long(), slice(begin - begin // p * p, end - begin // p * p)
-    mapping = readers.query_map[0].expand(-1, layout.kv_heads, -1, -1)
-    keys, values = [], []
+    mapping, frame = readers.query_map[0].expand(-1, layout.kv_heads, -1, -1), readers.frame
+    if (
+        frame is not None
+    ):  # R_s of what was read in the frame of segment s; the other one of each pair is mapped beside it
+        mapping = torch.cat([mapping, mapping[:, :, frame.partner]], 2)
+        segment = frame.of(torch.arange(begin, end, dtype=torch.int64, device=kv.table.device))
+        cosine, sine = frame.table[segment].unbind(1)
+    d, n = layout.key_dim, end - begin
+    k = torch.empty((1, layout.kv_heads, n, d), dtype=dtype, device=kv.table.device)
+    v = torch.empty((1, layout.kv_heads, n, layout.value_dim), dtype=dtype, device=kv.table.device)
     for group in layout.split(kv.pages):
-        of = mapping[:, group.layout.part]
-        to_codes, bias, of_zero, of_mean = of.split([of.shape[-1] - 3, 1, 1, 1], -1)
+        part = group.layout.part
+        to_codes, bias, of_zero, of_mean = mapping[:, part].split([mapping.shape[-1] - 3, 1, 1, 1], -1)
         codes = reference.gathered(group.keys, table, torch.float32, keys=True)[:, :, inside]
         assert group.keys.scale is not None
         sigma = reference.numbers(group.keys.scale, table, torch.float32)[:, :, inside, None]
-        k = (codes @ to_codes.mT).add_(bias.mT).mul_(sigma).add_(of_mean.mT)
+        x = (codes @ to_codes.mT).add_(bias.mT).mul_(sigma).add_(of_mean.mT)
         if group.keys.zero is not None:
-            k.addcmul_(reference.numbers(group.keys.zero, table, torch.float32)[:, :, inside, None], of_zero.mT)
-        keys.append(k)
-        values.append(reference.gathered(group.values, table, torch.float32, keys=False)[:, :, inside])
-    k, v = torch.cat(keys, 1), torch.cat(values, 1)
-    if (frame := readers.frame) is not None:  # R_s of what was read in the frame of segment s
-        c, d = frame.table[frame.of(torch.arange(begin, end, dtype=torch.int64, device=k.device))].unbind(1)
-        partner = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device)[
-            :, frame.partner
-        ]  # a product is faster than an index
-        k = (k * c).addcmul_(k @ partner, d, value=-1)
-    v = v if readers.read is None else v @ readers.read.mT
-    return k, v if readers.mean is None else v.add_(readers.mean[:, :, None])
+            x.addcmul_(reference.numbers(group.keys.zero, table, torch.float32)[:, :, inside, None], of_zero.mT)
+        k[:, part] = x if frame is None else (x[..., :d] * cosine).addcmul_(x[..., d:], sine, value=-1)
+        y = reference.gathered(group.values, table, torch.float32, keys=False)[:, :, inside]
+        y = y if readers.read is None else y @ of_heads(readers.read, part).mT
+        v[:, part] = y if readers.mean is None else y.add_(of_heads(readers.mean, part)[:, :, None])
+    return k, v
+
+
+def of_heads(x: Tensor, part: slice) -> Tensor:
+    """``[B, Hkv or 1, ..]`` of some KV heads."""
+    return x if x.shape[1] == 1 else x[:, part]

@@ -281,7 +281,7 @@ def test_many_small_weights_keep_their_sum(path, monkeypatch):
 
 @needs_kernel
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("packed", "zero"), [((300, 900), False), ((0, 900), True)])
+@pytest.mark.parametrize(("packed", "zero"), [((300, 900), False), ((0, 900), True), ((0, 0), False)])
 def test_long_chunks_are_dequantized_tile_by_tile(dtype, packed, zero, monkeypatch):
     """Against the reference in fp32; the tiles end within pages and before the packed tokens do."""
     monkeypatch.setattr(long_chunk, "TILE", 200)

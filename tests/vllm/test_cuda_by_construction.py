@@ -75,6 +75,17 @@ def test_lengths_keep_their_addresses():
         assert len(two.held) == 3
 
 
+def test_groups_of_a_step_share_all_but_their_tables():
+    with fake_cuda():
+        of_group = builder()
+        one = of_group.build(0, step_metadata((1, 4), 5))
+        first = one.requests(one)
+        other = of_group.update_block_table(one, torch.empty(2, 20, dtype=torch.int32, device="cuda"), None)
+        assert other.table.shape == (2, 20) and other.total is one.total and one.table.shape == (2, 5)
+        assert one.requests(other) is not first and one.requests(other).window_table is other.table
+        assert other.joined == {}
+
+
 def test_what_the_backend_declares(monkeypatch):
     from vllm.v1.attention.backend import AttentionCGSupport, AttentionType
     from vllm.v1.kv_cache_interface import KVCacheLayout

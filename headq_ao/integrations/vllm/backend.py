@@ -1,5 +1,6 @@
 """The attention backend: what vLLM is told about pages, and what it hands to each step."""
 
+import dataclasses
 import itertools
 from typing import Any, ClassVar
 
@@ -87,6 +88,7 @@ class HeadQMetadataBuilder(AttentionMetadataBuilder[HeadQMetadata]):
     """Takes what vLLM says of a step to where the kernels read it, without waiting for the device."""
 
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    supports_update_block_table: bool = True
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
@@ -129,3 +131,9 @@ class HeadQMetadataBuilder(AttentionMetadataBuilder[HeadQMetadata]):
             m.num_actual_tokens, m.max_query_len, few, tuple(long), m.block_table_tensor[:n], start[: n + 1], held[:n],
             packed[:n], total[:n], self.window - 1,
         )  # fmt: skip
+
+    def update_block_table(
+        self, metadata: HeadQMetadata, blk_table: torch.Tensor, slot_mapping: torch.Tensor
+    ) -> HeadQMetadata:
+        """Of another group of layers in the same step: groups of the newest tokens differ by their tables alone."""
+        return dataclasses.replace(metadata, table=blk_table[: len(metadata.held)], joined={})

@@ -127,6 +127,15 @@ def test_the_gap_where_two_outputs_part():
     assert soak.first_gap(output([1, 2]), output([1, 3])) == pytest.approx(0.5)
 
 
+def test_the_change_of_a_log_probability_until_two_outputs_part():
+    def output(tokens, logprobs):
+        found = [{t: SimpleNamespace(logprob=x)} for t, x in zip(tokens, logprobs, strict=True)]
+        return SimpleNamespace(token_ids=tokens, logprobs=found)
+
+    one, other = output([1, 2, 3], [-1.0, -1.5, -1.0]), output([1, 2, 4], [-1.25, -1.5, -3.0])
+    assert soak.largest_change(one, other) == pytest.approx(0.25)
+
+
 def test_a_soak_fails_on_tokens_or_pages(capsys):
     good = {"largest_gap": 0.1, "page_bytes_differing": 0.0}
     assert soak_command.verdict(good, 0.2) == 0
