@@ -7,7 +7,7 @@ from dataclasses import dataclass
 class LayerShape:
     """One attention layer: ``n_heads`` query and ``n_kv_heads`` key-value heads, ``sliding_window`` tokens or None.
 
-    ``value_dim``: of values, where it is not ``head_dim``.
+    ``value_dim``: of values, where it is not ``head_dim``. ``softcap``: of the layer's scores, or None.
     """
 
     n_heads: int
@@ -15,6 +15,7 @@ class LayerShape:
     head_dim: int
     sliding_window: int | None
     value_dim: int | None = None
+    softcap: float | None = None
 
     @property
     def dims(self) -> tuple[int, int]:

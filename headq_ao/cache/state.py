@@ -152,7 +152,7 @@ class LayerState:
         k, v = (None, None) if new is None else new
         return PagedKV(
             pool.tensors, pool.spec, self.block_table, pool.segment, packed, held, self.counts.total, window.k,
-            window.v, window.n_sink, k, v, self.batch.lengths.start(self.device),
+            window.v, window.n_sink, k, v, self.batch.lengths.start(self.device), softcap=self.shape.softcap,
         )  # fmt: skip
 
     def _reading(self) -> PagedKV:

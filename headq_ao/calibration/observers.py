@@ -22,7 +22,7 @@ class AttentionObserver(Protocol):
 
     def record(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None,
-        sinks: Tensor | None = None,
+        sinks: Tensor | None = None, softcap: float | None = None,
     ) -> None:  # fmt: skip
         """One layer's ``[B, H, T, D]`` states of a call."""
 
@@ -55,9 +55,10 @@ class Recorder:
 
     def record(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None,
-        sinks: Tensor | None = None,
+        sinks: Tensor | None = None, softcap: float | None = None,
     ) -> None:  # fmt: skip
-        """Fold one layer's ``[B, H, T, D]`` states, sinks left out; ``sinks``: logits in the softmax's denominator."""
+        """Fold one layer's ``[B, H, T, D]`` states, sinks left out; ``sinks``: logits in the softmax's denominator;
+        ``softcap``: of the scores."""
         counted = None if self.counted is None else self.counted.to(k.device)
         number, segment = self.numbers[layer], None
         if (frame := self.frames[number]) is not None:
@@ -72,6 +73,7 @@ class Recorder:
             counted=counted,
             sinks=sinks,
             segment=segment,
+            softcap=softcap,
         )
         seen = None
         if frame is not None and segment is not None:
@@ -124,14 +126,14 @@ class Profiler:
 
     def record(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None,
-        sinks: Tensor | None = None,
+        sinks: Tensor | None = None, softcap: float | None = None,
     ) -> None:  # fmt: skip
         """Fold one layer's ``[1, H, T, D]`` states."""
         number = self.numbers[layer]
         m = self.moments[number]
         m.errors, m.energy = output_errors(
             m, q, k, v, scaling, n_sink=self.n_sink, window=window, every=IMPORTANCE_EVERY,
-            counted=self.counted.to(k.device), sinks=sinks, frame=self.frames[number],
+            counted=self.counted.to(k.device), sinks=sinks, frame=self.frames[number], softcap=softcap,
         )  # fmt: skip
         self.measured()
 

@@ -34,7 +34,7 @@ def attention(q: Tensor, scaling: float, kv: PagedKV, readers: Readers) -> Part:
     if kv.recent is not None:
         parts = [_by_position(q[b : b + 1], scaling, kv.sequence(b), readers_of(readers, b)) for b in range(len(q))]
         return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
-    return joined(read_cache(q, scaling, kv, readers), flash(q, kv.new_k, kv.new_v, None, scaling))
+    return joined(read_cache(q, scaling, kv, readers), flash(q, kv.new_k, kv.new_v, None, scaling, softcap=kv.softcap))
 
 
 def read_cache(q: Tensor, scaling: float, kv: PagedKV, readers: Readers) -> Part:
@@ -70,9 +70,9 @@ def _read_one(q: Tensor, scaling: float, kv: PagedKV, readers: Readers) -> Part:
         if tile == tiles[-1]:  # all in one
             k, v = (torch.cat(x, 2) for x in zip(of_tile, (k, v), strict=True))
         else:
-            part = flash(q, of_tile[0], of_tile[1], None, scaling, causal=False)
+            part = flash(q, of_tile[0], of_tile[1], None, scaling, False, kv.softcap)
             found = part if found is None else joined(found, part)
-    last = flash(q, k, v, None, scaling, causal=False)
+    last = flash(q, k, v, None, scaling, False, kv.softcap)
     return last if found is None else joined(found, last)
 
 
@@ -95,7 +95,7 @@ def _by_position(q: Tensor, scaling: float, kv: PagedKV, readers: Readers) -> Pa
                     q.dtype,
                 )
             if rows.start < rows.stop:
-                part = flash(q[:, :, rows], k[:, :, :n], v[:, :, :n], mask, scaling, causal=False)
+                part = flash(q[:, :, rows], k[:, :, :n], v[:, :, :n], mask, scaling, False, kv.softcap)
                 out[:, :, rows], lse[:, :, rows] = joined((out[:, :, rows], lse[:, :, rows]), part)
     return out, lse
 
@@ -118,7 +118,7 @@ def _in_full(q: Tensor, scaling: float, kv: PagedKV, ends: Tensor) -> Part:
         read = number[(number < sinks) | (number >= first)]
         at, own = position[read], own_position[block, None]
         mask = hiding(((at >= ends[block, None]) | (at < kv.n_sink))[None] & (at <= own), q.dtype)
-        parts.append(flash(q[:, :, block], k[:, :, read], v[:, :, read], mask, scaling))
+        parts.append(flash(q[:, :, block], k[:, :, read], v[:, :, read], mask, scaling, softcap=kv.softcap))
     return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
 
 

@@ -50,8 +50,9 @@ def layer_shapes(config: Any) -> list[LayerShape]:
     layers = checked_layers(config)
     kv_heads, head_dim = kv_heads_and_size(config)
     n_heads = query_heads(config, len(layers))
+    softcap = getattr(layer_configs(config)[0], "attn_logit_softcapping", None)
     return [
-        LayerShape(n, kv_heads, head_dim, getattr(layer, "sliding_window", None))
+        LayerShape(n, kv_heads, head_dim, getattr(layer, "sliding_window", None), softcap=softcap)
         for n, layer in zip(n_heads, layers, strict=True)
         if type(layer) in NATIVE
     ]
@@ -82,7 +83,6 @@ def check_kind(config: Any) -> None:
     """Raise ValueError where a config names a kind of attention that HeadQ does not serve, naming it."""
     refusals = {
         "kv_lora_rank": "multi-head latent attention (MLA) caches a latent, not keys and values",
-        "attn_logit_softcapping": "attention softcap changes the scores that HeadQ corrects",
         "num_kv_shared_layers": "KV shared between layers",
         "use_bidirectional_attention": "its attention is not causal",
     }

@@ -31,7 +31,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from headq_ao.ambient import mode_neutral
 from headq_ao.cache.masks import attend_new, sink_share
-from headq_ao.integrations.transformers.arguments import SINKS, unknown_argument
+from headq_ao.integrations.transformers.arguments import SINKS, SOFTCAP, unknown_argument
 from headq_ao.integrations.transformers.hybrid import dense_layers, packed_layer
 from headq_ao.integrations.transformers.models import (
     CACHE_NAME,
@@ -98,13 +98,11 @@ def supported_layers(
     for by_shapes in (False, True):
         if by_shapes or cheap(model):
             try:
-                groups = probe(model, shapes, modules, by_shapes, places)
+                seen = probe(model, shapes, modules, by_shapes, places)
             except UnservedError as why:
                 raise ValueError(f"{type(model).__name__} is not supported: {why}") from why
-            if groups is not None:
-                return [
-                    dataclasses.replace(s, n_heads=s.n_kv_heads * g) for s, g in zip(shapes, groups, strict=True)
-                ], modules
+            if seen is not None:
+                return seen, modules
     return shapes, modules
 
 
@@ -129,8 +127,8 @@ def moves_weights(module: nn.Module) -> bool:
 def probe(
     model: PreTrainedModel, shapes: list[LayerShape], modules: list[nn.Module], by_shapes: bool,
     places: Sequence[int],
-) -> list[int] | None:  # fmt: skip
-    """Query heads per key-value head of each layer; None where the model cannot be called so.
+) -> list[LayerShape] | None:  # fmt: skip
+    """The shapes with the query heads and the softcap of each layer; None where the model cannot be called so.
 
     Raises:
         UnservedError: where the calls show what HeadQ cannot serve.
@@ -158,7 +156,7 @@ def probe(
                 check_own_cache(twin)
                 return None
             raise UnservedError(f"it runs with a DynamicCache, but not with HeadQ's: {error!r}") from error
-    return cache.groups
+    return cache.shapes
 
 
 def twin_of(
@@ -310,7 +308,7 @@ class ProbeLayer(CacheLayerMixin):
         super().__init__()
         self.index, self.shape, self.module, self.options, self.eager = index, shape, module, options, eager
         self.is_sliding, self.sliding_window = shape.sliding_window is not None, shape.sliding_window
-        self.updates = self.reads = self.seen = self.groups = 0
+        self.updates = self.reads = self.seen = 0
         self.k = self.v = torch.empty(0, dtype=torch.float32, device="cpu")
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -337,7 +335,8 @@ class ProbeLayer(CacheLayerMixin):
 
     def check_call(self, module: nn.Module, query: Tensor, mask: Any, is_causal: Any, kwargs: dict[str, Any]) -> None:
         """Raise UnservedError on a call of attention that HeadQ would not compute as the model does."""
-        problem = unknown_argument({name: x for name, x in kwargs.items() if name != SINKS}, self.options)
+        known = SINKS, SOFTCAP
+        problem = unknown_argument({name: x for name, x in kwargs.items() if name not in known}, self.options)
         if problem is not None:
             raise UnservedError(problem)
         if module is not self.module:
@@ -352,14 +351,14 @@ class ProbeLayer(CacheLayerMixin):
         why = None if mask is None else odd_mask(mask, s, self.seen, self.sliding_window)
         if why is not None:
             raise UnservedError(f"layer {self.index}: {why}")
-        self.groups = n_heads // self.shape.n_kv_heads
+        self.shape = dataclasses.replace(self.shape, n_heads=n_heads, softcap=kwargs.get(SOFTCAP))
         self.reads += 1
 
     def attend(self, query: Tensor, scaling: float, sinks: Tensor | None) -> Tensor:
         """Causal attention over all rows ``[1, S, Hq, D]``; a window does not matter to so few."""
         s = query.shape[2]
         shown = torch.ones(1, s, self.seen, dtype=torch.bool, device=query.device).tril(self.seen - s)
-        out, lse = attend_new(query, scaling, self.k, self.v, shown)
+        out, lse = attend_new(query, scaling, self.k, self.v, shown, self.shape.softcap)
         out = out if sinks is None else out * sink_share(lse, sinks)
         return out.to(query.dtype).transpose(1, 2).contiguous()
 
@@ -422,9 +421,9 @@ class ProbeCache(Cache):
                     raise UnservedError(f"in a call layer {layer.index} ({kind}) {times} {done}, HeadQ needs once")
 
     @property
-    def groups(self) -> list[int]:
-        """Query heads per key-value head of each layer."""
-        return [layer.groups for layer in self.packed]
+    def shapes(self) -> list[LayerShape]:
+        """Of each layer, as its calls showed them."""
+        return [layer.shape for layer in self.packed]
 
 
 def odd_mask(mask: Any, queries: int, tokens: int, window: int | None) -> str | None:
