@@ -223,7 +223,8 @@ def headq_attention(
             served, where packed tokens would have to give gradients; the layer then holds what it held before.
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    weights, sinks, softcap = (kwargs.pop(name, None) for name in ("output_attentions", SINKS, SOFTCAP))
+    weights = kwargs.pop("output_attentions", False)
+    sinks, softcap = kwargs.pop(SINKS, None), kwargs.pop(SOFTCAP, None)
     dense = (dropout, is_causal, sliding_window, kwargs, sinks, softcap)
     if not isinstance(key, QuantizedKV):
         recorder = None if torch.compiler.is_compiling() else RECORDER.get()
