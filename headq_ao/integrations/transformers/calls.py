@@ -249,7 +249,7 @@ def headq_attention(
     shown, weights = None, weights or layer.batch.metadata.weights
     try:
         if not HARMLESS.issuperset(kwargs):
-            problem = unknown_argument(kwargs, module.headq.call_options)  # type: ignore[union-attr,arg-type]
+            problem = unknown_argument(kwargs, layer.source.call_options)  # type: ignore[attr-defined]
             if problem is not None:
                 raise ValueError(problem)
         if softcap != layer.shape.softcap:

@@ -75,7 +75,7 @@ def attention(
     """
     layer: PackedLayer = k.layer  # type: ignore[attr-defined]
     states: tuple[Tensor, Tensor, Tensor] = q, k.new, v.new  # type: ignore[assignment]
-    problem = layer.problem or _problem(module, layer, mask, is_causal, weights, q.shape[2], kwargs)
+    problem = layer.problem or _problem(layer, mask, is_causal, weights, q.shape[2], kwargs)
     if problem is None and softcap != layer.shape.softcap:
         problem = other_softcap(softcap, layer.shape.softcap)
     new_q, new_k, new_v = (x.detach() for x in states)
@@ -98,11 +98,11 @@ def attention(
 
 
 def _problem(
-    module: nn.Module, layer: PackedLayer, mask: Tensor | None, is_causal: bool | None, weights: bool, slots: int,
+    layer: PackedLayer, mask: Tensor | None, is_causal: bool | None, weights: bool, slots: int,
     kwargs: dict[str, Any],
 ) -> str | None:  # fmt: skip
     """Why attention of a compiled call cannot be served, None where it can."""
-    source = module.headq
+    source = layer.source
     assert isinstance(source, SourceModule)
     if weights or layer.batch.metadata.weights:
         return "a compiled call returns no attention weights; call the model itself with output_attentions=True"

@@ -179,14 +179,6 @@ def refused_models():
             ),
             "encoder-decoder",
         ),
-        "shared KV": (
-            lambda: t.Gemma3nTextConfig(
-                **{**GROUPED, "num_hidden_layers": 4, "intermediate_size": [64] * 4}, num_kv_shared_layers=2,
-                vocab_size_per_layer_input=64, hidden_size_per_layer_input=8, laurel_rank=8,
-                layer_types=["sliding_attention", "full_attention"] * 2, activation_sparsity_pattern=[0.0] * 4,
-            ),
-            "KV shared between layers",
-        ),
         "alibi Bloom": (
             lambda: t.BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=2),
             "AttentionInterface",
