@@ -7,7 +7,9 @@ from dataclasses import dataclass
 class LayerShape:
     """One attention layer: ``n_heads`` query and ``n_kv_heads`` key-value heads, ``sliding_window`` tokens or None.
 
-    ``value_dim``: of values, where it is not ``head_dim``.
+    ``value_dim``: of values, where it is not ``head_dim``. ``softcap``: of the layer's scores, or None.
+    ``readers``: attention modules that read the layer in a call, each with ``n_heads`` query heads: more than one where
+    layers share keys and values.
     """
 
     n_heads: int
@@ -15,6 +17,8 @@ class LayerShape:
     head_dim: int
     sliding_window: int | None
     value_dim: int | None = None
+    softcap: float | None = None
+    readers: int = 1
 
     @property
     def dims(self) -> tuple[int, int]:

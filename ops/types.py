@@ -47,6 +47,7 @@ class PagedKV:
             what the table has room for.
         recent: with a ``window_table``, tokens before a query that it reads in full precision; None: all from
             ``packed`` on.
+        softcap: that scores are read under, ``softcap · tanh(s / softcap)``; None: as they are.
     """
 
     pages: list[Tensor]
@@ -67,6 +68,7 @@ class PagedKV:
     sink_v: Tensor | None = None
     newest: int | None = None
     recent: int | None = None
+    softcap: float | None = None
 
     @property
     def coded(self) -> Tensor:
@@ -89,7 +91,7 @@ class PagedKV:
         return PagedKV(
             self.pages, self.layout, self.table[one], self.segment, self.packed[one], self.held[one], self.total[one],
             window_k, window_v, self.n_sink, new_k, new_v, new_start, window_table, self.sink_k, self.sink_v,
-            self.newest, self.recent,
+            self.newest, self.recent, self.softcap,
         )  # fmt: skip
 
 

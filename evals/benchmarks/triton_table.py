@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -134,7 +134,9 @@ def paged_cache(case: Case, page_tokens: int) -> Any:
     return PagedKV(pages, layout.spec, table, None, length, length, length, window, window, SINKS)
 
 
-def decode_kernels(case: Case, target: str, page_tokens: int = PAGE) -> tuple[Any, Any, Any]:
+def decode_kernels(
+    case: Case, target: str, page_tokens: int = PAGE, softcap: float | None = None
+) -> tuple[Any, Any, Any]:
     """The compiled kernels of ``paged_attention``: the query mapped, the splits read, and all joined."""
     from headq_ao.ops.paged_attention import triton_kernel
     from headq_ao.ops.types import Readers
@@ -144,7 +146,7 @@ def decode_kernels(case: Case, target: str, page_tokens: int = PAGE) -> tuple[An
     q = torch.zeros(1, case.heads, 1, d, dtype=torch.bfloat16)
     KNOWN_FORMS.clear()  # what this case needs alone
     with compiling(target) as kernels:
-        triton_kernel.launch(q, 1.0, paged_cache(case, page_tokens), readers, splits=8)
+        triton_kernel.launch(q, 1.0, replace(paged_cache(case, page_tokens), softcap=softcap), readers, splits=8)
     return kernels[0], kernels[1], kernels[2]
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from headq_ao.cache.call import CallMetadata
 from headq_ao.cache.lengths import Lengths, on_device
 from headq_ao.cache.schedule import Span
-from headq_ao.ops.paged_attention.reference import softmax
+from headq_ao.ops.paged_attention.reference import capped, softmax
 
 QUERY_TILE = 256  # queries whose masks are looked through at a time
 
@@ -298,14 +298,17 @@ def sink_share(lse: Tensor, sinks: Tensor) -> Tensor:
     return torch.sigmoid(lse - sinks.to(lse)[:, None])[..., None]
 
 
-def attend_new(q: Tensor, scaling: float, k: Tensor, v: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
+def attend_new(
+    q: Tensor, scaling: float, k: Tensor, v: Tensor, visible: Tensor, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
     """Attention of ``q [B, Hq, S, D]`` over the keys and values ``[B, Hkv, S, D]`` of the same call: ``o`` and ``lse``
     as :func:`headq_ao.ops.paged_attention`; ``visible [B or 1, S, S]``."""
     q = q.to(torch.float64 if q.dtype == torch.float64 else torch.float32) * scaling
     grouped, k, v = q.unflatten(1, (k.shape[1], -1)), k.to(q.dtype)[:, :, None], v.to(q.dtype)[:, :, None]
     parts = []
     for tile, seen in zip(grouped.split(QUERY_TILE, 3), visible.split(QUERY_TILE, 1), strict=True):
-        a, lse = softmax((tile @ k.transpose(-1, -2)).masked_fill(~seen[:, None, None], float("-inf")))
+        s = capped(tile @ k.transpose(-1, -2), softcap)
+        a, lse = softmax(s.masked_fill(~seen[:, None, None], float("-inf")))
         parts.append((a @ v, lse))
     out, lse = (torch.cat(x, 3) for x in zip(*parts, strict=True))
     return out.flatten(1, 2), lse.flatten(1, 2)

@@ -43,7 +43,7 @@ class ReadingLayer(WritingLayer):
             cached = dataclasses.replace(kv, new_k=None, new_v=None, new_start=None, total=self.counts.held)
             parts = [
                 self.codec.attend(q, scaling, cached, visible, 0, self.reads),
-                attend_new(q, scaling, k, v, view.new),
+                attend_new(q, scaling, k, v, view.new, self.shape.softcap),
             ]
             self.dense_reads += int(view.new.sum()) * (len(q) // len(view.new))
             out, lse = merge(parts)

@@ -70,6 +70,7 @@ class LayerState:
         self.dense_reads = 0  # tokens that first calls have read in full precision
         self.pending: tuple[Tensor, Tensor] | None = None  # a chunk that attention has not read yet
         self.due = False  # whether what the last call packs is still to be packed
+        self.asked: list[Tensor] = []  # the queries of this call's readers, until the last of them
         self.traced = False  # whether calls have come through that the host did not see
         self.step: Step | None = None
         self.problem: str | None = None  # why a traced call is not served
@@ -89,7 +90,7 @@ class LayerState:
         """Heads and coordinates of a full-precision token, by the window's names."""
         shape = self.shape
         (k, v), kv_heads = shape.dims, shape.n_kv_heads
-        return {"k": (kv_heads, k), "v": (kv_heads, v), "q": (shape.n_heads, k)}
+        return {"k": (kv_heads, k), "v": (kv_heads, v), "q": (shape.n_heads * shape.readers, k)}
 
     @property
     def elements(self) -> dict[str, int]:
@@ -152,7 +153,7 @@ class LayerState:
         k, v = (None, None) if new is None else new
         return PagedKV(
             pool.tensors, pool.spec, self.block_table, pool.segment, packed, held, self.counts.total, window.k,
-            window.v, window.n_sink, k, v, self.batch.lengths.start(self.device),
+            window.v, window.n_sink, k, v, self.batch.lengths.start(self.device), softcap=self.shape.softcap,
         )  # fmt: skip
 
     def _reading(self) -> PagedKV:

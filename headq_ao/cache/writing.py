@@ -25,6 +25,7 @@ class WritingLayer(LayerState):
     def _append(self, k: Tensor, v: Tensor) -> None:
         """:meth:`PackedLayer.update`, but for what it returns; in a graph, what keeps it from being one is noted."""
         lengths, traced = self.batch.lengths, torch.compiler.is_compiling()
+        self.asked = []
         if traced:
             self.problem, lengths.open = self._traced_problem(k, v), False
             if self.problem is not None:
@@ -152,18 +153,28 @@ class WritingLayer(LayerState):
             check_finite(k, v, start, stop, on_device([lengths.seen - lengths.new] * lengths.batch, k.device))
 
     def commit(self, q: Tensor | None, scaling: float | None = None) -> None:
-        """Pack what attention has read, once after it.
+        """Pack what attention has read, once after it; of a layer with several readers, after the last of them.
 
         Args:
-            q: the call's queries ``[B, Hq, S, D]``; they are kept while a sequence's own statistics are awaited.
+            q: the call's queries ``[B, Hq, S, D]``; they are kept while a sequence's own statistics are awaited, those
+                of all readers.
             scaling: of the scores; ``head_dim ** -0.5`` when None.
         """
         if self.pending is None and not self.due:
             return
+        if self.shape.readers > 1 and q is not None:
+            self.asked.append(q)
+            if len(self.asked) < self.shape.readers:
+                return
+            q, self.asked = self._pooled(self.asked), []
         if torch.compiler.is_compiling():
             self._commit_traced(q)
         else:
             self._commit(q, self.shape.head_dim**-0.5 if scaling is None else scaling)
+
+    def _pooled(self, queries: Sequence[Tensor]) -> Tensor:
+        """Those of all readers, ``[B, readers · Hq, S, D]``: of each KV head side by side."""
+        return torch.cat([q.unflatten(1, (self.shape.n_kv_heads, -1)) for q in queries], 2).flatten(1, 2)
 
     def flush(self) -> None:
         """Pack what a call has left to be packed, before something else is done with the cache.
@@ -174,6 +185,7 @@ class WritingLayer(LayerState):
         lengths = self.batch.lengths
         if self.traced:
             self.traced, self.call, self.seen = False, lengths.calls, lengths.seen
+        self.asked = []
         if self.is_initialized and (self.pending is not None or self.due):
             self._commit(None, self.shape.head_dim**-0.5)
 

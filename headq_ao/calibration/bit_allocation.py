@@ -30,6 +30,7 @@ PER_BIT = 0.27  # what a further bit leaves of the error of a fine code; 1/4 in 
 def output_errors(
     moments: LayerMoments, q: Tensor, k: Tensor, v: Tensor, scaling: float, *, n_sink: int, window: int | None,
     every: int, counted: Tensor | None = None, sinks: Tensor | None = None, frame: SegmentFrame | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """What coded keys or values change in a layer's output, at each of :data:`PROFILED_BITS`, and the output's energy.
 
@@ -41,6 +42,7 @@ def output_errors(
         q: ``[1, Hq, T, D]``, and ``k``, ``v`` ``[1, Hkv, T, D]``.
         counted: ``[T]``, which queries count; None: all.
         frame: that keys are coded in.
+        sinks, softcap: as in :func:`headq_ao.statistics.importance.attention`.
 
     Returns:
         ``[Hkv, 2, 4]``, keys then values, and ``[Hkv]``.
@@ -69,10 +71,10 @@ def output_errors(
     errors, energy = k.new_zeros(k.shape[1], 2, len(PROFILED_BITS)), k.new_zeros(k.shape[1])
     for at, query, s, packed in score_tiles(q, k, scaling, n_sink=n_sink, window=window, every=every):
         shown = 1.0 if counted is None else counted[at, None].to(s.dtype)
-        a = attention(s, sinks)
+        a = attention(s, sinks, softcap)
         energy += (shown * torch.einsum("bhgst,bhtd->bhgsd", a, v)).square().sum((0, 2, 3, 4))
         for i, (dk, dv) in enumerate(zip(keys, values, strict=True)):
-            moved = attention(s + torch.einsum("bhgsd,bhtd->bhgst", query, dk) * packed, sinks) - a
+            moved = attention(s + torch.einsum("bhgsd,bhtd->bhgst", query, dk) * packed, sinks, softcap) - a
             for side, (weights, rows) in enumerate(((moved, v), (a * packed, dv))):
                 out = shown * torch.einsum("bhgst,bhtd->bhgsd", weights, rows)
                 errors[:, side, i] += out.square().sum((0, 2, 3, 4))

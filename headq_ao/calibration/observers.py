@@ -1,7 +1,7 @@
 """What collects statistics while attention runs, and the context variable through which attention finds it."""
 
 import contextvars
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -22,7 +22,7 @@ class AttentionObserver(Protocol):
 
     def record(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None,
-        sinks: Tensor | None = None,
+        sinks: Tensor | None = None, softcap: float | None = None,
     ) -> None:  # fmt: skip
         """One layer's ``[B, H, T, D]`` states of a call."""
 
@@ -31,14 +31,19 @@ RECORDER: contextvars.ContextVar[AttentionObserver | None] = contextvars.Context
 
 
 class Recorder:
-    """Collects what attention reads during one calibration; found through a context variable, so threads are apart."""
+    """Collects what attention reads during one calibration; found through a context variable, so threads are apart.
+
+    ``sharing``: layers that read the keys and values of others, and of which; statistics are of all readers.
+    """
 
     def __init__(
         self, n_layers: int, n_rows: int, n_sink: int, seed: int, places: Sequence[int] | None = None,
-        frames: Frames | None = None,
+        frames: Frames | None = None, sharing: Mapping[int, int] | None = None,
     ) -> None:  # fmt: skip
         self.frames = [None] * n_layers if frames is None else frames
         self.numbers = {place: i for i, place in enumerate(range(n_layers) if places is None else places)}
+        self.sharing = {} if sharing is None else sharing
+        self.numbers |= {reader: self.numbers[place] for reader, place in self.sharing.items()}
         self.layers = [MomentAccumulator(n_rows) for _ in range(n_layers)]
         self.n_sink = n_sink
         self.generator = torch.Generator("cpu").manual_seed(seed)
@@ -55,9 +60,10 @@ class Recorder:
 
     def record(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None,
-        sinks: Tensor | None = None,
+        sinks: Tensor | None = None, softcap: float | None = None,
     ) -> None:  # fmt: skip
-        """Fold one layer's ``[B, H, T, D]`` states, sinks left out; ``sinks``: logits in the softmax's denominator."""
+        """Fold one layer's ``[B, H, T, D]`` states, sinks left out; ``sinks``: logits in the softmax's denominator;
+        ``softcap``: of the scores."""
         counted = None if self.counted is None else self.counted.to(k.device)
         number, segment = self.numbers[layer], None
         if (frame := self.frames[number]) is not None:
@@ -72,6 +78,7 @@ class Recorder:
             counted=counted,
             sinks=sinks,
             segment=segment,
+            softcap=softcap,
         )
         seen = None
         if frame is not None and segment is not None:
@@ -88,7 +95,8 @@ class Recorder:
                 raise ValueError(
                     f"layer {layer}: calibration met non-finite {name}; run the model in float32 or bfloat16"
                 )
-        self.layers[number].add(q, k, v, rows, self.priority, seen)
+        again = layer in self.sharing  # keys and values that another reader has shown
+        self.layers[number].add(q, k, v, rows, None if again else self.priority, seen)
         self.layers[number].segment_tokens = 0 if frame is None else frame.tokens
 
 
@@ -117,22 +125,27 @@ class Profiler:
     def __init__(
         self, moments: list[LayerMoments], n_sink: int, counted: Tensor, places: Sequence[int] | None = None,
         frames: Frames | None = None, measured: Callable[[], object] = lambda: None,
+        sharing: Mapping[int, int] | None = None,
     ) -> None:  # fmt: skip
         self.frames, self.measured = [None] * len(moments) if frames is None else frames, measured
         self.numbers = {place: i for i, place in enumerate(range(len(moments)) if places is None else places)}
+        self.numbers |= {reader: self.numbers[place] for reader, place in (sharing or {}).items()}
         self.moments, self.n_sink, self.counted = moments, n_sink, counted
 
     def record(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None,
-        sinks: Tensor | None = None,
+        sinks: Tensor | None = None, softcap: float | None = None,
     ) -> None:  # fmt: skip
         """Fold one layer's ``[1, H, T, D]`` states."""
         number = self.numbers[layer]
         m = self.moments[number]
-        m.errors, m.energy = output_errors(
+        errors, energy = output_errors(
             m, q, k, v, scaling, n_sink=self.n_sink, window=window, every=IMPORTANCE_EVERY,
-            counted=self.counted.to(k.device), sinks=sinks, frame=self.frames[number],
+            counted=self.counted.to(k.device), sinks=sinks, frame=self.frames[number], softcap=softcap,
         )  # fmt: skip
+        if m.errors is not None and m.energy is not None:  # of another reader
+            errors, energy = errors + m.errors, energy + m.energy
+        m.errors, m.energy = errors, energy
         self.measured()
 
 
@@ -148,10 +161,11 @@ class MomentAccumulator:
         self.groups, self.segment_tokens = 1, 0
 
     def add(
-        self, q: Tensor, k: Tensor, v: Tensor, weights: Sequence[Tensor], priority: Tensor, seen: Tensor | None = None
-    ) -> None:
-        """Fold ``q [N, Hq, D]``, ``k``, ``v`` ``[N, Hkv, D]``, the ``weights`` of their rows, and ``priority [N]``;
-        ``seen``: what to take for ``Σ w q qᵀ``."""
+        self, q: Tensor, k: Tensor, v: Tensor, weights: Sequence[Tensor], priority: Tensor | None,
+        seen: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Fold ``q [N, Hq, D]``, ``k``, ``v`` ``[N, Hkv, D]``, the ``weights`` of their rows, and ``priority [N]``,
+        None: these keys are sampled already; ``seen``: what to take for ``Σ w q qᵀ``."""
         q, k, v, of_q, of_k, of_v = (x.double() for x in (q, k, v, *weights))
         self.groups = q.shape[1] // k.shape[1]
         q, of_q = q.unflatten(1, (k.shape[1], -1)), of_q.unflatten(1, (k.shape[1], -1))
@@ -162,6 +176,8 @@ class MomentAccumulator:
             new += [torch.einsum("nh,nhd->hd", weight, x), torch.einsum("nh,nhd,nhe->hde", weight, x, x)]
         self.sums = [a + b for a, b in zip(self.sums, new, strict=True)] if self.sums else new
         self.tokens += k.shape[0]
+        if priority is None:
+            return
         rows, priority = k.float(), priority.to(k.device)
         if self.rows is not None and self.priority is not None:
             rows, priority = torch.cat([self.rows, rows]), torch.cat([self.priority, priority])

@@ -64,7 +64,8 @@ def rotation_of(embedding: nn.Module | None, attention: nn.Module, shape: LayerS
 
 
 def _always_rotary(attention: nn.Module) -> bool:
-    """Whether the layer applies its rotary embedding whatever happens; some models leave it out in some layers."""
+    """Whether the layer applies its rotary embedding whatever happens; some models leave it out in some layers. Those
+    that read the keys of another layer have none to apply it to."""
     if getattr(attention, "use_rope", False):
         return True
     try:
@@ -72,6 +73,7 @@ def _always_rotary(attention: nn.Module) -> bool:
     except (OSError, TypeError, SyntaxError):
         return False
     branches = (branch for branch in ast.walk(forward) if isinstance(branch, ast.If))
+    branches = (branch for branch in branches if "is_kv_shared_layer" not in ast.unparse(branch.test))
     names = (node.id for branch in branches for node in ast.walk(branch) if isinstance(node, ast.Name))
     return "apply_rotary_pos_emb" not in names
 
@@ -88,5 +90,7 @@ def _rotated_units(embedding: nn.Module, apply: Any, positions: Tensor, shape: L
     part = cos.shape[-1]
     units = torch.eye(part, **plain)[None, :, None].expand(1, part, len(positions), part)
     whole = torch.eye(shape.head_dim, **plain).repeat(len(positions), 1, 1)
-    whole[:, :part, :part] = apply(units, units, cos, sin)[0][0].transpose(0, 1)
+    alone = [*inspect.signature(apply).parameters][1] == "cos"  # of keys or queries, not of both
+    turned = apply(units, cos, sin) if alone else apply(units, units, cos, sin)[0]
+    whole[:, :part, :part] = turned[0].transpose(0, 1)
     return whole

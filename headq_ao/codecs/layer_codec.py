@@ -63,7 +63,7 @@ class LayerCodec(SourceModule):
             config.check_head_dim(dim)
         self.config = config
         self.head_dim, self.has_moments = shape.head_dim, moments is not None
-        self.form = shape.n_kv_heads, *shape.dims
+        self.form, self.softcap = (shape.n_kv_heads, *shape.dims), shape.softcap
         framed = config.k_bits is not None and config.key_codec == "whitened"
         self.rotation, self.positions = rotation if framed else None, positions
         self.segment_tokens = segment_tokens(positions) if moments is None else moments.segment_tokens
@@ -237,7 +237,7 @@ class LayerCodec(SourceModule):
             c_q = grouped.transpose(-1, -2) @ grouped / grouped.shape[-2]
             codec = affine_codec(config, c_q, rows.mean(-2), rows)
         else:
-            of_q, of_k, _ = importance_weights(q, k, scaling, n_sink=n_sink, window=window)
+            of_q, of_k, _ = importance_weights(q, k, scaling, n_sink=n_sink, window=window, softcap=self.softcap)
             of_q = mixed(of_q[..., n_sink:].unflatten(1, (k.shape[1], -1)).flatten(2, 3))
             c_q, mean, variance = self._spread_moments(grouped, of_q, rows, mixed(of_k[..., n_sink:]))
             codec = with_side_code(config, prompt_whitened_codec(config, c_q, mean, variance), c_q, rows)

@@ -20,6 +20,7 @@ from headq_ao.ops.cache_update.reference import append, at, leaving_tokens
 from headq_ao.ops.page_layout import NULL_PAGE
 from headq_ao.ops.paged_attention.reference import (
     body_tokens,
+    capped,
     merge,
     new_part,
     new_positions,
@@ -351,7 +352,8 @@ class TokenCodec(Codec):
         for begin in range(0, 0 if unlearned else kv.table.shape[1], columns):
             held, here = self._held(kv, slice(begin, begin + columns))
             seen = visible_at(held.position, here, shown)
-            a, lse = softmax(self.scores(grouped, held).masked_fill(~seen[:, None, None], float("-inf")))
+            s = capped(self.scores(grouped, held), kv.softcap)
+            a, lse = softmax(s.masked_fill(~seen[:, None, None], float("-inf")))
             parts.append((self.readout(a, held), lse))
             if reads is not None:
                 reads += seen.sum()

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from headq_ao.ops.paged_attention.reference import capped
+
 RECENT = 64  # newest keys of each query that do not count: they are exact in the cache
 QUERY_TILE = 128
 UNIFORM = 0.25  # share of plain averages in statistics weighted by attention
@@ -13,6 +15,7 @@ UNIFORM = 0.25  # share of plain averages in statistics weighted by attention
 def importance_weights(
     q: Tensor, k: Tensor, scaling: float, *, n_sink: int, window: int | None = None, every: int = 1,
     counted: Tensor | None = None, sinks: Tensor | None = None, segment: Tensor | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """How much of each row the output shows, from the exact attention ``a`` of a causal sequence.
 
@@ -20,6 +23,8 @@ def importance_weights(
     ``KL ≈ ½ Σ_j a_j (1 − a_j) (q·e_j)²`` for errors that are independent between keys. So a query counts by
     ``w = Σ_j a_j (1 − a_j)``, a key by ``Σ_q a_qj (1 − a_qj)``, and a value, whose error reaches the output as
     ``a_qj e_j``, by ``Σ_q a_qj²``. Sums run over keys that a cache would have packed: no sinks, not the newest.
+    Under a softcap ``c`` an error of a score ``s`` moves the logit by ``1 − tanh²(s / c)`` of itself: ``a_j (1 − a_j)``
+    counts by the square of that.
 
     Args:
         q: ``[B, Hq, T, D]`` after QK-norm and RoPE.
@@ -31,6 +36,7 @@ def importance_weights(
         counted: ``[B, T]``, which tokens count, as queries and as keys; None: all.
         sinks: logits ``[Hq]`` in the softmax's denominator, or None.
         segment: ``[T]`` int64, of which segment each key is, from 0 on; None: of one.
+        softcap: of the scores, or None.
 
     Returns:
         Weights of queries ``[B, Hq, T]`` (0 for those not taken), keys ``[B, Hkv, T]`` and values ``[B, Hkv, T]``. With
@@ -50,10 +56,12 @@ def importance_weights(
     of_q = k.new_zeros(b, hkv, q.shape[1] // hkv, tokens, segments)
     of_k, of_v = k.new_zeros(b, hkv, tokens), k.new_zeros(b, hkv, tokens)
     for at, _, s, packed in score_tiles(q, k, scaling, n_sink=n_sink, window=window, every=every):
-        a = attention(s, sinks) * packed
+        a = attention(s, sinks, softcap) * packed
         if counted is not None:
             a = a * (counted[:, at, None] & counted[:, None])[:, None, None]
         slope = a * (1 - a)
+        if softcap is not None:
+            slope = slope * (1 - torch.tanh(s / softcap).square()).square()
         of_q[..., at, :] = of_q[..., at, :].index_add(-1, places, slope)
         of_k += slope.sum((2, 3))
         of_v += a.square().sum((2, 3))
@@ -61,8 +69,11 @@ def importance_weights(
     return of_q[..., 0] if segment is None else of_q, of_k, of_v
 
 
-def attention(s: Tensor, sinks: Tensor | None) -> Tensor:
-    """The softmax of scores ``[B, Hkv, G, S, T]``, with sink logits ``[Hq]`` in its denominator."""
+def attention(s: Tensor, sinks: Tensor | None, softcap: float | None = None) -> Tensor:
+    """The softmax of scores ``[B, Hkv, G, S, T]``, hidden ones -inf, under a softcap, with sink logits ``[Hq]`` in its
+    denominator."""
+    if softcap is not None:
+        s = capped(s, softcap).masked_fill(s == float("-inf"), float("-inf"))
     a = s.softmax(-1)
     if sinks is None:
         return a

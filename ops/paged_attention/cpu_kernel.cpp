@@ -72,7 +72,7 @@ struct Args {
   int32_t key_dim, value_dim, coordinates, segments;          // coordinates: M
   int32_t page_tokens, columns, n_sink, body, sliding, threads, frames, frame_tokens, map_row;  // body: position of the first token in pages
   int32_t recent;                                             // see PagedKV.recent; -1: none
-  float scaling;
+  float scaling, softcap;                                     // softcap of the scores; 0: none
 };
 
 
@@ -325,6 +325,25 @@ struct Vnni {
   static Sum join(Sum hi, Sum lo) { return _mm512_add_epi32(_mm512_slli_epi32(hi, 8), lo); }
 };
 #endif
+
+// Scores under a softcap, limit · tanh(x / limit) = limit · (1 - e) / (1 + e) for x >= 0 with e = exp(-2 x / limit); `limit` is in the unit of x.
+inline vf capped(vf x, float limit) {
+  const vf size = x < 0 ? -x : x, e = exp2_negative(size * (-2 * LOG2E / limit)), y = limit * (1 - e) / (1 + e);
+  return x < 0 ? -y : y;
+}
+
+// The largest of n scores that become capped.
+float cap(float* x, int64_t n, float limit) {
+  vf top = vf{} + NEG;
+  int64_t i = 0;
+  for (; i + TILE <= n; i += TILE) {
+    const vf y = capped(load<vf>(x + i), limit);
+    store(x + i, y);
+    top = max(y, top);
+  }
+  for (; i < n; i++) x[i] = capped(vf{} + x[i], limit)[0];
+  return most_of(top);
+}
 
 // What codes are multiplied with: numbers of 16 bits, hi·256 + lo. Four numbers of a query lie together, first their hi and
 // then their lo; the next query's begin that many bytes further on.
@@ -726,7 +745,7 @@ void scores(const Work& w, const Pages& pages, const Query& query, const float* 
         store(row + t, x);
         top = max(x, top);
       }
-      if (last) most[q] = std::max(most[q], most_of(top));
+      if (last) most[q] = std::max(most[q], a.softcap != 0 ? cap(row, t1 - t0, LOG2E * a.softcap) : most_of(top));
     }
   }
 }
@@ -952,6 +971,7 @@ void attend_exact(const Args& a, const Sequence& of, int b, int h, const float* 
       vector_at(*p.k, p.at, h, p.slot + t, a.key_dim, row);
       for (int i = 0; i < a.queries; i++) s[i * n + j] = dot(q + int64_t(i) * a.key_dim, row, a.key_dim);
     }
+  if (a.softcap != 0) cap(s, a.queries * n, a.softcap);
   std::fill(out, out + int64_t(a.queries) * d, 0.0f);
   for (int i = 0; i < a.queries; i++) {
     const Positions all = visible(a, b, i % a.new_tokens);

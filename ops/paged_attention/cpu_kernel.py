@@ -86,6 +86,7 @@ class _Args(ctypes.Structure):
         *((name, _P) for name in ("mapped", "lse", "query_start", "frame", "partner", "groups")),
         *((name, _I32) for name in _INTS.split()),
         ("scaling", ctypes.c_float),
+        ("softcap", ctypes.c_float),
     )
 
 
@@ -264,7 +265,7 @@ def _call(kv: PagedKV, readers: Readers, q_heads: int, sliding: int, reads: Tens
         *(() if (frame := readers.frame) is None else (frame.table, frame.partner)),
     )  # fmt: skip
     forms = [None if x is None else (x.data_ptr(), x.shape, x.stride(), x.dtype) for x in tensors]
-    key = (kv.layout, kv.n_sink, q_heads, sliding, kv.recent, frame and frame.tokens, *forms)
+    key = (kv.layout, kv.n_sink, q_heads, sliding, kv.recent, kv.softcap, frame and frame.tokens, *forms)
     found = _calls.get(key)
     if found is not None:
         return _Call(found[0], [found[1]])
@@ -317,7 +318,7 @@ def _arguments(kv: PagedKV, readers: Readers, q_heads: int, sliding: int, reads:
         window_row=0 if window is None else window.stride(0),
         **dict(zip(("window_k", "window_v", "new_k", "new_v", "sink_k", "sink_v"), map(_dense, dense), strict=True)),
         map=_per_head(query_map[0]), map_segment=query_map.stride(0), read=_per_head(read), mean=_per_head(mean),
-        groups=ctypes.addressof(groups),
+        groups=ctypes.addressof(groups), softcap=kv.softcap or 0.0,
     )  # fmt: skip
     args.packed, args.held, args.total = (x.data_ptr() for x in lengths)
     kept = [groups, *lengths, start, segment, query_map, read, mean, reads, window, *dense]

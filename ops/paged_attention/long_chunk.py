@@ -53,7 +53,7 @@ def _of_one(q: Tensor, scaling: float, kv: PagedKV, readers: Readers) -> Part:
     oldest = (-(-packed // layout.page_tokens) - kv.table.shape[1]) * layout.page_tokens
     if kv.recent is None:
         oldest, shown, first = max(oldest, kv.n_sink - kv.body_start), packed, count
-        out, lse = flash(q, kv.new_k, kv.new_v, None, scaling)
+        out, lse = flash(q, kv.new_k, kv.new_v, None, scaling, softcap=kv.softcap)
         in_full = window(kv, 0)
     else:
         oldest, shown = 0, max(packed, held - kv.recent)
@@ -65,10 +65,11 @@ def _of_one(q: Tensor, scaling: float, kv: PagedKV, readers: Readers) -> Part:
         k, v = rows(kv, layout, readers, begin, end, q.dtype)
         if in_full is not None and end >= shown:  # all in one
             k, v = (torch.cat(x, 2) for x in zip((k, v), in_full, strict=True))
-        join(out, lse, flash(q, k, v, None, scaling, causal=False))
+        join(out, lse, flash(q, k, v, None, scaling, causal=False, softcap=kv.softcap))
     for begin in range(first, count, TILE):
         k, v = rows(kv, layout, readers, shown + begin - first, shown + min(begin + TILE, count) - first, q.dtype)
-        join(out[:, :, begin:], lse[:, :, begin:], flash(q[:, :, begin:], k, v, None, scaling))
+        part = flash(q[:, :, begin:], k, v, None, scaling, softcap=kv.softcap)
+        join(out[:, :, begin:], lse[:, :, begin:], part)
     return out, lse
 
 
@@ -97,7 +98,7 @@ def band(q: Tensor, scaling: float, kv: PagedKV, shown: int) -> Part:
     block = torch.arange(blocks, dtype=torch.int64, device=q.device)[:, None, None] * BLOCK
     seen = (near >= query[:, None]) & (near <= query[:, None] + kv.recent) & (near + block >= shown - held + kv.recent)
     k, v = near_each
-    out, lse = flash(queries.transpose(0, 1), k, v, hiding(seen, q.dtype), scaling)
+    out, lse = flash(queries.transpose(0, 1), k, v, hiding(seen, q.dtype), scaling, softcap=kv.softcap)
     out, lse = (x.transpose(0, 1).flatten(1, 2)[None, :, :count] for x in (out, lse))
     return out, lse
 
@@ -134,9 +135,7 @@ def dequantized(
     pages = torch.arange(begin // p, -(-end // p), dtype=torch.int64, device=kv.table.device) % kv.table.shape[1]
     table, inside = kv.table[:, pages].long(), slice(begin - begin // p * p, end - begin // p * p)
     mapping, frame = readers.query_map[0].expand(-1, layout.kv_heads, -1, -1), readers.frame
-    if (
-        frame is not None
-    ):  # R_s of what was read in the frame of segment s; the other one of each pair is mapped beside it
+    if frame is not None:  # R_s of what was read in segment s's frame; the other one of each pair is mapped beside it
         mapping = torch.cat([mapping, mapping[:, :, frame.partner]], 2)
         segment = frame.of(torch.arange(begin, end, dtype=torch.int64, device=kv.table.device))
         cosine, sine = frame.table[segment].unbind(1)

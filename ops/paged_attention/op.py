@@ -23,7 +23,7 @@ def paged_attention(
 
     ``o = Σ_j softmax(s)_j v_j`` and ``lse = log Σ_j exp(s_j)``. Packed tokens are read as codes, with ``s_j`` as in
     :class:`Readers`; the others in full precision, ``s_j = scaling · q·k_j``. Accumulation is fp32 (fp64 for fp64
-    queries).
+    queries). Scores are capped by :attr:`PagedKV.softcap` before anything is hidden.
 
     Args:
         q: ``[B, Hq, S, D]``, ``Hq`` a multiple of the layer's KV heads.
@@ -52,7 +52,7 @@ def paged_attention(
     out, lse = _operator(
         q, scaling, kv.pages, kv.layout, kv.table, kv.segment, kv.packed, kv.held, kv.total, kv.window_k, kv.window_v,
         kv.n_sink, kv.new_k, kv.new_v, kv.new_start, readers.query_map, readers.read, readers.mean, low, high, sliding,
-        reads, *(_NO_FRAME if (f := readers.frame) is None else (f.table, f.partner, f.tokens)),
+        reads, *(_NO_FRAME if (f := readers.frame) is None else (f.table, f.partner, f.tokens)), kv.softcap,
     )  # fmt: skip
     return out, lse
 
@@ -103,10 +103,23 @@ def _paged_attention(
     held: Tensor, total: Tensor, window_k: Tensor, window_v: Tensor, n_sink: int, new_k: Tensor | None,
     new_v: Tensor | None, new_start: Tensor | None, query_map: Tensor | None, read: Tensor | None, mean: Tensor | None,
     low: Tensor | None, high: Tensor | None, sliding: int, reads: Tensor | None, frame: Tensor | None = None,
-    partner: Tensor | None = None, frame_tokens: int = 0,
+    partner: Tensor | None = None, frame_tokens: int = 0, softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     kv = PagedKV(
-        pages, layout, table, segment, packed, held, total, window_k, window_v, n_sink, new_k, new_v, new_start
+        pages,
+        layout,
+        table,
+        segment,
+        packed,
+        held,
+        total,
+        window_k,
+        window_v,
+        n_sink,
+        new_k,
+        new_v,
+        new_start,
+        softcap=softcap,
     )
     visible = None if low is None or high is None else Visible(low, high)
     of_keys = None if frame is None or partner is None else SegmentFrame(frame, partner, frame_tokens)

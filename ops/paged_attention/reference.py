@@ -37,7 +37,7 @@ def packed_part(
     scores, outs = [], []
     for group in layout.split(kv.pages):
         scores.append(group_scores(q[:, group.layout.part], group, table, kv.segment, readers, frames))
-    s = torch.cat(scores, 1).masked_fill(~seen[:, None, None], float("-inf"))
+    s = capped(torch.cat(scores, 1), kv.softcap).masked_fill(~seen[:, None, None], float("-inf"))
     a, lse = softmax(s)
     for group in layout.split(kv.pages):
         values = gathered(group.values, table, q.dtype, keys=False).masked_fill(~here[:, None, :, None], 0.0)
@@ -132,7 +132,7 @@ def read_back(out: Tensor, lse: Tensor, readers: Readers) -> Tensor:
 def window_part(q: Tensor, kv: PagedKV, shown: Visible) -> tuple[Tensor, Tensor]:
     """Over sinks and the newest tokens."""
     position, here = window_positions(kv)
-    return dense_part(q, *window_tokens(kv), here, seen_in_full(position, here, shown, kv))
+    return dense_part(q, *window_tokens(kv), here, seen_in_full(position, here, shown, kv), kv.softcap)
 
 
 def window_tokens(kv: PagedKV) -> tuple[Tensor, Tensor]:
@@ -179,7 +179,7 @@ def new_part(q: Tensor, kv: PagedKV, shown: Visible) -> tuple[Tensor, Tensor]:
     """Over the call's own tokens."""
     assert kv.new_k is not None and kv.new_v is not None
     position, here = new_positions(kv)
-    return dense_part(q, kv.new_k, kv.new_v, here, seen_in_full(position, here, shown, kv))
+    return dense_part(q, kv.new_k, kv.new_v, here, seen_in_full(position, here, shown, kv), kv.softcap)
 
 
 def new_positions(kv: PagedKV) -> tuple[Tensor, Tensor]:
@@ -190,12 +190,15 @@ def new_positions(kv: PagedKV) -> tuple[Tensor, Tensor]:
     return position, (position >= kv.held[:, None]) & (position < kv.total[:, None])
 
 
-def dense_part(q: Tensor, k: Tensor, v: Tensor, here: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+def dense_part(
+    q: Tensor, k: Tensor, v: Tensor, here: Tensor, seen: Tensor, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
     """Over tokens in full precision ``[B, Hkv, n, D]``, those of them that are ``here [B, n]``, the others may hold
     anything; ``seen [B, S, n]`` by each query."""
     k, v = (x.to(q.dtype).masked_fill(~here[:, None, :, None], 0.0) for x in (k, v))
     seen = seen[:, None, None]
-    a, lse = softmax((q @ k[:, :, None].transpose(-1, -2)).masked_fill(~seen, float("-inf")))
+    s = capped(q @ k[:, :, None].transpose(-1, -2), softcap)
+    a, lse = softmax(s.masked_fill(~seen, float("-inf")))
     return a @ v[:, :, None], lse
 
 
@@ -209,6 +212,11 @@ def seen_in_full(position: Tensor, here: Tensor, shown: Visible, kv: PagedKV) ->
     """Which queries read the tokens at those positions in full precision, ``[B, S, n]``."""
     at = position[:, None]
     return visible_at(position, here, shown) & ((at < kv.n_sink) | (at >= shown.codes_end(kv)[..., None]))
+
+
+def capped(s: Tensor, softcap: float | None) -> Tensor:
+    """Scores under a softcap, ``softcap · tanh(s / softcap)``; None: as they are."""
+    return s if softcap is None else softcap * torch.tanh(s / softcap)
 
 
 def softmax(s: Tensor) -> tuple[Tensor, Tensor]:

@@ -102,8 +102,8 @@ def _launch(
             kv.table.shape[1], kv.segment if segments > 1 else None, None if frame is None else of_frame[2:], q,
             q_strides, start, scaling, _tokens(kv.window_k, kv.window_v), owned,
             None if kv.new_k is None else _tokens(kv.new_k, kv.new_v), kv.new_start, kv.packed, kv.recent, kv.held,
-            kv.total, low, high, kv.n_sink, ring, sliding, part_out, part_lse, layout.kv_heads, new, rows, splits,
-            new_slots, SEGMENTS=segments, **sizes, **constants, **options,
+            kv.total, low, high, kv.n_sink, ring, sliding, kv.softcap, part_out, part_lse, layout.kv_heads, new, rows,
+            splits, new_slots, SEGMENTS=segments, **sizes, **constants, **options,
         )  # fmt: skip
         read = None if readers.read is None else readers.read.expand(batch, layout.kv_heads, -1, -1)
         mean = None if readers.mean is None else readers.mean.expand(batch, layout.kv_heads, -1)

@@ -22,7 +22,7 @@ import triton.language as tl
 from headq_ao.ops.paged_attention.triton_codes import CHUNK, log2, parts, piece, query_slices, raised, unit
 from headq_ao.ops.paged_attention.triton_heads import FIELDS as _FIELDS
 from headq_ao.ops.paged_attention.triton_heads import form, sides
-from headq_ao.ops.paged_attention.triton_window import LOG2E, coded, codes_end, exact_split, visible
+from headq_ao.ops.paged_attention.triton_window import LOG2E, capped, coded, codes_end, exact_split, visible
 
 FIELDS = tl.constexpr(_FIELDS)
 LARGEST = tl.constexpr(14)  # log2 of the largest factor in fp16
@@ -276,7 +276,7 @@ def _absorb(
 
 @triton.jit
 def _masked_tile(
-    sums, t0, begin, end, first, last, table, segment, mine, queries, slope, offset, lift, mean, keys, values,
+    sums, t0, begin, end, first, last, table, segment, mine, queries, slope, offset, lift, mean, softcap, keys, values,
     CHUNKS: tl.constexpr, HEADROOM: tl.constexpr, BITS: tl.constexpr, WIDTHS: tl.constexpr, PARTS: tl.constexpr,
     D: tl.constexpr, D_PADDED: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr,
     PTX: tl.constexpr,
@@ -304,6 +304,7 @@ def _masked_tile(
             s += lift[None, :] * _number(zero, zero_stride, page, inside, here)[:, None]
         if mean is not None:
             s += mean[None, :]
+        s = capped(s, softcap)
         s = tl.where((t[:, None] >= first[None, :]) & (t[:, None] < last[None, :]) & here[:, None], s, float("-inf"))
         sums = _absorb(
             sums, s, a, z, value_page, t0, end, values,
@@ -335,12 +336,12 @@ def _queries(
 @triton.jit
 def _read(
     sums, q, q_stride, columns, keys, values, table, segment, mine, row, live, first, last, lowest, begin, end,
-    whole_begin, whole_end,
+    whole_begin, whole_end, softcap,
     KINDS: tl.constexpr, KIND: tl.constexpr, M: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr,
-    ROWS: tl.constexpr, PTX: tl.constexpr, P: tl.constexpr, FRAMED: tl.constexpr,
+    ROWS: tl.constexpr, PTX: tl.constexpr, P: tl.constexpr, MEAN: tl.constexpr,
 ):  # fmt: skip
     """The running sums and tokens ``begin ≤ t < end``, read by the mapped queries ``q``; those of whole tiles that all
-    rows see are ``whole_begin ≤ t < whole_end``."""
+    rows see are ``whole_begin ≤ t < whole_end``. ``MEAN``: whether scores get ``q·μ`` here."""
     CHUNKS: tl.constexpr = form(KINDS, KIND, 0)
     VALUE_BITS: tl.constexpr = form(KINDS, KIND, 3)
     VALUE_WIDTHS: tl.constexpr = form(KINDS, KIND, 4)
@@ -354,8 +355,8 @@ def _read(
     queries, slope, offset = _queries(q, q_stride, columns, row, live, CHUNKS, M, ROWS, QUERY_TOP)
     slope = slope / unit(PTX)
     lift = tl.load(q + M + 1 + row * q_stride, mask=live, other=0.0) * LOG2E
-    mean = None  # of one frame all scores share it, and the log-sum-exp gets it
-    if FRAMED:
+    mean = None  # of one frame all scores share it, and where none is capped, the log-sum-exp gets it
+    if MEAN:
         mean = tl.load(q + M + 2 + row * q_stride, mask=live, other=0.0) * LOG2E
     planes, strides, _, _, zero, zero_stride = keys
 
@@ -372,8 +373,9 @@ def _read(
         inside = (t0 + slot) % P
         if zero is not None:
             s += lift[None, :] * _number(zero, zero_stride, page, inside, slot >= 0)[:, None]
-        if FRAMED:
+        if MEAN:
             s += mean[None, :]  # type: ignore[index]
+        s = capped(s, softcap)
         if GROUPS == 1 and values[4] is not None:
             z = _number(values[4], values[5], page, inside, slot >= 0)
         sums = _absorb(
@@ -387,7 +389,7 @@ def _read(
         t0 = tl.where(tile < before, begin + tile * SLOTS, whole_end + (tile - before) * SLOTS)
         sums = _masked_tile(
             sums, t0, lowest, end, first, last, table, segment, mine, queries, slope, offset, lift, mean,
-            keys, values, CHUNKS, HEADROOM, VALUE_BITS, VALUE_WIDTHS, PARTS, D, D_PADDED, GROUPS, ROWS, P, PTX,
+            softcap, keys, values, CHUNKS, HEADROOM, VALUE_BITS, VALUE_WIDTHS, PARTS, D, D_PADDED, GROUPS, ROWS, P, PTX,
         )  # fmt: skip
     return sums
 
@@ -395,7 +397,7 @@ def _read(
 @triton.jit
 def _packed_split(
     q, q_stride, columns, heads, table, table_columns, segment, frame, in_pages, recent, total, low, high, n_sink,
-    sliding, to, to_lse, b, h, row, live, split, mine, new, splits,
+    sliding, softcap, to, to_lse, b, h, row, live, split, mine, new, splits,
     KINDS: tl.constexpr, KIND: tl.constexpr, M: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr,
     ROWS: tl.constexpr, PTX: tl.constexpr, P: tl.constexpr, BY_POSITION: tl.constexpr,
 ):  # fmt: skip
@@ -437,7 +439,8 @@ def _packed_split(
     table = (table, table_columns, lowest // P // table_columns * table_columns)
     columns += form(KINDS, KIND, 1)
     of_mean = 0.0
-    if frame is None:
+    SHARED: tl.constexpr = frame is None and softcap is None
+    if SHARED:
         of_mean = tl.load(q + M + 2 + row * q_stride, mask=live, other=0.0) * LOG2E
 
     # the running maximum; Σ 2^(s − M), summed over tokens after the last tile; Σ w, what the values of a token share
@@ -450,7 +453,7 @@ def _packed_split(
     if frame is None:
         sums = _read(
             sums, q, q_stride, columns, keys, values, table, segment, mine, row, live, first, last, lowest, begin, end,
-            whole_begin, whole_end, KINDS, KIND, M, D, D_PADDED, ROWS, PTX, P, False,
+            whole_begin, whole_end, softcap, KINDS, KIND, M, D, D_PADDED, ROWS, PTX, P, not SHARED,
         )  # fmt: skip
     else:  # one segment after the other
         tokens, count, stride = frame
@@ -464,7 +467,7 @@ def _packed_split(
             whole_low = tl.minimum(tl.maximum(whole_begin, low_end), high_end)
             sums = _read(
                 sums, of_segment, q_stride, columns, keys, values, table, segment, mine, row, live, first, last, lowest,
-                low_end, high_end, whole_low, tl.maximum(tl.minimum(whole_end, high_end), whole_low),
+                low_end, high_end, whole_low, tl.maximum(tl.minimum(whole_end, high_end), whole_low), softcap,
                 KINDS, KIND, M, D, D_PADDED, ROWS, PTX, P, True,
             )  # fmt: skip
 
@@ -487,8 +490,8 @@ def _packed_split(
 )  # fmt: skip
 def split_kernel(
     mapped, columns, heads, table, table_stride, table_columns, segment, frame, q, q_strides, query_start, scaling,
-    window, owned, new_tokens, new_start, packed, recent, held, total, low, high, n_sink, ring, sliding, out, out_lse,
-    kv_heads, new, rows, splits, new_slots,
+    window, owned, new_tokens, new_start, packed, recent, held, total, low, high, n_sink, ring, sliding, softcap, out,
+    out_lse, kv_heads, new, rows, splits, new_slots,
     KINDS: tl.constexpr, M: tl.constexpr, KEY_D: tl.constexpr, KEY_PADDED: tl.constexpr, D: tl.constexpr,
     D_PADDED: tl.constexpr, ROWS: tl.constexpr, PTX: tl.constexpr, P: tl.constexpr, SEGMENTS: tl.constexpr,
     TILE: tl.constexpr, PRECISION: tl.constexpr,
@@ -501,8 +504,8 @@ def split_kernel(
     of a segment, and how many there are) one such for each segment, from that of the oldest token on. ``heads``: the
     table of :func:`headq_ao.ops.paged_attention.triton_heads.head_table`. ``window``, ``new_tokens``: keys, their
     strides of batch, head and token, values, theirs; ``owned``: where an engine's pages hold the newest tokens, its
-    window table, that one's stride, tokens of a page, and sinks of keys and values, each with strides; ``recent``:
-    :attr:`headq_ao.ops.types.PagedKV.recent`. With
+    window table, that one's stride, tokens of a page, and sinks of keys and values, each with strides; ``recent``,
+    ``softcap``: see :class:`headq_ao.ops.types.PagedKV`. With
     ``query_start`` queries are those of :class:`headq_ao.ops.requests.Requests`. Grid: heads, splits, blocks of rows.
     """
     b = tl.program_id(0).to(tl.int64) // kv_heads
@@ -526,14 +529,14 @@ def split_kernel(
             if kind == i:
                 _packed_split(
                     mapped, M + 3, columns, heads, table + b * table_stride, table_columns, segment, of_frame,
-                    in_pages, recent, total, low, high, n_sink, sliding, to, to_lse, b, h, row, live, part // SEGMENTS,
-                    mine, new, splits,
+                    in_pages, recent, total, low, high, n_sink, sliding, softcap, to, to_lse, b, h, row, live,
+                    part // SEGMENTS, mine, new, splits,
                     KINDS, i, M, D, D_PADDED, ROWS, PTX, P, owned is not None,
                 )  # fmt: skip
     else:
         exact_split(
             q, q_strides, query_start, scaling, window, owned, table, table_stride, new_tokens, new_start, in_pages,
-            recent, held, total, low, high, n_sink, ring, sliding, to, to_lse, b, h, row, live,
+            recent, held, total, low, high, n_sink, ring, sliding, softcap, to, to_lse, b, h, row, live,
             part - splits * SEGMENTS, new, rows, new_slots,
             KEY_D, KEY_PADDED, D, D_PADDED, TILE, PRECISION,
         )  # fmt: skip

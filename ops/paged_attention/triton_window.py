@@ -65,8 +65,17 @@ def _product(x, y, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def capped(s, softcap):
+    """Scores in units of ``log 2`` under a softcap, ``cap · tanh(s / cap)``; ``softcap`` None: as they are."""
+    if softcap is not None:
+        cap = softcap * LOG2E
+        s = cap - 2 * cap / (1 + tl.exp2(s * (2 / softcap)))
+    return s
+
+
+@triton.jit
 def _attend(
-    x, tokens, page, b, h, number, position, here, first, last, to, to_lse, row, live,
+    x, tokens, page, b, h, number, position, here, first, last, softcap, to, to_lse, row, live,
     KEY_D: tl.constexpr, KEY_PADDED: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attention of the scaled queries ``x [KEY_PADDED, ROWS]`` over tokens ``number [TILE]`` at those positions: of
@@ -86,7 +95,7 @@ def _attend(
         at = v + h * v_strides[1] + (page * v_strides[0] + number * v_strides[2])[:, None] + d[None, :]
     value = tl.load(at, mask=here[:, None] & (d < D)[None, :], other=0.0)
     seen = here[:, None] & (position[:, None] >= first[None, :]) & (position[:, None] < last[None, :])
-    s = tl.where(seen, _product(key, x, PRECISION) * LOG2E, float("-inf"))
+    s = tl.where(seen, capped(_product(key, x, PRECISION) * LOG2E, softcap), float("-inf"))
     top = tl.max(s, 0)
     frame = tl.where(top == float("-inf"), 0.0, top)
     w = tl.exp2(s - frame[None, :])
@@ -100,7 +109,7 @@ def _attend(
 @triton.jit
 def exact_split(
     q, q_strides, query_start, scaling, window, owned, table, table_stride, new_tokens, start, in_pages, recent, held,
-    total, low, high, n_sink, ring, sliding, to, to_lse, b, h, row, live, tile, new, rows, new_slots,
+    total, low, high, n_sink, ring, sliding, softcap, to, to_lse, b, h, row, live, tile, new, rows, new_slots,
     KEY_D: tl.constexpr, KEY_PADDED: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, TILE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -137,14 +146,14 @@ def exact_split(
             position = tl.where(sink, slot, body + n_sink)
             here = (slot < n_sink + ring) & tl.where(sink, slot < in_window, (body >= in_pages) & (body >= 0))
             _attend(
-                x, window, None, b, h, slot, position, here, first, last, to, to_lse, row, live,
+                x, window, None, b, h, slot, position, here, first, last, softcap, to, to_lse, row, live,
                 KEY_D, KEY_PADDED, D, D_PADDED, PRECISION,
             )  # fmt: skip
         elif tile < sink_tiles:
             here = (slot < n_sink) & (slot < in_window) & (slot >= lowest)
             first_page = tl.load(table + b * table_stride).to(tl.int64)
             _attend(
-                x, owned[3], None, first_page, h, slot, slot, here, first, last, to, to_lse, row, live,
+                x, owned[3], None, first_page, h, slot, slot, here, first, last, softcap, to, to_lse, row, live,
                 KEY_D, KEY_PADDED, D, D_PADDED, PRECISION,
             )  # fmt: skip
         else:
@@ -154,7 +163,7 @@ def exact_split(
             here = (number < ring) & (position < in_window) & (position >= lowest)
             page = tl.load(window_table + b * window_stride + position // size, mask=here, other=0).to(tl.int64)
             _attend(
-                x, window, page, b, h, position % size, position, here, behind, last, to, to_lse, row, live,
+                x, window, page, b, h, position % size, position, here, behind, last, softcap, to, to_lse, row, live,
                 KEY_D, KEY_PADDED, D, D_PADDED, PRECISION,
             )  # fmt: skip
     elif new_tokens is not None:
@@ -164,6 +173,6 @@ def exact_split(
             position -= tl.load(start + b)
         here = (number < new_slots) & (position >= in_window) & (position < tl.load(total + b))
         _attend(
-            x, new_tokens, None, b, h, number, position, here, first, last, to, to_lse, row, live,
+            x, new_tokens, None, b, h, number, position, here, first, last, softcap, to, to_lse, row, live,
             KEY_D, KEY_PADDED, D, D_PADDED, PRECISION,
         )  # fmt: skip

@@ -27,6 +27,19 @@ def test_a_moved_layer_keeps_one_side_basis(basis, one):
     assert (layer.calibrated.side_read is layer.calibrated.side_encode) == one
 
 
+def test_a_prompts_own_statistics_are_taken_under_the_layers_softcap():
+    g = torch.Generator().manual_seed(0)
+    q, k = 3 * torch.randn(1, 4, 200, 32, generator=g), torch.randn(1, 2, 200, 32, generator=g)
+    q[..., 0] *= 8
+    made = {
+        cap: LayerCodec(headq_config(), LayerShape(4, 2, 32, None, softcap=cap), None, torch.device("cpu"))
+        for cap in (None, 1e6, 2.0)
+    }
+    plain, far, low = (made[cap].from_prompt(q, k, 0.2) for cap in (None, 1e6, 2.0))
+    torch.testing.assert_close(far.mean, plain.mean, rtol=1e-3, atol=1e-4)
+    assert (low.mean - plain.mean).norm() > 0.1 * plain.mean.norm()
+
+
 def test_own_statistics_are_those_of_a_whole_segment():
     """Twenty first tokens stand for a segment of 256: mean and variances of the keys, against all turned keys laid out
     one after the other; half of the queries stand in the segment, half some segments later."""

@@ -137,17 +137,17 @@ TOYS = [Plain, Grouped, Centred, Summed, Dropping, Paged, Positioned]
 SHARED_ROWS = [Plain, Grouped, Centred, Paged, Positioned]
 
 
-def shape_of(sliding=None):
-    return LayerShape(HEADS, KV, D, sliding)
+def shape_of(sliding=None, softcap=None):
+    return LayerShape(HEADS, KV, D, sliding, softcap=softcap)
 
 
-def make(toy, sliding=None, capacity=None):
+def make(toy, sliding=None, capacity=None, softcap=None):
     """An empty layer, alone in its cache."""
     config = headq_config(n_sink=SINKS, residual_length=WINDOW, block_size=16)
-    source = TokenSource(toy(), LayerContext(shape_of(sliding), SINKS, CPU), "a toy")
+    source = TokenSource(toy(), LayerContext(shape_of(sliding, softcap), SINKS, CPU), "a toy")
     schedule = schedule_of(config, [source])
     batch = Batch(schedule, page_tokens(config, schedule), capacity)
-    batch.layers = [PackedLayer(shape_of(sliding), source, batch)]
+    batch.layers = [PackedLayer(shape_of(sliding, softcap), source, batch)]
     return batch.layers[0]
 
 
@@ -173,9 +173,10 @@ def feed(layer, q, k, v, calls, spans=None):
     return torch.cat(outs, 2) if outs else None
 
 
-def attention(q, k, v, seen):
+def attention(q, k, v, seen, softcap=None):
     """Exact attention over tokens ``[B, Hkv, T, D]``, ``seen [B or 1, S, T]``."""
     s = q.unflatten(1, (KV, -1)) @ k[:, :, None].transpose(-1, -2)
+    s = s if softcap is None else softcap * (s / softcap).tanh()
     a = s.masked_fill(~seen[:, None, None], float("-inf")).softmax(-1)
     return (a @ v[:, :, None]).flatten(1, 2)
 
@@ -225,6 +226,13 @@ def test_a_sliding_window_uses_pages_again(toy):
         expected = attention(q, k, v, ((age >= 0) & (age < 50))[None])[:, :, 60:]
         torch.testing.assert_close(out, expected, atol=1e-9, rtol=0)
     assert out.isfinite().all()
+
+
+def test_scores_of_all_tokens_are_under_the_layers_softcap():
+    (q, k, v), at = states(1, 100), torch.arange(100)
+    out = feed(make(Plain, softcap=1.5), q, k, v, (60, 25, *(1,) * 15))
+    expected = attention(q, k, v, (at[:, None] >= at)[None], 1.5)[:, :, 60:]
+    torch.testing.assert_close(out, expected, atol=1e-9, rtol=0)
 
 
 def test_a_tail_of_a_group_stays_in_full_precision():

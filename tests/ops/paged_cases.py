@@ -32,6 +32,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     strided: bool = False  # physical pages with all heads side by side
     frame: SegmentFrame | None = None
+    softcap: float | None = None
     extra: dict = field(default_factory=dict)
 
     @property
@@ -87,7 +88,10 @@ def make(case: Case, seed: int = 0) -> tuple[PagedKV, Readers]:
             x.transpose(1, 2)[torch.arange(most) < start[:, None]] = float("nan")
         new = [*(x.to(case.dtype) for x in new), start]
     segment = torch.randint(0, case.segments, (count,), generator=g).int() if case.segments > 1 else None
-    kv = PagedKV(pages, layout.spec, table, segment, torch.tensor(case.packed), held, total, *window, case.sinks, *new)
+    kv = PagedKV(
+        pages, layout.spec, table, segment, torch.tensor(case.packed), held, total, *window, case.sinks, *new,
+        softcap=case.softcap,
+    )  # fmt: skip
     return kv, readers(case, layout, batch, g)
 
 

@@ -79,6 +79,15 @@ CASES = {
     "frames and segments": Case(
         dim=32, frame=some_frame(32, 128), packed=(300,), held=(320,), total=(321,), columns=10, segments=2, each=True
     ),
+    "softcap": Case(softcap=2.0, zero=True, group=3, new=2, total=(172,)),
+    "softcap, head groups": Case(heads=((1, 2, 2), (2, 4, 3)), dim=32, softcap=1.0, **TWO),
+    "softcap, segments": Case(segments=2, dim=32, softcap=1.0, **TWO),
+    "softcap, frames": Case(
+        dim=32, frame=some_frame(32, 128), softcap=1.0, packed=(300, 150), held=(320, 170), total=(321, 171), columns=10
+    ),
+    "softcap, sliding, bfloat16": Case(
+        new=3, packed=(150, 40), held=(170, 60), total=(173, 63), sliding=50, softcap=2.0, dtype=torch.bfloat16
+    ),
     "bfloat16": Case(dtype=torch.bfloat16, dim=64),
     "of each sequence": Case(each=True, mean=False, dim=32, **TWO),
     "long chunk": Case(new=32, packed=(100,), held=(110,), total=(142,), group=1, dim=32),

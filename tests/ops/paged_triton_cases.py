@@ -37,6 +37,7 @@ class Case:
     side: int = 0  # coordinates of a side code of 4 bits beside the key's
     dtype: torch.dtype = torch.float32
     frame: SegmentFrame | None = None
+    softcap: float | None = None
 
     @property
     def coded(self):
@@ -94,6 +95,7 @@ def make(case: Case, device: torch.device, seed: int = 0) -> tuple[torch.Tensor,
     kv = PagedKV(
         pages, layout.spec, table, segment, packed, held, total, *(w.to(case.dtype) for w in window), case.sinks,
         *((x.to(case.dtype) for x in fresh) if case.new_tokens else (None, None)), start,
+        softcap=case.softcap,
     )  # fmt: skip
     readers = Readers(
         maps,

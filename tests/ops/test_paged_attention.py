@@ -87,6 +87,24 @@ CASES = {
     "frames, a long chunk": (
         Case(packed=(1100, 700), window=(80, 80), new=(300, 280), heads=(1,), frame=some_frame(64, 512)), 3, 300, 0,
     ),
+    "softcap": (Case(packed=(1100, 40), window=(80, 12), new=(2, 1), softcap=1.0), 3, 2, 0),
+    "softcap, 3 bits, zeros, groups": (
+        Case(packed=(2500,), keys=(side((3, 64)),), values=(4,), key_zero=True, value_zero=True, value_groups=2,
+             softcap=2.0), 7, 1, 0,
+    ),
+    "softcap, head groups, segments": (
+        Case(packed=(1500,), page=16, segments=3, heads=(1, 1), keys=(side((3, 64)), side((4, 64))), values=(2, 4),
+             softcap=1.0), 2, 2, 0,
+    ),
+    "softcap, frames, sliding": (
+        Case(packed=(2000, 100), window=(80, 80), new=(40, 33), columns=8, frame=some_frame(64, 128), softcap=1.0),
+        3, 40, 200,
+    ),
+    "softcap, a long chunk": (Case(packed=(1100,), window=(80,), new=(300,), heads=(1,), softcap=1.0), 3, 300, 0),
+    "softcap, a padded prompt": (
+        Case(packed=(0, 0), window=(0, 0), new=(70, 3), heads=(1,), softcap=1.0), 3, 70, 0,
+    ),
+    "softcap, bf16": (Case(packed=(500,), new=(2,), dtype=torch.bfloat16, softcap=1.0), 3, 2, 0),
     "bf16": (Case(packed=(500,), new=(2,), dtype=torch.bfloat16), 3, 2, 0),
     "fp16": (Case(packed=(500,), dtype=torch.float16), 3, 1, 0),
 }  # fmt: skip
@@ -260,6 +278,21 @@ def test_a_query_that_is_no_number_shows(value):
 
 @needs_kernel
 @pytest.mark.parametrize("path", PATHS)
+def test_a_softcap_far_above_the_scores_changes_little_and_a_low_one_much(path, monkeypatch):
+    """``s − s³ / 3c² + ..``; under a low one all tokens count nearly alike."""
+    monkeypatch.setenv("HEADQ_CPU_ISA", path)
+    kv, readers = make(Case(packed=(1100,)))
+    q = queries(kv, 3, 1)
+    plain, plain_lse = paged_attention(q, 0.125, kv, readers)
+    far, far_lse = paged_attention(q, 0.125, dataclasses.replace(kv, softcap=1e3), readers)
+    torch.testing.assert_close((far, far_lse), (plain, plain_lse), rtol=1e-3, atol=2e-3)
+    _, low_lse = paged_attention(q, 0.125, dataclasses.replace(kv, softcap=1e-3), readers)
+    torch.testing.assert_close(low_lse, torch.full_like(low_lse, math.log(4 + 1150)), rtol=0, atol=2e-3)
+    assert (plain_lse - low_lse).abs().max() > 1
+
+
+@needs_kernel
+@pytest.mark.parametrize("path", PATHS)
 def test_many_small_weights_keep_their_sum(path, monkeypatch):
     """One token with nearly all the weight, and 4095 whose weights are below half of an integer each."""
     monkeypatch.setenv("HEADQ_CPU_ISA", path)
@@ -281,13 +314,14 @@ def test_many_small_weights_keep_their_sum(path, monkeypatch):
 
 @needs_kernel
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("softcap", [None, 1.0])
 @pytest.mark.parametrize(("packed", "zero"), [((300, 900), False), ((0, 900), True), ((0, 0), False)])
-def test_long_chunks_are_dequantized_tile_by_tile(dtype, packed, zero, monkeypatch):
+def test_long_chunks_are_dequantized_tile_by_tile(dtype, packed, zero, softcap, monkeypatch):
     """Against the reference in fp32; the tiles end within pages and before the packed tokens do."""
     monkeypatch.setattr(long_chunk, "TILE", 200)
     monkeypatch.setattr(long_chunk, "LEAST_QUERIES", 40)
     case = Case(packed, (50, 9), (40, 40), heads=(2, 1), keys=((2,) * 64, (3,) * 64), values=(2, 3), dtype=dtype)
-    case.key_zero = case.value_zero = zero
+    case.key_zero, case.value_zero, case.softcap = zero, zero, softcap
     kv, readers = make(case)
     q, reads = queries(kv, 3, 40).to(dtype), torch.zeros(2, dtype=torch.int64)
     assert long_chunk.serves(q, kv, None, 0)

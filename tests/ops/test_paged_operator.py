@@ -20,18 +20,22 @@ from tests.ops.paged_cases import Case, make
 from tests.ops.test_paged_attention import CASES, LIBRARY, counted, needs_kernel, queries
 
 OF_AN_ENGINE = {"window_table", "sink_k", "sink_v", "newest", "recent"}  # which the operator does not take
-NAMES = [f.name for f in dataclasses.fields(PagedKV) if f.name not in OF_AN_ENGINE]
+BEHIND = {"softcap"}  # which it takes last
+NAMES = [f.name for f in dataclasses.fields(PagedKV) if f.name not in OF_AN_ENGINE | BEHIND]
 
 
 def flat(q, kv, readers, visible=None, sliding=0, reads=None):
     """Arguments of the registered operator."""
     seen = (None, None) if visible is None else (visible.low, visible.high)
     of_kv = [getattr(kv, name) for name in NAMES]
-    return (q, 0.125, *of_kv, readers.query_map, readers.read, readers.mean, *seen, sliding, reads)
+    of_readers, no_frame = (readers.query_map, readers.read, readers.mean), (None, None, 0)
+    return (q, 0.125, *of_kv, *of_readers, *seen, sliding, reads, *no_frame, kv.softcap)
 
 
 @needs_kernel
-@pytest.mark.parametrize("name", ["head groups", "sliding", "segments", "bf16", "side code", "drafts in the window"])
+@pytest.mark.parametrize(
+    "name", ["head groups", "sliding", "segments", "bf16", "side code", "drafts in the window", "softcap"]
+)
 def test_plan_equals_op(name):
     """Also at later lengths, which it reads where they lie."""
     case, group, tokens, sliding = CASES[name]
@@ -91,9 +95,9 @@ def test_reference_serves_where_there_is_no_compiler(monkeypatch):
     torch.testing.assert_close(found, reference.paged_attention(q, 0.125, kv, readers), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("new", [0, 3])
-def test_opcheck(new):
-    kv, readers = make(Case(new=(new,)))
+@pytest.mark.parametrize(("new", "softcap"), [(0, None), (3, None), (3, 1.0)])
+def test_opcheck(new, softcap):
+    kv, readers = make(Case(new=(new,), softcap=softcap))
     args = flat(queries(kv, 3, 3), kv, readers, None, 200, torch.zeros(2, dtype=torch.int64))
     torch.library.opcheck(torch.ops.headq.paged_attention.default, args)
 

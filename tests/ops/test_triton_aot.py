@@ -20,6 +20,7 @@ interpreted = importlib.util.module_from_spec(spec)
 sys.modules[spec.name] = interpreted
 spec.loader.exec_module(interpreted)
 pytestmark = pytest.mark.slow
+SOFTCAPPED = [table.Case(8, 4, 256, 2, 2), table.Case(32, 16, 128, 4, 4)]  # Gemma 2: 2B, 27B
 LEAST_WARPS = 8  # on a processor: two for each of its schedulers
 
 
@@ -43,6 +44,16 @@ def test_paged_attention(target, case, page):
     assert 6 < per_token < 6 + 0.06 * case.head_dim * (case.k_bits + case.v_bits)
     roof = table.roofline(case, per_token, chip)
     assert 1.5 < roof["over_bf16"] <= roof["byte_ratio"]
+
+
+@pytest.mark.parametrize("case", SOFTCAPPED, ids=str)
+@pytest.mark.parametrize("target", table.CHIPS)
+def test_a_softcap_spills_nothing(target, case):
+    """Its hyperbolic tangent is a dozen instructions a score."""
+    chip = table.CHIPS[target]
+    plain, kernel = (table.decode_kernels(case, target, 32, cap)[1] for cap in (None, 50.0))
+    budget(table.resources(kernel, chip))
+    assert 1 < table.loop_instructions(kernel, chip) / table.loop_instructions(plain, chip) < 2
 
 
 @pytest.mark.parametrize("case", [table.CASES[0], table.CASES[3]], ids=str)

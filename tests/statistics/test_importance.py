@@ -136,6 +136,26 @@ def test_weights_predict_the_damage():
     torch.testing.assert_close(of_v[0, 0], (a * packed).square().sum(0))
 
 
+@pytest.mark.parametrize("window", [None, 20])
+def test_weights_predict_the_damage_under_a_softcap(window):
+    """As above, errors of scores before they are capped; the slope at the cap is what makes the difference."""
+    g, tokens, recent, cap = torch.Generator().manual_seed(1), 48, 12, 2.0
+    q, k = states(heads=1, kv_heads=1, tokens=tokens)
+    of_q, of_k, of_v = importance_weights(q, k, 1.0, n_sink=0, window=window, softcap=cap)
+    age = torch.arange(tokens)[:, None] - torch.arange(tokens)
+    hidden = (age < 0) | (age >= (window or tokens))
+    s = (q @ k.mT)[0, 0]
+    capped = (cap * (s / cap).tanh()).masked_fill(hidden, float("-inf"))
+    a, packed = capped.softmax(-1), age >= recent
+    delta = 1e-2 * torch.randn(4000, tokens, tokens, generator=g, dtype=torch.float64) * packed
+    moved = (cap * ((s + delta) / cap).tanh()).masked_fill(hidden, float("-inf"))
+    kl = (a * (a.log() - moved.log_softmax(-1)).nan_to_num(0.0)).sum(-1)
+    assert float(kl.sum(-1).mean()) == pytest.approx(0.5e-4 * float(of_q.sum()), rel=0.03)
+    assert float(of_k.sum()) == pytest.approx(float(of_q.sum()))
+    torch.testing.assert_close(of_v[0, 0], (a * packed).square().sum(0))
+    assert float(importance_weights(q, k, 1.0, n_sink=0, window=window)[0].sum()) > 1.3 * float(of_q.sum())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_weights_are_between_bounds(dtype):
     q, k = states(batch=2, tokens=90, dtype=dtype)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 SINKS = "s_aux"  # the argument that brings an attention function sink logits
+SOFTCAP = "softcap"  # that which brings it a softcap of the scores
 # What models pass along that does not change the scores.
 HARMLESS = frozenset(
     {
@@ -19,10 +20,10 @@ HARMLESS = frozenset(
 def unknown_argument(kwargs: Mapping[str, Any], options: frozenset[str] = frozenset()) -> str | None:
     """Why an attention call with these keywords cannot be served from packed tokens, None where it can.
 
-    Tensors and numbers of unknown names are taken to change the scores (a bias, a softcap, sink logits); ``options``
-    are the names of numbers that do not: those that a model's ``forward`` takes. A number of such a name that reaches
-    attention is an option of the whole call which was passed on, as ``logits_to_keep`` is; what attention itself
-    computes with has a name of the attention module's.
+    Tensors and numbers of unknown names are taken to change the scores (a bias, say); ``options`` are the names of
+    numbers that do not: those that a model's ``forward`` takes. A number of such a name that reaches attention is an
+    option of the whole call which was passed on, as ``logits_to_keep`` is; what attention itself computes with has a
+    name of the attention module's.
     """
     for name, value in kwargs.items():
         if name in HARMLESS or value is None or isinstance(value, bool):
@@ -35,3 +36,11 @@ def unknown_argument(kwargs: Mapping[str, Any], options: frozenset[str] = frozen
                 "restore_(model) and use another cache for this model"
             )
     return None
+
+
+def other_softcap(softcap: float | None, known: float | None) -> str:
+    """Why a call under another softcap than a layer's own, with which its cache was made, is refused."""
+    return (
+        f"the attention call passes softcap={softcap}, and this layer had softcap={known} when quantize_ looked at the "
+        "model; restore_(model), and quantize_ it as it is now"
+    )

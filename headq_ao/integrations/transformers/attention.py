@@ -13,6 +13,7 @@ from headq_ao.cache.layer import PackedLayer
 from headq_ao.cache.masks import attend_new, causal_mask, sink_share, visible_slots
 from headq_ao.cache.reading import NO_GRADIENTS
 from headq_ao.cache.schedule import Span
+from headq_ao.ops.paged_attention.reference import capped
 from headq_ao.ops.types import Visible, visible_positions
 from headq_ao.user_warning import warn
 
@@ -47,7 +48,7 @@ def attention_weights(
         seen[..., seen.shape[-1] - span.length :] = view.new[..., span.start : span.stop]
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     query = (q.to(wide) * scaling).unflatten(1, (keys.shape[1], -1))
-    s = (query @ keys.to(wide).transpose(-1, -2).unsqueeze(2)).flatten(1, 2)
+    s = capped((query @ keys.to(wide).transpose(-1, -2).unsqueeze(2)).flatten(1, 2), layer.shape.softcap)
     weights = weights_of(s.masked_fill(~seen[:, None], float("-inf")), sinks).to(q.dtype)
     out: Tensor = weights.new_zeros((*weights.shape[:-1], lengths.seen))
     out[..., lengths.seen - lengths.trailing_pads()[0] - total + position] = weights
@@ -57,14 +58,17 @@ def attention_weights(
 def dense(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None,
     dropout: float, is_causal: bool | None, sliding_window: int | None, kwargs: dict[str, Any],
-    sinks: Tensor | None = None,
+    sinks: Tensor | None = None, softcap: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """Attention over plain keys and values, ``[B, S, Hq, D]``: transformers' SDPA function, which knows no sinks."""
-    if sinks is not None:
+    """Attention over plain keys and values, ``[B, S, Hq, D]``: transformers' SDPA function, which knows neither sinks
+    nor a softcap."""
+    if sinks is not None or softcap is not None:
         if dropout:
-            raise ValueError(f"attention dropout of {dropout} cannot be applied beside sink logits; call model.eval()")
+            beside = "sink logits" if softcap is None else "a softcap of the scores"
+            raise ValueError(f"attention dropout of {dropout} cannot be applied beside {beside}; call model.eval()")
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return with_sinks(query, key, value, attention_mask, scale, sliding_window, sinks).transpose(1, 2).contiguous()
+        given = attention_mask, scale, sliding_window, sinks, softcap
+        return beyond_sdpa(query, key, value, *given).transpose(1, 2).contiguous()
     groups = query.shape[1] // key.shape[1]
     if groups > 1 and getattr(module, "num_key_value_groups", 1) != groups:
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
@@ -75,22 +79,24 @@ def dense(
     return out
 
 
-def with_sinks(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, window: int | None, sinks: Tensor
-) -> Tensor:
-    """Attention ``[B, Hq, S, D]`` over a call's own keys and values, with sink logits ``[Hq]`` in the denominator."""
+def beyond_sdpa(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, window: int | None, sinks: Tensor | None,
+    softcap: float | None,
+) -> Tensor:  # fmt: skip
+    """Attention ``[B, Hq, S, D]`` over a call's own keys and values, with sink logits ``[Hq]`` in the denominator and
+    under a softcap, of which there may be either."""
     shown = causal_mask(q.shape[2], window, q.device)[None] if mask is None else visible_slots(mask)
-    out, lse = attend_new(q, scaling, k, v, shown)
-    return (out * sink_share(lse, sinks)).to(q.dtype)
+    out, lse = attend_new(q, scaling, k, v, shown, softcap)
+    return (out if sinks is None else out * sink_share(lse, sinks)).to(q.dtype)
 
 
 def exact_weights(
     query: Tensor, key: Tensor, attention_mask: Tensor | None, scaling: float, is_causal: bool | None,
-    sinks: Tensor | None = None,
+    sinks: Tensor | None = None, softcap: float | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention weights ``[B, Hq, S, T]`` of ``query [B, Hq, S, D]`` over ``key [B, Hkv, T, D]``, in query's dtype."""
     scores: Tensor = query.unflatten(1, (key.shape[1], -1)) @ key.transpose(-1, -2).unsqueeze(2) * scaling
-    scores = scores.flatten(1, 2).float()
+    scores = capped(scores.flatten(1, 2).float(), softcap)
     if attention_mask is None and is_causal is not False:
         hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
         scores = scores.masked_fill(hidden.triu(scores.shape[-1] - scores.shape[-2] + 1), float("-inf"))

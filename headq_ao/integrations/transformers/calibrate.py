@@ -23,6 +23,7 @@ from headq_ao.integrations.transformers.models import (
     layer_shapes,
     positions,
     rotary_embedding,
+    shared_places,
     tensor_parallel,
 )
 from headq_ao.integrations.transformers.own_config import OwnConfigs
@@ -112,7 +113,8 @@ def calibrate(
     own_attention = serving.fallback is not None
     frames = [] if own_attention else layer_frames(model, serving)
     context, starts = spread_starts(model, list(map(len, rows)), context_length, any(f is not None for f in frames))
-    recorder = Recorder(len(serving.shapes), n_rows, n_sink, seed, serving.places, frames or None)
+    sharing = {} if own_attention else shared_places(model.config)
+    recorder = Recorder(len(serving.shapes), n_rows, n_sink, seed, serving.places, frames or None, sharing)
     configs, training = OwnConfigs(model), [m for m in model.modules() if m.training]
     token = RECORDER.set(recorder)
     try:
@@ -143,7 +145,7 @@ def calibrate(
         profiled, counts = profiled_row(rows, counted)
         if len(profiled) >= n_sink + WHOLE and not own_attention:
             with tqdm(total=len(moments), desc="sensitivity", unit="layer", disable=not progress) as bar:
-                RECORDER.set(Profiler(moments, n_sink, counts, serving.places, frames, bar.update))
+                RECORDER.set(Profiler(moments, n_sink, counts, serving.places, frames, bar.update, sharing))
                 model(input_ids=profiled[None].to(device), use_cache=False)
     finally:
         RECORDER.reset(token)

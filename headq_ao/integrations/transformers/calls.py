@@ -15,7 +15,7 @@ from headq_ao.cache.reading import NO_GRADIENTS
 from headq_ao.cache.tensors import QuantizedKV
 from headq_ao.calibration.observers import RECORDER
 from headq_ao.integrations.transformers import attention, compiled
-from headq_ao.integrations.transformers.arguments import HARMLESS, SINKS, unknown_argument
+from headq_ao.integrations.transformers.arguments import HARMLESS, SINKS, SOFTCAP, other_softcap, unknown_argument
 from headq_ao.integrations.transformers.attention import NAME
 from headq_ao.integrations.transformers.cache import HeadQCache
 from headq_ao.integrations.transformers.model_state import Depth, HeadQState
@@ -223,13 +223,14 @@ def headq_attention(
             served, where packed tokens would have to give gradients; the layer then holds what it held before.
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    weights, sinks = kwargs.pop("output_attentions", False), kwargs.pop(SINKS, None)
-    dense = (dropout, is_causal, sliding_window, kwargs, sinks)
+    weights = kwargs.pop("output_attentions", False)
+    sinks, softcap = kwargs.pop(SINKS, None), kwargs.pop(SOFTCAP, None)
+    dense = (dropout, is_causal, sliding_window, kwargs, sinks, softcap)
     if not isinstance(key, QuantizedKV):
         recorder = None if torch.compiler.is_compiling() else RECORDER.get()
         if recorder is not None:
             with neutral_modes():
-                more = () if sinks is None else (sinks,)
+                more = () if sinks is None and softcap is None else (sinks, softcap)
                 recorder.record(module.layer_idx, query, key, value, scale, sliding_window, *more)  # type: ignore[arg-type]
         elif hasattr(module, "headq") and not module.headq.model.refusing:  # type: ignore[union-attr]
             bypassed = "use_cache is False, or the call did not go through the model that quantize_ was given"
@@ -238,23 +239,25 @@ def headq_attention(
                 "the model is in train mode and gradients are wanted" if module.training else bypassed, number
             )
         out = attention.dense(module, query, key, value, attention_mask, scaling, *dense)
-        return out, attention.exact_weights(query, key, attention_mask, scale, is_causal, sinks) if weights else None
+        given = attention_mask, scale, is_causal, sinks, softcap
+        return out, attention.exact_weights(query, key, *given) if weights else None
     assert isinstance(value, QuantizedKV)
     layer: PackedLayer = key.layer
     if torch.compiler.is_compiling():
-        given = attention_mask, scale, is_causal, weights, kwargs, sinks
-        return compiled.attention(module, query, key, value, *given), None
+        options = attention_mask, scale, is_causal, weights, kwargs, sinks, softcap
+        return compiled.attention(module, query, key, value, *options), None
     shown, weights = None, weights or layer.batch.metadata.weights
     try:
         if not HARMLESS.issuperset(kwargs):
-            problem = unknown_argument(kwargs, module.headq.call_options)  # type: ignore[union-attr,arg-type]
+            problem = unknown_argument(kwargs, layer.source.call_options)  # type: ignore[attr-defined]
             if problem is not None:
                 raise ValueError(problem)
+        if softcap != layer.shape.softcap:
+            raise ValueError(other_softcap(softcap, layer.shape.softcap))
         if layer.batch.lengths.first:
             out = attention.dense(module, query, key.new, value.new, attention_mask, scaling, *dense)
-            shown = (
-                attention.exact_weights(query, key.new, attention_mask, scale, is_causal, sinks) if weights else None
-            )
+            if weights:
+                shown = attention.exact_weights(query, key.new, attention_mask, scale, is_causal, sinks, softcap)
             layer.count_first()
             layer.commit(query, scale)
         else:

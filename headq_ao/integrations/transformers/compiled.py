@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from headq_ao.cache.layer import PackedLayer
 from headq_ao.cache.masks import visible_slots
 from headq_ao.codecs.source import SourceModule
-from headq_ao.integrations.transformers.arguments import unknown_argument
-from headq_ao.integrations.transformers.attention import with_sinks
+from headq_ao.integrations.transformers.arguments import other_softcap, unknown_argument
+from headq_ao.integrations.transformers.attention import beyond_sdpa
 from headq_ao.integrations.transformers.cache import HeadQCache
 
 
@@ -66,7 +66,7 @@ _without_gradients.register_autograd(_backward, setup_context=_keep_shapes)
 
 def attention(
     module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, is_causal: bool | None,
-    weights: bool, kwargs: dict[str, Any], sinks: Tensor | None = None,
+    weights: bool, kwargs: dict[str, Any], sinks: Tensor | None = None, softcap: float | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention over what ``update`` returned, in a traced model: ``[B, S, Hq, D]``.
 
@@ -75,7 +75,9 @@ def attention(
     """
     layer: PackedLayer = k.layer  # type: ignore[attr-defined]
     states: tuple[Tensor, Tensor, Tensor] = q, k.new, v.new  # type: ignore[assignment]
-    problem = layer.problem or _problem(module, layer, mask, is_causal, weights, q.shape[2], kwargs)
+    problem = layer.problem or _problem(layer, mask, is_causal, weights, q.shape[2], kwargs)
+    if problem is None and softcap != layer.shape.softcap:
+        problem = other_softcap(softcap, layer.shape.softcap)
     new_q, new_k, new_v = (x.detach() for x in states)
     if problem is not None:
         layer.batch.lengths.take_back_traced()
@@ -96,11 +98,11 @@ def attention(
 
 
 def _problem(
-    module: nn.Module, layer: PackedLayer, mask: Tensor | None, is_causal: bool | None, weights: bool, slots: int,
+    layer: PackedLayer, mask: Tensor | None, is_causal: bool | None, weights: bool, slots: int,
     kwargs: dict[str, Any],
 ) -> str | None:  # fmt: skip
     """Why attention of a compiled call cannot be served, None where it can."""
-    source = module.headq
+    source = layer.source
     assert isinstance(source, SourceModule)
     if weights or layer.batch.metadata.weights:
         return "a compiled call returns no attention weights; call the model itself with output_attentions=True"
@@ -117,8 +119,9 @@ def _first(
     seen = None if mask is None else visible_slots(mask)[:, None]
     own = layer.visible_new(q.shape[2])
     seen = own if seen is None else seen if own is None else seen & own
-    if sinks is not None:
-        return with_sinks(q, k, v, seen, scaling, layer.sliding_window, sinks)
+    softcap = layer.shape.softcap
+    if sinks is not None or softcap is not None:
+        return beyond_sdpa(q, k, v, seen, scaling, layer.sliding_window, sinks, softcap)
     k, v = k.to(q.dtype), v.to(q.dtype)  # under autocast they may differ
     return nn.functional.scaled_dot_product_attention(
         q, k, v, attn_mask=seen, is_causal=seen is None and q.shape[2] > 1, scale=scaling,

@@ -50,11 +50,27 @@ def layer_shapes(config: Any) -> list[LayerShape]:
     layers = checked_layers(config)
     kv_heads, head_dim = kv_heads_and_size(config)
     n_heads = query_heads(config, len(layers))
+    softcap = getattr(layer_configs(config)[0], "attn_logit_softcapping", None)
+    sharing = [*shared_places(config).values()]
     return [
-        LayerShape(n, kv_heads, head_dim, getattr(layer, "sliding_window", None))
-        for n, layer in zip(n_heads, layers, strict=True)
+        LayerShape(n, kv_heads, head_dim, getattr(layer, "sliding_window", None), None, softcap, 1 + sharing.count(i))
+        for i, (n, layer) in enumerate(zip(n_heads, layers, strict=True))
         if type(layer) in NATIVE
     ]
+
+
+def shared_places(config: Any) -> dict[int, int]:
+    """Layers that read the keys and values of another, and which that is: the last before them of their kind that
+    stores them (Gemma 3n, Gemma 4)."""
+    c = text_config(config)
+    modes, kinds = getattr(c, "kv_sharing_modes", None) or [], getattr(c, "layer_types", None) or []
+    stores, found = dict[str, int](), dict[int, int]()
+    for i, (mode, kind) in enumerate(zip(modes, kinds, strict=False)):
+        if mode == "store":
+            stores[kind] = i
+        if mode == "reuse" and kind in stores:
+            found[i] = stores[kind]
+    return found
 
 
 def checked_layers(config: Any) -> list[Any]:
@@ -82,15 +98,16 @@ def check_kind(config: Any) -> None:
     """Raise ValueError where a config names a kind of attention that HeadQ does not serve, naming it."""
     refusals = {
         "kv_lora_rank": "multi-head latent attention (MLA) caches a latent, not keys and values",
-        "attn_logit_softcapping": "attention softcap changes the scores that HeadQ corrects",
-        "num_kv_shared_layers": "KV shared between layers",
+        "num_kv_shared_layers": "KV shared between layers in a way that its config does not tell",
         "use_bidirectional_attention": "its attention is not causal",
     }
     for c in layer_configs(config):
         name = c.model_type
         for attribute, why in refusals.items():
             value = getattr(c, attribute, None)
-            if value and not (attribute == "use_bidirectional_attention" and value == "vision"):  # text is causal
+            text_is_causal = attribute == "use_bidirectional_attention" and value == "vision"
+            told = attribute == "num_kv_shared_layers" and bool(shared_places(config))
+            if value and not (text_is_causal or told):
                 raise ValueError(f"{name} is not supported: {why} (config.{attribute}={value})")
         kinds = getattr(c, "layer_types", None) or ["chunked_attention"]
         if getattr(c, "attention_chunk_size", None) and "chunked_attention" in kinds:
@@ -150,8 +167,9 @@ def attention_modules(model: nn.Module, places: int | Sequence[int]) -> list[nn.
     found: dict[int, nn.Module] = {}
     for module in self_attentions(model).values():
         found[int(module.layer_idx)] = module  # type: ignore[arg-type]
-    dense = dense_layers(model.config)
-    if not {*places} <= {*found} or any(isinstance(dense[i], DummyLayer) for i in found if i < len(dense)):
+    dense, sharing = dense_layers(model.config), shared_places(model.config)
+    alone = [i for i in found if i < len(dense) and i not in sharing]
+    if not {*places} <= {*found} or any(isinstance(dense[i], DummyLayer) for i in alone):
         raise ValueError(
             f"{kind} is not supported: layers {list(places)} of its cache hold keys and values, its attention modules "
             f"are of layers {sorted(found)}; HeadQ needs one module for each"

@@ -31,7 +31,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from headq_ao.ambient import mode_neutral
 from headq_ao.cache.masks import attend_new, sink_share
-from headq_ao.integrations.transformers.arguments import SINKS, unknown_argument
+from headq_ao.integrations.transformers.arguments import SINKS, SOFTCAP, unknown_argument
 from headq_ao.integrations.transformers.hybrid import dense_layers, packed_layer
 from headq_ao.integrations.transformers.models import (
     CACHE_NAME,
@@ -42,6 +42,7 @@ from headq_ao.integrations.transformers.models import (
     input_embedding,
     layer_shapes,
     packed_places,
+    shared_places,
     tensor_parallel,
     text_config,
     with_cache,
@@ -81,7 +82,7 @@ def supported_layers(
         ...     LlamaConfig(vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=2)
         ... )
         >>> supported_layers(model)[0]
-        [LayerShape(n_heads=2, n_kv_heads=2, head_dim=32, sliding_window=None, value_dim=None)]
+        [LayerShape(n_heads=2, n_kv_heads=2, head_dim=32, sliding_window=None, value_dim=None, softcap=None, readers=1)]
     """
     if not isinstance(model, PreTrainedModel):
         return [], attention_modules(model, 0)  # which says so
@@ -98,13 +99,11 @@ def supported_layers(
     for by_shapes in (False, True):
         if by_shapes or cheap(model):
             try:
-                groups = probe(model, shapes, modules, by_shapes, places)
+                seen = probe(model, shapes, modules, by_shapes, places)
             except UnservedError as why:
                 raise ValueError(f"{type(model).__name__} is not supported: {why}") from why
-            if groups is not None:
-                return [
-                    dataclasses.replace(s, n_heads=s.n_kv_heads * g) for s, g in zip(shapes, groups, strict=True)
-                ], modules
+            if seen is not None:
+                return seen, modules
     return shapes, modules
 
 
@@ -129,8 +128,8 @@ def moves_weights(module: nn.Module) -> bool:
 def probe(
     model: PreTrainedModel, shapes: list[LayerShape], modules: list[nn.Module], by_shapes: bool,
     places: Sequence[int],
-) -> list[int] | None:  # fmt: skip
-    """Query heads per key-value head of each layer; None where the model cannot be called so.
+) -> list[LayerShape] | None:  # fmt: skip
+    """The shapes with the query heads and the softcap of each layer; None where the model cannot be called so.
 
     Raises:
         UnservedError: where the calls show what HeadQ cannot serve.
@@ -158,7 +157,7 @@ def probe(
                 check_own_cache(twin)
                 return None
             raise UnservedError(f"it runs with a DynamicCache, but not with HeadQ's: {error!r}") from error
-    return cache.groups
+    return cache.shapes
 
 
 def twin_of(
@@ -306,11 +305,15 @@ class ProbeLayer(CacheLayerMixin):
     is_compileable = False
     is_croppable = True
 
-    def __init__(self, index: int, shape: LayerShape, module: nn.Module, options: frozenset[str], eager: Any) -> None:
+    def __init__(
+        self, index: int, shape: LayerShape, module: nn.Module, options: frozenset[str], eager: Any,
+        sharing: frozenset[int],
+    ) -> None:  # fmt: skip
         super().__init__()
         self.index, self.shape, self.module, self.options, self.eager = index, shape, module, options, eager
+        self.sharing = sharing
         self.is_sliding, self.sliding_window = shape.sliding_window is not None, shape.sliding_window
-        self.updates = self.reads = self.seen = self.groups = 0
+        self.updates = self.reads = self.seen = 0
         self.k = self.v = torch.empty(0, dtype=torch.float32, device="cpu")
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -337,10 +340,11 @@ class ProbeLayer(CacheLayerMixin):
 
     def check_call(self, module: nn.Module, query: Tensor, mask: Any, is_causal: Any, kwargs: dict[str, Any]) -> None:
         """Raise UnservedError on a call of attention that HeadQ would not compute as the model does."""
-        problem = unknown_argument({name: x for name, x in kwargs.items() if name != SINKS}, self.options)
+        known = SINKS, SOFTCAP
+        problem = unknown_argument({name: x for name, x in kwargs.items() if name not in known}, self.options)
         if problem is not None:
             raise UnservedError(problem)
-        if module is not self.module:
+        if module is not self.module and module.layer_idx not in self.sharing:
             raise UnservedError(
                 f"the keys of layer {self.index} are read by a {type(module).__name__} that does not store them"
             )
@@ -352,18 +356,20 @@ class ProbeLayer(CacheLayerMixin):
         why = None if mask is None else odd_mask(mask, s, self.seen, self.sliding_window)
         if why is not None:
             raise UnservedError(f"layer {self.index}: {why}")
-        self.groups = n_heads // self.shape.n_kv_heads
+        self.shape = dataclasses.replace(
+            self.shape, n_heads=n_heads, softcap=kwargs.get(SOFTCAP), readers=1 + len(self.sharing)
+        )
         self.reads += 1
 
     def attend(self, query: Tensor, scaling: float, sinks: Tensor | None) -> Tensor:
         """Causal attention over all rows ``[1, S, Hq, D]``; a window does not matter to so few."""
         s = query.shape[2]
         shown = torch.ones(1, s, self.seen, dtype=torch.bool, device=query.device).tril(self.seen - s)
-        out, lse = attend_new(query, scaling, self.k, self.v, shown)
+        out, lse = attend_new(query, scaling, self.k, self.v, shown, self.shape.softcap)
         out = out if sinks is None else out * sink_share(lse, sinks)
         return out.to(query.dtype).transpose(1, 2).contiguous()
 
-    def compare(self, query: Tensor, scaling: float, out: Tensor, kwargs: dict[str, Any]) -> None:
+    def compare(self, module: nn.Module, query: Tensor, scaling: float, out: Tensor, kwargs: dict[str, Any]) -> None:
         """Raise UnservedError where the model's own function gives another output."""
         s = query.shape[2]
         if self.eager is None or query.is_meta or (self.sliding_window or self.seen) < self.seen:
@@ -372,9 +378,7 @@ class ProbeLayer(CacheLayerMixin):
         mask = torch.zeros(hidden.shape, dtype=query.dtype, device=query.device)
         mask.masked_fill_(hidden, torch.finfo(query.dtype).min)
         try:
-            own = self.eager(
-                self.module, query, self.k, self.v, mask[None, None], scaling=scaling, dropout=0.0, **kwargs
-            )[0]
+            own = self.eager(module, query, self.k, self.v, mask[None, None], scaling=scaling, dropout=0.0, **kwargs)[0]
         except (TypeError, ValueError, RuntimeError, AttributeError):  # a function of another form
             return
         limit = math.sqrt(torch.finfo(query.dtype).eps) * (own.float().norm() + 1e-6)
@@ -403,10 +407,11 @@ class ProbeCache(Cache):
         self, config: Any, places: Sequence[int], shapes: list[LayerShape], modules: list[nn.Module],
         options: frozenset[str], eager: Any,
     ) -> None:  # fmt: skip
-        layers = dense_layers(config)
+        layers, sharing = dense_layers(config), shared_places(config)
         self.packed: list[ProbeLayer] = []
         for i, shape, module in zip(places, shapes, modules, strict=True):
-            layers[i] = packed_layer(ProbeLayer, layers[i], i, shape, module, options, eager)
+            readers = frozenset(reader for reader, place in sharing.items() if place == i)
+            layers[i] = packed_layer(ProbeLayer, layers[i], i, shape, module, options, eager, readers)
             self.packed.append(layers[i])
         super().__init__(layers=layers)
         self.calls = 0
@@ -415,16 +420,19 @@ class ProbeCache(Cache):
         """After a call: raise UnservedError unless each layer has stored its rows and read them once."""
         self.calls += 1
         for layer in self.packed:
-            kind = type(layer.module).__name__
-            for count, done in ((layer.updates, "caches keys"), (layer.reads, "reads them through AttentionInterface")):
-                if count != self.calls:
-                    times = {0: "never"}.get(count - self.calls + 1, f"{count - self.calls + 1} times")
-                    raise UnservedError(f"in a call layer {layer.index} ({kind}) {times} {done}, HeadQ needs once")
+            kind, n = type(layer.module).__name__, 1 + len(layer.sharing)
+            for count, each, done in (
+                (layer.updates, 1, "caches keys"), (layer.reads, n, "reads them through AttentionInterface"),
+            ):  # fmt: skip
+                more = count - each * (self.calls - 1)
+                if more != each:
+                    times, needs = "never" if more == 0 else f"{more} times", "once" if each == 1 else f"{each} times"
+                    raise UnservedError(f"in a call layer {layer.index} ({kind}) {times} {done}, HeadQ needs {needs}")
 
     @property
-    def groups(self) -> list[int]:
-        """Query heads per key-value head of each layer."""
-        return [layer.groups for layer in self.packed]
+    def shapes(self) -> list[LayerShape]:
+        """Of each layer, as its calls showed them."""
+        return [layer.shape for layer in self.packed]
 
 
 def odd_mask(mask: Any, queries: int, tokens: int, window: int | None) -> str | None:
@@ -464,7 +472,7 @@ def probe_attention(
     layer: ProbeLayer = key.layer  # type: ignore[attr-defined]
     layer.check_call(module, query, attention_mask, is_causal, kwargs)
     out = layer.attend(query, scale, kwargs.get(SINKS))
-    layer.compare(query, scale, out, kwargs)
+    layer.compare(module, query, scale, out, kwargs)
     return out, None
 
 

@@ -159,15 +159,6 @@ def refused_models():
             ),
             "encoder-decoder",
         ),
-        "softcap": (lambda: t.Gemma2Config(**GROUPED), "softcap"),
-        "shared KV": (
-            lambda: t.Gemma3nTextConfig(
-                **{**GROUPED, "num_hidden_layers": 4, "intermediate_size": [64] * 4}, num_kv_shared_layers=2,
-                vocab_size_per_layer_input=64, hidden_size_per_layer_input=8, laurel_rank=8,
-                layer_types=["sliding_attention", "full_attention"] * 2, activation_sparsity_pattern=[0.0] * 4,
-            ),
-            "KV shared between layers",
-        ),
         "alibi Bloom": (
             lambda: t.BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=2),
             "AttentionInterface",
@@ -223,16 +214,6 @@ def test_models_that_read_no_packed_tokens_are_named(make_config, match, request
         restore_(model)
     assert any(word in said.lower() for word in f"{config.model_type} {type(model).__name__}".lower().split())
     assert trace(model) == before
-
-
-def test_softcap_switched_off_is_supported(token_ids):
-    config = transformers.Gemma2Config(**GROUPED, attn_logit_softcapping=None, initializer_range=0.1)
-    torch.manual_seed(0)
-    model, ids = transformers.AutoModelForCausalLM.from_config(config).eval(), token_ids(1, 160) % 64
-    dense = dense_logits(model, ids)
-    quantize_(model, headq_config(k_bits=8, v_bits=8, **NEAR_EXACT))
-    logits, _ = logits_through_cache(model, ids, STREAM)
-    assert relative(logits - dense, dense) < 0.04
 
 
 @pytest.mark.parametrize("other", [{"layers": 3}, {"head_dim": 64}, {"kv_heads": 4}, {"seed": 1}, {"family": "qwen3"}])

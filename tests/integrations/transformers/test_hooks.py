@@ -5,12 +5,21 @@ import torch
 
 from headq_ao import Calibration, HeadQCache, calibrate, headq_config, quantize_, restore_
 from headq_ao.integrations.transformers import hooks
+from headq_ao.layer_shape import LayerShape
 from tests.integrations.transformers.traces import dense_logits, trace
 
 
 def test_not_a_transformers_model():
     with pytest.raises(ValueError, match="whole transformers model, got a Sequential"):
         quantize_(torch.nn.Sequential(torch.nn.Linear(16, 16)), headq_config())
+
+
+def test_heads_that_a_device_has_no_kernels_for_are_named():
+    shapes = [LayerShape(4, 2, dim, None) for dim in (64, 512)]
+    with pytest.warns(UserWarning, match="heads of 512 coordinates .* products on cuda, whose kernels take up to 256"):
+        hooks.warn_wide(shapes, torch.device("cuda"))
+    hooks.warn_wide(shapes, torch.device("cpu"))  # warnings are errors
+    hooks.warn_wide(shapes[:1], torch.device("cuda"))
 
 
 def test_twice_and_restore_without(tiny):
