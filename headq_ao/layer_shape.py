@@ -8,6 +8,8 @@ class LayerShape:
     """One attention layer: ``n_heads`` query and ``n_kv_heads`` key-value heads, ``sliding_window`` tokens or None.
 
     ``value_dim``: of values, where it is not ``head_dim``.
+    ``latent``: of multi-head latent attention. A token is then one row of ``head_dim``, its latent and its rotary key,
+    that all query heads read; its first ``latent`` coordinates are the value.
     """
 
     n_heads: int
@@ -15,8 +17,9 @@ class LayerShape:
     head_dim: int
     sliding_window: int | None
     value_dim: int | None = None
+    latent: int | None = None
 
     @property
     def dims(self) -> tuple[int, int]:
-        """Of a key and of a value."""
+        """Of a key and of a value, as they are stored."""
         return self.head_dim, self.head_dim if self.value_dim is None else self.value_dim

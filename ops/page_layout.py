@@ -142,6 +142,11 @@ class PageLayout:
         return sum(g.heads for g in self.groups)
 
     @property
+    def shared(self) -> bool:
+        """Whether values are their keys."""
+        return self.groups[0].values.shared
+
+    @property
     def known_forms(self) -> tuple[tuple[Side, Side], ...]:
         """The forms of all heads in pages of this size that were ever allocated, these among them, in the order in
         which they came: a kernel that is compiled for all of them serves every layer of a model."""

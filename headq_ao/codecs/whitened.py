@@ -1,6 +1,7 @@
 """Whitened rows, rounded with error feedback: ``y = (x − mean) C^{−τ/2} R``."""
 
 import dataclasses
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +18,17 @@ SPREAD_RIDGE = 1e-4  # of the mean eigenvalue of a covariance
 QUERY_RANK = 16  # directions of a prompt's own C_q that are kept
 
 
+class Readout(NamedTuple):
+    """How rows that are keys and values reach the output: ``outer = Σ_h W_hᵀ W_h [1, Hkv, D, D]`` over the matrices
+    that the heads read values with, and the ``scaling`` of the scores."""
+
+    outer: Tensor
+    scaling: float
+
+
 def whitened_codec(
-    config: HeadQConfig, c_q: Tensor, mean: Tensor, covariance: Tensor, framed: bool = False
+    config: HeadQConfig, c_q: Tensor, mean: Tensor, covariance: Tensor, framed: bool = False,
+    readout: Tensor | None = None,
 ) -> KeyCodec:  # fmt: skip
     """A base with equal bits for each coordinate of ``y = (k − mean) C_k^{−τ/2} R``, rounded with error feedback.
 
@@ -32,12 +42,36 @@ def whitened_codec(
         c_q: ``C_q``, ``[B or 1, Hkv, D, D]``.
         mean, covariance: of the keys, ``[B or 1, Hkv, D]`` and ``[B or 1, Hkv, D, D]``.
         framed: whether these are in the frame of segments.
+        readout: what is added to ``C_q`` where the keys are values too (:func:`readout_metric`); None: nothing.
     """
     ridge = FRAMED_RIDGE if framed else CALIBRATED_RIDGE
     base = base_codec(config, mean if config.subtract_key_mean else torch.zeros_like(mean))
     encode, read = whitening(covariance, config.whitening, base.read)
-    hessian = read.transpose(-1, -2) @ ridged(c_q, ridge) @ read if config.error_feedback else None
+    metric = ridged(c_q, ridge) if readout is None else ridged(c_q, ridge) + readout
+    hessian = read.transpose(-1, -2) @ metric @ read if config.error_feedback else None
     return dataclasses.replace(base, encode=encode, read=read, hessian=hessian)
+
+
+def readout_metric(of: Readout, covariance: Tensor, unit: Tensor | None = None) -> Tensor:
+    """``λ Σ_h W_hᵀ W_h``: what an error of a row that is key and value costs as a value, in units of ``eᵀ C_q e``.
+
+    Under weights ``a`` an error ``e_j`` of token ``j`` moves the output of head ``h`` as a key by
+    ``a_j · scaling · (q·e_j) · W_h (x_j − o)`` and as a value by ``a_j W_h e_j``. With ``E‖W_h (x − o)‖²`` taken for
+    ``tr(W_h C W_hᵀ)``, and ``C_q`` for the mean over heads, the sum of squares is that of ``C_q + λ Σ_h W_hᵀ W_h`` with
+    ``λ = 1 / (scaling² tr(Σ_h W_hᵀ W_h C))``.
+
+    Args:
+        of: the layer's.
+        covariance: of the rows, ``[B or 1, Hkv, D, D]``, or their variances, ``[B or 1, Hkv, D]``.
+        unit: of a query times that of a row, which ``C_q`` and ``covariance`` are in, ``[B or 1, Hkv, 1]``; None: 1.
+    """
+    outer = of.outer.to(covariance)
+    if covariance.ndim == outer.ndim:
+        spread = (outer * covariance).sum((-1, -2))
+    else:
+        spread = (outer.diagonal(dim1=-2, dim2=-1) * covariance).sum(-1)
+    squared = of.scaling**2 if unit is None else (of.scaling * unit.to(covariance)[..., None]) ** 2
+    return outer / (spread.clamp(min=1e-30)[..., None, None] * squared)
 
 
 def prompt_whitened_codec(config: HeadQConfig, c_q: Tensor, mean: Tensor, variance: Tensor) -> KeyCodec:
