@@ -19,9 +19,10 @@ from headq_ao.codecs.whitened import Readout
 from headq_ao.integrations.transformers.cache_layer import HeadQCacheLayer
 from headq_ao.layer_shape import LayerShape
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PARTS = (
-    "kv_b_proj", "expand_kv", "scaling", "num_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim",
-    "v_head_dim",
+    "kv_b_proj", "kv_a_layernorm", "expand_kv", "scaling", "num_heads", "kv_lora_rank", "qk_nope_head_dim",
+    "qk_rope_head_dim", "v_head_dim",
 )  # fmt: skip
 
 
@@ -79,26 +80,32 @@ def expanded(module: Any, row: Tensor) -> tuple[Tensor, Tensor]:
 
 def projections(module: Any) -> tuple[Tensor, Tensor]:
     """``W_uk [H, nope, r]`` and ``W_uv [H, v, r]`` of a module."""
-    weight: Tensor = module.kv_b_proj.weight
-    if type(weight) not in (Tensor, nn.Parameter) or weight.dtype != (weight + 0).dtype or weight.ndim != 2:
-        raise ValueError(f"kv_b_proj must have a plain weight, got a {type(weight).__name__} of {weight.dtype}")
-    w_uk, w_uv = weight.view(module.num_heads, -1, module.kv_lora_rank).split(
-        [module.qk_nope_head_dim, module.v_head_dim], 1
-    )
+    weight, r = module.kv_b_proj.weight, module.kv_lora_rank
+    if type(module.kv_b_proj) is not nn.Linear or type(weight) is not nn.Parameter:  # quantized: what it makes of axes
+        norm = module.kv_a_layernorm.weight
+        axes = torch.eye(r, dtype=norm.dtype if norm.dtype in FLOATS else torch.bfloat16, device=norm.device)
+        weight = module.kv_b_proj(axes).mT
+    w_uk, w_uv = weight.view(module.num_heads, -1, r).split([module.qk_nope_head_dim, module.v_head_dim], 1)
     return w_uk, w_uv
+
+
+def by_head(x: Tensor, weight: Tensor) -> Tensor:
+    """``x [B, H, S, n]`` times each head's ``weight [H, n, m]``: ``[B, H, S, m]``."""
+    b, h, s, n = x.shape
+    made = torch.bmm(x.transpose(0, 1).reshape(h, b * s, n), weight.to(x.dtype))
+    return made.view(h, b, s, -1).transpose(0, 1)
 
 
 def absorbed(module: Any, query: Tensor) -> Tensor:
     """Queries ``[B, H, S, D]`` of rows, from a module's own ``[B, H, S, nope + rope]``."""
     nope, rot = query.split([module.qk_nope_head_dim, module.qk_rope_head_dim], -1)
-    return torch.cat([nope @ projections(module)[0].to(query.dtype), rot], -1)
+    return torch.cat([by_head(nope, projections(module)[0]), rot], -1)
 
 
 def read_out(module: Any, out: Tensor) -> Tensor:
     """The heads' outputs ``[B, S, H, v]`` from sums of rows ``[B, S, H, D]``."""
-    w_uv = projections(module)[1].to(out.dtype)
-    found: Tensor = (out[..., : module.kv_lora_rank].transpose(1, 2) @ w_uv.mT).transpose(1, 2)
-    return found.contiguous()
+    sums = out[..., : module.kv_lora_rank].transpose(1, 2)
+    return by_head(sums, projections(module)[1].mT).transpose(1, 2).contiguous()
 
 
 def readout(module: Any) -> Readout:
