@@ -18,6 +18,7 @@ from headq_ao.codecs.side_code import with_side_code
 from headq_ao.codecs.source import SourceModule
 from headq_ao.codecs.whitened import (
     Readout,
+    joint_metric,
     prompt_whitened_codec,
     readout_metric,
     whitened_codec,
@@ -260,8 +261,8 @@ class LayerCodec(SourceModule):
             c_q, mean, variance = self._spread_moments(grouped, of_q, rows, mixed(of_k[..., n_sink:]))
             if self.shared:
                 units = [u for u in (unit, of_queries) if u is not None]
-                of = Readout(self.outer, self.scaling)
-                c_q = c_q + readout_metric(of, variance, math.prod(units[1:], start=units[0]) if units else None)
+                both = math.prod(units[1:], start=units[0]) if units else None
+                c_q = c_q + readout_metric(self.outer, self.scaling, variance, both)
             codec = with_side_code(config, prompt_whitened_codec(config, c_q, mean, variance), c_q, rows)
         codec = dataclasses.replace(codec, unit=unit)
         names = {"mean", "side_encode", "side_read", "side_step", "spread", "q_factor", "unit"}
@@ -345,19 +346,6 @@ def key_codec(
     else:
         codec = _key_codec(config, moments, of_values)
     return dataclasses.replace(codec, unit=unit)
-
-
-def joint_metric(moments: LayerMoments, readout: Readout) -> Tensor:
-    """:func:`readout_metric` beside :attr:`LayerMoments.shrunk_c_q` of moments in their units, whose weights need not
-    be 1 in the mean."""
-    units = [u for side in "qk" if (u := moments.unit(side)) is not None]
-    moments = moments.in_units()
-    mean, outer = moments.shrunk("k")
-    added = readout_metric(
-        readout, centred_moment(mean, outer)[None], math.prod(units[1:], start=units[0]) if units else None
-    )
-    weighted, plain = (c.diagonal(dim1=-2, dim2=-1).sum(-1) for c in (moments.weighted_c_q, moments.c_q))
-    return added * (weighted / plain.clamp(min=1e-30))[None, :, None, None]
 
 
 def _key_codec(config: HeadQConfig, moments: LayerMoments, readout: Tensor | None = None) -> KeyCodec:

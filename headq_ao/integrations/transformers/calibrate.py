@@ -145,7 +145,8 @@ def calibrate(
         profiled, counts = profiled_row(rows, counted)
         if len(profiled) >= n_sink + WHOLE and not own_attention:
             with tqdm(total=len(moments), desc="sensitivity", unit="layer", disable=not progress) as bar:
-                RECORDER.set(Profiler(moments, n_sink, counts, serving.places, frames, bar.update))
+                readouts = [latent.readout(m) if latent.is_latent(m) else None for m in serving.modules]
+                RECORDER.set(Profiler(moments, n_sink, counts, serving.places, frames, bar.update, readouts))
                 model(input_ids=profiled[None].to(device), use_cache=False)
     finally:
         RECORDER.reset(token)

@@ -111,9 +111,7 @@ def read_out(module: Any, out: Tensor) -> Tensor:
 def readout(module: Any) -> Readout:
     """How rows reach the output as values."""
     w_uv = projections(module)[1].detach().float()
-    outer = torch.einsum("hvr,hvs->rs", w_uv, w_uv)
-    pad = module.qk_rope_head_dim
-    return Readout(nn.functional.pad(outer, (0, pad, 0, pad))[None, None], float(module.scaling))
+    return Readout(nn.functional.pad(w_uv, (0, module.qk_rope_head_dim)), float(module.scaling))
 
 
 def put_on(modules: list[nn.Module]) -> None:
