@@ -74,6 +74,11 @@ def attach(model: nn.Module, config: HeadQConfig) -> nn.Module:
             f"HeadQ: {serving.fallback}. Its cache is packed in memory, and dequantized for the model's own attention "
             "at each call: memory is saved, time is not"
         )
+    elif latent.slow_here(serving.modules):
+        warn(
+            "HeadQ: latents are read as codes by a kernel on the CPU only; here each step unpacks them for matrix "
+            "products: memory is saved, time is not"
+        )
     model._headq = HeadQState(config, shapes, serving, calibration, print_, codecs, configs)
     model.register_forward_pre_hook(calls.supply_cache, with_kwargs=True)
     generation.attach(model)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from headq_ao.calibration.observers import RECORDER
 from headq_ao.codecs.whitened import Readout
 from headq_ao.integrations.transformers.cache_layer import HeadQCacheLayer
+from headq_ao.integrations.transformers.models import execution_device
 from headq_ao.layer_shape import LayerShape
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -112,6 +113,11 @@ def readout(module: Any) -> Readout:
     """How rows reach the output as values."""
     w_uv = projections(module)[1].detach().float()
     return Readout(nn.functional.pad(w_uv, (0, module.qk_rope_head_dim)), float(module.scaling))
+
+
+def slow_here(modules: list[nn.Module]) -> bool:
+    """Whether rows of latents lie where no kernel reads them."""
+    return any(is_latent(module) and execution_device(module).type not in ("cpu", "meta") for module in modules)
 
 
 def put_on(modules: list[nn.Module]) -> None:
