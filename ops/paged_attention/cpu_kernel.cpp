@@ -683,7 +683,7 @@ struct Work {
   const float *queries, *partners;  // [queries, key_dim], and what turns with each coordinate
   float* framed;                    // of this thread: mapped queries of a frame
   char* framed_memory;              // and these as integers
-  uint8_t* turned;                  // of this thread: codes of shared rows as planes of values
+  uint8_t* as_values;                  // of this thread: codes of shared rows as planes of values
 };
 
 typedef uint8_t vc __attribute__((vector_size(16)));
@@ -700,7 +700,7 @@ inline vc transposed(vc x) {
 // Codes of W bits of n tokens, from the granules of a plane of keys from `first` on, as a plane of values: of the blocks of four
 // by four that share bytes, those beside each other along the coordinates come to lie beside each other along the tokens.
 template <int W>
-void turn(const Plane& keys, const Pages& pages, int h, int first, int dim, int n, uint8_t* to) {
+void to_values(const Plane& keys, const Pages& pages, int h, int first, int dim, int n, uint8_t* to) {
   constexpr int R = 8 / W, GRANULE = 4 * R;
   for (int t = 0; t < n; t += GRANULE, to += dim * 4) {
     const uint8_t* from[R];
@@ -718,19 +718,19 @@ void turn(const Plane& keys, const Pages& pages, int h, int first, int dim, int 
   }
 }
 
-// Where the codes of plane p of the values lie in `turned`.
-inline int64_t turned_at(const Args& a, const Group& f, int p) { return p ? int64_t(CHUNK) * a.value_dim * f.v[0].width / 8 : 0; }
+// Where the codes of plane p of the values lie in `as_values`.
+inline int64_t values_at(const Args& a, const Group& f, int p) { return p ? int64_t(CHUNK) * a.value_dim * f.v[0].width / 8 : 0; }
 
 // The codes of a chunk's shared rows as values.
-void turn(const Work& w, const Pages& pages) {
+void to_values(const Work& w, const Pages& pages) {
   const Group& f = w.f;
   const int dim = w.a.value_dim, n = w.t1 - w.t0;
   for (int p = 0; p < f.value_planes; p++) {
     const bool second = p >= f.key_planes;  // 8 bits: both pieces of a code are in one plane
     const Plane& k = f.k[second ? 0 : p];
     const int first = second ? dim * k.width / 32 : 0;
-    uint8_t* to = w.turned + turned_at(w.a, f, p);
-    k.width == 4 ? turn<4>(k, pages, w.h, first, dim, n, to) : k.width == 2 ? turn<2>(k, pages, w.h, first, dim, n, to) : turn<1>(k, pages, w.h, first, dim, n, to);
+    uint8_t* to = w.as_values + values_at(w.a, f, p);
+    k.width == 4 ? to_values<4>(k, pages, w.h, first, dim, n, to) : k.width == 2 ? to_values<2>(k, pages, w.h, first, dim, n, to) : to_values<1>(k, pages, w.h, first, dim, n, to);
   }
 }
 
@@ -797,7 +797,7 @@ void readout(const Work& w, const Pages& pages, int q0, Range any, float (*s)[CH
       value_steps(f.v[p], pages, n, steps[p]), first[p] = of_page(f.v[p], pages.at[0], w.h);
       continue;
     }
-    first[p] = w.turned + turned_at(a, f, p);
+    first[p] = w.as_values + values_at(a, f, p);
     for (int i = 0; i < n * f.v[p].width / 32; i++) steps[p][i] = int64_t(i) * a.value_dim * 4;
   }
   std::fill(acc, acc + NQ * a.value_dim, 0.0f);
@@ -912,7 +912,7 @@ void attend_chunk(const Work& w, const Pages& pages, int q0) {
     }
   }
   if (any.low >= any.high) any = {0, 0};
-  if (f.shared && !q0) turn(w, pages);
+  if (f.shared && !q0) to_values(w, pages);
   readout<I, NQ>(w, pages, q0, any, s, most, most + a.queries, w.part + 2 * a.queries + int64_t(q0) * a.value_dim);
   for (int q = 0; q < NQ; q++) {  // NaN wherever such a query sees one of these tokens
     const Range range = bad[q] ? seen(a, w.of, w.b, q0 + q, w.t0, w.t1) : Range{0, 0};
@@ -1125,9 +1125,9 @@ static int attend(const Args& a, int isa) {
   const std::unique_ptr<Sequence[]> sequences(new (std::nothrow) Sequence[a.batch]);
   if (!sequences) return 1;
   int64_t bytes = 0, chunks = 0, rows = 0;
-  int64_t turned_size = 0;
+  int64_t as_values_size = 0;
   for (int g = 0; g < a.n_groups; g++) {
-    if (a.groups[g].shared) turned_size = std::max(turned_size, int64_t(CHUNK) * a.value_dim * a.groups[g].value_bits / 8);
+    if (a.groups[g].shared) as_values_size = std::max(as_values_size, int64_t(CHUNK) * a.value_dim * a.groups[g].value_bits / 8);
     bytes = std::max(bytes, Query::bytes(std::max(a.queries, MOST_ROWS), a.groups[g]));
   }
   for (int b = 0; b < a.batch; b++) {
@@ -1148,8 +1148,8 @@ static int attend(const Args& a, int isa) {
   const int64_t partners_size = a.frame ? heads * q_size : 0, framed_size = a.frame ? int64_t(MOST_ROWS) * a.map_row : 0;
   const std::unique_ptr<float[]> floats(new (std::nothrow) float[parts_size + heads * q_size + mapped_all + a.threads * (exact_size + framed_size) + partners_size]);
   const std::unique_ptr<char[]> memory(new (std::nothrow) char[!chunks ? 1 : bytes * (a.frame ? a.threads : heads * a.segments)]);
-  const std::unique_ptr<uint8_t[]> turned(new (std::nothrow) uint8_t[chunks && turned_size ? a.threads * turned_size : 1]);
-  if (!floats || !memory || !turned) return 1;
+  const std::unique_ptr<uint8_t[]> as_values(new (std::nothrow) uint8_t[chunks && as_values_size ? a.threads * as_values_size : 1]);
+  if (!floats || !memory || !as_values) return 1;
   float *parts = floats.get(), *queries = parts + parts_size, *own = queries + heads * q_size, *exacts = own + mapped_all;
   float *partners = exacts + a.threads * exact_size, *framed = partners + partners_size;
   const float* mapped = a.mapped ? a.mapped : own;
@@ -1180,7 +1180,7 @@ static int attend(const Args& a, int isa) {
       const Group& f = group(h);
       attend_chunk({a, f, s, b, h - f.first, t0, std::min(t0 + CHUNK, s.to), mapped + i * mapped_size, heads * mapped_size, memory.get() + i * bytes, heads * bytes, parts + width * k,
                     queries + i * q_size, partners + i * q_size, framed + omp_get_thread_num() * framed_size, memory.get() + omp_get_thread_num() * bytes,
-                    turned.get() + omp_get_thread_num() * turned_size}, isa);
+                    as_values.get() + omp_get_thread_num() * as_values_size}, isa);
     }
 #pragma omp for schedule(static)
     for (int i = 0; i < heads; i++) {

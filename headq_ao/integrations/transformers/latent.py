@@ -45,7 +45,7 @@ class Unexpanded:
     """In place of a module's ``expand_kv``: rows that a cache holds go to attention as they are; a recorder is shown
     what is expanded."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: Any) -> None:
         self.module = module
         self.row: Tensor | None = None
 
@@ -55,7 +55,7 @@ class Unexpanded:
             return kv_nope, k_rot
         if not torch.compiler.is_compiling() and RECORDER.get() is not None:
             self.row = torch.cat([kv_nope, k_rot], -1)
-        expanded: tuple[Tensor, Tensor] = type(self.module).expand_kv(self.module, kv_nope, k_rot)  # type: ignore[operator]
+        expanded: tuple[Tensor, Tensor] = type(self.module).expand_kv(self.module, kv_nope, k_rot)
         return expanded
 
     def recorded(self) -> Tensor | None:
@@ -82,9 +82,11 @@ def expanded(module: Any, row: Tensor) -> tuple[Tensor, Tensor]:
 def projections(module: Any) -> tuple[Tensor, Tensor]:
     """``W_uk [H, nope, r]`` and ``W_uv [H, v, r]`` of a module."""
     weight, r = module.kv_b_proj.weight, module.kv_lora_rank
-    if type(module.kv_b_proj) is not nn.Linear or type(weight) is not nn.Parameter:  # quantized: what it makes of axes
-        norm = module.kv_a_layernorm.weight
-        axes = torch.eye(r, dtype=norm.dtype if norm.dtype in FLOATS else torch.bfloat16, device=norm.device)
+    plain = type(module.kv_b_proj) is nn.Linear and type(weight) is nn.Parameter
+    device = execution_device(module) if weight.is_meta else weight.device
+    if not plain or device != weight.device:  # quantized or offloaded: what it makes of axes
+        kind = module.kv_a_layernorm.weight.dtype
+        axes = torch.eye(r, dtype=kind if kind in FLOATS else torch.bfloat16, device=device)
         weight = module.kv_b_proj(axes).mT
     w_uk, w_uv = weight.view(module.num_heads, -1, r).split([module.qk_nope_head_dim, module.v_head_dim], 1)
     return w_uk, w_uv
