@@ -318,6 +318,20 @@ class HeadQConfig(AOBaseConfig):
         return [b for b, widths in PIECES.items() if side == "k" or not self.block_size % max(map(granule, widths))]
 
     @property
+    def row_bits(self) -> int:
+        """Bits of a row that is key and value."""
+        assert self.k_bits is not None and self.v_bits is not None
+        return max(self.k_bits, self.v_bits)
+
+    @property
+    def one_row(self) -> bool:
+        """Whether keys that are values can be stored as one row: whitened, both sides coded, without a side code or a
+        key mean of each sequence."""
+        whitened = self.key_codec == self.value_codec == "whitened" and not self.has_side_code
+        coded = self.k_bits is not None and self.v_bits is not None
+        return whitened and coded and self.codec is None and self.adapt == "off"
+
+    @property
     def has_side_code(self) -> bool:
         """Whether keys carry a side code: by default affine ones do."""
         return self.key_codec == "affine" if self.rank is None else self.rank > 0

@@ -10,6 +10,8 @@ class LayerShape:
     ``value_dim``: of values, where it is not ``head_dim``. ``softcap``: of the layer's scores, or None.
     ``readers``: attention modules that read the layer in a call, each with ``n_heads`` query heads: more than one where
     layers share keys and values.
+    ``latent``: of multi-head latent attention. A token is then one row of ``head_dim``, its latent and its rotary key,
+    that all query heads read; its first ``latent`` coordinates are the value.
     """
 
     n_heads: int
@@ -19,8 +21,9 @@ class LayerShape:
     value_dim: int | None = None
     softcap: float | None = None
     readers: int = 1
+    latent: int | None = None
 
     @property
     def dims(self) -> tuple[int, int]:
-        """Of a key and of a value."""
+        """Of a key and of a value, as they are stored."""
         return self.head_dim, self.head_dim if self.value_dim is None else self.value_dim

@@ -6,7 +6,8 @@ heads of the group, any of them with any stride of pages and heads:
 
 - keys:   planes ``[N, h, P/16, N_w/(4·8/w), 16, 4]`` uint8, widest first, ``scale [N, h, P]`` fp16, and ``zero`` alike;
 - values: planes ``[N, h, P/(4·8/w), D/16, 16, 4]`` uint8, low bits first, ``scale [N, h, P, groups]``, ``zero`` alike;
-- a side that is not coded: ``[N, h, P, D]`` in the model's dtype.
+- a side that is not coded: ``[N, h, P, D]`` in the model's dtype;
+- values that are their keys (:data:`SHARED`): none; both are read from the keys' codes.
 
 See :mod:`headq_ao.ops.layout` for the bits in a plane. Physical page 0 belongs to no sequence: operators write there
 what is to be thrown away, so that a step needs no decision on the host.
@@ -32,11 +33,16 @@ KNOWN_FORMS: dict[tuple[int, ...], dict[tuple["Side", "Side"], None]] = {}
 @dataclass(frozen=True)
 class Side:
     """The form of one side's tokens: ``bits`` of each stored coordinate (``()``: not coded), of values one number;
-    ``zero``: a zero beside the scale; ``groups``: scales of a value."""
+    ``zero``: a zero beside the scale; ``groups``: scales of a value, 0: values that are their keys."""
 
     bits: tuple[int, ...] = ()
     zero: bool = False
     groups: int = 1
+
+    @property
+    def shared(self) -> bool:
+        """Of values: whether a token is one row, stored as its key, and both are read from that."""
+        return self.groups == 0
 
     @property
     def spec(self) -> str:
@@ -49,6 +55,9 @@ class Side:
         pairs = (run.split("*") for run in runs.split("+")) if runs else ()
         bits = tuple(int(b) for b, n in pairs for _ in range(int(n)))
         return cls(bits, zero == "1", int(groups))
+
+
+SHARED = Side(groups=0)
 
 
 @dataclass(frozen=True)
@@ -68,18 +77,20 @@ class GroupLayout:
 
 @dataclass(frozen=True)
 class PagedTokens:
-    """One side of one head group: planes with ``bits`` and scales, or ``exact`` tokens."""
+    """One side of one head group: planes with ``bits`` and scales, or ``exact`` tokens; ``shared``: values that are
+    read from the tensors of their keys."""
 
     planes: tuple[Tensor, ...] = ()
     bits: tuple[int, ...] = ()
     scale: Tensor | None = None
     zero: Tensor | None = None
     exact: Tensor | None = None
+    shared: bool = False
 
     @property
     def tensors(self) -> list[Tensor]:
-        """In the order of :meth:`PageLayout.split`."""
-        return [*self.planes, *(t for t in (self.scale, self.zero, self.exact) if t is not None)]
+        """In the order of :meth:`PageLayout.split`; those of keys are not counted again."""
+        return [] if self.shared else [*self.planes, *(t for t in (self.scale, self.zero, self.exact) if t is not None)]
 
     def map(self, fn) -> "PagedTokens":  # type: ignore[no-untyped-def]
         """The same form over other tensors."""
@@ -131,6 +142,11 @@ class PageLayout:
         return sum(g.heads for g in self.groups)
 
     @property
+    def shared(self) -> bool:
+        """Whether values are their keys."""
+        return self.groups[0].values.shared
+
+    @property
     def known_forms(self) -> tuple[tuple[Side, Side], ...]:
         """The forms of all heads in pages of this size that were ever allocated, these among them, in the order in
         which they came: a kernel that is compiled for all of them serves every layer of a model."""
@@ -152,6 +168,8 @@ class PageLayout:
                     planes = key_plane_shapes(side.bits, p) if keys else value_plane_shapes(side.bits[0], p, dim)
                     scale = (p,) if keys else (p, side.groups)
                     forms = [(s, True) for s in planes] + [(scale, False)] * (1 + side.zero)
+                elif side.shared:
+                    forms = []
                 made.append((g, name, side, forms))
         return made
 
@@ -211,6 +229,9 @@ class PageLayout:
         rest, found = iter(tensors), {}
         for g, name, side, forms in self._forms:
             own = list(islice(rest, len(forms)))
+            if side.shared:
+                found[g.first, name] = replace(found[g.first, "keys"], shared=True)
+                continue
             if not side.bits:
                 found[g.first, name] = PagedTokens(exact=own[0])
                 continue

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from headq_ao.evals.benchmarks import bench_decode, bench_generate, triton_table
+from headq_ao.evals.benchmarks import bench_decode, bench_generate, bench_mla, triton_table
 from headq_ao.evals.gpu import report as gpu
 from headq_ao.evals.harness import table
 from headq_ao.evals.models import sweep_table
@@ -87,6 +87,7 @@ BLOCKS: dict[str, Block] = {
     "calibration_size": one("calibration_size/calibration_size.json", tables.calibration_size, QUALITY),
     "decode": one("bench/decode.json", bench_decode.result_table, SPEED),
     "generate": one("bench/generate.json", bench_generate.result_table, SPEED),
+    "mla": one("bench/mla.json", bench_mla.result_table, (*QUALITY, *SPEED)),
     "gpu": Block("gpu/[ls]*.json", lambda results: gpu.result_table(results / "gpu"), KERNELS),
     "vllm": Block(
         "vllm/*.json",

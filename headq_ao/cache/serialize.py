@@ -7,7 +7,6 @@ from torch import Tensor
 
 from headq_ao.cache.batch import Batch
 from headq_ao.cache.layer import PackedLayer
-from headq_ao.cache.window import NAMES
 
 
 def batch_to_data(batch: Batch) -> dict[str, Any]:
@@ -73,7 +72,9 @@ def layer_to_tensors(layer: PackedLayer) -> tuple[dict[str, Tensor], dict[str, A
         index = pages.flatten().to(layer.device)
         tensors |= {f"page.{i}": t[index].contiguous() for i, t in enumerate(layer.pool.every)}
     slots = min(max(layer.batch.lengths.totals()), window.n_sink + window.ring)
-    tensors |= {f"window.{n}": t[:, :, :slots].contiguous() for n in NAMES if (t := getattr(window, n)) is not None}
+    tensors |= {
+        f"window.{n}": t[:, :, :slots].contiguous() for n in window.names if (t := getattr(window, n)) is not None
+    }
     own = layer.codec.own_tensors()
     tensors |= {f"own.{name}": t.contiguous() for name, t in own.items()}
     dtype = str(layer.dtype).removeprefix("torch.")
@@ -106,13 +107,13 @@ def layer_from_tensors(
         raise ValueError("it does not say which sequences have statistics")
     window.resize(data["ring"], layer.counts.none)
     slots = min(max(layer.batch.lengths.totals()), window.n_sink + window.ring)
-    for name in NAMES:
+    for name in window.names:
         if (t := tensors.get(f"window.{name}")) is None:
             continue
         heads, dim = layer.forms[name]
         expect(f"window.{name}", t, (batch, heads, slots, dim))
         window.allocate(name, (batch, heads, dim), t.dtype, device)[:, :, :slots] = t.to(device)
-    if window.k is None or "window.k" not in tensors or "window.v" not in tensors:
+    if window.k is None or any(f"window.{name}" not in tensors for name in window.names if name != "q"):
         raise ValueError("it lacks full-precision tokens")
     pages = pages_in_use(layer)
     if pages is not None:

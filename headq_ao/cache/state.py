@@ -64,7 +64,7 @@ class LayerState:
         """Forget everything."""
         self.is_initialized = False
         self.call, self.seen = self.batch.lengths.calls, 0  # the last model call that came through, and slots after it
-        self.window = Window(self.batch.lengths.schedule.n_sink, min(self.ring, ROOM))
+        self.window = Window(self.batch.lengths.schedule.n_sink, min(self.ring, ROOM), self.shape.latent is not None)
         self.pool: PagePool | None = None
         self.reads: Tensor | None = None  # int64 [2]: packed tokens that attention has read, and all
         self.dense_reads = 0  # tokens that first calls have read in full precision
@@ -94,7 +94,9 @@ class LayerState:
 
     @property
     def elements(self) -> dict[str, int]:
-        """Numbers of a token by side, as the model has them."""
+        """Numbers of a token by side, as the model has them; of one that is key and value, once."""
+        if self.shape.latent is not None:
+            return {"key": self.shape.n_kv_heads * self.shape.head_dim}
         return {side: heads * dim for side, (heads, dim) in zip(("key", "value"), self.forms.values(), strict=False)}
 
     @mode_neutral
@@ -105,7 +107,7 @@ class LayerState:
         self.codec = self.source.start(lengths.batch, dtype)
         held = max(lengths.totals(), default=0) if self.batch.capacity is None else self.batch.capacity
         self.window.ring = min(max(self.window.ring, held - self.window.n_sink), self.ring)
-        for name in "kv":
+        for name in self.window.names[:-1]:
             self.window.allocate(name, (lengths.batch, *self.forms[name]), dtype, device)
         self.pool = PagePool(self.codec.layout(self.batch.page_tokens), dtype, device, self.codec.segments)
         self.no_table = torch.zeros(lengths.batch, 1, dtype=torch.int32, device=device)

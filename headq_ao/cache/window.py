@@ -20,13 +20,24 @@ class Window:
     Args:
         n_sink: sinks.
         ring: R, body tokens that there is room for.
+        shared: whether values are their keys, and held once.
     """
 
-    def __init__(self, n_sink: int, ring: int) -> None:
-        self.n_sink, self.ring = n_sink, ring
+    def __init__(self, n_sink: int, ring: int, shared: bool = False) -> None:
+        self.n_sink, self.ring, self.shared = n_sink, ring, shared
+        self.names = ("k", "q") if shared else NAMES
         self.k: Tensor | None = None
-        self.v: Tensor | None = None
         self.q: Tensor | None = None
+        self._v: Tensor | None = None
+
+    @property
+    def v(self) -> Tensor | None:
+        """Values."""
+        return self.k if self.shared else self._v
+
+    @v.setter
+    def v(self, x: Tensor) -> None:
+        self._v = x
 
     def allocate(self, name: str, form: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Zeros for tokens of the form ``B, H, D``."""
@@ -37,7 +48,7 @@ class Window:
 
     def tensors(self) -> list[Tensor]:
         """What is held."""
-        return [t for name in NAMES if (t := getattr(self, name)) is not None]
+        return [t for name in self.names if (t := getattr(self, name)) is not None]
 
     def resize(self, ring: int, total: Tensor) -> None:
         """Another R; ``total [B]`` int64, tokens of each sequence."""
@@ -73,6 +84,6 @@ class Window:
         return tokens.gather(2, slot[:, None, :, None].expand(*tokens.shape[:2], -1, tokens.shape[3]))
 
     def _map(self, fn: Callable[[Tensor], Tensor]) -> None:
-        for name in NAMES:
+        for name in self.names:
             if (t := getattr(self, name)) is not None:
                 setattr(self, name, growing(fn(t), 2))

@@ -12,7 +12,7 @@ from torch import Tensor
 from headq_ao.calibration.artifact import Calibration
 from headq_ao.codecs.base import HeadBits
 from headq_ao.codecs.linalg import centred_moment
-from headq_ao.codecs.whitened import whitened_codec, whitened_value_codec
+from headq_ao.codecs.whitened import Readout, joint_metric, whitened_codec, whitened_value_codec
 from headq_ao.config import HeadQConfig
 from headq_ao.layer_shape import LayerShape
 from headq_ao.ops.layout import PIECES, granule
@@ -30,7 +30,7 @@ PER_BIT = 0.27  # what a further bit leaves of the error of a fine code; 1/4 in 
 def output_errors(
     moments: LayerMoments, q: Tensor, k: Tensor, v: Tensor, scaling: float, *, n_sink: int, window: int | None,
     every: int, counted: Tensor | None = None, sinks: Tensor | None = None, frame: SegmentFrame | None = None,
-    softcap: float | None = None,
+    softcap: float | None = None, readout: Readout | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """What coded keys or values change in a layer's output, at each of :data:`PROFILED_BITS`, and the output's energy.
 
@@ -43,11 +43,15 @@ def output_errors(
         counted: ``[T]``, which queries count; None: all.
         frame: that keys are coded in.
         sinks, softcap: as in :func:`headq_ao.statistics.importance.attention`.
+        readout: where ``v`` is ``k``, one row: what is measured as keys is then what coding that row changes, through
+            both, in what the heads read out; as values nothing.
 
     Returns:
         ``[Hkv, 2, 4]``, keys then values, and ``[Hkv]``.
     """
-    tokens, units, moments = k.shape[2] // WHOLE * WHOLE, [moments.unit(side) for side in "kv"], moments.in_units()
+    tokens, units, all_moments = k.shape[2] // WHOLE * WHOLE, [moments.unit(side) for side in "kv"], moments
+    moments = moments.in_units()
+    of_rows = None if readout is None else joint_metric(all_moments, readout).to(k.device)
     k_unit, v_unit = (None if unit is None else unit.to(k.device) for unit in units)
     q, k, v = (x[:, :, :tokens].float() for x in (q, k, v))
     (k_mean, k_outer), (v_mean, v_outer), c_q = (
@@ -61,23 +65,34 @@ def output_errors(
     keys, values = [], []
     for bits in PROFILED_BITS:
         config = HeadQConfig(k_bits=bits, v_bits=bits)
-        codec = whitened_codec(config, c_q, k_mean, centred_moment(k_mean, k_outer), frame is not None)
+        codec = whitened_codec(config, c_q, k_mean, centred_moment(k_mean, k_outer), frame is not None, of_rows)
         codec = dataclasses.replace(codec, unit=k_unit)
         error = codec.dequantize(*codec.quantize(coded, config.unbiased_scale)) - coded
         keys.append(error if frame is None else frame.into(error, segment, back=True))
+        if readout is not None:
+            values.append(error)
+            continue
         of_values = whitened_value_codec(config, v_mean, v_outer)
         of_values = of_values if v_unit is None else of_values.in_unit(v_unit)
         values.append(of_values.dequantize(*of_values.quantize(v)) - v)
     errors, energy = k.new_zeros(k.shape[1], 2, len(PROFILED_BITS)), k.new_zeros(k.shape[1])
+
+    def read(weights: Tensor, rows: Tensor) -> Tensor:
+        out = torch.einsum("bhgst,bhtd->bhgsd", weights, rows)
+        return out if readout is None else torch.einsum("bhgsd,gvd->bhgsv", out, readout.matrices.to(out))
+
     for at, query, s, packed in score_tiles(q, k, scaling, n_sink=n_sink, window=window, every=every):
         shown = 1.0 if counted is None else counted[at, None].to(s.dtype)
         a = attention(s, sinks, softcap)
-        energy += (shown * torch.einsum("bhgst,bhtd->bhgsd", a, v)).square().sum((0, 2, 3, 4))
+        energy += (shown * read(a, v)).square().sum((0, 2, 3, 4))
         for i, (dk, dv) in enumerate(zip(keys, values, strict=True)):
             moved = attention(s + torch.einsum("bhgsd,bhtd->bhgst", query, dk) * packed, sinks, softcap) - a
+            if readout is not None:
+                out = shown * (read(moved, v) + read((a + moved) * packed, dv))
+                errors[:, 0, i] += out.square().sum((0, 2, 3, 4))
+                continue
             for side, (weights, rows) in enumerate(((moved, v), (a * packed, dv))):
-                out = shown * torch.einsum("bhgst,bhtd->bhgsd", weights, rows)
-                errors[:, side, i] += out.square().sum((0, 2, 3, 4))
+                errors[:, side, i] += (shown * read(weights, rows)).square().sum((0, 2, 3, 4))
     return errors.cpu(), energy.cpu()
 
 
@@ -91,8 +106,11 @@ def head_bits(config: HeadQConfig, calibration: Calibration | None, shapes: Sequ
     if calibration is not None and len(calibration.layers) != layers:
         raise ValueError(f"the calibration must hold {layers} layers, as the model does, got {len(calibration.layers)}")
     given = {"k": config.k_bits, "v": config.v_bits}
+    if any(shape.latent is not None for shape in shapes):  # one row: its bits are those of a key
+        given = {"k": config.row_bits}
     if config.mean_bits is None or calibration is None:
-        return [HeadBits(*(() if b is None else (b,) * s.n_kv_heads for b in given.values())) for s in shapes]
+        found = ({side: (b,) * s.n_kv_heads for side, b in given.items() if b is not None} for s in shapes)
+        return [HeadBits(bits.get("k", ()), bits.get("v", ())) for bits in found]
     unknown = [i for i, layer in enumerate(calibration.layers) if layer.errors is None]
     if unknown:
         raise ValueError(
@@ -107,7 +125,7 @@ def head_bits(config: HeadQConfig, calibration: Calibration | None, shapes: Sequ
         for h, errors in enumerate(layer.relative_errors("kv".index(side)))
     }
     sensitivity = cautious(sensitivity, calibration)
-    levels = {side: config.levels(side) for side in sides}
+    levels = {side: config.levels(side if len(given) > 1 else "v") for side in sides}
     bits = allocate_bits(sensitivity, {part: levels[part[1]] for part in sensitivity}, config.mean_bits)
     of = {
         (i, side): tuple(bits[i, side, h] for h in range(s.n_kv_heads)) for i, s in enumerate(shapes) for side in sides

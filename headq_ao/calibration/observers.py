@@ -9,6 +9,7 @@ from torch import Tensor
 
 from headq_ao.ambient import mode_neutral
 from headq_ao.calibration.bit_allocation import output_errors
+from headq_ao.codecs.whitened import Readout
 from headq_ao.ops.types import SegmentFrame
 from headq_ao.statistics.importance import importance_weights
 from headq_ao.statistics.moments import TENSORS, LayerMoments
@@ -125,8 +126,9 @@ class Profiler:
     def __init__(
         self, moments: list[LayerMoments], n_sink: int, counted: Tensor, places: Sequence[int] | None = None,
         frames: Frames | None = None, measured: Callable[[], object] = lambda: None,
-        sharing: Mapping[int, int] | None = None,
+        sharing: Mapping[int, int] | None = None, readouts: Sequence[Readout | None] | None = None,
     ) -> None:  # fmt: skip
+        self.readouts = [None] * len(moments) if readouts is None else readouts
         self.frames, self.measured = [None] * len(moments) if frames is None else frames, measured
         self.numbers = {place: i for i, place in enumerate(range(len(moments)) if places is None else places)}
         self.numbers |= {reader: self.numbers[place] for reader, place in (sharing or {}).items()}
@@ -142,6 +144,7 @@ class Profiler:
         errors, energy = output_errors(
             m, q, k, v, scaling, n_sink=self.n_sink, window=window, every=IMPORTANCE_EVERY,
             counted=self.counted.to(k.device), sinks=sinks, frame=self.frames[number], softcap=softcap,
+            readout=self.readouts[number],
         )  # fmt: skip
         if m.errors is not None and m.energy is not None:  # of another reader
             errors, energy = errors + m.errors, energy + m.energy

@@ -180,6 +180,12 @@ class KeyCodec(Codec):
         mapping = torch.cat([codes, *(x.expand(*lead, -1, -1) for x in rest)], -1)
         return mapping if self.unit is None else mapping * self.unit.to(dtype).unsqueeze(-1)
 
+    def as_values(self) -> tuple[Tensor, Tensor]:
+        """Of rows that are keys and values: what takes ``Σ_j a_j σ_j (c_j − c0)`` to ``Σ_j a_j x̂_j``, ``[.., D, D]``,
+        and the mean ``[.., D]`` to be added."""
+        read, mean = self.reader.float() * self.step.float().unsqueeze(-2), self.mean.float()
+        return (read, mean) if self.unit is None else (read * self.unit.unsqueeze(-1), mean * self.unit)
+
     def centre(self, like: Tensor) -> Tensor:
         """The code that stands for zero, ``[M]`` or ``[Hkv, M]``: 0 where rows store a zero, else the middle level."""
         base = self.read.shape[-1]

@@ -1,6 +1,7 @@
 """What one attention layer needs to write and read rows: lives on the attention module, so that it moves with it."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -15,7 +16,14 @@ from headq_ao.codecs.protocol import Codec
 from headq_ao.codecs.rotation import POSITIONS, Rotation, in_model_frame
 from headq_ao.codecs.side_code import with_side_code
 from headq_ao.codecs.source import SourceModule
-from headq_ao.codecs.whitened import prompt_whitened_codec, whitened_codec, whitened_value_codec
+from headq_ao.codecs.whitened import (
+    Readout,
+    joint_metric,
+    prompt_whitened_codec,
+    readout_metric,
+    whitened_codec,
+    whitened_value_codec,
+)
 from headq_ao.config import HeadQConfig
 from headq_ao.layer_shape import LayerShape
 from headq_ao.ops.layout import TOKEN_TILE
@@ -25,6 +33,7 @@ from headq_ao.statistics.moments import LayerMoments, segment_tokens
 from headq_ao.statistics.units import unit_of_rows
 
 AnyCodec = TypeVar("AnyCodec", KeyCodec, ValueCodec)
+WIDEST_ROW = 576  # of a key that is its value; a multiple of 16
 LATER = (1, 2, 4, 8, 16)  # segments after its own, where a prompt's first queries stand for those that read a key
 
 
@@ -40,12 +49,14 @@ class LayerCodec(SourceModule):
         bits: of all heads; None: those of the config.
         rotation: the layer's rotary embedding; None: it has none, or it cannot be told.
         positions: of the model.
+        readout: of a layer whose keys are values too (:attr:`LayerShape.latent`).
 
     Raises:
         ValueError: where the moments are in the frame of segments, and there is no rotation.
     """
 
     anchor: Tensor
+    outer: Tensor  # of :class:`Readout`
 
     def __init__(
         self,
@@ -57,9 +68,13 @@ class LayerCodec(SourceModule):
         bits: HeadBits | None = None,
         rotation: Rotation | None = None,
         positions: int = POSITIONS,
+        readout: Readout | None = None,
     ) -> None:
         super().__init__()
-        for dim in set(shape.dims):
+        self.shared = shape.latent is not None
+        if self.shared:
+            config = dataclasses.replace(config, k_bits=config.row_bits, mean_bits=None)
+        for dim in set(shape.dims) if not self.shared else ():
             config.check_head_dim(dim)
         self.config = config
         self.head_dim, self.has_moments = shape.head_dim, moments is not None
@@ -75,15 +90,18 @@ class LayerCodec(SourceModule):
         self.value_frame: ValueCodec | None = None
         part = slice(None) if heads is None else heads
         self.bits = bits and HeadBits(bits.k[part], bits.v[part])
-        if config.v_bits is not None:
+        if config.v_bits is not None and not self.shared:
             made = value_codec(config, shape, moments).with_bits(() if bits is None else bits.v)
             self.value_frame = self._keep("value", made.of_heads(part), device)
         if moments is not None and config.k_bits is not None:
-            made_keys = key_codec(config, moments, () if bits is None else bits.k)
+            made_keys = key_codec(config, moments, () if bits is None else bits.k, readout)
             self.frame = self._keep("key", made_keys.of_heads(part), device)
 
         if moments is None:  # where a sequence's own codec is to lie
             self.register_buffer("anchor", torch.empty(0, dtype=torch.float32, device=device), persistent=False)
+        self.scaling = 0.0 if readout is None else readout.scaling
+        if moments is None and readout is not None:
+            self.register_buffer("outer", readout.outer.to(device), persistent=False)
 
     def _as_coded(self, moments: LayerMoments, rotation: Rotation | None) -> LayerMoments:
         """The moments of keys as they are coded: affine ones as the model has them."""
@@ -146,14 +164,14 @@ class LayerCodec(SourceModule):
         return PlaneCodec(
             keys, values, *self.form, self.config.sign, self.config.unbiased_scale, group,
             self.config.warmup(self.head_dim), self._learn, batch, keys if self.has_moments else None,
-            self.segment_frame,
+            self.segment_frame, self.shared,
         )  # fmt: skip
 
     @property
     def prototype(self) -> PlaneCodec:
         """See :class:`headq_ao.codecs.protocol.CodecSource`; without tensors, for each new cache asks for it."""
         group, warmup = (self.config.block_size, self.config.warmup(self.head_dim)) if self.learns else (1, 0)
-        return PlaneCodec(None, None, *self.form, granularity=group, warmup=warmup)
+        return PlaneCodec(None, None, *self.form, granularity=group, warmup=warmup, shared=self.shared)
 
     def current(self, codec: Codec) -> Codec:
         """See :class:`headq_ao.codecs.protocol.CodecSource`."""
@@ -192,8 +210,9 @@ class LayerCodec(SourceModule):
         keys, values, found = self.calibrated, self.values, self._whole
         if found is None or found.keys is not keys or found.values is not values:
             found = PlaneCodec(
-                keys, values, *self.form, self.config.sign, self.config.unbiased_scale, frame=self.segment_frame
-            )
+                keys, values, *self.form, self.config.sign, self.config.unbiased_scale, frame=self.segment_frame,
+                shared=self.shared,
+            )  # fmt: skip
             found.put_together()
             self._whole = found
         return found
@@ -240,6 +259,10 @@ class LayerCodec(SourceModule):
             of_q, of_k, _ = importance_weights(q, k, scaling, n_sink=n_sink, window=window, softcap=self.softcap)
             of_q = mixed(of_q[..., n_sink:].unflatten(1, (k.shape[1], -1)).flatten(2, 3))
             c_q, mean, variance = self._spread_moments(grouped, of_q, rows, mixed(of_k[..., n_sink:]))
+            if self.shared:
+                units = [u for u in (unit, of_queries) if u is not None]
+                both = math.prod(units[1:], start=units[0]) if units else None
+                c_q = c_q + readout_metric(self.outer, self.scaling, variance, both)
             codec = with_side_code(config, prompt_whitened_codec(config, c_q, mean, variance), c_q, rows)
         codec = dataclasses.replace(codec, unit=unit)
         names = {"mean", "side_encode", "side_read", "side_step", "spread", "q_factor", "unit"}
@@ -310,18 +333,22 @@ def _outer(q: Tensor, weight: Tensor) -> Tensor:
     return q.transpose(-1, -2) @ (weight[..., None] * q) / q.shape[-2]
 
 
-def key_codec(config: HeadQConfig, moments: LayerMoments, bits: tuple[int, ...] = ()) -> KeyCodec:
-    """The key codec of a calibrated layer; ``bits`` of each head, none: those of the config."""
-    unit, moments = moments.unit("k"), moments.in_units()
+def key_codec(
+    config: HeadQConfig, moments: LayerMoments, bits: tuple[int, ...] = (), readout: Readout | None = None
+) -> KeyCodec:
+    """The key codec of a calibrated layer; ``bits`` of each head, none: those of the config; ``readout``: where keys
+    are values too."""
+    unit, of_values = moments.unit("k"), None if readout is None else joint_metric(moments, readout)
+    moments = moments.in_units()
     if bits:
-        alike = {b: _key_codec(dataclasses.replace(config, k_bits=b), moments) for b in set(bits)}
+        alike = {b: _key_codec(dataclasses.replace(config, k_bits=b), moments, of_values) for b in set(bits)}
         codec = by_head(alike, bits)
     else:
-        codec = _key_codec(config, moments)
+        codec = _key_codec(config, moments, of_values)
     return dataclasses.replace(codec, unit=unit)
 
 
-def _key_codec(config: HeadQConfig, moments: LayerMoments) -> KeyCodec:
+def _key_codec(config: HeadQConfig, moments: LayerMoments, readout: Tensor | None = None) -> KeyCodec:
     rows = moments.k_rows[: moments.k_rows.shape[0] // TOKEN_TILE * TOKEN_TILE].transpose(0, 1)[None]
     if rows.shape[2] == 0:
         raise ValueError(
@@ -331,7 +358,9 @@ def _key_codec(config: HeadQConfig, moments: LayerMoments) -> KeyCodec:
         return affine_codec(config, moments.c_q[None], moments.k_mean[None], rows)
     mean, outer = moments.shrunk("k")
     covariance = centred_moment(mean, outer)
-    base = whitened_codec(config, moments.shrunk_c_q[None], mean[None], covariance[None], bool(moments.segment_tokens))
+    base = whitened_codec(
+        config, moments.shrunk_c_q[None], mean[None], covariance[None], bool(moments.segment_tokens), readout
+    )
     return with_side_code(config, base, moments.shrunk_c_q[None], rows)
 
 

@@ -13,7 +13,7 @@ from headq_ao.codecs.base import KeyCodec, ValueCodec, head_groups
 from headq_ao.codecs.protocol import Codec
 from headq_ao.ops import Encoder, cache_update, paged_attention, plan_attention, plan_update
 from headq_ao.ops.layout import unpack_keys, unpack_values
-from headq_ao.ops.page_layout import NULL_PAGE, GroupLayout, PagedTokens, PageLayout, Side
+from headq_ao.ops.page_layout import NULL_PAGE, SHARED, GroupLayout, PagedTokens, PageLayout, Side
 from headq_ao.ops.paged_attention.reference import by_sequence
 from headq_ao.ops.types import PagedKV, Plan, Readers, SegmentFrame, Visible, in_vectors
 
@@ -37,6 +37,7 @@ class PlaneCodec(Codec):
         batch: sequences, where they have their own.
         first: another codec of the keys in the first ``warmup`` tokens' pages, of the same form; None: ``keys``.
         frame: that keys are coded in; None: the model's own.
+        shared: whether a value is its key: one row a token, which ``keys`` code; there are then no ``values``.
     """
 
     keys: KeyCodec | None
@@ -52,6 +53,7 @@ class PlaneCodec(Codec):
     batch: int = 0
     first: KeyCodec | None = None
     frame: SegmentFrame | None = None
+    shared: bool = False
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -89,7 +91,7 @@ class PlaneCodec(Codec):
         for group in head_groups(self.keys, self.values):
             first, end, _ = group.heads.indices(self.kv_heads)
             keys = Side() if group.keys is None else Side(group.keys.bits, group.keys.has_zero)
-            values = Side()
+            values = SHARED if self.shared else Side()
             if (v := group.values) is not None:
                 values = Side((v.bits,), v.has_zero, self.value_dim // v.group_size)
             groups.append(GroupLayout(first, end - first, keys, values))
@@ -111,6 +113,9 @@ class PlaneCodec(Codec):
             query_map = torch.cat([of_first[None], query_map])
         if self.frame is not None and query_map is not None:
             query_map = in_vectors(query_map)  # as the CPU kernel reads it
+        if self.shared and self.keys is not None:
+            read, mean = self.keys.as_values()
+            return Readers(query_map, read.mT.contiguous().mT, mean, self.frame)
         if self.values is None:
             return Readers(query_map, None, None, self.frame)
         read = self.values.reader.mT.contiguous().mT  # as the CPU kernel reads it: no plan makes a copy of its own
@@ -196,7 +201,7 @@ class PlaneCodec(Codec):
                 body = torch.arange(begin, end, device=k.device)
                 k = self.frame.into(k, self.frame.of(body), back=True)
             keys.append(k)
-            values.append(self._decoded(of_values, codecs.values)[:, :, inside])
+            values.append(k if self.shared else self._decoded(of_values, codecs.values)[:, :, inside])
         return torch.cat(keys, 1), torch.cat(values, 1)
 
     def _decoded(self, held: PagedTokens, codec: KeyCodec | ValueCodec | None) -> Tensor:

@@ -15,7 +15,7 @@ from headq_ao.ops.page_layout import Side as SideLayout
 from headq_ao.ops.types import PagedKV
 
 DTYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
-EXACT, FEEDBACK, NEAREST, AFFINE = range(4)
+EXACT, FEEDBACK, NEAREST, AFFINE, SHARED = range(5)
 _P, _I64, _I32, _F32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 _MATRICES = "encode mean unit steps hessian cholesky read side_encode side_step"
 
@@ -139,6 +139,8 @@ def _side(
     packs: bool,
 ) -> _Side:  # fmt: skip
     """One side of one head group."""
+    if form.shared:  # nothing is written there
+        return _Side(form=SHARED, dim=dim)
     if tokens.exact is not None:
         x = tokens.exact
         size, (page, head, token, _) = x.element_size(), x.stride()

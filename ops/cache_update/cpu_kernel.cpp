@@ -10,7 +10,7 @@ namespace {
 using namespace headq;
 
 constexpr int64_t UNIT = 32;  // tokens that a thread takes at a time; no byte of a page is shared between two of them
-enum Form { EXACT, FEEDBACK, NEAREST, AFFINE };
+enum Form { EXACT, FEEDBACK, NEAREST, AFFINE, SHARED };  // shared: values that are their keys
 enum { FP32 = 1, BF16, FP16 };
 
 struct Plane {
@@ -259,6 +259,7 @@ void pack(const Args& a, const Group& group, int64_t b, int64_t h, int64_t from,
   bool feedback[2] = {};
   for (int k = 0; k < 2; k++) {
     const Side& s = group.side[k];
+    if (s.form == SHARED) continue;
     for (int t = 0; t < n; t++) {
       const char* token = source(a, k, b, group.first + h, from + t);
       if (s.form == EXACT) {
@@ -295,7 +296,7 @@ void pack(const Args& a, const Group& group, int64_t b, int64_t h, int64_t from,
   }
   for (int k = 0; k < 2; k++) {
     const Side& s = group.side[k];
-    if (s.form == EXACT) continue;
+    if (s.form == EXACT || s.form == SHARED) continue;
     for (int t = 0; t < n; t++) {
       float* y = w.y[k].data() + int64_t(t) * s.base;
       uint8_t* codes = w.codes[k].data() + int64_t(t) * s.base;

@@ -40,6 +40,8 @@ def cache_update(
             part = group.layout.part
             sides = (group.keys, leaving[0], encode_keys), (group.values, leaving[1], encode_values)
             for side, tokens, encode in sides:
+                if side.shared:
+                    continue
                 if side.exact is not None:
                     side.exact[page, :, offset] = tokens[:, part].transpose(1, 2).to(side.exact.dtype)
                     continue

@@ -98,7 +98,12 @@ def check_call(q: Tensor, kv: PagedKV, visible: Visible | None, sliding: int) ->
 
 def _check_pages(kv: PagedKV, layout: PageLayout) -> None:
     for group in layout.groups:
-        for side, tokens in ((group.keys, TOKEN_TILE), (group.values, value_granule((group.values.bits or (8,))[0]))):
+        values = group.keys if group.values.shared else group.values
+        if group.values.shared and (
+            len(set(values.bits)) != 1 or values.zero or not len(values.bits) == layout.key_dim == layout.value_dim
+        ):
+            raise ValueError(f"values that are their keys need keys of one number of bits and no zero, got {kv.layout}")
+        for side, tokens in ((group.keys, TOKEN_TILE), (values, value_granule((values.bits or (8,))[0]))):
             if side.bits and layout.page_tokens % tokens:
                 raise ValueError(f"pages must have a multiple of {tokens} tokens, got {layout.page_tokens}")
     shapes = layout.page_shapes()

@@ -24,7 +24,8 @@ constexpr int CHUNK = 1024;        // tokens of one unit of work
 constexpr int LANES = 2 * TILE;    // of two granules that lie beside each other
 constexpr int LEAST_PAGE = 16;     // tokens
 constexpr int LEAST_GRANULE = 8;   // tokens of a value granule
-constexpr int LARGEST_DIM = 256;
+constexpr int LARGEST_DIM = 576;
+constexpr int MOST_COLUMNS = 2 * LARGEST_DIM;  // of a plane of keys
 constexpr int MOST_ROWS = 4;       // queries at a time
 constexpr float NEG = -std::numeric_limits<float>::infinity();
 
@@ -43,6 +44,7 @@ struct Group {
   int32_t first, heads;                                       // of the layer's KV heads
   int32_t key_planes, value_planes, value_bits, groups;
   int32_t dense, same_query;                                  // pages of a head lie side by side; all planes read the query as it is
+  int32_t shared;                                             // values are their keys: no v[..].data, and v_scale is k_scale
   Plane k[3], v[2];
   Scale k_scale, k_zero, v_scale, v_zero;                     // k_zero.data, v_zero.data may be null
   float q_weight[3];                                          // what a plane's codes count
@@ -640,7 +642,7 @@ void map_queries(const Args& a, const float* q, const float* map, float* to) {
 
 // The next query's lies `stride` numbers further on.
 void prepare(const Args& a, const Group& f, const float* mapped, int stride, const Query& query) {
-  alignas(64) float columns[1024];
+  alignas(64) float columns[MOST_COLUMNS];
   for (int q = 0; q < query.n; q++, mapped += stride)
     for (int p = 0; p < f.key_planes; p++) {
       const int n = f.k[p].columns;
@@ -703,11 +705,60 @@ struct Work {
   const float *queries, *partners;  // [queries, key_dim], and what turns with each coordinate
   float* framed;                    // of this thread: mapped queries of a frame
   char* framed_memory;              // and these as integers
+  uint8_t* as_values;                  // of this thread: codes of shared rows as planes of values
 };
 
+typedef uint8_t vc __attribute__((vector_size(16)));
+
+// Tokens and coordinates of a block of four by four change places.
+inline vc transposed(vc x) {
+#if defined(__clang__)
+  return __builtin_shufflevector(x, x, 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+#else
+  return __builtin_shuffle(x, vc{0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15});
+#endif
+}
+
+// Codes of W bits of n tokens, from the granules of a plane of keys from `first` on, as a plane of values: of the blocks of four
+// by four that share bytes, those beside each other along the coordinates come to lie beside each other along the tokens.
+template <int W>
+void to_values(const Plane& keys, const Pages& pages, int h, int first, int dim, int n, uint8_t* to) {
+  constexpr int R = 8 / W, GRANULE = 4 * R;
+  for (int t = 0; t < n; t += GRANULE, to += dim * 4) {
+    const uint8_t* from[R];
+    for (int i = 0; i < R; i++) from[i] = keys_at(keys, pages, h, (t + 4 * i) / TILE * TILE) + first * 64 + (t + 4 * i) % TILE * 4;
+    for (int c = 0; c < dim; c += GRANULE) {
+      vc x[R];
+      for (int i = 0; i < R; i++) x[i] = load<vc>(from[i] + c / GRANULE * 64);
+      for (int j = 0; j < R && c + 4 * j < dim; j++) {
+        vc y{};
+        for (int i = 0; i < R; i++) y |= ((x[i] >> (W * j)) & uint8_t((1 << W) - 1)) << (W * i);
+        y = transposed(y);
+        std::memcpy(to + (c + 4 * j) * 4, &y, sizeof y);
+      }
+    }
+  }
+}
+
+// Where the codes of plane p of the values lie in `as_values`.
+inline int64_t values_at(const Args& a, const Group& f, int p) { return p ? int64_t(CHUNK) * a.value_dim * f.v[0].width / 8 : 0; }
+
+// The codes of a chunk's shared rows as values.
+void to_values(const Work& w, const Pages& pages) {
+  const Group& f = w.f;
+  const int dim = w.a.value_dim, n = w.t1 - w.t0;
+  for (int p = 0; p < f.value_planes; p++) {
+    const bool second = p >= f.key_planes;  // 8 bits: both pieces of a code are in one plane
+    const Plane& k = f.k[second ? 0 : p];
+    const int first = second ? dim * k.width / 32 : 0;
+    uint8_t* to = w.as_values + values_at(w.a, f, p);
+    k.width == 4 ? to_values<4>(k, pages, w.h, first, dim, n, to) : k.width == 2 ? to_values<2>(k, pages, w.h, first, dim, n, to) : to_values<1>(k, pages, w.h, first, dim, n, to);
+  }
+}
+
 constexpr struct Steps {
-  int64_t at[1024 / 8];
-  constexpr Steps() : at() { for (int i = 0; i < 1024 / 8; i++) at[i] = 64 * i; }
+  int64_t at[MOST_COLUMNS / 8];
+  constexpr Steps() : at() { for (int i = 0; i < MOST_COLUMNS / 8; i++) at[i] = 64 * i; }
 } NEIGHBOURS;  // granules one after the other
 
 // Scores of tokens t0:t1 of the chunk, which are of one segment, in units of log 2; their maxima are at least `most`.
@@ -763,7 +814,14 @@ void readout(const Work& w, const Pages& pages, int q0, Range any, float (*s)[CH
   alignas(64) float sigma[CHUNK], offset[CHUNK];
   int64_t steps[2][CHUNK / LEAST_GRANULE];
   const uint8_t* first[2] = {};
-  for (int p = 0; p < f.value_planes; p++) value_steps(f.v[p], pages, n, steps[p]), first[p] = of_page(f.v[p], pages.at[0], w.h);
+  for (int p = 0; p < f.value_planes; p++) {
+    if (!f.shared) {
+      value_steps(f.v[p], pages, n, steps[p]), first[p] = of_page(f.v[p], pages.at[0], w.h);
+      continue;
+    }
+    first[p] = w.as_values + values_at(a, f, p);
+    for (int i = 0; i < n * f.v[p].width / 32; i++) steps[p][i] = int64_t(i) * a.value_dim * 4;
+  }
   std::fill(acc, acc + NQ * a.value_dim, 0.0f);
   Ahead keys, none;  // of the next chunk
   const int more = q0 ? 0 : std::min(w.of.to - w.t1, CHUNK);
@@ -846,7 +904,7 @@ void attend_chunk(const Work& w, const Pages& pages, int q0) {
     prefetch(f.v_zero, pages, w.h, n);
     const bool joined = f.key_planes == 2 && f.same_query && f.k[0].width == 2;
     const int steps = (n + LANES - 1) / LANES * (f.k[0].columns * f.k[0].width / (joined ? 64 : 32));
-    for (int i = 0; i < f.value_planes; i++) values.add(f.v[i], pages, w.h, n, steps);
+    for (int i = 0; i < f.value_planes && !f.shared; i++) values.add(f.v[i], pages, w.h, n, steps);
     for (int p = 0; p < f.key_planes && w.t0 == w.of.from; p++)
       for (int t = 0; t < n; t += TILE) prefetch(keys_at(f.k[p], pages, w.h, t), TILE * f.k[p].columns * f.k[p].width / 8);
   }
@@ -876,6 +934,7 @@ void attend_chunk(const Work& w, const Pages& pages, int q0) {
     }
   }
   if (any.low >= any.high) any = {0, 0};
+  if (f.shared && !q0) to_values(w, pages);
   readout<I, NQ>(w, pages, q0, any, s, most, most + a.queries, w.part + 2 * a.queries + int64_t(q0) * a.value_dim);
   for (int q = 0; q < NQ; q++) {  // NaN wherever such a query sees one of these tokens
     const Range range = bad[q] ? seen(a, w.of, w.b, q0 + q, w.t0, w.t1) : Range{0, 0};
@@ -964,7 +1023,7 @@ void read_queries(const Args& a, int b, int h, float* to) {
 void attend_exact(const Args& a, const Sequence& of, int b, int h, const float* q, float* s /* [queries][rows] */, float* out, float* lse) {
   const int d = a.value_dim;
   const int64_t n = of.rows;
-  alignas(64) float row[256];
+  alignas(64) float row[LARGEST_DIM];
   int64_t j = 0;
   for (const Piece& p : of.piece)
     for (int t = 0; t < p.n; t++, j++) {
@@ -1089,7 +1148,11 @@ static int attend(const Args& a, int isa) {
   const std::unique_ptr<Sequence[]> sequences(new (std::nothrow) Sequence[a.batch]);
   if (!sequences) return 1;
   int64_t bytes = 0, chunks = 0, rows = 0;
-  for (int g = 0; g < a.n_groups; g++) bytes = std::max(bytes, Query::bytes(std::max(a.queries, MOST_ROWS), a.groups[g]));
+  int64_t as_values_size = 0;
+  for (int g = 0; g < a.n_groups; g++) {
+    if (a.groups[g].shared) as_values_size = std::max(as_values_size, int64_t(CHUNK) * a.value_dim * a.groups[g].value_bits / 8);
+    bytes = std::max(bytes, Query::bytes(std::max(a.queries, MOST_ROWS), a.groups[g]));
+  }
   for (int b = 0; b < a.batch; b++) {
     Sequence& s = sequences[b] = sequence(a, b);
     s.before = chunks;
@@ -1108,7 +1171,8 @@ static int attend(const Args& a, int isa) {
   const int64_t partners_size = a.frame ? heads * q_size : 0, framed_size = a.frame ? int64_t(MOST_ROWS) * a.map_row : 0;
   const std::unique_ptr<float[]> floats(new (std::nothrow) float[parts_size + heads * q_size + mapped_all + a.threads * (exact_size + framed_size) + partners_size]);
   const std::unique_ptr<char[]> memory(new (std::nothrow) char[!chunks ? 1 : bytes * (a.frame ? a.threads : heads * a.segments)]);
-  if (!floats || !memory) return 1;
+  const std::unique_ptr<uint8_t[]> as_values(new (std::nothrow) uint8_t[chunks && as_values_size ? a.threads * as_values_size : 1]);
+  if (!floats || !memory || !as_values) return 1;
   float *parts = floats.get(), *queries = parts + parts_size, *own = queries + heads * q_size, *exacts = own + mapped_all;
   float *partners = exacts + a.threads * exact_size, *framed = partners + partners_size;
   const float* mapped = a.mapped ? a.mapped : own;
@@ -1138,7 +1202,8 @@ static int attend(const Args& a, int isa) {
       const int t0 = s.from + c * CHUNK;
       const Group& f = group(h);
       attend_chunk({a, f, s, b, h - f.first, t0, std::min(t0 + CHUNK, s.to), mapped + i * mapped_size, heads * mapped_size, memory.get() + i * bytes, heads * bytes, parts + width * k,
-                    queries + i * q_size, partners + i * q_size, framed + omp_get_thread_num() * framed_size, memory.get() + omp_get_thread_num() * bytes}, isa);
+                    queries + i * q_size, partners + i * q_size, framed + omp_get_thread_num() * framed_size, memory.get() + omp_get_thread_num() * bytes,
+                    as_values.get() + omp_get_thread_num() * as_values_size}, isa);
     }
 #pragma omp for schedule(static)
     for (int i = 0; i < heads; i++) {
@@ -1152,10 +1217,10 @@ static int attend(const Args& a, int isa) {
         bool bad = false;
         for (int g = 0; g < a.segments && range.low < range.high && !a.frame; g++)
           for (int p = 0; p < f.key_planes; p++) bad = bad || std::isnan(Query(a.queries, f, memory.get() + (int64_t(g) * heads + i) * bytes).scale[p * a.queries + q]);
-        alignas(64) float out[256];
+        alignas(64) float out[LARGEST_DIM];
         float lse;
         join_chunks(a, parts + width * (s.before * a.kv_heads + int64_t(h) * s.chunks), s.chunks, q, bad, out, lse);
-        alignas(64) float work[256];
+        alignas(64) float work[LARGEST_DIM];
         if (lse != NEG) read_back(a, b, h, out, work);
         join(out, lse, exact + int64_t(q) * a.value_dim, exact_lse[q], a.value_dim);
         write_out(a, b, h, q, out);

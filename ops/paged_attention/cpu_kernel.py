@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 PATHS = {"portable": 0, "avx2": 1, "avx512": 2}
 DTYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 PAGE_TOKENS = (16, 32, 64, 128, 256, 512, 1024)  # parts of the kernel's chunk
-LARGEST_DIM = 256
-MOST_COLUMNS = 1024  # of a plane of keys
+LARGEST_DIM = 576
+MOST_COLUMNS = 2 * LARGEST_DIM  # of a plane of keys
 CHUNK = 1024  # tokens of its unit of work
 MOST_QUERIES = 256  # new tokens of one call of the kernel
 MOST_BYTES = 2**26  # of what it keeps for each chunk
@@ -53,7 +53,7 @@ class _PerHead(ctypes.Structure):
     _fields_ = (("data", _P), ("batch", _I64), ("head", _I64))
 
 
-_GROUP_INTS = "first heads key_planes value_planes value_bits groups dense same_query"
+_GROUP_INTS = "first heads key_planes value_planes value_bits groups dense same_query shared"
 
 
 class _Group(ctypes.Structure):
@@ -179,7 +179,10 @@ def serves(kv: PagedKV) -> bool:
     layout = PageLayout.parse(kv.layout)
     dense = [x for x in (kv.window_k, kv.window_v, kv.new_k, kv.new_v, kv.sink_k, kv.sink_v) if x is not None]
     return (
-        all(g.keys.bits and g.values.bits and _columns(g.keys.bits)[0] <= MOST_COLUMNS for g in layout.groups)
+        all(
+            g.keys.bits and (g.values.bits or g.values.shared) and _columns(g.keys.bits)[0] <= MOST_COLUMNS
+            for g in layout.groups
+        )
         and layout.page_tokens in PAGE_TOKENS
         and max(layout.key_dim, layout.value_dim) <= LARGEST_DIM
         and all(x.dtype in DTYPES for x in dense)
@@ -352,16 +355,19 @@ def _set_group(to: _Group, group: PagedGroup, layout: PageLayout) -> None:
     """A head group's tensors and form."""
     keys, values = group.keys, group.values
     assert keys.scale is not None and values.scale is not None
-    pieces, value_pieces = plane_pieces(keys.bits), PIECES[values.bits[0]]
+    pieces, value_pieces, to.shared = plane_pieces(keys.bits), PIECES[values.bits[0]], values.shared
     to.first, to.heads = group.layout.first, group.layout.heads
     to.key_planes, to.value_planes, to.value_bits = len(pieces), len(value_pieces), values.bits[0]
-    to.groups, to.same_query = values.scale.shape[3], same_query(keys.bits)
+    to.groups, to.same_query = 1 if values.shared else values.scale.shape[3], same_query(keys.bits)
     for i, (plane, (width, own)) in enumerate(zip(keys.planes, pieces.items(), strict=True)):
         columns = len(keys.bits) if to.same_query else plane_columns(width, len(own))
         to.k[i] = _Plane(plane.data_ptr(), *plane.stride()[:3], width, columns)
         to.q_weight[i] = float(1 << own[0][1]) if to.same_query else 1.0
-    for i, (plane, width) in enumerate(zip(values.planes, value_pieces, strict=True)):
-        to.v[i] = _Plane(plane.data_ptr(), *plane.stride()[:3], width, layout.value_dim)
+    for i, width in enumerate(value_pieces):
+        to.v[i].width, to.v[i].columns = width, layout.value_dim
+        if not values.shared:
+            plane = values.planes[i]
+            to.v[i] = _Plane(plane.data_ptr(), *plane.stride()[:3], width, layout.value_dim)
     to.k_scale, to.k_zero = _scale(keys.scale), _scale(keys.zero)
     to.v_scale, to.v_zero = _scale(values.scale), _scale(values.zero)
     if not to.same_query:

@@ -102,8 +102,9 @@ def gathered(side: PagedTokens, table: Tensor, dtype: torch.dtype, *, keys: bool
     if keys:
         return unpack_keys(planes, side.bits).to(dtype).flatten(2, 3)
     assert side.scale is not None
-    codes = unpack_values(planes, side.bits[0]).to(dtype).flatten(2, 3)
-    scale = by_sequence(side.scale, table).to(dtype).flatten(2, 3)
+    codes = (unpack_keys(planes, side.bits) if side.shared else unpack_values(planes, side.bits[0])).to(dtype)
+    codes, scale = codes.flatten(2, 3), by_sequence(side.scale, table).to(dtype).flatten(2, 3)
+    scale = scale.unsqueeze(-1) if side.shared else scale
     centred = -scale * ((2 ** side.bits[0] - 1) / 2)
     zero = centred if side.zero is None else by_sequence(side.zero, table).to(dtype).flatten(2, 3)
     grouped: Tensor = codes.unflatten(-1, (scale.shape[-1], -1))

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from headq_ao.ops.page_layout import GroupLayout, PageLayout, Side
+from headq_ao.ops.page_layout import SHARED, GroupLayout, PageLayout, Side
 from headq_ao.ops.types import PagedKV, Readers, SegmentFrame
 
 
@@ -33,6 +33,7 @@ class Case:
     strided: bool = False  # physical pages with all heads side by side
     frame: SegmentFrame | None = None
     softcap: float | None = None
+    shared: bool = False  # values are their keys
     extra: dict = field(default_factory=dict)
 
     @property
@@ -40,7 +41,8 @@ class Case:
         groups, first = [], 0
         for heads, keys, values in zip(self.heads, self.keys, self.values, strict=True):
             sides = Side(keys, bool(keys) and self.key_zero), Side((values,), self.value_zero, self.value_groups)
-            groups.append(GroupLayout(first, heads, sides[0], sides[1] if values else Side()))
+            of_values = SHARED if self.shared else sides[1] if values else Side()
+            groups.append(GroupLayout(first, heads, sides[0], of_values))
             first += heads
         return PageLayout(self.page, self.key_dim, self.value_dim, tuple(groups))
 
@@ -107,7 +109,7 @@ def poisoned_window(case: Case, held: torch.Tensor, heads: int, g: torch.Generat
         x = torch.randn(len(held), heads, empty.shape[1], d, generator=g)
         x.transpose(1, 2)[empty] = float("nan")
         made.append(x.to(case.dtype))
-    return made
+    return [made[0], made[0]] if case.shared else made
 
 
 def readers(case: Case, layout: PageLayout, batch: int, g: torch.Generator) -> Readers:

@@ -52,6 +52,22 @@ CASES = {
     "dim 128": (Case(packed=(1100,), keys=(side((4, 128)),), key_dim=128, value_dim=128), 4, 1, 0),
     "dim 256": (Case(keys=(side((2, 256)),), key_dim=256, value_dim=256), 8, 1, 0),
     "dims that differ": (Case(keys=(side((2, 48)),), key_dim=48, value_dim=32), 2, 1, 0),
+    **{
+        f"shared rows, {bits} bits": (
+            Case(
+                packed=(1500, 40), window=(50, 20), new=(0, 0), keys=(side((bits, dim)),), key_dim=dim, value_dim=dim,
+                heads=(1,), shared=True, page=page), 16, 1, 0,
+        )
+        for bits, dim, page in (
+            (1, 48, 32), (2, 80, 16), (3, 576, 32), (4, 288, 64), (5, 96, 32), (6, 64, 16), (8, 576, 32)
+        )
+    },
+    "shared rows of heads, chunk": (
+        Case(packed=(1100,), window=(80,), new=(40,), keys=(side((3, 64)), side((2, 64))), heads=(1, 2), values=(0, 0),
+             shared=True, strided=True), 5, 40, 0),
+    "shared rows, sliding": (
+        Case(packed=(2000, 99), window=(80,) * 2, new=(0,) * 2, columns=8,
+             keys=(side((2, 64)),), shared=True), 3, 1, 250),
     "few tokens": (Case(packed=(1100,), new=(2,)), 3, 2, 0),
     "many tokens": (Case(packed=(1100, 40), window=(80, 12), new=(64, 50)), 3, 64, 0),
     "a prompt": (Case(packed=(0, 0), window=(0, 0), new=(70, 70), heads=(1,)), 3, 70, 0),

@@ -34,6 +34,7 @@ from headq_ao.integrations.transformers.hybrid import (
     states_kind,
 )
 from headq_ao.integrations.transformers.identity import alike, stamp
+from headq_ao.integrations.transformers.latent import LatentLayer
 from headq_ao.integrations.transformers.model_state import HeadQState
 from headq_ao.integrations.transformers.models import layer_shapes, tensor_parallel
 from headq_ao.integrations.transformers.prompt_cache import load_cache, save_cache
@@ -100,7 +101,8 @@ class HeadQCache(Cache):
         """The packed layer in place of transformers' own, ``dense``."""
         given = state.shapes[number], state.codecs[number], self.batch, self.config.check_finite
         if state.fallback is None:
-            made: PackedLayer = packed_layer(HeadQCacheLayer, dense, *given)
+            kind_here = HeadQCacheLayer if state.shapes[number].latent is None else LatentLayer
+            made: PackedLayer = packed_layer(kind_here, dense, *given)
         else:
             made = packed_layer(FallbackLayer, dense, state.serving.tilings[number], *given)
         return made

@@ -15,6 +15,7 @@ from headq_ao.calibration.bit_allocation import WHOLE
 from headq_ao.calibration.observers import RECORDER, Profiler, Recorder
 from headq_ao.calibration.rope import rotation_of
 from headq_ao.calibration.text import SURPRISE, counted_tokens, effective_tokens, profiled_row, read_batches, surprises
+from headq_ao.integrations.transformers import latent
 from headq_ao.integrations.transformers.fallback import recording_cache
 from headq_ao.integrations.transformers.models import (
     CACHE_NAME,
@@ -122,6 +123,7 @@ def calibrate(
         device = execution_device(model)
         if not own_attention:
             model.set_attn_implementation("headq")
+            latent.put_on(serving.modules)
         at, surprise = 0, list[float]()
         for batch in tqdm(batches, desc="calibrate", unit="batch", disable=not progress):
             here = slice(at, at := at + len(batch))
@@ -145,10 +147,13 @@ def calibrate(
         profiled, counts = profiled_row(rows, counted)
         if len(profiled) >= n_sink + WHOLE and not own_attention:
             with tqdm(total=len(moments), desc="sensitivity", unit="layer", disable=not progress) as bar:
-                RECORDER.set(Profiler(moments, n_sink, counts, serving.places, frames, bar.update, sharing))
+                readouts = [latent.readout(m) if latent.is_latent(m) else None for m in serving.modules]
+                RECORDER.set(Profiler(moments, n_sink, counts, serving.places, frames, bar.update, sharing, readouts))
                 model(input_ids=profiled[None].to(device), use_cache=False)
     finally:
         RECORDER.reset(token)
+        if not hasattr(model, "_headq"):
+            latent.take_off(serving.modules)
         configs.put_back(model)
         for module in training:
             module.training = True
@@ -172,7 +177,7 @@ def layer_frames(model: PreTrainedModel, serving: Serving) -> list[SegmentFrame 
     """The frame that the keys of each layer are coded in; None where they do not turn, or it is not known how."""
     embedding, most, found = rotary_embedding(model), positions(model), list[SegmentFrame | None]()
     for module, shape in zip(serving.modules, serving.shapes, strict=True):
-        rotation = rotation_of(embedding, module, shape)
+        rotation = rotation_of(embedding, module, shape) if shape.latent is None else None
         found.append(None if rotation is None else rotation.frame(segment_tokens(most), most, execution_device(module)))
     return found
 

@@ -14,7 +14,7 @@ from headq_ao.cache.layer import PackedLayer
 from headq_ao.cache.reading import NO_GRADIENTS
 from headq_ao.cache.tensors import QuantizedKV
 from headq_ao.calibration.observers import RECORDER
-from headq_ao.integrations.transformers import attention, compiled
+from headq_ao.integrations.transformers import attention, compiled, latent
 from headq_ao.integrations.transformers.arguments import HARMLESS, SINKS, SOFTCAP, other_softcap, unknown_argument
 from headq_ao.integrations.transformers.attention import NAME
 from headq_ao.integrations.transformers.cache import HeadQCache
@@ -231,7 +231,8 @@ def headq_attention(
         if recorder is not None:
             with neutral_modes():
                 more = () if sinks is None and softcap is None else (sinks, softcap)
-                recorder.record(module.layer_idx, query, key, value, scale, sliding_window, *more)  # type: ignore[arg-type]
+                states = latent.recorded(module, query, key, value)
+                recorder.record(module.layer_idx, *states, scale, sliding_window, *more)  # type: ignore[arg-type]
         elif hasattr(module, "headq") and not module.headq.model.refusing:  # type: ignore[union-attr]
             bypassed = "use_cache is False, or the call did not go through the model that quantize_ was given"
             number = module.headq.model.number  # type: ignore[union-attr]
@@ -243,9 +244,11 @@ def headq_attention(
         return out, attention.exact_weights(query, key, *given) if weights else None
     assert isinstance(value, QuantizedKV)
     layer: PackedLayer = key.layer
+    rows = layer.shape.latent is not None
     if torch.compiler.is_compiling():
         options = attention_mask, scale, is_causal, weights, kwargs, sinks, softcap
-        return compiled.attention(module, query, key, value, *options), None
+        out = compiled.attention(module, latent.absorbed(module, query) if rows else query, key, value, *options)
+        return latent.read_out(module, out) if rows else out, None
     shown, weights = None, weights or layer.batch.metadata.weights
     try:
         if not HARMLESS.issuperset(kwargs):
@@ -255,18 +258,21 @@ def headq_attention(
         if softcap != layer.shape.softcap:
             raise ValueError(other_softcap(softcap, layer.shape.softcap))
         if layer.batch.lengths.first:
-            out = attention.dense(module, query, key.new, value.new, attention_mask, scaling, *dense)
+            k, v = latent.expanded(module, key.new) if rows else (key.new, value.new)
+            out = attention.dense(module, query, k, v, attention_mask, scaling, *dense)
             if weights:
-                shown = attention.exact_weights(query, key.new, attention_mask, scale, is_causal, sinks, softcap)
+                shown = attention.exact_weights(query, k, attention_mask, scale, is_causal, sinks, softcap)
             layer.count_first()
-            layer.commit(query, scale)
+            layer.commit(latent.absorbed(module, query) if rows and not all(layer.learned) else query, scale)
         else:
             if dropout or torch.is_grad_enabled():
                 attention.check_readable(query, key.new, value.new, dropout)
+            query = latent.absorbed(module, query) if rows else query
             if weights:
                 shown = attention.attention_weights(layer, query, scale, attention_mask, is_causal, sinks)
             out = layer.attend(query, scale, key.new, value.new, attention_mask, is_causal, sinks)
             out = out.transpose(1, 2).contiguous()
+            out = latent.read_out(module, out) if rows else out
     except BaseException:
         layer.batch.take_back()
         raise

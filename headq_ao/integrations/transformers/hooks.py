@@ -16,7 +16,7 @@ from headq_ao.codecs.rotation import in_model_frame
 from headq_ao.codecs.source import SourceModule
 from headq_ao.codecs.unseen import UnseenQueries
 from headq_ao.config import HeadQConfig
-from headq_ao.integrations.transformers import attention, calls, generation, hf_quantizer
+from headq_ao.integrations.transformers import attention, calls, generation, hf_quantizer, latent
 from headq_ao.integrations.transformers.model_state import HeadQState
 from headq_ao.integrations.transformers.models import (
     execution_device,
@@ -43,7 +43,7 @@ def attach(model: nn.Module, config: HeadQConfig) -> nn.Module:
         )
     if hasattr(model, "_headq"):
         raise ValueError("this model already has a HeadQ cache; call restore_(model) first")
-    serving = serving_of(model, any_dim=config.codec is not None)
+    serving = serving_of(model, config.codec is not None, config.one_row)
     shapes, options = serving.shapes, forward_names(model)
     print_ = fingerprint(model, shapes)
     config, calibration = usable_calibration(config, print_)
@@ -67,11 +67,17 @@ def attach(model: nn.Module, config: HeadQConfig) -> nn.Module:
         codec.model = codecs[0].model
     for module, codec in zip(serving.modules, codecs, strict=False):
         module.headq = codec
+    latent.put_on(serving.modules)
     if serving.fallback is not None:
         model.headq = nn.ModuleList(codecs)
         warn(
             f"HeadQ: {serving.fallback}. Its cache is packed in memory, and dequantized for the model's own attention "
             "at each call: memory is saved, time is not"
+        )
+    elif latent.slow_here(serving.modules):
+        warn(
+            "HeadQ: latents are read as codes by a kernel on the CPU only; here each step unpacks them for matrix "
+            "products: memory is saved, time is not"
         )
     model._headq = HeadQState(config, shapes, serving, calibration, print_, codecs, configs)
     model.register_forward_pre_hook(calls.supply_cache, with_kwargs=True)
@@ -98,9 +104,10 @@ def headq_sources(
     for i, (module, shape) in enumerate(zip(serving.modules, shapes, strict=True)):
         moments = None if calibration is None else calibration.layers[i]
         turns = calibration is None or bool(calibration.layers[i].segment_tokens)
-        rotation = rotation_of(embedding, module, shape) if turns else None
-        device, most = execution_device(module), positions(model)
-        sources.append(LayerCodec(config, shape, moments, device, heads, bits[i], rotation, most))
+        rows = shape.latent is not None
+        rotation = rotation_of(embedding, module, shape) if turns and not rows else None
+        device, most, readout = execution_device(module), positions(model), latent.readout(module) if rows else None
+        sources.append(LayerCodec(config, shape, moments, device, heads, bits[i], rotation, most, readout))
     return shapes, sources
 
 
@@ -138,6 +145,7 @@ def detach(model: nn.Module) -> None:
         raise ValueError(f"{type(model).__name__} has no HeadQ cache to take off")
     for module in state.serving.modules or [model]:
         del module.headq
+    latent.take_off(state.serving.modules)
     for key in [k for k, hook in model._forward_pre_hooks.items() if hook is calls.supply_cache]:
         del model._forward_pre_hooks[key]
         model._forward_pre_hooks_with_kwargs.pop(key, None)

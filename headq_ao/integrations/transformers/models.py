@@ -73,8 +73,9 @@ def shared_places(config: Any) -> dict[int, int]:
     return found
 
 
-def checked_layers(config: Any) -> list[Any]:
-    """The layers of transformers' own cache for a config, of kinds that HeadQ serves or leaves alone.
+def checked_layers(config: Any, known: bool = False) -> list[Any]:
+    """The layers of transformers' own cache for a config, of kinds that HeadQ serves or leaves alone;
+    ``known``: see :func:`check_kind`.
 
     Raises:
         ValueError: where one is of another kind, naming it.
@@ -82,7 +83,7 @@ def checked_layers(config: Any) -> list[Any]:
     name = text_config(config).model_type
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{name}: encoder-decoder models are not supported; HeadQ packs decoder-only causal LMs")
-    check_kind(config)
+    check_kind(config, known)
     layers = dense_layers(config)
     if all(isinstance(layer, (LinearAttentionLayer, DummyLayer)) and type(layer) not in NATIVE for layer in layers):
         raise ValueError(f"{name} is not supported: it has no KV cache; its layers keep a state of fixed size")
@@ -94,13 +95,16 @@ def checked_layers(config: Any) -> list[Any]:
     return layers
 
 
-def check_kind(config: Any) -> None:
-    """Raise ValueError where a config names a kind of attention that HeadQ does not serve, naming it."""
+def check_kind(config: Any, known: bool = False) -> None:
+    """Raise ValueError where a config names a kind of attention that HeadQ does not serve, naming it; ``known``: that
+    its modules are of latent attention that it does serve."""
     refusals = {
         "kv_lora_rank": "multi-head latent attention (MLA) caches a latent, not keys and values",
         "num_kv_shared_layers": "KV shared between layers in a way that its config does not tell",
         "use_bidirectional_attention": "its attention is not causal",
     }
+    if known:
+        del refusals["kv_lora_rank"]
     for c in layer_configs(config):
         name = c.model_type
         for attribute, why in refusals.items():
@@ -182,7 +186,7 @@ def self_attentions(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(getattr(module, "layer_idx", None), int) and type(module).__name__.endswith("Attention")
+        if isinstance(getattr(module, "layer_idx", None), int) and type(module).__name__.endswith(("Attention", "MLA"))
     }
 
 

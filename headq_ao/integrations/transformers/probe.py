@@ -31,6 +31,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from headq_ao.ambient import mode_neutral
 from headq_ao.cache.masks import attend_new, sink_share
+from headq_ao.integrations.transformers import latent
 from headq_ao.integrations.transformers.arguments import SINKS, SOFTCAP, unknown_argument
 from headq_ao.integrations.transformers.hybrid import dense_layers, packed_layer
 from headq_ao.integrations.transformers.models import (
@@ -90,7 +91,7 @@ def supported_layers(
     if shapes is None:
         shapes = layer_shapes(model.config)
     else:
-        checked_layers(model.config)
+        checked_layers(model.config, known=any(shape.latent is not None for shape in shapes))
     places = packed_places(model.config)
     modules = attention_modules(model, places)
     input_embedding(model)
@@ -400,6 +401,41 @@ class ProbeLayer(CacheLayerMixin):
         return -1 if self.sliding_window is None else self.sliding_window
 
 
+class LatentProbeLayer(ProbeLayer):
+    """Of rows that are read absorbed: what the module itself would expand, and whether both come to the same."""
+
+    def __init__(
+        self, index: int, shape: LayerShape, module: Any, options: frozenset[str], eager: Any, readers: frozenset[int],
+    ) -> None:  # fmt: skip
+        heads, key, value = module.num_heads, module.qk_nope_head_dim + module.qk_rope_head_dim, module.v_head_dim
+        self.heads, self.widths = heads, (shape.latent or 0, module.qk_rope_head_dim)
+        self.row: Tensor | None = None
+        super().__init__(index, LayerShape(heads, heads, key, None, value), module, options, eager, readers)
+        latent.put_on([module])
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append a latent ``[1, 1, S, r]`` and a rotary key ``[1, 1, S, rope]``."""
+        forms = [(*x.shape[:2], x.shape[3]) for x in (key_states, value_states)]
+        if forms != [(1, 1, width) for width in self.widths]:
+            raise UnservedError(f"layer {self.index} caches {forms}, not a latent and a rotary key of {self.widths}")
+        row = torch.cat([key_states, value_states], -1)
+        self.row = row if self.row is None else torch.cat([self.row, row], 2)
+        return super().update(*latent.expanded(self.module, row))
+
+    def attend(self, query: Tensor, scaling: float, sinks: Tensor | None) -> Tensor:
+        """See :class:`ProbeLayer`."""
+        out, s = super().attend(query, scaling, sinks), query.shape[2]
+        assert self.row is not None
+        self.groups = self.heads
+        shown = torch.ones(1, s, self.seen, dtype=torch.bool, device=query.device).tril(self.seen - s)
+        other, _ = attend_new(latent.absorbed(self.module, query), scaling, self.row, self.row, shown)
+        other = latent.read_out(self.module, other.to(query.dtype).transpose(1, 2))
+        limit = math.sqrt(torch.finfo(query.dtype).eps) * (out.float().norm() + 1e-6) if not query.is_meta else None
+        if limit is not None and not (other.float() - out.float()).norm() <= limit and bool(out.isfinite().all()):
+            raise UnservedError(f"layer {self.index} does more with its latents than expand them by kv_b_proj")
+        return out
+
+
 class ProbeCache(Cache):
     """The cache of the probe."""
 
@@ -411,7 +447,8 @@ class ProbeCache(Cache):
         self.packed: list[ProbeLayer] = []
         for i, shape, module in zip(places, shapes, modules, strict=True):
             readers = frozenset(reader for reader, place in sharing.items() if place == i)
-            layers[i] = packed_layer(ProbeLayer, layers[i], i, shape, module, options, eager, readers)
+            kind = ProbeLayer if shape.latent is None else LatentProbeLayer
+            layers[i] = packed_layer(kind, layers[i], i, shape, module, options, eager, readers)
             self.packed.append(layers[i])
         super().__init__(layers=layers)
         self.calls = 0

@@ -7,9 +7,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from headq_ao.cache.dequantized import STEP, WIDEST, Tiling
+from headq_ao.codecs.layer_codec import WIDEST_ROW
 from headq_ao.integrations.transformers.fallback import Rows, observed_rows, truly_refused
 from headq_ao.integrations.transformers.hybrid import dense_layers, packable
-from headq_ao.integrations.transformers.models import packed_places
+from headq_ao.integrations.transformers.latent import is_latent, latent_shape
+from headq_ao.integrations.transformers.models import packed_places, self_attentions, tensor_parallel
 from headq_ao.integrations.transformers.probe import supported_layers
 from headq_ao.layer_shape import LayerShape
 
@@ -33,12 +35,13 @@ class Serving:
     fallback: str | None = None
 
 
-def serving_of(model: nn.Module, any_dim: bool = False) -> Serving:
+def serving_of(model: nn.Module, any_dim: bool = False, one_row: bool = True) -> Serving:
     """How a model is served; it is not changed.
 
     Args:
         model: the whole causal LM.
         any_dim: whether heads may be of any size, as for codecs in plain PyTorch.
+        one_row: whether rows that are keys and values can be stored once (:attr:`HeadQConfig.one_row`).
 
     Raises:
         ValueError: where it cannot be, with what must hold, what there is, and what to do.
@@ -48,6 +51,8 @@ def serving_of(model: nn.Module, any_dim: bool = False) -> Serving:
         served: Serving = state.serving
         return served
     try:
+        if one_row and isinstance(model, PreTrainedModel) and (found := latent_serving(model)) is not None:
+            return found
         shapes, modules = supported_layers(model)
     except ValueError as error:
         if not isinstance(model, PreTrainedModel) or truly_refused(model):
@@ -68,6 +73,25 @@ def serving_of(model: nn.Module, any_dim: bool = False) -> Serving:
         raise ValueError(f"{why}; nor can its cache give dequantized rows: {error}") from error
     native, told = as_observed(model, rows)
     return native or fallback(rows, told or why)
+
+
+def latent_serving(model: PreTrainedModel) -> Serving | None:
+    """Native serving of latent attention; None: the model has none, or rows of a size that are not stored.
+
+    Raises:
+        ValueError: where it does more with its latents than is known here.
+    """
+    if tensor_parallel(model)[1] > 1 or getattr(model.config, "is_encoder_decoder", False):
+        return None
+    found = {int(m.layer_idx): m for m in self_attentions(model).values() if is_latent(m)}  # type: ignore[arg-type]
+    places = packed_places(model.config) if found else []
+    if not places or not {*places} <= {*found}:
+        return None
+    shapes = [latent_shape(found[place]) for place in places]
+    if any(shape.head_dim % STEP or shape.head_dim > WIDEST_ROW for shape in shapes):
+        return None
+    shapes, modules = supported_layers(model, shapes)
+    return Serving(shapes, places, modules)
 
 
 def as_observed(model: PreTrainedModel, rows: list[Rows]) -> tuple[Serving | None, str | None]:

@@ -5,6 +5,7 @@ import torch
 import transformers
 
 from headq_ao import HeadQCache, calibrate, headq_config, quantize_, restore_
+from headq_ao.evals.models.tiny import tiny_config
 from tests.integrations.transformers.traces import dense_logits, trace
 from tests.pages import held
 
@@ -136,14 +137,7 @@ GROUPED = SMALL | {"num_key_value_heads": 1, "head_dim": 32}
 def refused_models():
     t = transformers
     cases = {
-        "MLA": (
-            lambda: t.DeepseekV3Config(
-                **SMALL, num_key_value_heads=2, kv_lora_rank=16, q_lora_rank=None, qk_rope_head_dim=16,
-                qk_nope_head_dim=16, v_head_dim=32, first_k_dense_replace=2, n_routed_experts=4, n_group=1,
-                topk_group=1, num_experts_per_tok=2, moe_intermediate_size=16,
-            ),
-            "multi-head latent attention",
-        ),
+        "MLA with an indexer": (lambda: tiny_config("deepseek_v32"), "multi-head latent attention"),
         "state space": (
             lambda: t.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1),
             "no KV cache",
