@@ -24,7 +24,7 @@ constexpr int CHUNK = 1024;        // tokens of one unit of work
 constexpr int LANES = 2 * TILE;    // of two granules that lie beside each other
 constexpr int LEAST_PAGE = 16;     // tokens
 constexpr int LEAST_GRANULE = 8;   // tokens of a value granule
-constexpr int LARGEST_DIM = 256;
+constexpr int LARGEST_DIM = 576;
 constexpr int MOST_ROWS = 4;       // queries at a time
 constexpr float NEG = -std::numeric_limits<float>::infinity();
 
@@ -961,7 +961,7 @@ void read_queries(const Args& a, int b, int h, float* to) {
 void attend_exact(const Args& a, const Sequence& of, int b, int h, const float* q, float* s /* [queries][rows] */, float* out, float* lse) {
   const int d = a.value_dim;
   const int64_t n = of.rows;
-  alignas(64) float row[256];
+  alignas(64) float row[LARGEST_DIM];
   int64_t j = 0;
   for (const Piece& p : of.piece)
     for (int t = 0; t < p.n; t++, j++) {
@@ -1149,10 +1149,10 @@ static int attend(const Args& a, int isa) {
         bool bad = false;
         for (int g = 0; g < a.segments && range.low < range.high && !a.frame; g++)
           for (int p = 0; p < f.key_planes; p++) bad = bad || std::isnan(Query(a.queries, f, memory.get() + (int64_t(g) * heads + i) * bytes).scale[p * a.queries + q]);
-        alignas(64) float out[256];
+        alignas(64) float out[LARGEST_DIM];
         float lse;
         join_chunks(a, parts + width * (s.before * a.kv_heads + int64_t(h) * s.chunks), s.chunks, q, bad, out, lse);
-        alignas(64) float work[256];
+        alignas(64) float work[LARGEST_DIM];
         if (lse != NEG) read_back(a, b, h, out, work);
         join(out, lse, exact + int64_t(q) * a.value_dim, exact_lse[q], a.value_dim);
         write_out(a, b, h, q, out);

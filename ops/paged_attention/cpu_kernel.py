@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 PATHS = {"portable": 0, "avx2": 1, "avx512": 2}
 DTYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 PAGE_TOKENS = (16, 32, 64, 128, 256, 512, 1024)  # parts of the kernel's chunk
-LARGEST_DIM = 256
+LARGEST_DIM = 576
 MOST_COLUMNS = 1024  # of a plane of keys
 CHUNK = 1024  # tokens of its unit of work
 MOST_QUERIES = 256  # new tokens of one call of the kernel

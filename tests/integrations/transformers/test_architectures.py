@@ -7,6 +7,7 @@ import transformers
 
 from headq_ao import Calibration, HeadQCache, calibrate, headq_config, quantize_, restore_
 from headq_ao.integrations.transformers import hooks
+from headq_ao.layer_shape import LayerShape
 from tests.pages import held
 
 # (family, head_dim, query heads, kv heads): each family, each head size, and MHA, GQA, MQA and groups of 6
@@ -198,8 +199,8 @@ def refused_models():
             lambda: t.Gemma3TextConfig(**GROUPED, use_bidirectional_attention=True), "not causal",
         ),
         "bidirectional": (lambda: t.BertConfig(**SMALL), "not causal"),
-        "head_dim 40": (lambda: t.LlamaConfig(**GROUPED | {"head_dim": 40}), r"of 16 up to 256, got \[40\]"),
-        "head_dim 272": (lambda: t.LlamaConfig(**GROUPED | {"head_dim": 272}), r"of 16 up to 256, got \[272\]"),
+        "head_dim 40": (lambda: t.LlamaConfig(**GROUPED | {"head_dim": 40}), r"of 16 up to 512, got \[40\]"),
+        "head_dim 528": (lambda: t.LlamaConfig(**GROUPED | {"head_dim": 528}), r"of 16 up to 512, got \[528\]"),
     }  # fmt: skip
     return [pytest.param(config, match, id=name) for name, (config, match) in cases.items()]
 
@@ -234,6 +235,14 @@ def test_models_that_read_no_packed_tokens_are_named(make_config, match, request
         restore_(model)
     assert any(word in said.lower() for word in f"{config.model_type} {type(model).__name__}".lower().split())
     assert trace(model) == before
+
+
+def test_heads_that_a_device_has_no_kernels_for_are_named():
+    shapes = [LayerShape(4, 2, dim, None) for dim in (64, 512)]
+    with pytest.warns(UserWarning, match="heads of 512 coordinates .* products on cuda, whose kernels take up to 256"):
+        hooks.warn_wide(shapes, torch.device("cuda"))
+    hooks.warn_wide(shapes, torch.device("cpu"))  # warnings are errors
+    hooks.warn_wide(shapes[:1], torch.device("cuda"))
 
 
 def test_not_a_transformers_model():
