@@ -20,6 +20,7 @@ CONFIG_VERSION = 1
 ALLOWED_AO_MODULES.add("headq_ao")  # where torchao's config_from_dict looks for HeadQConfig
 BLOCKS = (16, 32, 64, 128)
 MOST = 2**31 - 1  # tokens and sizes
+WIDEST_HEAD = 512  # coordinates of a key or value
 MOST_SEED = 2**63 - 1
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -354,8 +355,8 @@ class HeadQConfig(AOBaseConfig):
 
     def check_head_dim(self, head_dim: int) -> None:
         """Raise ValueError where this config cannot store heads of that size."""
-        if head_dim % 16 or head_dim > 256:
-            raise ValueError(f"head_dim must be a multiple of 16 up to 256, got {head_dim}")
+        if head_dim % 16 or head_dim > WIDEST_HEAD:
+            raise ValueError(f"head_dim must be a multiple of 16 up to {WIDEST_HEAD}, got {head_dim}")
         if self.v_group_size is not None and head_dim % self.v_group_size:
             raise ValueError(f"v_group_size must divide head_dim {head_dim}, got {self.v_group_size}")
         if self.rank is not None and self.rank > head_dim:

@@ -16,6 +16,7 @@ KERNELS: dict[str, dict[str, str]] = {
     "cache_update": {"cpu": "cache_update.cpu_kernel", "cuda": "cache_update.triton_kernel"},
     "feedback_codes": {"cpu": "error_feedback.cpu_kernel", "cuda": "error_feedback.triton_kernel"},
 }
+WIDEST = {"cuda": 256}  # coordinates of a head; wider ones go to matrix products in PyTorch
 DEVICES = frozenset(device for served in KERNELS.values() for device in served)
 
 

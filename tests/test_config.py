@@ -312,8 +312,8 @@ def test_warmup_tokens(options, head_dim, expected):
 @pytest.mark.parametrize(
     ("options", "head_dim", "message"),
     [
-        ({}, 72, "head_dim must be a multiple of 16 up to 256, got 72"),
-        ({}, 272, "head_dim must be a multiple of 16 up to 256, got 272"),
+        ({}, 72, "head_dim must be a multiple of 16 up to 512, got 72"),
+        ({}, 528, "head_dim must be a multiple of 16 up to 512, got 528"),
         ({"v_group_size": 32, "value_codec": "affine"}, 80, "v_group_size must divide head_dim 80, got 32"),
         ({"rank": 96}, 80, "rank must be at most head_dim 80, got 96"),
     ],
@@ -323,7 +323,7 @@ def test_head_dims_that_cannot_be_stored(options, head_dim, message):
         headq_config(**options).check_head_dim(head_dim)
 
 
-@pytest.mark.parametrize("head_dim", [16, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 96, 128, 256, 512])
 def test_head_dims_that_can_be_stored(head_dim):
     headq_config(value_codec="affine", v_group_size=16, rank=16).check_head_dim(head_dim)
 

@@ -26,6 +26,7 @@ from headq_ao.ops.cache_update.triton_pages import (
     put_value_piece,
     window_page,
 )
+from headq_ao.ops.dispatch import WIDEST
 from headq_ao.ops.layout import PIECES
 from headq_ao.ops.page_layout import PagedTokens, PageLayout
 from headq_ao.ops.paged_attention.triton_codes import CHUNK, key_chunks, query_columns
@@ -259,6 +260,7 @@ def update(
 
 def _served(kv: PagedKV, k: Tensor, layout: PageLayout) -> bool:
     coded = all(g.keys.bits and g.values.bits for g in layout.groups)
+    coded = coded and max(layout.key_dim, layout.value_dim) <= WIDEST["cuda"]
     return coded and k.dtype in DTYPES and kv.window_k.dtype in DTYPES
 
 

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
+from headq_ao.ops.dispatch import WIDEST
 from headq_ao.ops.error_feedback.reference import PASSES, SPREADS
 from headq_ao.ops.rounding import half
 
@@ -184,8 +185,8 @@ def in_levels(hessian: Tensor, factor: Tensor, step: Tensor) -> tuple[Tensor, Te
 def launch(
     y: Tensor, metric: Tensor, feedback: Tensor, step: Tensor, bits: int, unbiased: bool
 ) -> tuple[Tensor, Tensor] | None:
-    """:func:`headq_ao.ops.feedback_codes` in fp32; None for fp64."""
-    if y.dtype == torch.float64:
+    """:func:`headq_ao.ops.feedback_codes` in fp32; None for fp64, and for rows of more than 256."""
+    if y.dtype == torch.float64 or y.shape[-1] > WIDEST["cuda"]:
         return None
     batch, heads, rows, width = y.shape
     if not y.numel():

@@ -14,6 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
+from headq_ao.ops.dispatch import WIDEST
 from headq_ao.ops.page_layout import PageLayout
 from headq_ao.ops.paged_attention.triton_codes import CHUNK_BYTES
 from headq_ao.ops.paged_attention.triton_heads import Form, all_query_columns, head_table, kinds
@@ -181,6 +182,7 @@ def _served(q: Tensor, kv: PagedKV, layout: PageLayout, readers: Readers) -> boo
     coded = all(g.keys.bits and g.values.bits for g in layout.groups)
     coded = coded and (readers.frame is None or readers.frame.tokens % LONGEST_TILE == 0)
     coded = coded and (kv.recent is None or kv.new_k is None)
+    coded = coded and max(layout.key_dim, layout.value_dim) <= WIDEST["cuda"]
     return coded and q.shape[2] <= QUERIES and q.dtype in WINDOW_DTYPES and kv.window_k.dtype in WINDOW_DTYPES
 
 

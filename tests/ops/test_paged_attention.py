@@ -51,6 +51,10 @@ CASES = {
     "dim 80": (Case(keys=(side((2, 80)),), key_dim=80, value_dim=80, value_groups=5, value_zero=True), 5, 3, 0),
     "dim 128": (Case(packed=(1100,), keys=(side((4, 128)),), key_dim=128, value_dim=128), 4, 1, 0),
     "dim 256": (Case(keys=(side((2, 256)),), key_dim=256, value_dim=256), 8, 1, 0),
+    "dim 512": (Case(packed=(1100,), keys=(side((3, 512)),), values=(2,), key_dim=512, value_dim=512), 2, 1, 0),
+    "dim 512, 8 bits, frames": (
+        Case(keys=(side((8, 512)),), values=(8,), key_dim=512, value_dim=512, frame=some_frame(512, 256)), 4, 2, 0,
+    ),
     "dims that differ": (Case(keys=(side((2, 48)),), key_dim=48, value_dim=32), 2, 1, 0),
     **{
         f"shared rows, {bits} bits": (

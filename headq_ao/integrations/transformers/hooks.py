@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -30,6 +31,7 @@ from headq_ao.integrations.transformers.models import (
 )
 from headq_ao.integrations.transformers.serving import Serving, serving_of
 from headq_ao.layer_shape import LayerShape
+from headq_ao.ops.dispatch import WIDEST
 from headq_ao.user_warning import warn
 
 
@@ -79,11 +81,23 @@ def attach(model: nn.Module, config: HeadQConfig) -> nn.Module:
             "HeadQ: latents are read as codes by a kernel on the CPU only; here each step unpacks them for matrix "
             "products: memory is saved, time is not"
         )
+    elif config.codec is None:
+        warn_wide(shapes, execution_device(serving.modules[0]))
     model._headq = HeadQState(config, shapes, serving, calibration, print_, codecs, configs)
     model.register_forward_pre_hook(calls.supply_cache, with_kwargs=True)
     generation.attach(model)
     quantized: nn.Module = model
     return quantized
+
+
+def warn_wide(shapes: list[LayerShape], device: torch.device) -> None:
+    """Say that a device has no kernels for heads of some layers' size."""
+    most = max(dim for shape in shapes for dim in shape.dims)
+    if most > WIDEST.get(device.type, most):
+        warn(
+            f"HeadQ: layers with heads of {most} coordinates are coded and read by PyTorch's matrix products on "
+            f"{device.type}, whose kernels take up to {WIDEST[device.type]}: memory is saved, time is not"
+        )
 
 
 def headq_sources(

@@ -6,12 +6,18 @@ from dataclasses import dataclass, field
 from torch import nn
 from transformers import PreTrainedModel
 
-from headq_ao.cache.dequantized import STEP, WIDEST, Tiling
+from headq_ao.cache.dequantized import STEP, Tiling
 from headq_ao.codecs.layer_codec import WIDEST_ROW
+from headq_ao.config import WIDEST_HEAD
 from headq_ao.integrations.transformers.fallback import Rows, observed_rows, truly_refused
 from headq_ao.integrations.transformers.hybrid import dense_layers, packable
 from headq_ao.integrations.transformers.latent import is_latent, latent_shape
-from headq_ao.integrations.transformers.models import packed_places, self_attentions, tensor_parallel
+from headq_ao.integrations.transformers.models import (
+    packed_places,
+    self_attentions,
+    shared_places,
+    tensor_parallel,
+)
 from headq_ao.integrations.transformers.probe import supported_layers
 from headq_ao.layer_shape import LayerShape
 
@@ -65,7 +71,8 @@ def serving_of(model: nn.Module, any_dim: bool = False, one_row: bool = True) ->
             return Serving(shapes, packed_places(model.config), modules)
         dims = sorted({dim for shape in shapes for dim in shape.dims})
         why = (
-            f"{type(model).__name__}: packed tokens are read with a head_dim of a multiple of 16 up to 256, got {dims}"
+            f"{type(model).__name__}: packed tokens are read with a head_dim of a multiple of 16 up to {WIDEST_HEAD}, "
+            f"got {dims}"
         )
     try:
         rows = observed_rows(model)
@@ -97,7 +104,11 @@ def latent_serving(model: PreTrainedModel) -> Serving | None:
 def as_observed(model: PreTrainedModel, rows: list[Rows]) -> tuple[Serving | None, str | None]:
     """Native serving of layers whose shapes are not what the config tells, as where they differ; or why it cannot be,
     where that is not their shapes."""
-    shapes = [LayerShape(r.keys[0], r.keys[0], r.keys[1], r.sliding_window, other_dim(r)) for r in rows]
+    sharing = [*shared_places(model.config).values()]
+    shapes = [
+        LayerShape(r.keys[0], r.keys[0], r.keys[1], r.sliding_window, other_dim(r), None, 1 + sharing.count(r.place))
+        for r in rows
+    ]
     if any(r.keys[0] != r.values[0] for r in rows) or not all(map(storable, shapes)):
         return None, None
     try:
@@ -109,7 +120,7 @@ def as_observed(model: PreTrainedModel, rows: list[Rows]) -> tuple[Serving | Non
 
 def storable(shape: LayerShape) -> bool:
     """Whether HeadQ's codec has heads of that size."""
-    return all(dim % STEP == 0 and dim <= WIDEST for dim in shape.dims)
+    return all(dim % STEP == 0 and dim <= WIDEST_HEAD for dim in shape.dims)
 
 
 def other_dim(row: Rows) -> int | None:

@@ -172,8 +172,8 @@ def refused_models():
             lambda: t.Gemma3TextConfig(**GROUPED, use_bidirectional_attention=True), "not causal",
         ),
         "bidirectional": (lambda: t.BertConfig(**SMALL), "not causal"),
-        "head_dim 40": (lambda: t.LlamaConfig(**GROUPED | {"head_dim": 40}), r"of 16 up to 256, got \[40\]"),
-        "head_dim 272": (lambda: t.LlamaConfig(**GROUPED | {"head_dim": 272}), r"of 16 up to 256, got \[272\]"),
+        "head_dim 40": (lambda: t.LlamaConfig(**GROUPED | {"head_dim": 40}), r"of 16 up to 512, got \[40\]"),
+        "head_dim 528": (lambda: t.LlamaConfig(**GROUPED | {"head_dim": 528}), r"of 16 up to 512, got \[528\]"),
     }  # fmt: skip
     return [pytest.param(config, match, id=name) for name, (config, match) in cases.items()]
 

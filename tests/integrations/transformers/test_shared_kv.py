@@ -5,13 +5,24 @@ import copy
 
 import pytest
 import torch
+from transformers import DynamicCache, Gemma4ForCausalLM, Gemma4TextConfig
 
 from headq_ao import HeadQCache, calibrate, headq_config, quantize_
 from headq_ao.cache.batch import Batch
 from headq_ao.cache.layer import PackedLayer
 from headq_ao.codecs.layer_codec import LayerCodec
 from headq_ao.codecs.source import SourceModule
-from headq_ao.evals.models.sweep_checks import OPTIONS, SHORT, relative, stream
+from headq_ao.evals.models.sweep_checks import (
+    ARITHMETIC,
+    OPTIONS,
+    SHORT,
+    arithmetic,
+    kernels_on,
+    limit,
+    noisy_cache,
+    relative,
+    stream,
+)
 from headq_ao.evals.models.tiny import classes, tiny_model
 from headq_ao.integrations.transformers import calibrate as calibrating
 from headq_ao.integrations.transformers.models import shared_places
@@ -131,3 +142,30 @@ def test_a_compiled_model():
             found.append((compiled if i > 1 else model)(ids_of()[:, at : at + n], cache=cache).logits)
         at += n
     assert relative(torch.cat(found, 1), plain) < 1e-4
+
+
+def gemma4():
+    """Two of four layers share; heads of 16 and 32, one value that is its key."""
+    torch.manual_seed(0)
+    kinds = ["sliding_attention", "full_attention"]
+    config = Gemma4TextConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, layer_types=kinds * 2, sliding_window=64, num_kv_shared_layers=2,
+        vocab_size_per_layer_input=128, hidden_size_per_layer_input=8, attention_k_eq_v=True, initializer_range=0.1,
+        per_layer_config={i: {"head_dim": 32, "num_key_value_heads": 1} for i in (1, 3)}, attn_implementation="eager",
+    )  # fmt: skip
+    return Gemma4ForCausalLM(config).eval()
+
+
+def test_layers_of_different_heads_that_share():
+    model, dense = gemma4(), gemma4()
+    quantize_(model, headq_config(**OPTIONS))
+    assert model._headq.fallback is None
+    found = [(shape.n_heads, shape.n_kv_heads, shape.head_dim, shape.readers) for shape in model._headq.shapes]
+    assert found == [(4, 2, 16, 2), (4, 1, 32, 2)]
+    expected = stream(dense, ids_of(), DynamicCache(config=dense.config), SHORT)
+    control = relative(stream(dense, ids_of(), noisy_cache(dense, 0), SHORT), expected)
+    assert relative(stream(model, ids_of(), HeadQCache(model), SHORT), expected) <= limit(control)
+    for name, most in ARITHMETIC.items():
+        with kernels_on(name == "kernel"):
+            assert arithmetic(model, dense, ids_of(200)) <= most

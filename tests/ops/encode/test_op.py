@@ -26,7 +26,7 @@ def test_a_view(case):
     assert torch.equal(view[0], dense[0]) and torch.equal(view[1], dense[1])
 
 
-@pytest.mark.parametrize("head_dim", [16, 80, 128, 256])
+@pytest.mark.parametrize("head_dim", [16, 80, 128, 256, 512])
 @pytest.mark.parametrize("base", ["affine", "symmetric", "feedback"])
 def test_tokens_are_coded_each_for_itself(case, base, head_dim):
     """Any cut of the tokens, single ones included: the same bits."""
