@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol, get_args, runtime_checkable
 import numpy as np
 from torchao.core.config import ALLOWED_AO_MODULES, AOBaseConfig
 
+from headq_ao.byte_size import byte_size
 from headq_ao.ops.layout import PIECES, granule
 
 CodecName = Literal["whitened", "affine"]
@@ -37,6 +38,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "balanced": {"mean_bits": 2.25},
     "quality": {"mean_bits": 2.75, "k_bits": 3},
     "near_lossless": {"mean_bits": 4.0, "k_bits": 4, "v_bits": 4},
+    "compact": {"mean_bits": 1.75},
+    "minimal": {"mean_bits": 1.25, "k_bits": 2, "v_bits": 1},
 }
 DEFAULT = "balanced"
 OF_HEADQ = (
@@ -60,9 +63,12 @@ OF_HEADQ = (
     "adapt",
     "prior_tokens",
     "warmup_tokens",
+    "cache_bytes",
 )  # what shapes HeadQ's own codec
 OLD_NAMES = ("key_gauge", "epoch_tokens")  # of subtract_key_mean and warmup_tokens
 UNIFORM_ONLY = ("k_bits", "v_bits", "key_codec", "value_codec")  # given one of these, no bits are shared by default
+OPTIONAL = ("rank", "warmup_tokens", "v_group_size", "context_length", "batch_size")
+BITS = ("k_bits", "v_bits", "mean_bits")
 
 
 @runtime_checkable
@@ -138,6 +144,12 @@ class HeadQConfig(AOBaseConfig):
         warmup_tokens: tokens after which a sequence's own statistics are used; ``None`` is ``max(256, 4·head_dim)``.
         check_finite: raise on non-finite keys or values; ``None``: on the CPU only.
         seed: of the random basis.
+        cache_bytes: of the whole cache: :func:`headq_ao.quantize_` takes the most bits that fit, instead of ``k_bits``,
+            ``v_bits`` and ``mean_bits``: a number of bytes, or text such as ``"8GiB"``. Counted as
+            :func:`headq_ao.estimate_memory` does; weights and activations come on top.
+        context_length: tokens that each sequence is expected to have: those that ``cache_bytes`` is for, and no spare
+            room is made beyond; ``None``: not known.
+        batch_size: sequences that ``cache_bytes`` is for; ``None``: one.
         codec: the name of a registered codec (:mod:`headq_ao.codecs.registry`) that takes the place of HeadQ's own,
             whose options must then be left out; ``None``: HeadQ's.
         codec_options: of that codec by name, plain data.
@@ -181,6 +193,9 @@ class HeadQConfig(AOBaseConfig):
     warmup_tokens: int | None = None
     check_finite: bool | None = None
     seed: int = 0
+    cache_bytes: int | str | None = None
+    context_length: int | None = None
+    batch_size: int | None = None
     codec: str | None = None
     codec_options: dict[str, Any] | None = None
     version: int = CONFIG_VERSION
@@ -191,13 +206,16 @@ class HeadQConfig(AOBaseConfig):
         fields = dataclasses.fields(self)
         given = {f.name for f in fields if getattr(self, f.name) is not f.default}
         self._take_old_names({"subtract_key_mean": key_gauge, "warmup_tokens": epoch_tokens})
-        if given & set(UNIFORM_ONLY) and "mean_bits" not in given:
+        if self.cache_bytes is not None:
+            self._leave_bits(given & set(BITS))
+        elif given & set(UNIFORM_ONLY) and "mean_bits" not in given:
             object.__setattr__(self, "mean_bits", None)
         for f in fields:
             object.__setattr__(self, f.name, _plain(getattr(self, f.name)))
         self._check_kinds()
         self._check_bits()
         self._check_numbers()
+        self._check_budget()
         self._check_together()
         self._check_codec()
 
@@ -206,6 +224,30 @@ class HeadQConfig(AOBaseConfig):
         codecs = {name: "whitened" for name in ("key_codec", "value_codec") if getattr(self, name) == "visible"}
         for name, value in ({n: v for n, v in named.items() if v is not None} | codecs).items():
             object.__setattr__(self, name, value)
+
+    def _leave_bits(self, given: set[str]) -> None:
+        """Let ``cache_bytes`` choose the bits; ValueError where they are given too.
+
+        A config of before is taken as it is: ``k_bits`` and ``v_bits`` 2, ``mean_bits`` None."""
+        if given and (self.k_bits, self.v_bits, self.mean_bits) != (2, 2, None):
+            raise ValueError(
+                f"cache_bytes chooses the bits of keys and values, and {', '.join(sorted(given))} would too; leave one "
+                "of them out"
+            )
+        object.__setattr__(self, "mean_bits", None)
+
+    def _check_budget(self) -> None:
+        """Raise ValueError on a budget that is no size, or does not say for how many tokens it is."""
+        if self.cache_bytes is None:
+            if self.batch_size is not None:
+                raise ValueError("batch_size says for how many sequences cache_bytes is; give cache_bytes too")
+            return
+        try:
+            object.__setattr__(self, "cache_bytes", byte_size(self.cache_bytes))
+        except ValueError as error:
+            raise ValueError(f"cache_bytes {error}") from None
+        if self.context_length is None:
+            raise ValueError("cache_bytes needs context_length: the tokens that each sequence is to have room for")
 
     def _check_kinds(self) -> None:
         """Raise ValueError on a value that is none of a field's choices."""
@@ -267,9 +309,11 @@ class HeadQConfig(AOBaseConfig):
             ("rank", 0, MOST),
             ("warmup_tokens", 1, MOST),
             ("v_group_size", 1, MOST),
+            ("context_length", 1, MOST),
+            ("batch_size", 1, MOST),
             ("seed", 0, MOST_SEED),
         ):
-            value, optional = getattr(self, name), name in ("rank", "warmup_tokens", "v_group_size")
+            value, optional = getattr(self, name), name in OPTIONAL
             if optional and value is None:
                 continue
             if not _whole(value) or value < least:
@@ -393,13 +437,16 @@ def headq_config(preset: str | None = None, **options: Any) -> HeadQConfig:
     Args:
         preset: ``"balanced"``, the default (2.25 code bits, 2.5 with the scales at a head_dim of 64), ``"quality"``
             (2.75, 3.0) or ``"near_lossless"`` (4.0, 4.25): mean bits shared between heads and sides by the
-            calibration; without one 2, 2.5 or 4 bits in every layer. ``"headq_paper"``: the published construction, an
+            calibration; without one 2, 2.5 or 4 bits in every layer. Below the default there are ``"compact"`` (1.75,
+            2.0) and ``"minimal"`` (1.25, 1.5), which cost quality and want a calibration: without one they are 2 bits,
+            and 2 for keys and 1 for values. ``"headq_paper"``: the published construction, an
             affine 2-bit base and a query-PCA side code of its error (HeadQ, arXiv 2605.03562, withdrawn by its author).
         **options: fields of :class:`HeadQConfig`. With ``k_bits``, ``v_bits`` or a codec, all layers have the same
-            bits, unless ``mean_bits`` is given too.
+            bits, unless ``mean_bits`` is given too. ``cache_bytes`` and ``context_length`` take the place of a preset.
 
     Raises:
-        ValueError: on an unknown preset or option (the message lists the valid ones), or a value out of range.
+        ValueError: on an unknown preset or option (the message lists the valid ones), a value out of range, or
+            ``cache_bytes`` beside a preset or bits.
 
     Example:
         >>> from headq_ao import headq_config
@@ -414,6 +461,10 @@ def headq_config(preset: str | None = None, **options: Any) -> HeadQConfig:
     unknown = sorted(set(options) - {*names, *OLD_NAMES})
     if unknown:
         raise ValueError(f"unknown option {', '.join(unknown)}; valid options are {', '.join(names)}")
+    if options.get("cache_bytes") is not None:
+        if preset is not None:
+            raise ValueError(f"cache_bytes chooses the bits, and preset={preset!r} would too; leave one of them out")
+        return HeadQConfig(**options)
     chosen = dict(PRESETS[DEFAULT if preset is None else preset])
     if options.keys() & set(UNIFORM_ONLY):
         chosen.pop("mean_bits", None)

@@ -179,6 +179,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"{args.recipe}: the key {error} is missing")
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
+    if recipe.runner is not None:
+        parser.error(f"{args.recipe} is run by python -m {recipe.runner} {args.recipe}")
     unknown = sorted(set(args.only) - {setting.name for setting in recipe.settings})
     if unknown:
         parser.error(f"no setting {', '.join(unknown)}; there are {', '.join(s.name for s in recipe.settings)}")

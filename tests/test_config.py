@@ -251,7 +251,8 @@ def test_presets():
     with pytest.raises(
         ValueError,
         match=re.escape(
-            "preset must be one of ['balanced', 'headq_paper', 'near_lossless', 'quality'] or None, got 'paper'"
+            "preset must be one of ['balanced', 'compact', 'headq_paper', 'minimal', 'near_lossless', 'quality'] or "
+            "None, got 'paper'"
         ),
     ):
         headq_config("paper")
@@ -335,15 +336,20 @@ def every_option_changed():
         k_zero_point=True, v_zero_point=True, rank=8, side_bits=4,
         basis="score_optimal", sign=-1, rotation=False, subtract_key_mean=False, unbiased_scale=False, v_group_size=16,
         n_sink=0, residual_length=32, block_size=64, calibration="a/b.safetensors", adapt="prompt", prior_tokens=1,
-        warmup_tokens=512, check_finite=True, seed=3,
+        warmup_tokens=512, check_finite=True, seed=3, context_length=512,
     )  # fmt: skip
     default = HeadQConfig()
     same = [f.name for f in dataclasses.fields(default) if getattr(changed, f.name) == getattr(default, f.name)]
-    assert sorted(same) == ["codec", "codec_options", "version"], "HeadQ's own options are refused beside another codec"
+    refused = ["batch_size", "cache_bytes", "codec", "codec_options", "version"]
+    assert sorted(same) == refused, "HeadQ's own options are refused beside another codec, and bits beside bytes"
     return changed
 
 
-@pytest.mark.parametrize("make", [headq_config, lambda: headq_config("headq_paper"), every_option_changed])
+def budget():
+    return headq_config(cache_bytes="8GiB", context_length=512, batch_size=3)
+
+
+@pytest.mark.parametrize("make", [headq_config, lambda: headq_config("headq_paper"), every_option_changed, budget])
 def test_torchao_json_round_trip(make):
     config = make()
     text = json.dumps(config_to_dict(config))

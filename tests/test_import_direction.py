@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # What each room may import besides itself; a room is a package, or a module that belongs to none.
 LEAVES = (
     "headq_ao.ambient",
+    "headq_ao.byte_size",
     "headq_ao.compression",
     "headq_ao.files",
     "headq_ao.layer_shape",
@@ -35,7 +36,7 @@ ROOMS = {
     "headq_ao.ops": (),
     **dict.fromkeys(LEAVES, ()),
     "headq_ao.statistics": (),
-    "headq_ao.config": ("headq_ao.ops", "headq_ao.user_warning"),
+    "headq_ao.config": ("headq_ao.byte_size", "headq_ao.ops", "headq_ao.user_warning"),
     "headq_ao.codecs": BELOW_CODECS,
     "headq_ao.calibration": (*BELOW_CODECS, "headq_ao.codecs"),
     "headq_ao.cache": BELOW_CACHE,

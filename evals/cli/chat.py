@@ -5,9 +5,10 @@ import sys
 import time
 from typing import Any
 
+from headq_ao.byte_size import bytes_text
 from headq_ao.evals.cli import loading
 from headq_ao.evals.cli.console import UsageError, add_command, at_least, note, say
-from headq_ao.evals.cli.estimate import bytes_text, exact_bytes
+from headq_ao.evals.cli.estimate import exact_bytes, size
 
 NAME = "chat"
 DESCRIPTION = """\
@@ -27,7 +28,9 @@ def add(commands: Any) -> None:
     loading.add_model(parser)
     option = parser.add_argument
     option("--calibration", metavar="FILE", help="of headq calibrate; without one, each conversation's own statistics")
-    option("--preset", metavar="NAME", help="balanced (default), quality, near_lossless or headq_paper")
+    option("--preset", metavar="NAME", help=loading.PRESET_HELP)
+    option("--budget", type=size, metavar="SIZE", help="take the bits that fit --context tokens into it: 100MB, 1GiB")
+    option("--context", type=at_least(1), default=4096, metavar="N", help="tokens that --budget is for (4096)")
     option("--exact", action="store_true", help="transformers' own cache, to compare")
     option("--prompt", metavar="TEXT", help="answer this and end")
     option("--system", metavar="TEXT", help="what the model is told first")
@@ -124,10 +127,11 @@ def run(args: argparse.Namespace) -> int:
 
     if args.prompt is not None and not args.prompt.strip():
         raise UsageError("--prompt must have some text; without --prompt a conversation begins")
-    if args.exact and (args.calibration or args.preset):
-        raise UsageError("--exact takes no --calibration and no --preset")
+    if args.exact and (args.calibration or args.preset or args.budget):
+        raise UsageError("--exact takes no --calibration, no --preset and no --budget")
+    budget = {} if args.budget is None else {"cache_bytes": args.budget, "context_length": args.context}
     try:
-        config = None if args.exact else headq_config(preset=args.preset, calibration=args.calibration)
+        config = None if args.exact else headq_config(preset=args.preset, calibration=args.calibration, **budget)
     except ValueError as error:
         raise UsageError(str(error)) from error
     loading.check_calibration(args.calibration)

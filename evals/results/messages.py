@@ -6,7 +6,7 @@ from pathlib import Path
 
 # Files below the checkout, and how a topic is called in the marks: <!-- generated: messages TOPIC -->
 TOPICS: dict[str, tuple[str, ...]] = {
-    "options": ("headq_ao/config.py", "headq_ao/quantize.py"),
+    "options": ("headq_ao/config.py", "headq_ao/byte_size.py", "headq_ao/quantize.py"),
     "models": (
         "headq_ao/integrations/transformers/models.py",
         "headq_ao/integrations/transformers/hybrid.py",

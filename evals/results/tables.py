@@ -1,5 +1,6 @@
 """Tables of results that recipes leave: presets, stored prompts, facts in a long context, sizes of calibrations."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,33 @@ def retrieval(result: dict[str, Any]) -> str:
         f"(guessing: {100 / settings['choices']:.1f} %), the same for all caches; at least {100 * packed:.0f} % of the "
         f"tokens that a question read were packed. {settings['model']}, {settings['dtype']}, calibrated on "
         f"{settings['calibration']}; `python recipes/retrieval.py`."
+    )
+
+
+def decode_mode(folder: Path) -> str:
+    """Decoding one token a call on the exact cache's continuations, from :mod:`headq_ao.evals.decode_mode`."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")]
+    found.sort(key=lambda result: result["order"])
+    header = ["cache", "tokens", "KL, one by one", "median", "99.9 %", "over chunks", "same next token"]
+    rows = []
+    for result in found:
+        for kind in ("greedy", "sampled"):
+            tokens = result[kind]["tokens"]
+            quantiles = (number(tokens["kl_quantiles"][q], 5) for q in ("0.5", "0.999"))
+            kl = measured(tokens["mean_kl"], tokens["mean_kl_sem"], 5)
+            last = [f"{result[kind]['ratio']:.2f} ×", f"{100 * result[kind]['agreement']:.1f} %"]
+            rows.append([result["title"], kind, kl, *quantiles, *last])
+    p, free = found[0]["protocol"], {r["title"]: r["free_running"] for r in found}
+    new = p["row_length"] - p["prefill"]
+    apart = ", ".join(
+        f"{title} {100 * (1 - x['never']):.0f} % (median step {x['median']})" for title, x in free.items()
+    )
+    repeats = ", ".join(f"{100 * found[0][kind]['repeated_4grams']:.0f} % {kind}" for kind in ("greedy", "sampled"))
+    return markdown_table(header, rows, left=2) + (
+        f"\n\n{p['rows']} prompts of {p['prefill']} tokens, continued by {new} with the exact cache, greedily and "
+        f"sampled at temperature 1 (4-grams that repeat: {repeats}). Running free and greedily, continuations that "
+        f"leave the exact cache's within {new} tokens: {apart}. {found[0]['model']}, {p['dtype']}; "
+        "`python -m headq_ao.evals.decode_mode recipes/decode_mode.yaml`."
     )
 
 

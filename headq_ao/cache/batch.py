@@ -28,11 +28,15 @@ class Batch:
         schedule: of packing.
         page_tokens: tokens of a page.
         capacity: tokens that a sequence may have; None: room grows.
+        expected: tokens that a sequence will have, beyond which no spare room is made; None: not known.
     """
 
-    def __init__(self, schedule: Schedule, page_tokens: int, capacity: int | None = None) -> None:
+    def __init__(
+        self, schedule: Schedule, page_tokens: int, capacity: int | None = None, expected: int | None = None
+    ) -> None:
         self.lengths = Lengths(schedule)
         self.page_tokens, self.capacity = page_tokens, capacity
+        self.expected = None if expected is None else schedule.packable(expected)
         self.tables: dict[int | str | None, PageTable] = {}
         self.layers: list[Any] = []  # PackedLayers
         self.unsettled = False  # whether a layer has something left to pack
@@ -55,7 +59,7 @@ class Batch:
         key = f"own {len(self.tables)}" if codec.drops else sliding
         if key not in self.tables:
             most = None if sliding is None else -(-(sliding + plan.slack + plan.granularity) // self.page_tokens) + 1
-            self.tables[key] = PageTable(self.page_tokens, most, codec.drops)
+            self.tables[key] = PageTable(self.page_tokens, most, codec.drops, self.expected)
         return key
 
     def begin(

@@ -23,10 +23,14 @@ class PageTable:
         page_tokens: P.
         most: columns, where older pages are used again (a sliding window); None: as many as there are tokens.
         waits: whether tokens may be left out (:meth:`leave_out`): there are no pages before that is known.
+        expected: body tokens, beyond which no spare room is made; None: not known.
     """
 
-    def __init__(self, page_tokens: int, most: int | None = None, waits: bool = False) -> None:
+    def __init__(
+        self, page_tokens: int, most: int | None = None, waits: bool = False, expected: int | None = None
+    ) -> None:
         self.page_tokens, self.most, self.waits = page_tokens, most, waits
+        self.expected = expected
         self.clear()
 
     def clear(self) -> None:
@@ -80,7 +84,8 @@ class PageTable:
         return [self.host, *self._on.values()]
 
     def reserve(self, batch: int, tokens: int) -> bool:
-        """Give each of ``batch`` sequences room for ``tokens`` body tokens, by eighths once there is some.
+        """Give each of ``batch`` sequences room for ``tokens`` body tokens, by eighths once there is some, with none to
+        spare beyond ``expected``.
 
         Returns:
             Whether the table is another one.
@@ -91,7 +96,9 @@ class PageTable:
         if need <= columns and self.host.shape[0] == batch:
             return False
         if columns:
-            need = max(need, columns + -(-columns // 8))
+            spare = columns + -(-columns // 8)
+            spare = spare if self.expected is None else min(spare, -(-self.expected // self.page_tokens))
+            need = max(need, spare)
             need = need if self.most is None else min(need, self.most)
         more = max(need, 1) - columns
         free = self._unused(self.host.flatten().tolist())

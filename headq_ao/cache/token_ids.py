@@ -15,9 +15,13 @@ class TokenIds:
     """The id of each slot, int32 ``[B, capacity]`` on the device of the ids; four bytes a token, written by slot.
 
     Slots behind those that the cache has seen mean nothing: a failed call leaves them, and the next one writes there.
+
+    Args:
+        expected: slots, beyond which no spare room is made; None: not known.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, expected: int | None = None) -> None:
+        self.expected = expected
         self.clear()
 
     def clear(self) -> None:
@@ -56,7 +60,8 @@ class TokenIds:
         """The tensor, with room for that many slots."""
         held = self.held
         if held is None or held.shape[1] < slots or held.is_inference():
-            capacity = slots if held is None else max(slots, held.shape[1] + max(held.shape[1] // 8, 32))
+            spare = 0 if held is None else held.shape[1] + max(held.shape[1] // 8, 32)
+            capacity = max(slots, spare if self.expected is None else min(spare, self.expected))
             with torch.inference_mode(False):  # to be written in any mode
                 on = device if held is None else held.device
                 larger = torch.full((batch, capacity), UNKNOWN, dtype=torch.int32, device=on)

@@ -81,8 +81,9 @@ class HeadQCache(Cache):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be a whole number of at least 1, or None, got {value!r}")
         schedule = schedule_of(self.config, state.codecs)
-        self.batch = Batch(schedule, page_tokens(self.config, schedule), max_length)
-        self.ids = TokenIds()
+        expected = self.config.context_length
+        self.batch = Batch(schedule, page_tokens(self.config, schedule), max_length, expected)
+        self.ids = TokenIds(expected)
         self.keeps_ids = self.keeps_ids and holds_first_heads(model, state)
         self.filled: int | None = None  # the stamp of the model that computed the first tokens, where known
         self.foreign = False  # whether another model than that of this cache has computed tokens

@@ -1,5 +1,9 @@
-"""``estimate_memory``: what a cache would take, found by running its storage code without data."""
+"""``estimate_memory``: what a cache would take, found by running its storage code without data; and the most bits that
+a number of bytes has room for."""
 
+import bisect
+import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,9 +11,10 @@ import torch
 from transformers import PreTrainedModel
 
 from headq_ao.ambient import mode_neutral
+from headq_ao.byte_size import bytes_text
 from headq_ao.cache.batch import Batch
 from headq_ao.cache.layer import PackedLayer
-from headq_ao.cache.memory_report import BitsReport
+from headq_ao.cache.memory_report import BitsReport, storage_bytes
 from headq_ao.cache.schedule import page_tokens, schedule_of
 from headq_ao.cache.token_ids import TokenIds
 from headq_ao.calibration.artifact import Calibration, usable_calibration
@@ -21,7 +26,7 @@ from headq_ao.codecs.source import SourceModule
 from headq_ao.config import HeadQConfig
 from headq_ao.integrations.transformers.models import layer_shapes
 from headq_ao.layer_shape import LayerShape
-from headq_ao.ops.layout import TOKEN_TILE
+from headq_ao.ops.layout import TOKEN_TILE, key_bytes_per_token, value_bytes_per_token
 from headq_ao.statistics.moments import PROFILE, TENSORS, LayerMoments, tensor_shapes
 
 META = torch.device("meta")
@@ -39,7 +44,8 @@ def estimate_memory(
     Args:
         model_or_config: a transformers model, or its config.
         config: what to store; of a calibration only how ``mean_bits`` shares the bits counts, and that it is used:
-            one on too few tokens is not, with the warning of :func:`headq_ao.quantize_`.
+            one on too few tokens is not, with the warning of :func:`headq_ao.quantize_`. With ``cache_bytes`` its bits
+            are those that fit.
         tokens: per sequence.
         batch_size: sequences.
         dtype: of full-precision tokens; default the model's, else bfloat16.
@@ -48,7 +54,7 @@ def estimate_memory(
         A :class:`~headq_ao.cache.memory_report.BitsReport`; its ``bytes`` sum to the footprint.
 
     Raises:
-        ValueError: when the model is not supported or a count is below 1.
+        ValueError: when the model is not supported, a count is below 1, or nothing fits into ``cache_bytes``.
 
     Example:
         >>> from transformers import LlamaConfig
@@ -59,13 +65,136 @@ def estimate_memory(
     """
     if tokens < 1 or batch_size < 1:
         raise ValueError(f"tokens and batch_size must be at least 1, got {tokens} and {batch_size}")
+    shapes, dtype = _form(model_or_config, dtype)
+    config, known = usable_calibration(config)
+    return _report(shapes, _within(shapes, config, known, dtype), known, tokens, batch_size, dtype)
+
+
+@mode_neutral
+def within_budget(model_or_config: Any, config: HeadQConfig, dtype: torch.dtype | None = None) -> HeadQConfig:
+    """The config with the most bits whose cache of ``batch_size`` sequences of ``context_length`` tokens takes at most
+    ``cache_bytes``; itself where it has none.
+
+    With a calibration ``mean_bits`` is a multiple of one bit of one side of one head. Without one the layers have the
+    same bits, and keys at most one step more than values.
+
+    Args:
+        model_or_config, dtype: as :func:`estimate_memory` takes them.
+        config: with ``cache_bytes``.
+
+    Raises:
+        ValueError: where even the fewest bits take more, saying what they take.
+
+    Example:
+        >>> from transformers import LlamaConfig
+        >>> from headq_ao import headq_config
+        >>> from headq_ao.integrations.transformers.estimate import within_budget
+        >>> chosen = within_budget(LlamaConfig(), headq_config(cache_bytes="1GiB", context_length=16384))
+        >>> chosen.k_bits, chosen.v_bits, chosen.cache_bytes
+        (2, 1, None)
+    """
+    config, known = usable_calibration(config)
+    shapes, dtype = _form(model_or_config, dtype)
+    return _within(shapes, config, known, dtype)
+
+
+def _form(model_or_config: Any, dtype: torch.dtype | None) -> tuple[list[LayerShape], torch.dtype]:
+    """The shapes of a model's layers, and the dtype of its full-precision tokens."""
     model_config = model_or_config.config if isinstance(model_or_config, PreTrainedModel) else model_or_config
     if dtype is None:
         dtype = getattr(model_or_config, "dtype", None)
         dtype = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
-    shapes = layer_shapes(model_config)
-    config, known = usable_calibration(config)
+    return layer_shapes(model_config), dtype
+
+
+def _within(
+    shapes: Sequence[LayerShape], config: HeadQConfig, known: Calibration | None, dtype: torch.dtype
+) -> HeadQConfig:
+    """See :func:`within_budget`."""
+    budget, tokens, batch = config.cache_bytes, config.context_length, config.batch_size or 1
+    if not isinstance(budget, int) or tokens is None:
+        return config
+    settings = _settings(config, known, shapes)
+    count = _Count(shapes, settings[0], tokens, batch, dtype)
+
+    def held(i: int) -> int:
+        return count.held(head_bits(settings[i], known, shapes))
+
+    found = bisect.bisect_right(range(len(settings)), budget, key=held) - 1
+    if found < 0:
+        least, sequences = held(0), "one sequence" if batch == 1 else f"{batch} sequences"
+        raise ValueError(
+            f"cache_bytes={budget} ({bytes_text(budget)}) has no room for {sequences} of {tokens:,} tokens of this "
+            f"model: with the fewest bits its cache takes {least:,} bytes ({bytes_text(least)}); give at least these, "
+            "a shorter context_length or a smaller batch_size"
+        )
+    return settings[found]
+
+
+class _Count:
+    """The bytes of a cache, counted once with equal bits in one layer of each shape; other bits change codes alone.
+
+    Args:
+        shapes: of all layers.
+        config: without ``cache_bytes``.
+        tokens, batch_size, dtype: as for :func:`estimate_memory`.
+    """
+
+    def __init__(
+        self, shapes: Sequence[LayerShape], config: HeadQConfig, tokens: int, batch_size: int, dtype: torch.dtype
+    ) -> None:
+        kinds = list(dict.fromkeys(shapes))
+        plain = dataclasses.replace(
+            config, k_bits=min(config.levels("k")), v_bits=min(config.levels("v")), mean_bits=None
+        )
+        same = head_bits(plain, None, kinds)
+        batch, ids = _filled(kinds, plain, same, tokens, batch_size, dtype)
+        own = {kind: storage_bytes(layer.tensors()) for kind, layer in zip(kinds, batch.layers, strict=True)}
+        self.codes = {
+            kind: layer.pool.pages * batch.page_tokens for kind, layer in zip(kinds, batch.layers, strict=True)
+        }
+        self.side = (plain.side_bits,) * plain.side_rank(shapes[0].head_dim)
+        self.shapes, shared = shapes, storage_bytes(batch.tensors() + ids.tensors())
+        alike = dict(zip(kinds, same, strict=True))
+        self.rest = shared + sum(own[shape] - self._codes(shape, alike[shape]) for shape in shapes)
+
+    def _codes(self, shape: LayerShape, bits: HeadBits) -> int:
+        """Bytes of the codes of one layer."""
+        key_dim, value_dim = shape.dims
+        keys = sum(key_bytes_per_token((b,) * key_dim + self.side) for b in bits.k)
+        return self.codes[shape] * (keys + sum(value_bytes_per_token(b, value_dim) for b in bits.v))
+
+    def held(self, bits: Sequence[HeadBits]) -> int:
+        """Bytes of the cache whose layers have those bits."""
+        return self.rest + sum(self._codes(shape, b) for shape, b in zip(self.shapes, bits, strict=True))
+
+
+def _settings(config: HeadQConfig, known: Calibration | None, shapes: Sequence[LayerShape]) -> list[HeadQConfig]:
+    """What :func:`within_budget` chooses from, in rising order of bits."""
+    config = dataclasses.replace(config, cache_bytes=None, batch_size=None)
+    keys, values = config.levels("k"), config.levels("v")
+    if known is None:
+        steps = sorted([(b, b) for b in values] + [(k, v) for v, k in itertools.pairwise(values)], key=sum)
+        return [dataclasses.replace(config, k_bits=k, v_bits=v, mean_bits=None) for k, v in steps]
+    parts = 2 * sum(shape.n_kv_heads for shape in shapes)
+    least, most = (of(keys) + of(values) for of in (min, max))
+    return [dataclasses.replace(config, mean_bits=n / parts) for n in range(least * parts // 2, most * parts // 2 + 1)]
+
+
+def _report(
+    shapes: Sequence[LayerShape], config: HeadQConfig, known: Calibration | None, tokens: int, batch_size: int,
+    dtype: torch.dtype,
+) -> BitsReport:  # fmt: skip
+    """Run the storage code of a cache of that config on shapes."""
     shared = [None] * len(shapes) if config.codec is not None else head_bits(config, known, shapes)
+    return BitsReport.of(*_filled(shapes, config, shared, tokens, batch_size, dtype))
+
+
+def _filled(
+    shapes: Sequence[LayerShape], config: HeadQConfig, shared: Sequence[HeadBits | None], tokens: int, batch_size: int,
+    dtype: torch.dtype,
+) -> tuple[Batch, TokenIds]:  # fmt: skip
+    """What holds the tokens of one prefill, on shapes; ``shared``: the bits of each layer's heads."""
     kinds = list(zip(shapes, shared, strict=True))
     if config.codec is None:
         made = {kind: _source(config, *kind) for kind in dict.fromkeys(kinds)}  # without data, equal ones share a codec
@@ -86,7 +215,7 @@ def estimate_memory(
         layer.commit(q)
     ids = TokenIds()
     ids.note(torch.empty(batch_size, tokens, dtype=torch.int64, device=META), batch_size, tokens, 0, None)
-    return BitsReport.of(batch, ids)
+    return batch, ids
 
 
 def _source(

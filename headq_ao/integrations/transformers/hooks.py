@@ -18,6 +18,7 @@ from headq_ao.codecs.source import SourceModule
 from headq_ao.codecs.unseen import UnseenQueries
 from headq_ao.config import HeadQConfig
 from headq_ao.integrations.transformers import attention, calls, generation, hf_quantizer, latent
+from headq_ao.integrations.transformers.estimate import within_budget
 from headq_ao.integrations.transformers.model_state import HeadQState
 from headq_ao.integrations.transformers.models import (
     execution_device,
@@ -49,13 +50,14 @@ def attach(model: nn.Module, config: HeadQConfig) -> nn.Module:
     shapes, options = serving.shapes, forward_names(model)
     print_ = fingerprint(model, shapes)
     config, calibration = usable_calibration(config, print_)
+    given, config = config, within_budget(model, config)
     if config.codec is None:
         shapes, codecs = headq_sources(model, config, calibration, serving)
     else:
         shapes, codecs = registered_sources(model, config, calibration, serving)
     for source in codecs:
         source.call_options = options
-    hf_quantizer.attach(model, config)
+    hf_quantizer.attach(model, given)
     configs: list[Any] = []
     if serving.fallback is None:
         try:

@@ -176,6 +176,7 @@ def _checked(config: HeadQConfig, known: Calibration, model_config: Any, folder:
     problems = {
         "codec": config.codec is not None,
         "adapt": config.adapt != "off",
+        "cache_bytes (vLLM shares out its memory itself)": config.cache_bytes is not None,
         "k_bits=None or v_bits=None": config.k_bits is None or config.v_bits is None,
     }
     wrong = [name for name, is_given in problems.items() if is_given]

@@ -26,18 +26,27 @@ def test_estimate_reads_no_weights(tiny_folder, monkeypatch, capsys):
     rows = {line.split("  ")[0]: line.split() for line in captured.out.splitlines()}
     assert list(rows)[2:] == [
         "exact",
+        "minimal",
+        "compact",
         "balanced",
         "quality",
         "near_lossless",
         "headq_paper",
         "balanced, no calibration",
         "--set",
+        next(name for name in rows if name.endswith(", the most that fit")),
     ]
     assert "2 sequences of 1,024 tokens" in captured.err
     exact, balanced = rows["exact"], rows["balanced"]
     assert exact[1:4] == ["16.00", "1.0", "MiB"]  # 2 layers, 2 heads of 32, keys and values, 2 bytes, 2 · 1024 tokens
     assert balanced[1] == "2.75" and float(balanced[4]) > 2  # 2.25 and 16 bits of scale for 32 coordinates
     assert int(exact[-1].replace(",", "")) == 1024 < int(balanced[-1].replace(",", ""))
+
+
+def test_estimate_says_what_the_least_is(tiny_folder, capsys):
+    assert main(["estimate", str(tiny_folder), "--budget", "9kB", "--batch", "2"]) == 0
+    captured = capsys.readouterr()
+    assert "no room for 2 sequences of 4,096 tokens" in captured.err and "the most that fit" not in captured.out
 
 
 @pytest.mark.parametrize(
