@@ -1,5 +1,6 @@
 """``estimate_memory``: what a cache would take, found by running its storage code without data."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -66,12 +67,13 @@ def estimate_memory(
     shapes = layer_shapes(model_config)
     config, known = usable_calibration(config)
     shared = [None] * len(shapes) if config.codec is not None else head_bits(config, known, shapes)
-    kinds = list(zip(shapes, shared, strict=True))
-    if config.codec is None:
-        made = {kind: _source(config, *kind) for kind in dict.fromkeys(kinds)}  # without data, equal ones share a codec
-        sources = [made[kind] for kind in kinds]
+    if config.codec is None:  # without data, layers of one form are alike
+        alike = Counter(zip(shapes, shared, strict=True))
+        sources, times = [_source(config, *kind) for kind in alike], list(alike.values())
+        shapes = [shape for shape, _ in alike]
     else:
-        sources = [_source(config, *kind, index=i, layers=len(shapes)) for i, kind in enumerate(kinds)]
+        n = len(shapes)
+        sources, times = [_source(config, shape, None, i, n) for i, shape in enumerate(shapes)], [1] * n
     if any(source.prototype.drops for source in sources):
         raise ValueError(f"how many tokens {config.codec!r} leaves out depends on the text: there is no estimate")
     schedule = schedule_of(config, sources)
@@ -86,7 +88,7 @@ def estimate_memory(
         layer.commit(q)
     ids = TokenIds()
     ids.note(torch.empty(batch_size, tokens, dtype=torch.int64, device=META), batch_size, tokens, 0, None)
-    return BitsReport.of(batch, ids)
+    return BitsReport.of(batch, ids, times)
 
 
 def _source(
