@@ -87,10 +87,15 @@ test-versions: pyproject.toml ## the quick tests with the oldest versions that p
 test-vllm: $(VLLM_STAMP) ## the engine tests, in an environment that has vLLM
 	OMP_NUM_THREADS=$(THREADS) $(VLLM)/bin/python -m pytest -p no:cacheprovider --durations=10 $(VLLM_ARGS)
 
-# kvpress asks for transformers < 5.3 and runs its pipeline with newer ones: into a folder of its own, beside $(VENV).
-KVPRESS_SPEC ?= kvpress==0.5.5 cachetools==5.5.2 fire==0.6.0 peft==0.21.2
-test-kvpress: $(STAMP) ## HeadQPress in the pipeline of kvpress, which is installed beside, without what it pins
+# kvpress asks for transformers < 5.3 and runs its pipeline with newer ones: into a folder of its own, beside $(VENV). Its
+# evaluation is in the sdist only.
+KVPRESS_SPEC ?= kvpress==0.5.5 cachetools==5.5.2 fire==0.6.0 peft==0.21.2 \
+	bert-score==0.3.13 fuzzywuzzy==0.18.0 jieba==0.42.1 rouge==1.0.1
+test-kvpress: $(STAMP) ## HeadQPress in kvpress's pipeline and evaluation, which are installed beside, without what they pin
 	test -d $(KVPRESS)/kvpress || $(PIP) --no-deps --target $(KVPRESS) $(KVPRESS_SPEC)
+	test -d $(KVPRESS)/evaluation || { $(PIP:install=download) --no-deps --no-binary kvpress -d $(KVPRESS)/sdist \
+		$(firstword $(KVPRESS_SPEC)) && tar -xzf $(KVPRESS)/sdist/*.tar.gz -C $(KVPRESS) --strip-components 1 \
+		--wildcards '*/evaluation'; }
 	PYTHONPATH=$(KVPRESS) OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -p no:cacheprovider $(KVPRESS_ARGS)
 
 serve: $(VLLM_STAMP) ## SmolLM2 with a packed cache behind an OpenAI server on loopback; prints a curl line
