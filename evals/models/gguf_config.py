@@ -28,18 +28,19 @@ def _reader(gguf: Any) -> Any:
                 kind, count = struct.unpack_from("=IQ", self.data, orig_offs)
                 start = orig_offs + struct.calcsize("=IQ")
                 if count > LONGEST and kind != kinds.ARRAY:
-                    end = self._end_of_strings(start, count) if kind == kinds.STRING else start + self._size(kind, count)
-                    return end - orig_offs, [], [], [kinds.ARRAY, kinds(kind)]
+                    strings = kind == kinds.STRING
+                    size = self._strings_size(start, count) if strings else self._numbers_size(kind, count)
+                    return start + size - orig_offs, [], [], [kinds.ARRAY, kinds(kind)]
             parts: tuple[int, list[Any], list[int], list[Any]] = super()._get_field_parts(orig_offs, raw_type)
             return parts
 
-        def _size(self, kind: int, count: int) -> int:
+        def _numbers_size(self, kind: int, count: int) -> int:
             return count * int(self.gguf_scalar_to_np[kinds(kind)]().nbytes)
 
-        def _end_of_strings(self, offset: int, count: int) -> int:
-            data, length = memoryview(self.data), struct.Struct("=Q")
+        def _strings_size(self, start: int, count: int) -> int:
+            data, length, offset = memoryview(self.data), struct.Struct("=Q"), start
             for _ in range(count):
                 offset += length.size + length.unpack_from(data, offset)[0]
-            return offset
+            return offset - start
 
     return Reader

@@ -48,7 +48,8 @@ def evaluate(tiny_folder, tmp_path):
         given = [str(tmp_path / "data"), str(tiny_folder), press, json.dumps(options), str(out)]
         path = os.pathsep.join([str(FOLDER), str(FOLDER.parent)])
         told = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-        done = subprocess.run([sys.executable, "-c", RUN, *given], env=told, capture_output=True, text=True, check=False)
+        command = [sys.executable, "-c", RUN, *given]
+        done = subprocess.run(command, env=told, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
         (folder,) = out.iterdir()
         with open(folder / "predictions.csv", encoding="utf-8") as file:
@@ -62,7 +63,8 @@ def test_answers_scores_and_the_ratio_are_those_of_packed_tokens(evaluate):
     rows, scores = evaluate("headq")
     assert len(rows) == 4 and all(row["predicted_answer"] for row in rows)
     assert all(0 < float(row["compression_ratio"]) < 0.9 and row["compression_ratio"] != "0.5" for row in rows)
-    assert {task: [*score] for task, score in scores.items()} == dict.fromkeys(("niah_single", "qa_one"), ["string_match"])
+    assert set(scores) == {"niah_single", "qa_one"}
+    assert all(0 <= score["string_match"] <= 100 for score in scores.values())
 
 
 def test_at_eight_bits_it_says_what_no_press_says(evaluate):

@@ -31,8 +31,8 @@ class HeadQPress(BasePress):
         config: from :func:`headq_ao.headq_config`; the default without a calibration codes only contexts that are
             longer than its ``warmup_tokens``.
 
-    kvpress's evaluation writes down the ``compression_ratio`` of its press: here it is what the last prefill came to, the
-    part of the exact cache's bytes that the packed cache does without. A ratio that is set has no effect.
+    kvpress's evaluation writes down the ``compression_ratio`` of its press: here it is what the last prefill came to,
+    the part of the exact cache's bytes that the packed cache does without. A ratio that is set has no effect.
 
     Raises:
         ValueError: when the model's attention cannot read packed tokens, or the model has a packed cache already.
