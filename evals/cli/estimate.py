@@ -90,7 +90,6 @@ def configs(args: argparse.Namespace, model_config: Any) -> dict[str, Any]:
 
     from headq_ao import headq_config
     from headq_ao.config import PRESETS
-    from headq_ao.evals.perplexity import parse_options
     from headq_ao.integrations.transformers.estimate import assumed_calibration, within_budget
 
     known = args.calibration or assumed_calibration(model_config)
@@ -100,6 +99,8 @@ def configs(args: argparse.Namespace, model_config: Any) -> dict[str, Any]:
         rows: dict[str, Any] = {"exact": None, **dict(by_bits)}
         rows["balanced, no calibration"] = headq_config()
         if args.options:
+            from headq_ao.evals.perplexity import parse_options
+
             rows["--set"] = headq_config(calibration=known, **parse_options(args.options))
         if args.budget is not None:
             wanted = {"cache_bytes": args.budget, "context_length": args.context, "batch_size": args.batch}

@@ -1,6 +1,7 @@
 """The options by which commands name a model and a text, and what they load."""
 
 import argparse
+import contextlib
 import difflib
 import importlib.util
 from pathlib import Path
@@ -35,7 +36,7 @@ def model_config(args: argparse.Namespace) -> Any:
     Raises:
         UsageError: when transformers finds none.
     """
-    from headq_ao.evals.models import smollm2
+    from headq_ao.evals.models import gguf_config, smollm2
 
     name, options = args.model, {}
     if name == NAMED:
@@ -49,7 +50,8 @@ def model_config(args: argparse.Namespace) -> Any:
     if not Path(name).exists():
         note(f"there is no folder {name!r} here: asking the Hugging Face Hub")
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code, **options)
+        with gguf_config.without_long_lists() if options else contextlib.nullcontext():
+            return AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code, **options)
     except (OSError, ValueError) as error:
         raise UsageError(f"transformers finds no model {args.model!r}: {first_line(error)}{hint(name)}") from error
 

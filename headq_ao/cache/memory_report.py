@@ -75,19 +75,27 @@ class BitsReport:
         return asdict(self)
 
     @classmethod
-    def of(cls, batch: Batch, ids: TokenIds | None = None) -> "BitsReport":
-        """Count the tensors of a cache's layers, and the token ids kept beside them."""
+    def of(cls, batch: Batch, ids: TokenIds | None = None, times: Sequence[int] | None = None) -> "BitsReport":
+        """Count the tensors of a cache's layers, and the token ids kept beside them.
+
+        Args:
+            batch: of the cache.
+            ids: its token ids.
+            times: how many layers each of the batch's stands for; None: one.
+        """
         batch.settle()
         count = _Counts()
-        for layer in batch.layers:
-            if layer.is_initialized:
+        times = [1] * len(batch.layers) if times is None else times
+        shared = batch.tensors() + ([] if ids is None else ids.tensors())
+        held = storage_bytes([t for layer in batch.layers for t in layer.tensors()] + shared)
+        for layer, n in zip(batch.layers, times, strict=True):
+            held += (n - 1) * (storage_bytes(layer.tensors() + shared) - storage_bytes(shared))
+            for _ in range(n if layer.is_initialized else 0):
                 count.add(layer)
         count.kinds["tables"] = storage_bytes(batch.tensors())
-        held = [t for layer in batch.layers for t in layer.tensors()] + batch.tensors()
         if ids is not None:
-            held += ids.tensors()
             count.kinds["token_ids"] = ids.nbytes(batch.lengths.seen)
-        return count.report(storage_bytes(held), max(batch.lengths.batch, 1))
+        return count.report(held, max(batch.lengths.batch, 1))
 
 
 @dataclass

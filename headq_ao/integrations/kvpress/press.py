@@ -31,6 +31,9 @@ class HeadQPress(BasePress):
         config: from :func:`headq_ao.headq_config`; the default without a calibration codes only contexts that are
             longer than its ``warmup_tokens``.
 
+    kvpress's evaluation writes down the ``compression_ratio`` of its press: here it is what the last prefill came to,
+    the part of the exact cache's bytes that the packed cache does without. A ratio that is set has no effect.
+
     Raises:
         ValueError: when the model's attention cannot read packed tokens, or the model has a packed cache already.
 
@@ -44,6 +47,7 @@ class HeadQPress(BasePress):
 
     config: HeadQConfig = field(default_factory=headq_config)
     report: BitsReport | None = field(default=None, init=False)
+    compression_ratio: float = field(default=0.0, init=False)
 
     def forward_hook(self, module: nn.Module, input: Any, kwargs: dict[str, Any], output: Any) -> NoReturn:
         """What other presses are combined by.
@@ -112,6 +116,8 @@ class _Prefill:
                 )
             target.update(k.to(self.model.dtype), v.to(self.model.dtype), place)
         self.press.report = packed.bits_report()
+        exact = sum(layer.keys.nbytes + layer.values.nbytes for layer in target.layers)
+        self.press.compression_ratio = 1 - sum(self.press.report.bytes.values()) / exact
         for name in CACHE_NAMES:
             if getattr(output, name, None) is packed:
                 output[name] = target

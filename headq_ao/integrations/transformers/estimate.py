@@ -4,6 +4,7 @@ a number of bytes has room for."""
 import bisect
 import dataclasses
 import itertools
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -71,7 +72,10 @@ def estimate_memory(
 
 
 @mode_neutral
-def within_budget(model_or_config: Any, config: HeadQConfig, dtype: torch.dtype | None = None) -> HeadQConfig:
+def within_budget(
+    model_or_config: Any, config: HeadQConfig, dtype: torch.dtype | None = None,
+    shapes: Sequence[LayerShape] | None = None,
+) -> HeadQConfig:  # fmt: skip
     """The config with the most bits whose cache of ``batch_size`` sequences of ``context_length`` tokens takes at most
     ``cache_bytes``; itself where it has none.
 
@@ -81,6 +85,7 @@ def within_budget(model_or_config: Any, config: HeadQConfig, dtype: torch.dtype 
     Args:
         model_or_config, dtype: as :func:`estimate_memory` takes them.
         config: with ``cache_bytes``.
+        shapes: of the layers; None: what the config tells.
 
     Raises:
         ValueError: where even the fewest bits take more, saying what they take.
@@ -93,18 +98,22 @@ def within_budget(model_or_config: Any, config: HeadQConfig, dtype: torch.dtype 
         >>> chosen.k_bits, chosen.v_bits, chosen.cache_bytes
         (2, 1, None)
     """
+    if config.cache_bytes is None:
+        return config
     config, known = usable_calibration(config)
-    shapes, dtype = _form(model_or_config, dtype)
+    shapes, dtype = _form(model_or_config, dtype, shapes)
     return _within(shapes, config, known, dtype)
 
 
-def _form(model_or_config: Any, dtype: torch.dtype | None) -> tuple[list[LayerShape], torch.dtype]:
+def _form(
+    model_or_config: Any, dtype: torch.dtype | None, shapes: Sequence[LayerShape] | None = None
+) -> tuple[Sequence[LayerShape], torch.dtype]:
     """The shapes of a model's layers, and the dtype of its full-precision tokens."""
     model_config = model_or_config.config if isinstance(model_or_config, PreTrainedModel) else model_or_config
     if dtype is None:
         dtype = getattr(model_or_config, "dtype", None)
         dtype = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
-    return layer_shapes(model_config), dtype
+    return layer_shapes(model_config) if shapes is None else shapes, dtype
 
 
 def _within(
@@ -148,7 +157,7 @@ class _Count:
             config, k_bits=min(config.levels("k")), v_bits=min(config.levels("v")), mean_bits=None
         )
         same = head_bits(plain, None, kinds)
-        batch, ids = _filled(kinds, plain, same, tokens, batch_size, dtype)
+        batch, ids, _ = _filled(kinds, plain, same, tokens, batch_size, dtype)
         own = {kind: storage_bytes(layer.tensors()) for kind, layer in zip(kinds, batch.layers, strict=True)}
         self.codes = {
             kind: layer.pool.pages * batch.page_tokens for kind, layer in zip(kinds, batch.layers, strict=True)
@@ -162,7 +171,8 @@ class _Count:
         """Bytes of the codes of one layer."""
         key_dim, value_dim = shape.dims
         keys = sum(key_bytes_per_token((b,) * key_dim + self.side) for b in bits.k)
-        return self.codes[shape] * (keys + sum(value_bytes_per_token(b, value_dim) for b in bits.v))
+        values = 0 if shape.latent is not None else sum(value_bytes_per_token(b, value_dim) for b in bits.v)
+        return self.codes[shape] * (keys + values)
 
     def held(self, bits: Sequence[HeadBits]) -> int:
         """Bytes of the cache whose layers have those bits."""
@@ -173,12 +183,14 @@ def _settings(config: HeadQConfig, known: Calibration | None, shapes: Sequence[L
     """What :func:`within_budget` chooses from, in rising order of bits."""
     config = dataclasses.replace(config, cache_bytes=None, batch_size=None)
     keys, values = config.levels("k"), config.levels("v")
+    one_row = any(shape.latent is not None for shape in shapes)  # a key that is its value, with the values' levels
     if known is None:
-        steps = sorted([(b, b) for b in values] + [(k, v) for v, k in itertools.pairwise(values)], key=sum)
+        between = [] if one_row else [(k, v) for v, k in itertools.pairwise(values)]
+        steps = sorted([(b, b) for b in values] + between, key=sum)
         return [dataclasses.replace(config, k_bits=k, v_bits=v, mean_bits=None) for k, v in steps]
-    parts = 2 * sum(shape.n_kv_heads for shape in shapes)
-    least, most = (of(keys) + of(values) for of in (min, max))
-    return [dataclasses.replace(config, mean_bits=n / parts) for n in range(least * parts // 2, most * parts // 2 + 1)]
+    sides, heads = [values] if one_row else [keys, values], sum(shape.n_kv_heads for shape in shapes)
+    least, most = (heads * sum(map(of, sides)) for of in (min, max))
+    return [dataclasses.replace(config, mean_bits=n / (len(sides) * heads)) for n in range(least, most + 1)]
 
 
 def _report(
@@ -193,14 +205,16 @@ def _report(
 def _filled(
     shapes: Sequence[LayerShape], config: HeadQConfig, shared: Sequence[HeadBits | None], tokens: int, batch_size: int,
     dtype: torch.dtype,
-) -> tuple[Batch, TokenIds]:  # fmt: skip
-    """What holds the tokens of one prefill, on shapes; ``shared``: the bits of each layer's heads."""
-    kinds = list(zip(shapes, shared, strict=True))
-    if config.codec is None:
-        made = {kind: _source(config, *kind) for kind in dict.fromkeys(kinds)}  # without data, equal ones share a codec
-        sources = [made[kind] for kind in kinds]
+) -> tuple[Batch, TokenIds, list[int]]:  # fmt: skip
+    """What holds the tokens of one prefill, on shapes, and how many layers each of its stands for; ``shared``: the bits
+    of each layer's heads."""
+    if config.codec is None:  # without data, layers of one form are alike
+        alike = Counter(zip(shapes, shared, strict=True))
+        sources, times = [_source(config, *kind) for kind in alike], list(alike.values())
+        shapes = [shape for shape, _ in alike]
     else:
-        sources = [_source(config, *kind, index=i, layers=len(shapes)) for i, kind in enumerate(kinds)]
+        n = len(shapes)
+        sources, times = [_source(config, shape, None, i, n) for i, shape in enumerate(shapes)], [1] * n
     if any(source.prototype.drops for source in sources):
         raise ValueError(f"how many tokens {config.codec!r} leaves out depends on the text: there is no estimate")
     schedule = schedule_of(config, sources)
@@ -215,7 +229,7 @@ def _filled(
         layer.commit(q)
     ids = TokenIds()
     ids.note(torch.empty(batch_size, tokens, dtype=torch.int64, device=META), batch_size, tokens, 0, None)
-    return batch, ids
+    return batch, ids, times
 
 
 def _source(

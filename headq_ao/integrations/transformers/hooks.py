@@ -50,7 +50,7 @@ def attach(model: nn.Module, config: HeadQConfig) -> nn.Module:
     shapes, options = serving.shapes, forward_names(model)
     print_ = fingerprint(model, shapes)
     config, calibration = usable_calibration(config, print_)
-    given, config = config, within_budget(model, config)
+    given, config = config, within_budget(model, config, shapes=shapes)
     if config.codec is None:
         shapes, codecs = headq_sources(model, config, calibration, serving)
     else:
