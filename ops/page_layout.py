@@ -226,7 +226,7 @@ class PageLayout:
 
     def split(self, tensors: Sequence[Tensor]) -> list[PagedGroup]:
         """The tensors of a layer by head group and side."""
-        rest, found = iter(tensors), {}
+        rest, found = iter(tensors), dict[tuple[int, str], PagedTokens]()
         for g, name, side, forms in self._forms:
             own = list(islice(rest, len(forms)))
             if side.shared:
