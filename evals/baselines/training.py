@@ -44,7 +44,7 @@ class Seen:
 
     def record(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None,
-        sinks: Tensor | None = None,
+        sinks: Tensor | None = None, softcap: float | None = None,
     ) -> None:  # fmt: skip
         """See :class:`headq_ao.calibration.observers.AttentionObserver`."""
         kept = (q, k, v) if self.queries else (q[:, :, :0], k, v)

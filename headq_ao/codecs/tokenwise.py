@@ -352,8 +352,8 @@ class TokenCodec(Codec):
         for begin in range(0, 0 if unlearned else kv.table.shape[1], columns):
             held, here = self._held(kv, slice(begin, begin + columns))
             seen = visible_at(held.position, here, shown)
-            s = capped(self.scores(grouped, held), kv.softcap)
-            a, lse = softmax(s.masked_fill(~seen[:, None, None], float("-inf")))
+            scores = capped(self.scores(grouped, held), kv.softcap)
+            a, lse = softmax(scores.masked_fill(~seen[:, None, None], float("-inf")))
             parts.append((self.readout(a, held), lse))
             if reads is not None:
                 reads += seen.sum()

@@ -5,8 +5,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from headq_ao.ops.paged_attention.reference import capped
-
 RECENT = 64  # newest keys of each query that do not count: they are exact in the cache
 QUERY_TILE = 128
 UNIFORM = 0.25  # share of plain averages in statistics weighted by attention
@@ -73,7 +71,7 @@ def attention(s: Tensor, sinks: Tensor | None, softcap: float | None = None) -> 
     """The softmax of scores ``[B, Hkv, G, S, T]``, hidden ones -inf, under a softcap, with sink logits ``[Hq]`` in its
     denominator."""
     if softcap is not None:
-        s = capped(s, softcap).masked_fill(s == float("-inf"), float("-inf"))
+        s = (softcap * torch.tanh(s / softcap)).masked_fill(s == float("-inf"), float("-inf"))
     a = s.softmax(-1)
     if sinks is None:
         return a

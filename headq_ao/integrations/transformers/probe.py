@@ -83,7 +83,7 @@ def supported_layers(
         ...     LlamaConfig(vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=2)
         ... )
         >>> supported_layers(model)[0]
-        [LayerShape(n_heads=2, n_kv_heads=2, head_dim=32, sliding_window=None, value_dim=None, softcap=None, readers=1)]
+        [LayerShape(n_heads=2, n_kv_heads=2, head_dim=32, sliding_window=None, value_dim=None, softcap=None, readers=1, latent=None)]
     """
     if not isinstance(model, PreTrainedModel):
         return [], attention_modules(model, 0)  # which says so
@@ -388,6 +388,11 @@ class ProbeLayer(CacheLayerMixin):
                 f"the attention of layer {self.index} is more than a softmax of scaled products of queries and keys"
             )
 
+    @property
+    def observed(self) -> LayerShape:
+        """As its calls showed it."""
+        return self.shape
+
     def get_seq_length(self) -> int:
         """Tokens seen."""
         return self.seen
@@ -408,8 +413,9 @@ class LatentProbeLayer(ProbeLayer):
         self, index: int, shape: LayerShape, module: Any, options: frozenset[str], eager: Any, readers: frozenset[int],
     ) -> None:  # fmt: skip
         heads, key, value = module.num_heads, module.qk_nope_head_dim + module.qk_rope_head_dim, module.v_head_dim
-        self.heads, self.widths = heads, (shape.latent or 0, module.qk_rope_head_dim)
+        self.widths = shape.latent or 0, module.qk_rope_head_dim
         self.row: Tensor | None = None
+        self.as_rows = shape
         super().__init__(index, LayerShape(heads, heads, key, None, value), module, options, eager, readers)
         latent.put_on([module])
 
@@ -426,14 +432,18 @@ class LatentProbeLayer(ProbeLayer):
         """See :class:`ProbeLayer`."""
         out, s = super().attend(query, scaling, sinks), query.shape[2]
         assert self.row is not None
-        self.groups = self.heads
         shown = torch.ones(1, s, self.seen, dtype=torch.bool, device=query.device).tril(self.seen - s)
-        other, _ = attend_new(latent.absorbed(self.module, query), scaling, self.row, self.row, shown)
+        other, _ = attend_new(latent.absorbed(self.module, query), scaling, self.row, self.row, shown, self.shape.softcap)
         other = latent.read_out(self.module, other.to(query.dtype).transpose(1, 2))
         limit = math.sqrt(torch.finfo(query.dtype).eps) * (out.float().norm() + 1e-6) if not query.is_meta else None
         if limit is not None and not (other.float() - out.float()).norm() <= limit and bool(out.isfinite().all()):
             raise UnservedError(f"layer {self.index} does more with its latents than expand them by kv_b_proj")
         return out
+
+    @property
+    def observed(self) -> LayerShape:
+        """See :class:`ProbeLayer`; of rows."""
+        return dataclasses.replace(self.as_rows, softcap=self.shape.softcap)
 
 
 class ProbeCache(Cache):
@@ -469,7 +479,7 @@ class ProbeCache(Cache):
     @property
     def shapes(self) -> list[LayerShape]:
         """Of each layer, as its calls showed them."""
-        return [layer.shape for layer in self.packed]
+        return [layer.observed for layer in self.packed]
 
 
 def odd_mask(mask: Any, queries: int, tokens: int, window: int | None) -> str | None:
