@@ -82,8 +82,9 @@ def supported_layers(
         >>> model = LlamaForCausalLM(
         ...     LlamaConfig(vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=2)
         ... )
-        >>> supported_layers(model)[0]
-        [LayerShape(n_heads=2, n_kv_heads=2, head_dim=32, sliding_window=None, value_dim=None, softcap=None, readers=1, latent=None)]
+        >>> shapes, modules = supported_layers(model)
+        >>> shapes[0].n_heads, shapes[0].dims
+        (2, (32, 32))
     """
     if not isinstance(model, PreTrainedModel):
         return [], attention_modules(model, 0)  # which says so
@@ -433,7 +434,8 @@ class LatentProbeLayer(ProbeLayer):
         out, s = super().attend(query, scaling, sinks), query.shape[2]
         assert self.row is not None
         shown = torch.ones(1, s, self.seen, dtype=torch.bool, device=query.device).tril(self.seen - s)
-        other, _ = attend_new(latent.absorbed(self.module, query), scaling, self.row, self.row, shown, self.shape.softcap)
+        absorbed = latent.absorbed(self.module, query)
+        other, _ = attend_new(absorbed, scaling, self.row, self.row, shown, self.shape.softcap)
         other = latent.read_out(self.module, other.to(query.dtype).transpose(1, 2))
         limit = math.sqrt(torch.finfo(query.dtype).eps) * (out.float().norm() + 1e-6) if not query.is_meta else None
         if limit is not None and not (other.float() - out.float()).norm() <= limit and bool(out.isfinite().all()):
