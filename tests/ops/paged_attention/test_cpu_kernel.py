@@ -23,14 +23,15 @@ needs_kernel = pytest.mark.skipif(cpu_kernel.library() is None, reason="no C++ c
         (Case(page=2048), False),
         (Case(keys=((),)), False),
         (Case(values=(0,)), False),
-        (Case(keys=((2,) * 272,), key_dim=272), False),
-        (Case(keys=((1,) * 1040,)), False),
+        (Case(keys=((2,) * 576,), key_dim=576), True),
+        (Case(keys=((2,) * 592,), key_dim=592), False),
+        (Case(keys=((1,) * 1160,)), False),
         (Case(dtype=torch.float64), False),
     ],
-    ids=str,
+    ids=["plain", "half", "page", "no key bits", "no value bits", "576", "592", "columns", "fp64"],
 )
 def test_what_it_serves(case, served):
-    """Both sides coded, in pages that make up a chunk, of heads up to 256 and planes up to 1024 columns."""
+    """Both sides coded, in pages that make up a chunk, of heads up to 576 and planes up to 1152 columns."""
     kv, _ = make(dataclasses.replace(case, packed=(20,)))
     assert serves(kv) is served
     assert (kv.new_k is None) and not serves(dataclasses.replace(kv, new_k=kv.window_k.double()))

@@ -7,7 +7,7 @@ import torch
 
 from headq_ao.ops.page_layout import PageLayout
 from headq_ao.ops.paged_attention import reference
-from headq_ao.ops.paged_attention.long_chunk import dequantized, joined, read_cache, readers_of, serves
+from headq_ao.ops.paged_attention.long_chunk import attention, dequantized, join, readers_of, serves
 from headq_ao.ops.types import Readers, visible_positions
 from tests.ops.frames import some_frame
 from tests.ops.paged_cases import Case, make
@@ -30,10 +30,12 @@ def test_two_parts_are_one_softmax():
         return s[..., t].softmax(-1) @ v[t], s[..., t].logsumexp(-1)
 
     for cut in (1, 7, 19):
-        found = joined(part(slice(0, cut)), part(slice(cut, 20)))
+        found = part(slice(0, cut))
+        join(*found, part(slice(cut, 20)))
         for x, y in zip(found, part(slice(0, 20)), strict=True):
             torch.testing.assert_close(x, y)
-    out, lse = joined((torch.ones(1, 2), torch.tensor([1000.0])), (torch.zeros(1, 2), torch.tensor([-1000.0])))
+    out, lse = torch.ones(1, 2), torch.tensor([1000.0])
+    join(out, lse, (torch.zeros(1, 2), torch.tensor([-1000.0])))
     assert out.tolist() == [[1.0, 1.0]] and lse.tolist() == [1000.0], "far apart, and no overflow"
 
 
@@ -51,7 +53,7 @@ def test_keys_are_what_queries_see_of_them(name):
     """``scaling · q·k̂`` is the score of the codes; values in the model's basis, the mean with them; any part."""
     kv, readers = make(CASES[name])
     layout, q = PageLayout.parse(kv.layout), torch.randn(1, 6, 3, 64, generator=torch.Generator().manual_seed(1))
-    k, v = dequantized(kv, layout, readers, 0, 300)
+    k, v = dequantized(kv, layout, readers, 0, 300, torch.float32)
     grouped = q.unflatten(1, (layout.kv_heads, -1)).double()
     j = reference.body_tokens(kv, layout.page_tokens).flatten(1)
     frames = None if readers.frame is None else readers.frame.of(j)
@@ -63,17 +65,16 @@ def test_keys_are_what_queries_see_of_them(name):
         want = y @ readers.read[:, part].mT + readers.mean[:, :, None]
         torch.testing.assert_close(v[:, part], want, rtol=1e-4, atol=1e-4)
     for begin, end in ((0, 1), (31, 33), (100, 300)):
-        for x, whole in zip(dequantized(kv, layout, readers, begin, end), (k, v), strict=True):
+        for x, whole in zip(dequantized(kv, layout, readers, begin, end, torch.float32), (k, v), strict=True):
             torch.testing.assert_close(x, whole[:, :, begin:end], rtol=1e-5, atol=1e-5)
 
 
 def test_all_of_a_cache_is_read():
-    """Pages, sinks and ring, of sequences of unequal lengths; the call's own tokens are left out."""
+    """Pages, sinks, ring and the call's own tokens, of sequences of unequal lengths."""
     kv, readers = make(Case(packed=(300, 40), window=(50, 7), new=(8, 8)))
     q = torch.randn(2, 4, 8, 64, generator=torch.Generator().manual_seed(1))
-    found = read_cache(q, 0.2, kv, readers)
-    alone = dataclasses.replace(kv, new_k=None, new_v=None)
-    want = reference.paged_attention(q, 0.2, alone, readers, visible_positions(kv.total, 8, 0))
+    found = attention(q, 0.2, kv, readers)
+    want = reference.paged_attention(q, 0.2, kv, readers, visible_positions(kv.total, 8, 0))
     for x, y in zip(found, want, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-3)
 
