@@ -159,10 +159,10 @@ class _Count:
         same = head_bits(plain, None, kinds)
         batch, ids, _ = _filled(kinds, plain, same, tokens, batch_size, dtype)
         own = {kind: storage_bytes(layer.tensors()) for kind, layer in zip(kinds, batch.layers, strict=True)}
-        self.codes = {
+        self.tokens: dict[LayerShape, int] = {  # that the pages of one layer have room for
             kind: layer.pool.pages * batch.page_tokens for kind, layer in zip(kinds, batch.layers, strict=True)
         }
-        self.side = (plain.side_bits,) * plain.side_rank(shapes[0].head_dim)
+        self.config = plain
         self.shapes, shared = shapes, storage_bytes(batch.tensors() + ids.tensors())
         alike = dict(zip(kinds, same, strict=True))
         self.rest = shared + sum(own[shape] - self._codes(shape, alike[shape]) for shape in shapes)
@@ -170,9 +170,10 @@ class _Count:
     def _codes(self, shape: LayerShape, bits: HeadBits) -> int:
         """Bytes of the codes of one layer."""
         key_dim, value_dim = shape.dims
-        keys = sum(key_bytes_per_token((b,) * key_dim + self.side) for b in bits.k)
+        side = (self.config.side_bits,) * self.config.side_rank(key_dim)
+        keys = sum(key_bytes_per_token((b,) * key_dim + side) for b in bits.k)
         values = 0 if shape.latent is not None else sum(value_bytes_per_token(b, value_dim) for b in bits.v)
-        return self.codes[shape] * (keys + values)
+        return self.tokens[shape] * (keys + values)
 
     def held(self, bits: Sequence[HeadBits]) -> int:
         """Bytes of the cache whose layers have those bits."""
