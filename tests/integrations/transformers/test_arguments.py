@@ -14,7 +14,7 @@ SOME = torch.ones(1)
         {}, dict.fromkeys(HARMLESS, SOME), {"bias": None}, {"softcap": None}, {"flag": True}, {"flag": False},
         {"kind": "text"}, {"output": ("a",)},
     ],
-    ids=str,
+    ids=["none", "harmless", "bias", "softcap", "true", "false", "kind", "output"],
 )  # fmt: skip
 def test_what_is_served(kwargs):
     assert unknown_argument(kwargs) is None
