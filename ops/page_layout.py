@@ -58,6 +58,12 @@ class Side:
 
 
 SHARED = Side(groups=0)
+SHARED_SPEC = SHARED.spec
+
+
+def values_are_keys(spec: str) -> bool:
+    """:attr:`PageLayout.shared` of a :attr:`PageLayout.spec`, which traced code does not parse."""
+    return spec.endswith(SHARED_SPEC)
 
 
 @dataclass(frozen=True)

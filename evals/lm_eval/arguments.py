@@ -19,6 +19,7 @@ FROM_PRETRAINED = ("cache_dir", "device_map", "local_files_only", "token", "use_
 REFUSED = {
     "autogptq": "its model is no transformers model; load GPTQ weights through transformers",
     "backend": "HeadQ packs the cache of causal LMs only",
+    "cache_bytes": "how many sequences share a batch is lm-eval's to say; mean_bits, as headq estimate --budget gives it",
     "gptqmodel": "its model is no transformers model; load GPTQ weights through transformers",
     "logits_cache": "requests that share a context share its rows in the cache instead",
     "peft": "an adapter hides the model that HeadQ hooks into; merge it into the weights first",
@@ -64,7 +65,9 @@ class Settings:
 
 
 OWN = tuple(f.name for f in dataclasses.fields(Settings) if f.name not in ("config", "calibration_text"))
-CONFIG = tuple(f.name for f in dataclasses.fields(HeadQConfig) if f.name != "version")
+CONFIG = tuple(
+    f.name for f in dataclasses.fields(HeadQConfig) if f.name not in ("version", "cache_bytes", "batch_size")
+)
 
 
 def hf_names() -> tuple[str, ...]:

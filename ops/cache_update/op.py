@@ -8,7 +8,7 @@ from headq_ao.ops.cache_update.check import refuse_not_finite
 from headq_ao.ops.cache_update.encoders import Encoders, Quantize, coders, flatten, frame_of, unflatten
 from headq_ao.ops.dispatch import direct, kernels
 from headq_ao.ops.encode.op import quantize
-from headq_ao.ops.page_layout import PageLayout
+from headq_ao.ops.page_layout import PageLayout, values_are_keys
 from headq_ao.ops.types import PagedKV, Plan
 
 
@@ -42,7 +42,7 @@ def cache_update(
     if not (direct(k) and direct(v)):
         run, k, v = torch.ops.headq.cache_update, k.detach(), v.detach()
     # of one window for both sides an operator cannot say twice that it writes to it
-    window_v = kv.window_k.new_empty(0) if PageLayout.parse(kv.layout).shared else kv.window_v
+    window_v = kv.window_k.new_empty(0) if values_are_keys(kv.layout) else kv.window_v
     run(
         kv.pages, kv.layout, kv.table, kv.packed, kv.held, kv.total, kv.window_k, window_v, kv.n_sink, k, v,
         kv.new_start, packed, most, tensors, spec, check_finite,
@@ -89,7 +89,7 @@ def _cache_update(
     window_k: Tensor, window_v: Tensor, n_sink: int, k: Tensor, v: Tensor, new_start: Tensor | None, packed: Tensor,
     most: int, encoders: list[Tensor], spec: str, check_finite: bool,
 ) -> None:  # fmt: skip
-    window_v = window_k if PageLayout.parse(layout).shared else window_v
+    window_v = window_k if values_are_keys(layout) else window_v
     kv = PagedKV(
         pages, layout, table, None, packed_before, held, total, window_k, window_v, n_sink, new_start=new_start
     )  # fmt: skip

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from headq_ao.ops.layout import pack_keys, pack_values
-from headq_ao.ops.page_layout import ALIGNED, GroupLayout, PageLayout, Side, value_granule
+from headq_ao.ops.page_layout import ALIGNED, SHARED, GroupLayout, PageLayout, Side, value_granule, values_are_keys
 
 CPU = torch.device("cpu")
 LAYOUTS = {
@@ -18,6 +18,7 @@ LAYOUTS = {
     "side code": PageLayout(64, 16, 32, (GroupLayout(0, 3, Side((2,) * 16 + (4,) * 4 + (2,) * 3), Side((8,))),)),
     "exact keys": PageLayout(16, 48, 16, (GroupLayout(0, 2, Side(), Side((2,))),)),
     "exact": PageLayout(16, 16, 48, (GroupLayout(0, 2, Side(), Side()),)),
+    "values are keys": PageLayout(16, 48, 48, (GroupLayout(0, 1, Side((2,) * 48), SHARED),)),
 }  # fmt: skip
 
 
@@ -25,6 +26,7 @@ LAYOUTS = {
 def test_a_text_says_it_all(name):
     layout = LAYOUTS[name]
     assert PageLayout.parse(layout.spec) == layout and PageLayout.parse(layout.spec).spec == layout.spec
+    assert values_are_keys(layout.spec) == layout.shared == (name == "values are keys")
     for group in layout.groups:
         assert Side.parse(group.keys.spec) == group.keys and Side.parse(group.values.spec) == group.values
 
@@ -51,6 +53,9 @@ def test_tensors_are_dealt_out_by_group_and_side(name):
         for side, form, dim in (
             (group.keys, group.layout.keys, layout.key_dim), (group.values, group.layout.values, layout.value_dim)
         ):  # fmt: skip
+            if form.shared:
+                assert side.tensors == []
+                continue
             if not form.bits:
                 assert side.exact.shape == (5, heads, p, dim) and side.exact.dtype == torch.bfloat16
                 continue

@@ -51,7 +51,7 @@ def test_what_fills_up_counts_as_bits():
     assert cache.bits_report().key_body_bits == pytest.approx((8 * 32 + 16) / 20)
 
 
-@pytest.mark.parametrize("name", ["gemma2", "bloom"])
+@pytest.mark.parametrize("name", ["falcon", "bloom"])
 def test_beams_and_crops(name):
     model, dense = quantized(name)
     ids = ids_of()
