@@ -19,7 +19,7 @@ FROM_PRETRAINED = ("cache_dir", "device_map", "local_files_only", "token", "use_
 REFUSED = {
     "autogptq": "its model is no transformers model; load GPTQ weights through transformers",
     "backend": "HeadQ packs the cache of causal LMs only",
-    "cache_bytes": "how many sequences share a batch is lm-eval's to say; mean_bits, as headq estimate --budget gives it",
+    "cache_bytes": "lm-eval says how many sequences share a batch; give mean_bits, which headq estimate --budget names",
     "gptqmodel": "its model is no transformers model; load GPTQ weights through transformers",
     "logits_cache": "requests that share a context share its rows in the cache instead",
     "peft": "an adapter hides the model that HeadQ hooks into; merge it into the weights first",
