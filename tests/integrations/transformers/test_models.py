@@ -63,7 +63,7 @@ def test_shapes_of_layers(config, shapes):
         (transformers.DeepseekV3Config(), "multi-head latent attention .* caches a latent"),
         (
             llama(num_kv_shared_layers=2),
-            r"KV shared between layers \(config.num_kv_shared_layers=2",
+            r"KV shared between layers .* config does not tell \(config.num_kv_shared_layers=2",
         ),
         (llama(use_bidirectional_attention=True), "its attention is not causal"),
         (llama(attention_chunk_size=64), "chunked_attention layers do not slide"),

@@ -20,7 +20,8 @@ def row(keys, values=None, place=0, sliding=None):
         ((16, None), True),
         ((256, None), True),
         ((24, None), False),
-        ((272, None), False),
+        ((512, None), True),
+        ((528, None), False),
         ((64, 128), True),
         ((64, 40), False),
     ],
@@ -43,7 +44,7 @@ def test_heads_of_another_size_fall_back_unless_any_will_do(tiny):
     before = {name: id(x) for name, x in vars(model).items()}
     found = serving_of(model)
     assert found.fallback == (
-        "LlamaForCausalLM: packed tokens are read with a head_dim of a multiple of 16 up to 256, got [24]"
+        "LlamaForCausalLM: packed tokens are read with a head_dim of a multiple of 16 up to 512, got [24]"
     )
     assert found.modules == [] and len(found.tilings) == 2 and all(map(storable, found.shapes))
     assert serving_of(model, any_dim=True).fallback is None
