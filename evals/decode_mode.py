@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from headq_ao import HeadQCache
 from headq_ao.evals.harness import inputs
 from headq_ao.evals.harness.environment import environment, write_json
-from headq_ao.evals.harness.recipe import Recipe, Setting
+from headq_ao.evals.harness.recipe import Recipe, Setting, add_arguments, asked
 from headq_ao.evals.harness.scoring import exact_logprobs, score
 from headq_ao.evals.harness.table import text_table
 from headq_ao.integrations.transformers.models import with_cache
@@ -169,18 +169,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
-    add("recipe", type=Path, help="a YAML file such as recipes/decode_mode.yaml")
-    add("--wikitext", metavar="FOLDER", help="with wiki.valid.raw and wiki.test.raw (HEADQ_WIKITEXT)")
-    add("--only", action="append", default=[], metavar="NAME", help="these settings only; repeatable")
-    add("--results", type=Path, default=RESULTS, help="folder (recipes/results)")
-    add("--threads", type=int, help="CPU threads (PyTorch's default)")
-    add("--no-progress", action="store_true", help="no progress bars")
+    add_arguments(parser, "recipes/decode_mode.yaml", RESULTS)
     args = parser.parse_args(argv)
-    try:
-        recipe = Recipe.read(args.recipe, args.wikitext)
-    except (KeyError, ValueError, FileNotFoundError) as error:
-        parser.error(str(error))
+    recipe = asked(parser, args)
     chosen = [s for s in recipe.settings if not args.only or s.name in args.only]
     if not chosen:
         parser.error(f"no such setting; there are {', '.join(s.name for s in recipe.settings)}")

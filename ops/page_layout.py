@@ -62,7 +62,7 @@ SHARED_SPEC = SHARED.spec
 
 
 def values_are_keys(spec: str) -> bool:
-    """:attr:`PageLayout.shared` of a :attr:`PageLayout.spec`, which traced code does not parse."""
+    """Whether values are their keys, told by :attr:`PageLayout.spec` alone: traced code parses none."""
     return spec.endswith(SHARED_SPEC)
 
 
@@ -146,11 +146,6 @@ class PageLayout:
     def kv_heads(self) -> int:
         """KV heads of the layer."""
         return sum(g.heads for g in self.groups)
-
-    @property
-    def shared(self) -> bool:
-        """Whether values are their keys."""
-        return self.groups[0].values.shared
 
     @property
     def known_forms(self) -> tuple[tuple[Side, Side], ...]:

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from headq_ao.evals.harness import inputs
 from headq_ao.evals.harness.environment import environment, write_json
 from headq_ao.evals.harness.perturbations import perturbation_panel, plot_panel
-from headq_ao.evals.harness.recipe import Recipe, Setting
+from headq_ao.evals.harness.recipe import Recipe, Setting, add_arguments, asked
 from headq_ao.evals.harness.scoring import exact_logprobs
 from headq_ao.evals.harness.table import model_tables
 from headq_ao.evals.metrics.score_error import score_error
@@ -155,17 +155,12 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_arguments(parser, "recipes/wikitext.yaml", HERE / "results")
     add = parser.add_argument
-    add("recipe", type=Path, help="a YAML file such as recipes/wikitext.yaml")
-    add("--wikitext", metavar="FOLDER", help="with wiki.valid.raw and wiki.test.raw (HEADQ_WIKITEXT)")
-    add("--only", action="append", default=[], metavar="NAME", help="these settings only; repeatable")
     add("--force", action="store_true", help="measure again what is already there")
     add("--again", action="store_true", help="measure again and compare with the files; exit with 1 above 1 %%")
     add("--list", action="store_true", help="say what is done and what would run, and stop")
     add("--report", type=Path, metavar="FOLDER", help="afterwards draw this recipe's plots and page there")
-    add("--results", type=Path, default=HERE / "results", help="folder (recipes/results)")
-    add("--threads", type=int, help="CPU threads (PyTorch's default)")
-    add("--no-progress", action="store_true", help="no progress bars")
     return parser
 
 
@@ -173,12 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    try:
-        recipe = Recipe.read(args.recipe, args.wikitext)
-    except KeyError as error:
-        parser.error(f"{args.recipe}: the key {error} is missing")
-    except (ValueError, FileNotFoundError) as error:
-        parser.error(str(error))
+    recipe = asked(parser, args)
     if recipe.runner is not None:
         parser.error(f"{args.recipe} is run by python -m {recipe.runner} {args.recipe}")
     unknown = sorted(set(args.only) - {setting.name for setting in recipe.settings})

@@ -13,10 +13,12 @@ import pytest
 import torch
 import transformers
 
+from headq_ao import headq_config, quantize_
 from headq_ao.integrations.transformers import attention
 from tests import older_transformers
 
 VOCAB = 128
+FAST = {"epoch_tokens": 64, "residual_length": 32, "block_size": 16}  # packs after few tokens
 TORCHAO_0_17 = (  # it warns of the version that its weights have by default, and of the other one too
     "ignore:Config Deprecation. version 1 of Int8:UserWarning",
     "ignore:Deprecation. (Plain\\w+|AffineQuantizedTensor) is deprecated:UserWarning",
@@ -100,6 +102,14 @@ def build_tiny(family="llama", head_dim=32, heads=4, kv_heads=2, layers=2, seed=
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.eos_token_id = None  # random models stop anywhere
     return model
+
+
+@pytest.fixture
+def model():
+    """A tiny quantized Llama, without a calibration."""
+    made = build_tiny()
+    quantize_(made, headq_config(**FAST))
+    return made
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Recipe files: the settings that ``recipes/run.py`` measures, checked before the first run."""
 
+import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,6 +162,27 @@ class Recipe:
             if low_high is not None and not low_high[0] <= kl <= low_high[1]:
                 lines.append(f"{result['name']}: mean KL {kl:.5f}, expected {low_high[0]} to {low_high[1]}")
         return lines
+
+
+def add_arguments(parser: argparse.ArgumentParser, example: str, results: Path) -> None:
+    """What every command asks that measures a recipe."""
+    add = parser.add_argument
+    add("recipe", type=Path, help=f"a YAML file such as {example}")
+    add("--wikitext", metavar="FOLDER", help="with wiki.valid.raw and wiki.test.raw (HEADQ_WIKITEXT)")
+    add("--only", action="append", default=[], metavar="NAME", help="these settings only; repeatable")
+    add("--results", type=Path, default=results, help="folder (recipes/results)")
+    add("--threads", type=int, help="CPU threads (PyTorch's default)")
+    add("--no-progress", action="store_true", help="no progress bars")
+
+
+def asked(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Recipe:
+    """The recipe that a command line names; what is wrong with it ends the command."""
+    try:
+        return Recipe.read(args.recipe, args.wikitext)
+    except KeyError as error:
+        parser.error(f"{args.recipe}: the key {error} is missing")
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(str(error))
 
 
 def _given(config: dict[str, Any]) -> dict[str, Any]:

@@ -156,7 +156,7 @@ class _Counts:
             self.own["key"] += window.q.nbytes
         if window.k is not None:
             slots = min(max(lengths.totals(), default=0), window.k.shape[2])
-            entry = sum(getattr(window, name)[:1, :, :1].nbytes for name in window.names if name != "q")
+            entry = sum(getattr(window, name)[:1, :, :1].nbytes for name in window.sides)
             self.kinds["exact_rows"] += entry * sum(min(t, slots) for t in lengths.totals())
 
     def report(self, held: int, sequences: int) -> BitsReport:

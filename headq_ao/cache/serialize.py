@@ -113,7 +113,7 @@ def layer_from_tensors(
         heads, dim = layer.forms[name]
         expect(f"window.{name}", t, (batch, heads, slots, dim))
         window.allocate(name, (batch, heads, dim), t.dtype, device)[:, :, :slots] = t.to(device)
-    if window.k is None or any(f"window.{name}" not in tensors for name in window.names if name != "q"):
+    if window.k is None or any(f"window.{name}" not in tensors for name in window.sides):
         raise ValueError("it lacks full-precision tokens")
     pages = pages_in_use(layer)
     if pages is not None:

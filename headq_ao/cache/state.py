@@ -107,7 +107,7 @@ class LayerState:
         self.codec = self.source.start(lengths.batch, dtype)
         held = max(lengths.totals(), default=0) if self.batch.capacity is None else self.batch.capacity
         self.window.ring = min(max(self.window.ring, held - self.window.n_sink), self.ring)
-        for name in self.window.names[:-1]:
+        for name in self.window.sides:
             self.window.allocate(name, (lengths.batch, *self.forms[name]), dtype, device)
         self.pool = PagePool(self.codec.layout(self.batch.page_tokens), dtype, device, self.codec.segments)
         self.no_table = torch.zeros(lengths.batch, 1, dtype=torch.int32, device=device)

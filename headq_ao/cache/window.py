@@ -31,6 +31,11 @@ class Window:
         self._v: Tensor | None = None
 
     @property
+    def sides(self) -> tuple[str, ...]:
+        """Names of what is a token's own: all but the queries."""
+        return tuple(name for name in self.names if name != "q")
+
+    @property
     def v(self) -> Tensor | None:
         """Values."""
         return self.k if self.shared else self._v

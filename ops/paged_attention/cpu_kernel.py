@@ -364,10 +364,8 @@ def _set_group(to: _Group, group: PagedGroup, layout: PageLayout) -> None:
         to.k[i] = _Plane(plane.data_ptr(), *plane.stride()[:3], width, columns)
         to.q_weight[i] = float(1 << own[0][1]) if to.same_query else 1.0
     for i, width in enumerate(value_pieces):
-        to.v[i].width, to.v[i].columns = width, layout.value_dim
-        if not values.shared:
-            plane = values.planes[i]
-            to.v[i] = _Plane(plane.data_ptr(), *plane.stride()[:3], width, layout.value_dim)
+        at = () if values.shared else (values.planes[i].data_ptr(), *values.planes[i].stride()[:3])
+        to.v[i] = _Plane(*(at or (None, 0, 0, 0)), width, layout.value_dim)
     to.k_scale, to.k_zero = _scale(keys.scale), _scale(keys.zero)
     to.v_scale, to.v_zero = _scale(values.scale), _scale(values.zero)
     if not to.same_query:

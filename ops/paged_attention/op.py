@@ -106,21 +106,9 @@ def _paged_attention(
     partner: Tensor | None = None, frame_tokens: int = 0, softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     kv = PagedKV(
-        pages,
-        layout,
-        table,
-        segment,
-        packed,
-        held,
-        total,
-        window_k,
-        window_v,
-        n_sink,
-        new_k,
-        new_v,
-        new_start,
+        pages, layout, table, segment, packed, held, total, window_k, window_v, n_sink, new_k, new_v, new_start,
         softcap=softcap,
-    )
+    )  # fmt: skip
     visible = None if low is None or high is None else Visible(low, high)
     of_keys = None if frame is None or partner is None else SegmentFrame(frame, partner, frame_tokens)
     return _run(q, scaling, kv, Readers(query_map, read, mean, of_keys), visible, sliding, reads)

@@ -6,18 +6,7 @@ import pytest
 import torch
 import transformers
 
-from headq_ao import headq_config, quantize_
 from headq_ao.codecs.source import ModelNumber, SourceModule
-from tests.conftest import build_tiny
-
-FAST = {"epoch_tokens": 64, "residual_length": 32, "block_size": 16}
-
-
-@pytest.fixture
-def model():
-    made = build_tiny()
-    quantize_(made, headq_config(**FAST))
-    return made
 
 
 def test_the_number_of_a_model_is_shared_by_its_layers(model):

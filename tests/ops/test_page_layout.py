@@ -26,7 +26,7 @@ LAYOUTS = {
 def test_a_text_says_it_all(name):
     layout = LAYOUTS[name]
     assert PageLayout.parse(layout.spec) == layout and PageLayout.parse(layout.spec).spec == layout.spec
-    assert values_are_keys(layout.spec) == layout.shared == (name == "values are keys")
+    assert values_are_keys(layout.spec) == layout.groups[0].values.shared == (name == "values are keys")
     for group in layout.groups:
         assert Side.parse(group.keys.spec) == group.keys and Side.parse(group.values.spec) == group.values
 

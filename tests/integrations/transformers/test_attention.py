@@ -8,16 +8,7 @@ import torch
 
 from headq_ao import HeadQCache, headq_config, quantize_, restore_
 from tests.cache.test_masks import AMONG_NEW, CACHED, NEAR_EXACT, NEW, masks_of
-from tests.conftest import build_tiny
-
-FAST = {"epoch_tokens": 64, "residual_length": 32, "block_size": 16}
-
-
-@pytest.fixture
-def model():
-    made = build_tiny()
-    quantize_(made, headq_config(**FAST))
-    return made
+from tests.conftest import FAST, build_tiny
 
 
 # The warning about dense calls

@@ -7,17 +7,8 @@ import pickle
 import pytest
 import torch
 
-from headq_ao import Calibration, HeadQCache, calibrate, headq_config, quantize_
+from headq_ao import Calibration, HeadQCache, calibrate
 from tests.conftest import build_tiny
-
-FAST = {"epoch_tokens": 64, "residual_length": 32, "block_size": 16}
-
-
-@pytest.fixture
-def model():
-    made = build_tiny()
-    quantize_(made, headq_config(**FAST))
-    return made
 
 
 @torch.no_grad()
