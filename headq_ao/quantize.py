@@ -54,7 +54,7 @@ def quantize_(
         ...     LlamaConfig(vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=2)
         ... ).eval()
         >>> quantize_(model, headq_config())
-        >>> model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, do_sample=False, pad_token_id=0).shape
+        >>> model.generate(torch.tensor([[1, 2, 3]]), min_new_tokens=4, max_new_tokens=4, pad_token_id=0).shape
         torch.Size([1, 7])
     """
     if config is None or isinstance(config, (str, type, nn.Module)):

@@ -34,6 +34,12 @@ def pytest_configure(config):
             config.addinivalue_line("filterwarnings", line)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """No test depends on which tests its process has run before."""
+    torch.manual_seed(0)
+
+
 def load_recipe(name):
     """The script ``recipes/NAME.py`` as a module: the folder is no package."""
     spec = importlib.util.spec_from_file_location(f"recipes_{name}", ROOT / "recipes" / f"{name}.py")
