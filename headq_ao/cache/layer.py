@@ -31,7 +31,7 @@ class PackedLayer(ReadingLayer):
             return self.tensors_of(k, v)
         lengths, step = self.batch.lengths, self.step
         if step is None and k.shape[2] == 1:
-            step = self._prepare()
+            step = self.prepare()
         if (
             step is not None
             and type(k) is Tensor

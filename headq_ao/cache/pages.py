@@ -10,6 +10,7 @@ from torch import Tensor
 
 from headq_ao.ambient import neutral_modes
 from headq_ao.config import MOST
+from headq_ao.ops.cache_update.move import copy_rows
 
 
 class PageTable:
@@ -242,8 +243,4 @@ class PagePool:
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy physical pages ``(from, to)``."""
-        if not pairs:
-            return
-        source, target = (torch.tensor(x, device=self.tensors[0].device) for x in zip(*pairs, strict=True))
-        for t in self.every:
-            t.index_copy_(0, target, t.index_select(0, source))
+        copy_rows(self.every, pairs)

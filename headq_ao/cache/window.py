@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from headq_ao.cache.pages import growing
+from headq_ao.ops.cache_update.move import select_rows
 from headq_ao.ops.types import last_in_slots
 
 NAMES = ("k", "v", "q")
@@ -70,9 +71,7 @@ class Window:
     def select(self, index: Tensor) -> None:
         """Keep and reorder sequences, in place where there are as many."""
         if self.k is not None and len(self.k) == len(index):
-            for t in self.tensors():
-                t.copy_(t.index_select(0, index.to(t.device)))
-            return
+            return select_rows(self.tensors(), index.tolist())
         self._map(lambda t: t.index_select(0, index.to(t.device)))
 
     def widen(self, dtype: torch.dtype) -> bool:

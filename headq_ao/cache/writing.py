@@ -53,10 +53,10 @@ class WritingLayer(LayerState):
         self.due = self.packs and not at_once
 
     @mode_neutral
-    def _prepare(self) -> Step | None:
-        """Put a decoding step together once, before the first, where the codec has kernels for it."""
+    def prepare(self) -> Step | None:
+        """Put a decoding step together once, where the codec has kernels for it."""
         lengths, shape = self.batch.lengths, self.shape
-        if not self.is_initialized or lengths.first or lengths.spans is not None:
+        if not self.is_initialized or lengths.spans is not None:
             return None
         ready = self.codec.captured and self.packs and self.pending is None
         if not ready or self.source.current(self.codec) is not self.codec:
@@ -221,6 +221,8 @@ class WritingLayer(LayerState):
         if self.window.q is None and self.window.ring > self.ring:
             self.window.resize(self.ring, self.counts.total)
             self.step = None
+        if lengths.first:  # no step that follows a prompt takes longer than others
+            self.prepare()
 
     def _warm_up(self, q: Tensor | None, k: Tensor | None, v: Tensor | None, scaling: float) -> None:
         """Keep the queries of sequences without statistics, and take those of sequences that have seen enough."""

@@ -2,6 +2,7 @@
 // centred, mapped, quantized and put into their pages; then the new ones go to the window.
 #include "../error_feedback/error_feedback.h"
 
+#include <cstring>
 #include <memory>
 #include <new>
 
@@ -9,6 +10,7 @@ namespace {
 
 using namespace headq;
 
+constexpr int64_t PARALLEL_BYTES = 1 << 16;  // of a tensor, that threads share the moves of tensors
 constexpr int64_t UNIT = 32;  // tokens that a thread takes at a time; no byte of a page is shared between two of them
 enum Form { EXACT, FEEDBACK, NEAREST, AFFINE, SHARED };  // shared: values that are their keys
 enum { FP32 = 1, BF16, FP16 };
@@ -34,6 +36,8 @@ struct Side {
   Tokens exact;
   Matrix encode, mean, unit, steps, hessian, cholesky, read, side_encode, side_step;  // read: transposed, [base, dim]
 };
+
+struct Rows { char* data; int64_t row, parts, part, bytes; };  // of a row: parts of so many bytes; row and part: strides in bytes
 
 struct Group {
   int32_t first, heads;
@@ -380,6 +384,33 @@ extern "C" int headq_cache_update(Args* args, const Group* groups) {
 #pragma omp for schedule(static)
     for (int64_t item = 0; item < appended; item++)
       if (!failed) append(a, int(item % 2), item / 2 / a.kv_heads, item / 2 % a.kv_heads);
+  }
+  return failed;
+}
+
+extern "C" int headq_rows_size() { return int(sizeof(Rows)); }
+
+// Row moves[2i + 1] becomes what row moves[2i] is, in turn; row -1 is beside each tensor. Returns 1 where there is no memory.
+extern "C" int headq_move_rows(const Rows* tensors, int32_t n, const int64_t* moves, int64_t n_moves, int32_t threads) {
+  int64_t most = 0;
+  int failed = 0;
+  for (int i = 0; i < n; i++) most = std::max(most, tensors[i].parts * tensors[i].bytes);
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1 && most * n_moves > PARALLEL_BYTES)
+  for (int i = 0; i < n; i++) {
+    const Rows& t = tensors[i];
+    std::unique_ptr<char[]> beside;
+    for (const int64_t* m = moves; m < moves + 2 * n_moves; m += 2) {
+      if (m[1] < 0 && !beside) beside.reset(new (std::nothrow) char[t.parts * t.bytes]);
+      if (!beside && (m[0] < 0 || m[1] < 0)) {
+#pragma omp atomic write
+        failed = 1;
+        break;
+      }
+      const int64_t from_part = m[0] < 0 ? t.bytes : t.part, to_part = m[1] < 0 ? t.bytes : t.part;
+      const char* from = m[0] < 0 ? beside.get() : t.data + m[0] * t.row;
+      char* to = m[1] < 0 ? beside.get() : t.data + m[1] * t.row;
+      for (int64_t p = 0; p < t.parts; p++) std::memcpy(to + p * to_part, from + p * from_part, t.bytes);
+    }
   }
   return failed;
 }

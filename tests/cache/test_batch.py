@@ -152,7 +152,7 @@ def spoil(m, layer, times):
 def without_a_step(m, layer):
     """Let a layer take the general way."""
     layer.step = None
-    m.setattr(layer, "_prepare", lambda: None)
+    m.setattr(layer, "prepare", lambda: None)
 
 
 def test_a_codec_that_fails_again_breaks_the_cache(monkeypatch):

@@ -37,13 +37,25 @@ def test_a_step_is_put_together_once(monkeypatch):
     assert layer.step not in (None, step)
 
 
+def test_a_prompt_prepares_the_first_step(monkeypatch):
+    """No decoding step takes longer because it is the first: it finds what it needs."""
+    engine = make("calibrated")
+    q, k, v = stream(2, 210)
+    engine.feed(*(x[:, :, :200] for x in (q, k, v)), [200])
+    step = engine.layer.step
+    assert step is not None
+    monkeypatch.setattr(type(engine.layer), "prepare", None)
+    engine.feed(*(x[:, :, 200:] for x in (q, k, v)), [1] * 10)
+    assert engine.layer.step is step
+
+
 def test_steps_are_those_of_the_general_way(monkeypatch):
     """Prepared or not: the same attention, the same codes, through many pages and growth."""
     outs, engines = [], []
     for prepared in (True, False):
         engine = make("calibrated")
         if not prepared:
-            monkeypatch.setattr(type(engine.layer), "_prepare", lambda self: None)
+            monkeypatch.setattr(type(engine.layer), "prepare", lambda self: None)
         q, k, v = stream(2, 300)
         outs.append(engine.feed(q, k, v, [40, *[1] * 260]))
         assert (engine.layer.step is not None) == prepared

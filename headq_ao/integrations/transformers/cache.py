@@ -408,6 +408,9 @@ class HeadQCache(Cache):
         made = memo[id(self)] = type(self).__new__(type(self))
         with neutral_modes():  # tensors copied in inference mode could not be written outside it
             made.__dict__.update({name: copy.deepcopy(x, memo) for name, x in vars(self).items()})
+        for layer, own in zip(self.packed, made.packed, strict=True):
+            if layer.step is not None:  # a step holds addresses
+                own.prepare()
         return made
 
     @mode_neutral

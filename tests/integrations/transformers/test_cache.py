@@ -54,6 +54,8 @@ def test_deep_copies_go_on_alike_and_apart(model, token_ids, tmp_path, make):
     branch = make(cache)
     before = contents(cache)
     assert branch.layers[0].batch is branch.batch is not cache.batch
+    for layer, own in zip(cache.packed, branch.packed, strict=True):
+        assert (layer.step is None) == (own.step is None) and (own.step is not layer.step or own.step is None)
     out = following(model, branch, token_ids(1, 40, seed=1))
     assert_unchanged(cache, before)
     assert torch.equal(following(model, cache, token_ids(1, 40, seed=1)), out)
