@@ -1,4 +1,4 @@
-"""A GPT-NeoX and a GPT-2 of a few million parameters, trained here in minutes.
+"""A GPT-NeoX, a GPT-2 and a mixture of experts of a few million parameters, trained here in minutes.
 
 Command line: ``python -m headq_ao.evals.models.small_models --help``.
 """
@@ -27,6 +27,7 @@ from headq_ao.ops.cpu_build import cache_folder
 RECIPES = {
     "small-gpt-neox": Recipe("gpt-neox"),
     "small-gpt2": Recipe("gpt2"),
+    "small-olmoe": Recipe("olmoe"),
 }
 NAMES = tuple(RECIPES)
 TEXT = "wikitext"
@@ -41,16 +42,17 @@ examples:
   python -m headq_ao.evals.models.small_models gpt2 --text bundled --steps 20    a trial; it learns next to nothing
   HEADQ_WIKITEXT=path/to/wikitext-2-raw python -m headq_ao.evals.perplexity --model small-gpt-neox --text wikitext
 
-The models are a check that a result does not hang on one architecture, no more, and a weak one: 4 million parameters,
-one megabyte of text, about as good as a bigram model. GPT-2's attention stays almost uniform. A small KL here says
-little about a large model. The run ends with the held-out figures, which training.json keeps beside the weights.
+The models are a check that a result does not hang on one architecture, no more, and a weak one: 4 million parameters
+(the mixture of experts 15, of which a token uses 3), one megabyte of text, about as good as a bigram model. GPT-2's
+attention stays almost uniform. A small KL here says little about a large model. The run ends with the held-out figures,
+which training.json keeps beside the weights.
 
 'wikitext' trains on the raw WikiText-2 validation split and reports on its test split, 'bundled' on the two
 texts that come along; a file of your own is trained on and not reported on.
 
 Without --out the model goes to the cache folder (HEADQ_CACHE_DIR, or headq_ao in the user's), under the recipe and
-the text, and is not trained again. With --text wikitext and no other option that is where "small-gpt-neox" and
-"small-gpt2", as model names of every evaluation here, find it, or train it on first use.
+the text, and is not trained again. With --text wikitext and no other option that is where "small-gpt-neox",
+"small-gpt2" and "small-olmoe", as model names of every evaluation here, find it, or train it on first use.
 """
 
 
@@ -61,7 +63,8 @@ def text_hash(path: Path) -> str:
 
 def recipe_folder(recipe: Recipe, sha256: str) -> Path:
     """The cache folder of what ``recipe`` makes of the text with that hash."""
-    settings = json.dumps(dataclasses.asdict(recipe), sort_keys=True)
+    given = {name: x for name, x in dataclasses.asdict(recipe).items() if x is not None}
+    settings = json.dumps(given, sort_keys=True)
     tag = hashlib.sha256(settings.encode()).hexdigest()[:12]
     return cache_folder() / f"small-{recipe.architecture}-{tag}-{sha256[:12]}"
 
@@ -146,7 +149,7 @@ def trained_before(recipe: Recipe) -> Path | None:
 
 
 def find_or_train(name: str, progress: bool = True) -> Path:
-    """The folder of ``"small-gpt-neox"`` or ``"small-gpt2"``, trained on the WikiText validation text on first use.
+    """The folder of one of :data:`NAMES`, trained on the WikiText validation text on first use.
 
     Raises:
         FileNotFoundError: when it was not trained and the text is not there.
@@ -168,7 +171,7 @@ def find_or_train(name: str, progress: bool = True) -> Path:
 
 
 def load(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
-    """Model in eval mode and tokenizer of ``"small-gpt-neox"`` or ``"small-gpt2"``; see :func:`find_or_train`."""
+    """Model in eval mode and tokenizer of one of :data:`NAMES`; see :func:`find_or_train`."""
     folder = find_or_train(name)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval(), AutoTokenizer.from_pretrained(folder)
 
@@ -196,7 +199,7 @@ def summary(meta: dict[str, Any]) -> str:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m headq_ao.evals.models.small_models",
-        description="Train a small GPT-NeoX or GPT-2 from a seed, as a second architecture for evaluations.",
+        description="Train a small GPT-NeoX, GPT-2 or OLMoE from a seed, as another architecture for evaluations.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

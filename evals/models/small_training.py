@@ -11,11 +11,36 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
-Architecture = Literal["gpt-neox", "gpt2"]
+Architecture = Literal["gpt-neox", "gpt2", "olmoe"]
 HEAD_DIM = 64
 END = "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Of a mixture of experts, each half as wide as the hidden size.
+
+    Args:
+        number: in each layer.
+        active: that read a token.
+        balance: weight of the loss by which a router uses all of them alike.
+        lr: peak learning rate of AdamW for them, whose weights are one tensor.
+    """
+
+    number: int = 32
+    active: int = 2
+    balance: float = 0.01
+    lr: float = 2e-3
 
 
 @dataclass(frozen=True)
@@ -24,7 +49,7 @@ class Recipe:
 
     Args:
         architecture: ``"gpt-neox"``: rotary positions on a quarter of each head, attention and MLP in parallel;
-            ``"gpt2"``: learned positions, attention before the MLP.
+            ``"gpt2"``: learned positions, attention before the MLP; ``"olmoe"``: rotary positions, and experts.
         vocab: entries of the byte-level BPE, at most.
         heads: heads of 64; the hidden size is 64 times as large.
         layers: blocks.
@@ -39,6 +64,7 @@ class Recipe:
         init_std: standard deviation of the initial weights.
         clip: largest norm of the gradient.
         seed: of the initial weights, the rows and the dropout.
+        experts: of ``"olmoe"``, and of no other; None: :class:`Experts` as it is.
     """
 
     architecture: Architecture
@@ -56,6 +82,11 @@ class Recipe:
     init_std: float = 0.05
     clip: float = 1.0
     seed: int = 0
+    experts: Experts | None = None
+
+    def __post_init__(self) -> None:
+        if self.architecture == "olmoe" and self.experts is None:
+            object.__setattr__(self, "experts", Experts())
 
 
 def train_tokenizer(text: str, vocab: int) -> Any:
@@ -80,6 +111,16 @@ def build(recipe: Recipe, vocab: int) -> Any:
             GPT2Config(
                 vocab_size=vocab, n_embd=hidden, n_layer=recipe.layers, n_head=recipe.heads,
                 n_positions=recipe.context, embd_pdrop=drop, resid_pdrop=drop, attn_pdrop=0.0, **ends,
+            )
+        )  # fmt: skip
+    if (experts := recipe.experts) is not None:
+        return OlmoeForCausalLM(
+            OlmoeConfig(
+                vocab_size=vocab, hidden_size=hidden, intermediate_size=hidden // 2, num_hidden_layers=recipe.layers,
+                num_attention_heads=recipe.heads, num_key_value_heads=recipe.heads,
+                max_position_embeddings=recipe.context, num_experts=experts.number,
+                num_experts_per_tok=experts.active, router_aux_loss_coef=experts.balance,
+                **ends | {"pad_token_id": None},
             )
         )  # fmt: skip
     return GPTNeoXForCausalLM(
@@ -112,12 +153,17 @@ def rate(step: int, recipe: Recipe) -> float:
 
 
 def optimizers_for(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the blocks, AdamW for embeddings (decayed), biases and norms (not)."""
+    """Muon for the matrices inside the blocks, AdamW for embeddings and experts (decayed), biases and norms (not)."""
     embeddings = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    taken = {id(p) for p in (*embeddings, *vectors)}
+    vectors, experts = ([p for p in model.parameters() if p.ndim in of] for of in ((0, 1), (3,)))
+    taken = {id(p) for p in (*embeddings, *vectors, *experts)}
     matrices = [p for p in model.parameters() if id(p) not in taken]  # an output embedding is the tied input's
-    groups = [{"params": embeddings, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [
+        {"params": embeddings, "weight_decay": recipe.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    if recipe.experts is not None:
+        groups.append({"params": experts, "weight_decay": recipe.weight_decay, "lr": recipe.experts.lr})
     return [
         torch.optim.Muon(matrices, lr=recipe.lr_matrices, weight_decay=recipe.weight_decay),
         torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95), fused=True),
@@ -128,6 +174,15 @@ def next_token_loss(model: Any, rows: Tensor) -> Tensor:
     """Mean cross-entropy of each next token of ``rows [B, T]``, in nats."""
     logits = model(rows, use_cache=False).logits[:, :-1].float()
     return F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+
+
+def training_loss(model: Any, rows: Tensor) -> Tensor:
+    """:func:`next_token_loss`, and of a mixture of experts the loss by which its routers use them alike."""
+    if (weight := getattr(model.config, "router_aux_loss_coef", None)) is None:
+        return next_token_loss(model, rows)
+    out = model(rows, use_cache=False, output_router_logits=True)
+    loss = F.cross_entropy(out.logits[:, :-1].float().flatten(0, 1), rows[:, 1:].flatten())
+    return loss + weight * out.aux_loss
 
 
 def fit(model: Any, ids: Tensor, recipe: Recipe, progress: bool = True) -> list[float]:
@@ -148,7 +203,7 @@ def fit(model: Any, ids: Tensor, recipe: Recipe, progress: bool = True) -> list[
             starts = torch.randint(0, len(ids) - recipe.context, (recipe.batch,), generator=offsets)
             rows = torch.stack([ids[s : s + recipe.context] for s in starts.tolist()])
             with torch.autocast("cpu", torch.bfloat16, enabled=fast_bfloat16()):
-                loss = next_token_loss(model, rows)
+                loss = training_loss(model, rows)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
             for optimizer, schedule in zip(optimizers, schedules, strict=True):

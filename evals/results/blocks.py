@@ -85,6 +85,7 @@ BLOCKS: dict[str, Block] = {
     "prompt_cache": one("prompt_cache/prompt_cache.json", tables.prompt_cache, SPEED),
     "retrieval": one("retrieval/retrieval.json", tables.retrieval, QUALITY),
     "decode_mode": Block("decode_mode/*.json", lambda results: tables.decode_mode(results / "decode_mode"), QUALITY),
+    "routing": Block("routing/*.json", lambda results: tables.routing(results / "routing"), QUALITY),
     "calibration_size": one("calibration_size/calibration_size.json", tables.calibration_size, QUALITY),
     "decode": one("bench/decode.json", bench_decode.result_table, SPEED),
     "generate": one("bench/generate.json", bench_generate.result_table, SPEED),

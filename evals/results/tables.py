@@ -158,6 +158,27 @@ def decode_mode(folder: Path) -> str:
     )
 
 
+def routing(folder: Path) -> str:
+    """How often other experts read a token, from :mod:`headq_ao.evals.routing`."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")]
+    found.sort(key=lambda result: result["order"])
+    header = ["cache", "KL", "other set", "other experts", "tokens", "KL where changed", "elsewhere"]
+    rows = []
+    for result in [*found, {"title": "dense bfloat16 cache", **found[0]["bfloat16"]}]:
+        shares = [f"{100 * result['changed'][name]:.2f} %" for name in ("sets", "experts", "tokens")]
+        kls = [result[name] for name in ("kl_where_changed", "kl_where_same")]
+        kls = [result["score"]["mean_kl"], *kls]
+        shown = ["" if x is None else f"{x:.2g}" for x in kls]
+        rows.append([result["title"], shown[0], *shares, *shown[1:]])
+    p, experts = found[0]["protocol"], found[0]["experts"]
+    return markdown_table(header, rows) + (
+        f"\n\n{found[0]['model']}, {p['dtype']}, {experts['active']} of {experts['number']} experts in each layer; "
+        f"{p['rows']} rows of {p['row_length']} tokens, prefill {p['prefill']}, chunks of {p['chunk']}. *Other set*: "
+        "tokens and layers whose experts are not those under the exact cache; *tokens*: those with another set in some "
+        "layer. `python -m headq_ao.evals.routing recipes/routing.yaml`."
+    )
+
+
 def calibration_size(result: dict[str, Any]) -> str:
     """KL by how much text of what kind there was to calibrate on, against no calibration."""
     presets = list(result["without"])
