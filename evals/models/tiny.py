@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
@@ -60,7 +61,10 @@ OWN: dict[str, dict[str, Any]] = {  # what a class needs beside
     "lfm2_moe": dict(layer_types=["conv", "full_attention"], num_dense_layers=1),
     "mamba2": dict(num_heads=4, head_dim=32, n_groups=1, state_size=8),
     "mllama_text_model": dict(num_hidden_layers=3, cross_attention_layers=[1]),
+    "molmo2_vision": dict(image_size=[32, 32]),
+    "molmo2_adapter": dict(text_hidden_size=64, vision_feature_layer=[0]),
     "moshi": dict(sliding_window=1024),  # its cache slides, its mask does not: cached and uncached calls differ
+    "paligemma": dict(projection_dim=64),
     "qwen3_omni_moe_text": dict(sliding_window=1024),  # so it is here
     "reformer": dict(attn_layers=["local", "lsh"], is_decoder=True, axial_pos_embds=False),
     "roc_bert": dict(
@@ -155,8 +159,8 @@ def text_options(config_class: Any, model_type: str) -> dict[str, Any]:
     return options
 
 
-def tiny_config(model_type: str) -> Any:
-    """A config with few and small layers, and so are the configs of its parts."""
+def tiny_config(model_type: str, own: dict[str, Any] | None = None) -> Any:
+    """A config with few and small layers, and so are the configs of its parts; ``own``: what it is to have beside."""
     config_class = CONFIG_MAPPING[model_type]
     options = text_options(config_class, model_type)
     parts = getattr(config_class, "sub_configs", {})
@@ -169,18 +173,23 @@ def tiny_config(model_type: str) -> Any:
             of_part = {k: v for k, v in small.items() if k in fields(type(part))}
             of_part = text_options(type(part), part.model_type) if text else of_part
             options[name] = {"model_type": part.model_type} | of_part
+    for name, value in (own or {}).items():
+        options[name] = options.get(name, {}) | value if isinstance(value, dict) else value
     config = config_class(**options)
     for name, value in BESIDE.get(model_type, {}).items():
         setattr(config, name, value)
     return config
 
 
-def tiny_model(model_type: str, kind: str) -> PreTrainedModel:
-    """A seeded model in eval mode."""
+def tiny_model(model_type: str, kind: str, own: dict[str, Any] | None = None) -> PreTrainedModel:
+    """A seeded model in eval mode; ``own``: of its config, beside what makes it tiny."""
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = getattr(transformers, kind)(tiny_config(model_type)).eval()
+        model = getattr(transformers, kind)(tiny_config(model_type, own)).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1 and not parameter.any():  # a projection of images, which only training makes other
+            nn.init.normal_(parameter, std=TEXT["initializer_range"])
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
     return model

@@ -181,11 +181,25 @@ def attention_modules(model: nn.Module, places: int | Sequence[int]) -> list[nn.
     return [found[i] for i in places]
 
 
+def decoder_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a model by path, without those of its other parts: a vision tower is a model of another type."""
+    modules = dict(model.named_modules())
+    if not isinstance(model, PreTrainedModel):
+        return modules
+    own = {model.config.model_type, text_config(model.config).model_type}
+    others = tuple(
+        f"{name}."
+        for name, module in modules.items()
+        if isinstance(module, PreTrainedModel) and module.config.model_type not in own
+    )
+    return {name: module for name, module in modules.items() if not f"{name}.".startswith(others)}
+
+
 def self_attentions(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules of a model that compute attention and know their layer, by path."""
+    """The modules of a model's decoder that compute attention and know their layer, by path."""
     return {
         name: module
-        for name, module in model.named_modules()
+        for name, module in decoder_modules(model).items()
         if isinstance(getattr(module, "layer_idx", None), int) and type(module).__name__.endswith(("Attention", "MLA"))
     }
 
@@ -249,8 +263,8 @@ def check_cached(model: PreTrainedModel) -> None:
 
 
 def rotary_embedding(model: nn.Module) -> nn.Module | None:
-    """The module that makes a model's rotary embeddings, the first where there are several; None without any."""
-    return next((module for name, module in model.named_modules() if name.endswith("rotary_emb")), None)
+    """The module that makes a decoder's rotary embeddings, the first where there are several; None without any."""
+    return next((module for name, module in decoder_modules(model).items() if name.endswith("rotary_emb")), None)
 
 
 def meta_model(config: Any) -> PreTrainedModel:
