@@ -92,6 +92,10 @@ OWN: dict[str, dict[str, Any]] = {  # what a class needs beside
     "gptj": dict(rotary_dim=16),
     "laguna": dict(num_attention_heads_per_layer=[2, 4], layer_types=["full_attention", "sliding_attention"]),
     "lfm2_moe": dict(layer_types=["conv", "full_attention"], num_dense_layers=1),
+    "llama4_text": dict(
+        attention_chunk_size=48, layer_types=["chunked_attention", "full_attention"], no_rope_layers=[1, 0],
+        intermediate_size_mlp=64,
+    ),
     "mamba2": dict(num_heads=4, head_dim=32, n_groups=1, state_size=8),
     "mllama_text_model": dict(num_hidden_layers=3, cross_attention_layers=[1]),
     "molmo2_vision": dict(image_size=[32, 32]),

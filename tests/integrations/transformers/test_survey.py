@@ -18,7 +18,7 @@ KINDS = {
     "qwen3_next": "native", "falcon_h1": "native", "lfm2_moe": "native", "nemotron_h": "native",
     "gpt_oss": "native", "mimo_v2_flash": "native", "deepseek_v3": "native", "bailing_hybrid": "native",
     "gemma2": "native", "gemma3n_text": "native", "bloom": "fallback", "gemma4_text": "native",
-    "deepseek_v32": "fallback", "deepseek_v4": "fallback", "llama4": "fallback",
+    "deepseek_v32": "fallback", "deepseek_v4": "fallback", "llama4": "native",
     "dory": "fallback", "zamba2": "fallback", "doge": "fallback",
     "mamba": "refused", "bart": "refused",
 }  # fmt: skip
