@@ -50,6 +50,7 @@ OWN: dict[str, dict[str, Any]] = {  # what a class needs beside
             sam_config=dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, global_attn_indexes=[0]),
         ),
     ),
+    "deepseek_ocr2_text": dict(mlp_layer_types=["dense", "sparse"]),
     "diffusion_gemma_text": dict(top_k_experts=2),
     "dory": dict(num_hidden_layers=3, n_input_layers=1, n_recurrent_layers=1, n_output_layers=1),
     "dots3_note": dict(
