@@ -109,7 +109,8 @@ def supply_in_graph(
         problem = compiled.begin(cache, model, kwargs, tokens)
     if problem is not None:
         return compiled.refused(model, args, kwargs, name, problem)
-    typed = {kind: x[:, -tokens.shape[1] :] for kind in TYPES if _longer(x := kwargs.get(kind), tokens.shape[1])}
+    new = tokens.shape[1]
+    typed = {kind: kwargs[kind][:, -new:] for kind in TYPES if _longer(kwargs.get(kind), new)}
     return args, {**kwargs, **typed, name: cache, "attention_mask": None}
 
 
