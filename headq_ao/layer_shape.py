@@ -12,6 +12,7 @@ class LayerShape:
     layers share keys and values.
     ``latent``: of multi-head latent attention. A token is then one row of ``head_dim``, its latent and its rotary key,
     that all query heads read; its first ``latent`` coordinates are the value.
+    ``chunked``: the window does not slide, it begins again at each multiple of its size (Llama 4).
     """
 
     n_heads: int
@@ -22,6 +23,7 @@ class LayerShape:
     softcap: float | None = None
     readers: int = 1
     latent: int | None = None
+    chunked: bool = False
 
     @property
     def dims(self) -> tuple[int, int]:

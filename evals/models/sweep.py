@@ -3,6 +3,7 @@
     python -m headq_ao.evals.models.sweep --out sweep.json            all, about fifteen minutes on two cores
     python -m headq_ao.evals.models.sweep llama qwen3_next            some
     python -m headq_ao.evals.models.sweep --mapping images llava      with text only
+    python -m headq_ao.evals.models.sweep --mapping pixels gemma3     with images
 
 Each class is checked in a process of its own, forked from one that has all imports done, under a time limit.
 """
@@ -26,24 +27,34 @@ from typing import Any
 import torch
 import transformers
 
+from headq_ao.evals.models import pixels
 from headq_ao.evals.models.sweep_checks import check, wrong
 from headq_ao.evals.models.tiny import MAPPINGS, classes, tiny_model
 
+TABLES = (*MAPPINGS, "pixels")
 LIMIT = 60  # CPU seconds of a class; ten times as many by the clock
+
+
+def entries(table: str) -> dict[str, tuple[str, str]]:
+    """Of a table: each entry's model type to build and class."""
+    if table != "pixels":
+        return classes(table)
+    return {name: classes("images")[pictures.name] for name, pictures in pixels.PICTURES.items()}
 
 
 def one(mapping: str, name: str) -> dict[str, Any]:
     """What became of one class."""
-    model_type, kind = classes(mapping)[name]
+    model_type, kind = entries(mapping)[name]
     began = time.monotonic()
     entry: dict[str, Any] = {"mapping": mapping, "name": name, "class": kind}
+    pictures = pixels.PICTURES[name] if mapping == "pixels" else None
     try:
-        model = tiny_model(model_type, kind)
+        model = tiny_model(model_type, kind, None if pictures is None else pictures.config(pixels.SIDE))
     except Exception as error:
         return entry | {"kind": "not built", "why": f"{type(error).__name__}: {error}"[:300]}
     try:
-        found = check(model)
-        entry |= found | {"wrong": wrong(found)}
+        found = check(model) if pictures is None else pixels.check(model, pictures)
+        entry |= found | {"wrong": wrong(found) if pictures is None else pixels.wrong(found)}
     except Exception as error:
         entry |= {
             "kind": "crash",
@@ -80,7 +91,7 @@ def run(tasks: list[tuple[str, str]], jobs: int, limit: int) -> list[dict[str, A
         ready: list[Any] = wait([*running], timeout=1.0) or late
         for ours in ready:
             process, (mapping, name), _ = running.pop(ours)
-            blank = {"mapping": mapping, "name": name, "class": classes(mapping)[name][1], "kind": "not checked"}
+            blank = {"mapping": mapping, "name": name, "class": entries(mapping)[name][1], "kind": "not checked"}
             try:
                 entry = ours.recv() if ours.poll(0) else blank | {"why": f"more than {10 * limit} s"}
             except EOFError:
@@ -100,15 +111,15 @@ def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="entries of the mapping; none: all")
-    parser.add_argument("--mapping", choices=[*MAPPINGS, "both"], default=None)
+    parser.add_argument("--mapping", choices=[*TABLES, "all"], default=None)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--limit", type=int, default=LIMIT, help="CPU seconds of a class")
     parser.add_argument(
         "--out", type=Path, help="store the table as JSON; entries that are there and were not run stay"
     )
     given = parser.parse_args()
-    mappings = [*MAPPINGS] if given.mapping in (None, "both") and not given.names else [given.mapping or "causal"]
-    tasks = [(m, n) for m in mappings for n in classes(m) if not given.names or n in given.names]
+    mappings = [*TABLES] if given.mapping in (None, "all") and not given.names else [given.mapping or "causal"]
+    tasks = [(m, n) for m in mappings for n in entries(m) if not given.names or n in given.names]
     began = time.monotonic()
     torch.set_num_threads(1)
     found = run(tasks, given.jobs, given.limit)
@@ -132,9 +143,9 @@ def store(path: Path, found: list[dict[str, Any]], seconds: int) -> None:
     before = json.loads(path.read_text()) if path.exists() else {}
     kept = before.get("classes", []) if {n: before.get(n) for n in head} == head else []
     told = {"commit": git.stdout.strip(), "command": " ".join(["python -m headq_ao.evals.models.sweep", *sys.argv[1:]])}
-    entries = {(e["mapping"], e["name"]): e for e in kept} | {(e["mapping"], e["name"]): e | told for e in found}
-    order = [(m, n) for m in MAPPINGS for n in classes(m)]
-    rows = [entries[task] for task in order if task in entries]
+    stored = {(e["mapping"], e["name"]): e for e in kept} | {(e["mapping"], e["name"]): e | told for e in found}
+    order = [(m, n) for m in TABLES for n in entries(m)]
+    rows = [stored[task] for task in order if task in stored]
     path.write_text(json.dumps(head | {"seconds": seconds, "classes": rows}, indent=1, ensure_ascii=False) + "\n")
 
 

@@ -108,8 +108,9 @@ def why_of(model: PreTrainedModel) -> str:
 
 
 def last_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Of a call without a cache."""
-    with torch.no_grad():
+    """Of a call without a cache; some models draw what they begin with."""
+    with torch.no_grad(), torch.random.fork_rng([]):
+        torch.manual_seed(0)
         logits: Tensor = model(input_ids=ids[:, :20], use_cache=False).logits
     return logits[:, -1]
 
@@ -229,24 +230,33 @@ def arithmetic(model: PreTrainedModel, dense: PreTrainedModel, ids: Tensor) -> f
     """The error of a decoding step against a dense cache that holds the rows which the packed one stands for."""
     cache, n = HeadQCache(model), sum(SHORT)
     stream(model, ids, cache, SHORT)
-    plain = DynamicCache(config=dense.config)
-    for layer in cache.layers[len(plain.layers) :]:  # a model's loops append copies
-        window = layer.sliding_window
-        plain.layers.append(DynamicLayer() if window is None else DynamicSlidingWindowLayer(window))
     states = copy.deepcopy(cache)
     with torch.no_grad():
         logits = model(input_ids=ids[:, n : n + 1], **with_cache(cache), use_cache=True).logits
-        for i, layer in enumerate(cache.layers):
-            if not hasattr(layer, "rows_of_model"):
-                plain.layers[i] = states.layers[i]
-                continue
-            k, v, position = layer.rows_of_model()
-            window = getattr(plain.layers[i], "sliding_window", None)
-            keep = (position < n) & (position >= n - (n if window is None else window - 1))
-            plain.layers[i].update(k[:, :, keep], v[:, :, keep])
-            copy_states(states.layers[i], plain.layers[i], n)
+        plain = dequantized(cache, states, dense.config, n)
         reference = dense(input_ids=ids[:, n : n + 1], **with_cache(plain), use_cache=True).logits
     return relative(logits, reference)
+
+
+def dequantized(
+    cache: HeadQCache, states: HeadQCache, config: Any, tokens: int, rows: dict[int, Any] | None = None
+) -> DynamicCache:
+    """A dense cache with the rows of the first ``tokens`` tokens that a packed one stands for, and what ``states`` has
+    beside them; ``rows``: keys, values and positions by layer, where they are known."""
+    plain = DynamicCache(config=config)
+    for layer in cache.layers[len(plain.layers) :]:  # a model's loops append copies
+        window = layer.sliding_window
+        plain.layers.append(DynamicLayer() if window is None else DynamicSlidingWindowLayer(window))
+    for i, layer in enumerate(cache.layers):
+        if not hasattr(layer, "rows_of_model"):
+            plain.layers[i] = states.layers[i]
+            continue
+        k, v, position = layer.rows_of_model() if rows is None else rows[i]
+        window = getattr(plain.layers[i], "sliding_window", None)
+        keep = (position < tokens) & (position >= tokens - (tokens if window is None else window - 1))
+        plain.layers[i].update(k[:, :, keep], v[:, :, keep])
+        copy_states(states.layers[i], plain.layers[i], tokens)
+    return plain
 
 
 def copy_states(source: Any, to: Any, tokens: int) -> None:

@@ -3,7 +3,7 @@
 from collections import Counter
 from typing import Any
 
-TITLES = {"causal": "Causal language models", "images": "Image-text-to-text models, with text"}
+TITLES = {"causal": "Causal language models", "images": "Image-text-to-text models, with text", "pixels": "With images"}
 
 
 def models_table(mapping: str, table: dict[str, Any]) -> str:

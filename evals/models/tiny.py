@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
@@ -34,9 +35,36 @@ VISION: dict[str, Any] = dict(
 )  # fmt: skip
 LOCAL_GLOBAL = ["sliding_attention", "full_attention"]
 OWN: dict[str, dict[str, Any]] = {  # what a class needs beside
+    "apertus1p5": dict(
+        vision_config=dict(codebook_size=8, base_channels=32), audio_config=dict(codebook_dim=32, codebook_size=8),
+        image_token_offset=100, audio_token_offset=108,
+    ),
     "bamba": dict(attn_layer_indices=[1]),
+    "chameleon": dict(vocabulary_map={"<image>": 120, "IMGIMGAZ": 121}, vq_config=dict(base_channels=32)),
     "codegen": dict(rotary_dim=16),
+    "deepseek_ocr2": dict(
+        vision_config=dict(
+            encoder_config=dict(
+                hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2
+            ),
+            sam_config=dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, global_attn_indexes=[0]),
+        ),
+    ),
+    "deepseek_ocr2_text": dict(mlp_layer_types=["dense", "sparse"]),
+    "diffusion_gemma_text": dict(top_k_experts=2),
     "dory": dict(num_hidden_layers=3, n_input_layers=1, n_recurrent_layers=1, n_output_layers=1),
+    "dots3_note": dict(
+        vision_config=dict(per_layer_config={}, adapter_in_dim=32, adapter_out_dim=64),
+        audio_config=dict(adapter_input_size=32, adapter_out_dim=64),
+    ),
+    "emu3": dict(
+        vocabulary_map={"<image>": 120, "<|extra_200|>": 121, "<|visual token 000000|>": 122},
+        vq_config=dict(base_channels=32, codebook_size=8),
+    ),
+    "ernie4_5_vl_moe_text": dict(
+        moe_intermediate_size=[32, 32],
+        rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[3, 3, 2]),
+    ),
     "dots3_note_text": dict(num_key_value_heads=4),
     "gemma3n_text": dict(
         num_hidden_layers=4, layer_types=LOCAL_GLOBAL * 2, num_kv_shared_layers=2, vocab_size_per_layer_input=64,
@@ -46,7 +74,14 @@ OWN: dict[str, dict[str, Any]] = {  # what a class needs beside
         vocab_size_per_layer_input=128, hidden_size_per_layer_input=8, layer_types=LOCAL_GLOBAL, num_kv_shared_layers=0,
         global_head_dim=32,
     ),
+    "glm5_next_text": dict(
+        qk_rope_head_dim=0, head_dim=0, index_topk=1024, index_kpool=4, index_head_dim=16, index_n_heads=2,
+    ),
     "gpt_neo": dict(attention_types=[[["global", "local"], 1]], window_size=64),
+    "granite4_vision": dict(
+        vision_config=dict(hidden_size=64), deepstack_layer_map=[[0, 0]], spatial_target_layers=[0],
+        downsample_rate="1/2",
+    ),
     "granitemoehybrid": dict(layer_types=["linear_attention", "full_attention"]),
     "jamba": dict(attn_layer_period=2, attn_layer_offset=1),
     "lfm2": dict(layer_types=["conv", "full_attention"]),
@@ -58,9 +93,20 @@ OWN: dict[str, dict[str, Any]] = {  # what a class needs beside
     "gptj": dict(rotary_dim=16),
     "laguna": dict(num_attention_heads_per_layer=[2, 4], layer_types=["full_attention", "sliding_attention"]),
     "lfm2_moe": dict(layer_types=["conv", "full_attention"], num_dense_layers=1),
+    "llama4_text": dict(
+        attention_chunk_size=48, layer_types=["chunked_attention", "full_attention"], no_rope_layers=[1, 0],
+        intermediate_size_mlp=64,
+    ),
     "mamba2": dict(num_heads=4, head_dim=32, n_groups=1, state_size=8),
     "mllama_text_model": dict(num_hidden_layers=3, cross_attention_layers=[1]),
+    "molmo2_vision": dict(image_size=[32, 32]),
+    "molmo2_adapter": dict(text_hidden_size=64, vision_feature_layer=[0]),
     "moshi": dict(sliding_window=1024),  # its cache slides, its mask does not: cached and uncached calls differ
+    "muse_spark_audio": dict(patch_sizes=[16], hidden_sizes=[32], depths=[1]),
+    "nemotron_h_omni": dict(vision_config=dict(video_temporal_patch_size=2)),
+    "inkling2": dict(vision_config=dict(text_hidden_size=64)),
+    "inkling2_loop": dict(vision_config=dict(text_hidden_size=64)),
+    "paligemma": dict(projection_dim=64),
     "qwen3_omni_moe_text": dict(sliding_window=1024),  # so it is here
     "reformer": dict(attn_layers=["local", "lsh"], is_decoder=True, axial_pos_embds=False),
     "roc_bert": dict(
@@ -155,8 +201,8 @@ def text_options(config_class: Any, model_type: str) -> dict[str, Any]:
     return options
 
 
-def tiny_config(model_type: str) -> Any:
-    """A config with few and small layers, and so are the configs of its parts."""
+def tiny_config(model_type: str, own: dict[str, Any] | None = None) -> Any:
+    """A config with few and small layers, and so are the configs of its parts; ``own``: what it is to have beside."""
     config_class = CONFIG_MAPPING[model_type]
     options = text_options(config_class, model_type)
     parts = getattr(config_class, "sub_configs", {})
@@ -169,18 +215,23 @@ def tiny_config(model_type: str) -> Any:
             of_part = {k: v for k, v in small.items() if k in fields(type(part))}
             of_part = text_options(type(part), part.model_type) if text else of_part
             options[name] = {"model_type": part.model_type} | of_part
+    for name, value in (OWN.get(model_type, {}) | (own or {})).items():
+        options[name] = options.get(name, {}) | value if name in parts else value
     config = config_class(**options)
     for name, value in BESIDE.get(model_type, {}).items():
         setattr(config, name, value)
     return config
 
 
-def tiny_model(model_type: str, kind: str) -> PreTrainedModel:
-    """A seeded model in eval mode."""
+def tiny_model(model_type: str, kind: str, own: dict[str, Any] | None = None) -> PreTrainedModel:
+    """A seeded model in eval mode; ``own``: of its config, beside what makes it tiny."""
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = getattr(transformers, kind)(tiny_config(model_type)).eval()
+        model = getattr(transformers, kind)(tiny_config(model_type, own)).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1 and not parameter.any():  # a projection of images, which only training makes other
+            nn.init.normal_(parameter, std=TEXT["initializer_range"])
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
     return model

@@ -93,6 +93,7 @@ class PackedLayer(ReadingLayer):
         if (
             step is not None
             and sinks is None
+            and not self.shape.chunked  # what a prepared step sees slides
             and q.shape == step.form
             and q.stride(3) == 1
             and (mask is None or not batch.metadata.custom)

@@ -142,7 +142,7 @@ def check_positions(position_ids: Any, mask: Any) -> None:
 
 def mask_view(
     mask: Tensor, tokens: Sequence[int], pads: Sequence[int], spans: Sequence[Span], seen: int, window: int | None,
-    hidden: Tensor | None = None,
+    hidden: Tensor | None = None, chunked: bool = False,
 ) -> MaskView | None:  # fmt: skip
     """How a mask ``[B or 1, 1 or Hq, S, T]`` differs from what the counts say; None where it does not.
 
@@ -153,7 +153,7 @@ def mask_view(
         pads: padding behind the last of them.
         spans: which new slots of each sequence are real.
         seen: cached slots.
-        window: of a sliding layer.
+        window, chunked: of a sliding layer, or of a chunked one.
         hidden: how many of its oldest cached tokens each sequence hides in this call, as :func:`hidden_tokens` tells.
 
     Raises:
@@ -180,16 +180,25 @@ def mask_view(
     real = torch.stack([(at >= span.start) & (at < span.stop) for span in spans])  # [B, S]
     both = real[:, :, None] & real[:, None]
     held, start = on_device(tokens, device)[:, None], on_device([span.start for span in spans], device)[:, None]
-    low = torch.zeros_like(held) if window is None else (held + at - start - window + 1).clamp(min=0).minimum(held)
-    usual = (low.expand_as(real), held.expand_as(real))
+    position = held + at - start
+    first = first_visible(position, window, chunked)
+    usual = (first.minimum(held), held.expand_as(real))
     low, high = usual if cached.shape[2] == 0 else _cached_ranges(cached, pads, held, real, usual)
     if hidden is not None:
         low = low.maximum(hidden.to(device)[:, None]).minimum(high)
     plain = torch.equal(low, usual[0]) and torch.equal(high, usual[1])
-    if plain and not bool(((new != causal_mask(new_slots, window, device)) & both).any()):
+    order = (at[:, None] >= at) & (position[:, None] >= first[:, :, None])
+    if plain and not bool(((new != order) & both).any()):
         return None
     begins, ends = (torch.where(real, x, 0) for x in (low, high))  # padding sees nothing
     return MaskView(begins, ends, new & both)
+
+
+def first_visible(position: Tensor, window: int | None, chunked: bool = False) -> Tensor:
+    """The first token that queries at those positions see: none before a sliding window, nor before their chunk."""
+    if window is None:
+        return torch.zeros_like(position)
+    return (position // window * window if chunked else position - window + 1).clamp(min=0)
 
 
 def causal_mask(slots: int, window: int | None, device: torch.device) -> Tensor:
@@ -265,7 +274,7 @@ def contiguous_ranges(cached: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
 
 def view_of_call(
     mask: Tensor | None, is_causal: bool | None, lengths: Lengths, metadata: CallMetadata, window: int | None,
-    device: torch.device,
+    device: torch.device, chunked: bool = False,
 ) -> MaskView | None:  # fmt: skip
     """:func:`mask_view` of a mask in the call that ``lengths`` counted last; None where counts say all. The layers of a
     call share the answer.
@@ -279,14 +288,14 @@ def view_of_call(
         mask = None if new == 1 else mask[..., -new:]
     if mask is None and (is_causal is not False or new == 1):
         return None
-    key = (id(given), lengths.calls, window)
+    key = (id(given), lengths.calls, window, chunked)
     found: tuple[weakref.ref[Tensor] | None, MaskView | None] = metadata.views.get(key, (None, None))
     told, view = found
     if given is None or told is None or told() is not given:
         if mask is None:
             mask = (causal_mask(new, window, device) | (is_causal is False))[None, None]
         spans = lengths.spans or [Span(0, new)] * lengths.batch
-        view = mask_view(mask, *lengths.before(), spans, seen, window, hidden)
+        view = mask_view(mask, *lengths.before(), spans, seen, window, hidden, chunked)
         if given is not None:
             metadata.views[key] = weakref.ref(given), view
     return view

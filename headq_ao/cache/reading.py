@@ -9,8 +9,8 @@ from headq_ao.ambient import mode_neutral
 from headq_ao.cache.masks import (
     MaskView,
     attend_new,
-    causal_mask,
     contiguous_ranges,
+    first_visible,
     sink_share,
     view_of_call,
     visible_slots,
@@ -56,8 +56,8 @@ class ReadingLayer(WritingLayer):
         """What a call's mask says that the counts do not; None: nothing."""
         if torch.compiler.is_compiling():
             return None if mask is None else self._traced_view(mask)
-        batch = self.batch
-        view = view_of_call(mask, is_causal, batch.lengths, batch.metadata, self.sliding_window, self.device)
+        given = mask, is_causal, self.batch.lengths, self.batch.metadata
+        view = view_of_call(*given, self.sliding_window, self.device, self.shape.chunked)
         if view is not None and self.sliding_window is not None:
             self._check_held(view)
         return view
@@ -84,32 +84,35 @@ class ReadingLayer(WritingLayer):
         hidden = self.batch.metadata.hidden
         low = torch.zeros_like(held) if hidden is None else hidden.to(held.device)[:, None].expand(-1, slots)
         if self.sliding_window is not None:
-            low = low.maximum(held + torch.arange(slots, device=held.device) - self.sliding_window + 1)
+            low = low.maximum(self._sees_from(held + torch.arange(slots, device=held.device)))
         return MaskView(low, held, shown[..., -slots:])
 
     def visible(self, slots: int) -> Visible | None:
         """What a call's queries see where some of them are padding; None: what their order says."""
         counts, hidden, start = self.counts, self.batch.metadata.hidden, self.batch.lengths.start(self.device)
-        if start is None and hidden is None:
+        if start is None and hidden is None and not self.shape.chunked:
             return None
         first = counts.held if start is None else counts.held - start
         position = first[:, None] + torch.arange(slots, device=self.device)
         real = (position >= counts.held[:, None]) & (position < counts.total[:, None])
-        low = torch.zeros_like(position)
-        if self.sliding_window is not None:
-            low = (position - self.sliding_window + 1).clamp(min=0)
+        low = self._sees_from(position)
         if hidden is not None:
             low = low.maximum(hidden.to(self.device)[:, None])
         return Visible(low, torch.where(real, position + 1, 0))
+
+    def _sees_from(self, position: Tensor) -> Tensor:
+        """The first token that queries at those positions see."""
+        return first_visible(position, self.sliding_window, self.shape.chunked)
 
     def visible_new(self, slots: int) -> Tensor | None:
         """Which of its own slots a first call's queries see, bool ``[B or 1, 1, S, S]``; None: all up to their own."""
         window, start = self.sliding_window, self.batch.lengths.start(self.device)
         if start is None and (window is None or window >= slots):
             return None
-        seen = causal_mask(slots, window, self.device)[None]
+        at = torch.arange(slots, device=self.device)
+        position = at[None] if start is None else at - start[:, None]
+        seen = (at[:, None] >= at) & (position[:, None] >= self._sees_from(position)[:, :, None])
         if start is not None:
-            at = torch.arange(slots, device=self.device)
             stop = start + self.counts.total - self.counts.held
             seen = seen & ((at >= start[:, None]) & (at < stop[:, None]))[:, None]
         return seen[:, None]
@@ -118,6 +121,10 @@ class ReadingLayer(WritingLayer):
         """Count what the queries of a first call read: as many tokens as stand before them, and themselves."""
         assert self.reads is not None
         n = self.counts.total
+        if self.shape.chunked and self.sliding_window is not None:
+            size, rest = self.sliding_window, n % self.sliding_window
+            self.reads[1] += (n // size * (size * (size + 1) // 2) + rest * (rest + 1) // 2).sum()
+            return
         past = torch.zeros_like(n) if self.sliding_window is None else (n - self.sliding_window).clamp(min=0)
         self.reads[1] += (n * (n + 1) // 2 - past * (past + 1) // 2).sum()
 

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig
 
 from headq_ao import headq_config, quantize_
+from headq_ao.evals.models.tiny import tiny_config
 from headq_ao.integrations.transformers.models import fingerprint
 from headq_ao.integrations.vllm import settings as module
 from headq_ao.integrations.vllm.settings import UNIT, VARIABLE, _weights, layer_number, settings
@@ -74,6 +75,14 @@ def test_codecs_that_engines_do_not_serve(tiny, options, words):
     folder, calibration = tiny
     with pytest.raises(ValueError, match=f"with both sides packed; leave out {words}"):
         settings(engine(folder, calibration=calibration, **options))
+
+
+def test_chunked_attention_is_refused(tiny):
+    folder, calibration = tiny
+    asked = engine(folder, calibration=calibration)
+    asked.model_config.hf_config = tiny_config("llama4_text")
+    with pytest.raises(ValueError, match="llama4_text: vLLM serves no layers of chunked attention"):
+        settings(asked)
 
 
 def test_a_calibration_of_few_tokens_is_refused(tiny, tmp_path):

@@ -7,11 +7,12 @@ import torch
 
 SINKS = "s_aux"  # the argument that brings an attention function sink logits
 SOFTCAP = "softcap"  # that which brings it a softcap of the scores
+TYPES = ("token_type_ids", "mm_token_type_ids")  # by which models tell tokens of images from text, over all slots
 # What models pass along that does not change the scores.
 HARMLESS = frozenset(
     {
         "position_ids", "use_cache", "cache_position", "position_embeddings",
-        "token_type_ids", "mm_token_type_ids", "input_ids",
+        *TYPES, "input_ids",
         "labels", "output_attentions", "logits_to_keep", "num_logits_to_keep", "num_items_in_batch",
     }
 )  # fmt: skip

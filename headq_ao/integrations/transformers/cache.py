@@ -130,6 +130,12 @@ class HeadQCache(Cache):
         self.batch.settle()
         return self.batch.lengths.seen > 0
 
+    @property
+    def is_initialized(self) -> bool:
+        """Whether a call has brought tokens to a layer: models ask in their first one, when room has been made."""
+        lengths = self.batch.lengths
+        return not lengths.empty and not (lengths.first and lengths.open)
+
     def check_made_for(self, state: HeadQState) -> None:
         """Raise ValueError where the cache does not fit the model that ``state`` stands for."""
         if self.config is not state.config and self.config != state.config:
@@ -145,13 +151,13 @@ class HeadQCache(Cache):
 
     def expect(
         self, state: HeadQState, batch: int, length: int, mask: Any, position_ids: Any, layers: int | None = None,
-        tokens: Tensor | None = None, weights: bool = False,
+        tokens: Tensor | None = None, weights: bool = False, typed: bool = False,
     ) -> None:  # fmt: skip
         """Note what the next call brings, from the model of ``state``: ``length`` slots of ``batch`` sequences.
 
         ``layers``: how many the call runs, from the first on; None: all.
 
-        ``weights``: whether attention weights are wanted.
+        ``weights``: whether attention weights are wanted; ``typed``: as :class:`.CallMetadata` has it.
 
         ``tokens``: ids ``[B, S]`` or embeddings ``[B, S, C]``, None where they are not known.
 
@@ -182,7 +188,7 @@ class HeadQCache(Cache):
             )
         whole = spans is None and lengths.tokens is None  # most calls: no padding anywhere
         hidden = None if whole or lengths.batch != batch else hidden_tokens(mask, lengths.totals(), pads, seen)
-        self.batch.begin(batch, length, spans, CallMetadata(custom(mask), hidden, weights))
+        self.batch.begin(batch, length, spans, CallMetadata(custom(mask), hidden, weights, typed))
         if lengths.first:
             self.prepare(batch, layers)
         self._follow(state)
@@ -222,6 +228,7 @@ class HeadQCache(Cache):
             or batch.broken
             or told.custom
             or told.weights
+            or told.typed
             or told.hidden is not None
             or not isinstance(tokens, Tensor)
             or tokens.shape != (lengths.batch, 1)
@@ -288,15 +295,23 @@ class HeadQCache(Cache):
         return seen
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Sizes of the mask; in a traced model those of the new tokens, for nothing reads it there."""
+        """Sizes of the mask; in a traced model those of the new tokens, for nothing reads it there but what they see
+        of each other. Where types by slot tell that, they are the same there as everywhere."""
         layer = self.layers[layer_idx]
         if isinstance(layer, FallbackLayer):
             return layer.get_mask_sizes(query_length)
-        return (query_length if torch.compiler.is_compiling() else self.get_seq_length(layer_idx) + query_length), 0
+        if torch.compiler.is_compiling():
+            return (self._slots_before(layer_idx) + query_length), 0
+        return self.get_seq_length(layer_idx) + query_length, 0
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         """First position of the new tokens in the mask."""
-        return 0 if torch.compiler.is_compiling() else self.get_seq_length(layer_idx)
+        return self._slots_before(layer_idx) if torch.compiler.is_compiling() else self.get_seq_length(layer_idx)
+
+    def _slots_before(self, index: int) -> int:
+        """Slots before those of a traced call's mask: none, unless types by slot count from the first one."""
+        seen: int = self._counting(index).seen if self.batch.metadata.typed else 0
+        return seen
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last ``-tokens_to_remove`` tokens from every layer, or raise before any has changed.

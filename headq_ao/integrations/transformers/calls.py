@@ -15,7 +15,14 @@ from headq_ao.cache.reading import NO_GRADIENTS
 from headq_ao.cache.tensors import QuantizedKV
 from headq_ao.calibration.observers import RECORDER
 from headq_ao.integrations.transformers import attention, compiled, latent
-from headq_ao.integrations.transformers.arguments import HARMLESS, SINKS, SOFTCAP, other_softcap, unknown_argument
+from headq_ao.integrations.transformers.arguments import (
+    HARMLESS,
+    SINKS,
+    SOFTCAP,
+    TYPES,
+    other_softcap,
+    unknown_argument,
+)
 from headq_ao.integrations.transformers.attention import NAME
 from headq_ao.integrations.transformers.cache import HeadQCache
 from headq_ao.integrations.transformers.model_state import Depth, HeadQState
@@ -77,7 +84,8 @@ def _supply(
     batch, length = tokens.shape[:2]
     mask = kwargs.get("attention_mask")
     weights, positions = bool(kwargs.get("output_attentions")), kwargs.get("position_ids")
-    cache.expect(model._headq, batch, length, mask, positions, layers_run(model), tokens, weights)
+    typed = length > 1 and any(_longer(kwargs.get(kind), length) for kind in TYPES)
+    cache.expect(model._headq, batch, length, mask, positions, layers_run(model), tokens, weights, typed)
     if native and not cache.batch.lengths.first and not cache.batch.metadata.custom and positions is not None:
         kwargs["attention_mask"] = None  # the cache knows it, and a mask that grows is a new shape at each step
     return args, {**kwargs, name: cache}
@@ -101,7 +109,14 @@ def supply_in_graph(
         problem = compiled.begin(cache, model, kwargs, tokens)
     if problem is not None:
         return compiled.refused(model, args, kwargs, name, problem)
-    return args, {**kwargs, name: cache, "attention_mask": None}
+    new = tokens.shape[1]
+    typed = {kind: kwargs[kind][:, -new:] for kind in TYPES if _longer(kwargs.get(kind), new)}
+    return args, {**kwargs, **typed, name: cache, "attention_mask": None}
+
+
+def _longer(types: Any, length: int) -> bool:
+    """Whether a call's types of tokens ``[B, T]`` are of more slots than its own."""
+    return isinstance(types, Tensor) and types.ndim == 2 and types.shape[1] > length
 
 
 def _renamed(kwargs: dict[str, Any]) -> dict[str, Any]:

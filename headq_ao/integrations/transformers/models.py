@@ -48,15 +48,23 @@ def layer_shapes(config: Any) -> list[LayerShape]:
         ValueError: where a layer is of a kind that HeadQ cannot store, naming it.
     """
     layers = checked_layers(config)
-    kv_heads, head_dim = kv_heads_and_size(config)
+    heads = kv_heads_and_size(config)
     n_heads = query_heads(config, len(layers))
     softcap = getattr(layer_configs(config)[0], "attn_logit_softcapping", None)
-    sharing = [*shared_places(config).values()]
+    sharing, chunked = [*shared_places(config).values()], chunked_places(config)
     return [
-        LayerShape(n, kv_heads, head_dim, getattr(layer, "sliding_window", None), None, softcap, 1 + sharing.count(i))
+        LayerShape(
+            n, *heads, getattr(layer, "sliding_window", None), None, softcap, 1 + sharing.count(i), None, i in chunked
+        )
         for i, (n, layer) in enumerate(zip(n_heads, layers, strict=True))
         if type(layer) in NATIVE
     ]
+
+
+def chunked_places(config: Any) -> set[int]:
+    """Layers whose queries see no token before the chunk of positions that they are in (Llama 4)."""
+    kinds = getattr(text_config(config), "layer_types", None) or []
+    return {i for i, kind in enumerate(kinds) if kind == "chunked_attention"}
 
 
 def shared_places(config: Any) -> dict[int, int]:
@@ -113,9 +121,10 @@ def check_kind(config: Any, known: bool = False) -> None:
             told = attribute == "num_kv_shared_layers" and bool(shared_places(config))
             if value and not (text_is_causal or told):
                 raise ValueError(f"{name} is not supported: {why} (config.{attribute}={value})")
-        kinds = getattr(c, "layer_types", None) or ["chunked_attention"]
-        if getattr(c, "attention_chunk_size", None) and "chunked_attention" in kinds:
-            raise ValueError(f"{name} is not supported: chunked_attention layers do not slide, they start again")
+        if getattr(c, "attention_chunk_size", None) and not getattr(c, "layer_types", None):
+            raise ValueError(
+                f"{name} is not supported: attention_chunk_size without layer_types says not which attend so"
+            )
 
 
 def kv_heads_and_size(config: Any) -> tuple[int, int]:
@@ -181,11 +190,25 @@ def attention_modules(model: nn.Module, places: int | Sequence[int]) -> list[nn.
     return [found[i] for i in places]
 
 
+def decoder_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a model by path, without those of its other parts: a vision tower is a model of another type."""
+    modules = dict(model.named_modules())
+    if not isinstance(model, PreTrainedModel):
+        return modules
+    own = {model.config.model_type, text_config(model.config).model_type}
+    others = tuple(
+        f"{name}."
+        for name, module in modules.items()
+        if isinstance(module, PreTrainedModel) and module.config.model_type not in own
+    )
+    return {name: module for name, module in modules.items() if not f"{name}.".startswith(others)}
+
+
 def self_attentions(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules of a model that compute attention and know their layer, by path."""
+    """The modules of a model's decoder that compute attention and know their layer, by path."""
     return {
         name: module
-        for name, module in model.named_modules()
+        for name, module in decoder_modules(model).items()
         if isinstance(getattr(module, "layer_idx", None), int) and type(module).__name__.endswith(("Attention", "MLA"))
     }
 
@@ -249,8 +272,8 @@ def check_cached(model: PreTrainedModel) -> None:
 
 
 def rotary_embedding(model: nn.Module) -> nn.Module | None:
-    """The module that makes a model's rotary embeddings, the first where there are several; None without any."""
-    return next((module for name, module in model.named_modules() if name.endswith("rotary_emb")), None)
+    """The module that makes a decoder's rotary embeddings, the first where there are several; None without any."""
+    return next((module for name, module in decoder_modules(model).items() if name.endswith("rotary_emb")), None)
 
 
 def meta_model(config: Any) -> PreTrainedModel:

@@ -13,6 +13,7 @@ from headq_ao.integrations.transformers.fallback import Rows, observed_rows, tru
 from headq_ao.integrations.transformers.hybrid import dense_layers, packable
 from headq_ao.integrations.transformers.latent import is_latent, latent_shape
 from headq_ao.integrations.transformers.models import (
+    chunked_places,
     packed_places,
     self_attentions,
     shared_places,
@@ -104,9 +105,18 @@ def latent_serving(model: PreTrainedModel) -> Serving | None:
 def as_observed(model: PreTrainedModel, rows: list[Rows]) -> tuple[Serving | None, str | None]:
     """Native serving of layers whose shapes are not what the config tells, as where they differ; or why it cannot be,
     where that is not their shapes."""
-    sharing = [*shared_places(model.config).values()]
+    sharing, chunked = [*shared_places(model.config).values()], chunked_places(model.config)
     shapes = [
-        LayerShape(r.keys[0], r.keys[0], r.keys[1], r.sliding_window, other_dim(r), None, 1 + sharing.count(r.place))
+        LayerShape(
+            r.keys[0],
+            *r.keys,
+            r.sliding_window,
+            other_dim(r),
+            None,
+            1 + sharing.count(r.place),
+            None,
+            r.place in chunked,
+        )
         for r in rows
     ]
     if any(r.keys[0] != r.values[0] for r in rows) or not all(map(storable, shapes)):

@@ -185,6 +185,8 @@ def _checked(config: HeadQConfig, known: Calibration, model_config: Any, folder:
             f"vLLM serves HeadQ's own calibrated codec with both sides packed; leave out {', '.join(wrong)}"
         )
     shapes = tuple(layer_shapes(model_config.hf_config))
+    if any(shape.chunked for shape in shapes):
+        raise ValueError(f"{model_config.hf_config.model_type}: vLLM serves no layers of chunked attention with HeadQ")
     known.check_model(config_fingerprint(model_config.hf_config, shapes) | _weights(folder))
     if not known.suffices:
         raise ValueError(f"{known.shortage()}: vLLM serves no uncalibrated cache")

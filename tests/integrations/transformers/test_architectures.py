@@ -162,11 +162,7 @@ def refused_models():
             "AttentionInterface",
         ),
         "chunked attention": (
-            lambda: t.Llama4TextConfig(
-                **GROUPED, intermediate_size_mlp=64, attention_chunk_size=64, num_local_experts=2, moe_layers=[],
-                layer_types=["chunked_attention", "full_attention"],
-            ),
-            "chunked_attention",
+            lambda: t.LlamaConfig(**GROUPED, attention_chunk_size=64), "attention_chunk_size without layer_types",
         ),
         "bidirectional Gemma3": (
             lambda: t.Gemma3TextConfig(**GROUPED, use_bidirectional_attention=True), "not causal",

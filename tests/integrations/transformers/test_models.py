@@ -66,7 +66,7 @@ def test_shapes_of_layers(config, shapes):
             r"KV shared between layers .* config does not tell \(config.num_kv_shared_layers=2",
         ),
         (llama(use_bidirectional_attention=True), "its attention is not causal"),
-        (llama(attention_chunk_size=64), "chunked_attention layers do not slide"),
+        (llama(attention_chunk_size=64), "attention_chunk_size without layer_types"),
         (transformers.MambaConfig(num_hidden_layers=1), "no KV cache"),
     ],
     ids=lambda x: getattr(x, "model_type", ""),

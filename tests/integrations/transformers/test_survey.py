@@ -8,8 +8,8 @@ import torch
 import transformers
 
 from headq_ao import calibrate, headq_config, quantize_
-from headq_ao.evals.models.sweep import one
-from headq_ao.evals.models.tiny import MAPPINGS, classes, tiny_model
+from headq_ao.evals.models.sweep import TABLES, entries, one
+from headq_ao.evals.models.tiny import classes, tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers' own, about configs, kernels and padding
 TABLE = Path(__file__).parents[3] / "recipes" / "results" / "sweep" / "models.json"
@@ -18,7 +18,7 @@ KINDS = {
     "qwen3_next": "native", "falcon_h1": "native", "lfm2_moe": "native", "nemotron_h": "native",
     "gpt_oss": "native", "mimo_v2_flash": "native", "deepseek_v3": "native", "bailing_hybrid": "native",
     "gemma2": "native", "gemma3n_text": "native", "bloom": "fallback", "gemma4_text": "native",
-    "deepseek_v32": "fallback", "deepseek_v4": "fallback", "llama4": "fallback",
+    "deepseek_v32": "fallback", "deepseek_v4": "fallback", "llama4": "native",
     "dory": "fallback", "zamba2": "fallback", "doge": "fallback",
     "mamba": "refused", "bart": "refused",
 }  # fmt: skip
@@ -58,14 +58,15 @@ def test_the_stored_table_is_of_these_versions_and_whole():
     table = json.loads(TABLE.read_text())
     if table["transformers"] != transformers.__version__:
         pytest.skip(f"the table is of transformers {table['transformers']}")
-    assert {(e["mapping"], e["name"]) for e in table["classes"]} == {(m, n) for m in MAPPINGS for n in classes(m)}
+    assert {(e["mapping"], e["name"]) for e in table["classes"]} == {(m, n) for m in TABLES for n in entries(m)}
     assert not [e["name"] for e in table["classes"] if e.get("wrong") or e["kind"] == "crash"]
     right = {
         (m, kind): sum(e["mapping"] == m and e["kind"] == kind for e in table["classes"])
-        for m in MAPPINGS
+        for m in TABLES
         for kind in ("native", "fallback")
     }
     assert right["causal", "native"] >= 110
     assert right["causal", "native"] + right["causal", "fallback"] >= 150
-    assert right["images", "native"] + right["images", "fallback"] >= 67
+    assert right["images", "native"] + right["images", "fallback"] >= 75
+    assert right["pixels", "native"] + right["pixels", "fallback"] == len(entries("pixels"))
     assert all(len(e["commit"]) == 40 and e["command"] for e in table["classes"])
