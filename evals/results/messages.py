@@ -34,7 +34,7 @@ TOPICS: dict[str, tuple[str, ...]] = {
         "headq_ao/integrations/transformers/calls.py",
         "headq_ao/integrations/transformers/compiled.py",
         "headq_ao/integrations/transformers/generation.py",
-        "headq_ao/integrations/transformers/estimate.py",
+        "headq_ao/integrations/config_only/estimate.py",
     ),
     "masks": ("headq_ao/cache/masks.py", "headq_ao/cache/reading.py"),
     "files": (

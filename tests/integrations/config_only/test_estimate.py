@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from headq_ao import HeadQCache, calibrate, estimate_memory, headq_config, quantize_
-from headq_ao.integrations.transformers.estimate import assumed_calibration
+from headq_ao.integrations.config_only.estimate import assumed_calibration
 from tests.integrations.transformers.calling import OPTIONS, forward
 
 
