@@ -61,4 +61,4 @@ def __dir__() -> list[str]:
 
 
 _quiet.install()
-_registration.register_with_transformers()
+_registration.register_with_others()

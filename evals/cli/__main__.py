@@ -1,6 +1,7 @@
 """``headq`` and ``python -m headq_ao.evals.cli``: the parser and the exit codes."""
 
 import argparse
+import gc
 import sys
 from collections.abc import Sequence
 
@@ -35,8 +36,20 @@ def version() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code. Without arguments, as the script ``headq``: those of this process, which
+    ends after it."""
+    if argv is not None:
+        return command(argv)
+    # What imports make stays, and the collector would go through it again and again, and once more at the end
+    gc.set_threshold(100_000, 100, 100)
+    try:
+        return command(sys.argv[1:])
+    finally:
+        gc.freeze()
+
+
+def command(argv: Sequence[str]) -> int:
     """Run one command; returns the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
     args = build_parser().parse_args(argv or ["--help"])
     try:
         with warnings_as_notes():

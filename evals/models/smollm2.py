@@ -32,8 +32,8 @@ def load_tokenizer() -> Any:
 
 
 def load_model(dtype: Any = None) -> Any:
-    """The model in eval mode: 30 layers, 9 query and 3 KV heads of 64, weights dequantized from 4 bits; float32 without a
-    ``dtype``."""
+    """The model in eval mode: 30 layers, 9 query and 3 KV heads of 64, weights dequantized from 4 bits; float32 by
+    default."""
     import torch
     from transformers import AutoModelForCausalLM
 

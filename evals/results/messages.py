@@ -8,6 +8,8 @@ from pathlib import Path
 TOPICS: dict[str, tuple[str, ...]] = {
     "options": ("headq_ao/config.py", "headq_ao/byte_size.py", "headq_ao/quantize.py"),
     "models": (
+        "headq_ao/integrations/config_only/shapes.py",
+        "headq_ao/integrations/config_only/served.py",
         "headq_ao/integrations/transformers/models.py",
         "headq_ao/integrations/transformers/hybrid.py",
         "headq_ao/integrations/transformers/probe.py",

@@ -13,10 +13,10 @@ import torch
 from headq_ao.ambient import mode_neutral
 from headq_ao.byte_size import bytes_text
 from headq_ao.cache.batch import Batch
-from headq_ao.cache.layer import PackedLayer
 from headq_ao.cache.memory_report import BitsReport, storage_bytes
 from headq_ao.cache.schedule import page_tokens, schedule_of
 from headq_ao.cache.token_ids import TokenIds
+from headq_ao.cache.writing import WritingLayer
 from headq_ao.calibration.artifact import Calibration, usable_calibration
 from headq_ao.calibration.bit_allocation import head_bits
 from headq_ao.codecs.base import HeadBits
@@ -221,14 +221,15 @@ def _filled(
         raise ValueError(f"how many tokens {config.codec!r} leaves out depends on the text: there is no estimate")
     schedule = schedule_of(config, sources)
     batch = Batch(schedule, page_tokens(config, schedule))
-    batch.layers = [PackedLayer(shape, source, batch) for shape, source in zip(shapes, sources, strict=True)]
+    batch.layers = [WritingLayer(shape, source, batch) for shape, source in zip(shapes, sources, strict=True)]
     batch.begin(batch_size, tokens)
     for layer in batch.layers:
         k, v, q = (
             torch.empty(batch_size, heads, tokens, dim, dtype=dtype, device=META) for heads, dim in layer.forms.values()
         )
-        layer.update(k, v)
-        layer.commit(q)
+        layer.append(k, v)
+        for part in q.chunk(layer.shape.readers, 1):  # of each module that reads the layer
+            layer.commit(part)
     ids = TokenIds()
     ids.note(torch.empty(batch_size, tokens, dtype=torch.int64, device=META), batch_size, tokens, 0, None)
     return batch, ids, times
@@ -240,7 +241,11 @@ def _source(
     """What codes a layer of that form, without data."""
     moments = None if config.calibration is None else _no_moments(shape)
     if config.codec is None:
-        rows = None if shape.latent is None else Readout(torch.empty(1, 1, shape.head_dim, device=META), 1.0)
+        rows = (
+            None
+            if shape.latent is None
+            else Readout(torch.empty(1, 1, shape.head_dim, dtype=torch.float32, device=META), 1.0)
+        )
         return LayerCodec(config, shape, moments, META, bits=bits, readout=rows)
     context = LayerContext(shape, config.n_sink, META, moments, framed=moments, index=index, layers=layers)
     return build(config.codec, config.codec_options or {}, context)

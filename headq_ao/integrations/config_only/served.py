@@ -4,13 +4,20 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from headq_ao.cache.dequantized import STEP, Tiling
+from headq_ao.cache.tiling import STEP, Tiling
 from headq_ao.codecs.layer_codec import WIDEST_ROW
 from headq_ao.config import WIDEST_HEAD, HeadQConfig
-from headq_ao.integrations.config_only.shapes import latent_rows, layer_shapes, text_config
+from headq_ao.integrations.config_only.shapes import latent_rows, layer_configs, layer_shapes
 from headq_ao.layer_shape import LayerShape
 
-OTHER_NUMBERS = ("v_head_dim", "swa_head_dim", "swa_num_key_value_heads", "num_kv_heads", "kv_channels")
+OTHER_NUMBERS = (  # of heads, sizes or layers, each of which a model's code reads in its own way
+    "v_head_dim",
+    "swa_head_dim",
+    "swa_num_key_value_heads",
+    "num_kv_heads",
+    "kv_channels",
+    "n_recurrent_layers",
+)
 
 
 class Served(NamedTuple):
@@ -82,7 +89,7 @@ def plain(config: Any, headq: HeadQConfig) -> Served | None:
         ValueError: where a layer is of a kind that is not stored so.
     """
     shapes = layer_shapes(config)
-    if any(getattr(text_config(config), name, None) is not None for name in OTHER_NUMBERS):
+    if any(getattr(c, name, None) is not None for c in layer_configs(config) for name in OTHER_NUMBERS):
         return None
     if headq.codec is None and any(dim % STEP or dim > WIDEST_HEAD for shape in shapes for dim in shape.dims):
         return None

@@ -144,6 +144,8 @@ def latent_rows(config: Any) -> list[LayerShape]:
         ValueError: where a layer is of a kind that HeadQ cannot store, naming it.
     """
     c = text_config(config)
+    if getattr(c, "is_heterogeneous", False):
+        return []
     rank, rope = (getattr(c, name, None) for name in ("kv_lora_rank", "qk_rope_head_dim"))
     if not isinstance(rank, int) or not isinstance(rope, int) or hasattr(c, "index_head_dim"):
         return []

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
-from headq_ao.cache.dequantized import DequantizedLayer, Tiling
+from headq_ao.cache.dequantized import DequantizedLayer
+from headq_ao.cache.tiling import Tiling
 from headq_ao.calibration.observers import Recorder
 from headq_ao.codecs.unseen import isotropic_queries
 from headq_ao.integrations.config_only.shapes import dense_layers, layer_configs

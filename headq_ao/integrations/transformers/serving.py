@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from torch import nn
 from transformers import PreTrainedModel
 
-from headq_ao.cache.dequantized import STEP, Tiling
+from headq_ao.cache.tiling import STEP, Tiling
 from headq_ao.codecs.layer_codec import WIDEST_ROW
 from headq_ao.config import WIDEST_HEAD
 from headq_ao.integrations.config_only.shapes import dense_layers, packed_places, shared_places

@@ -2,6 +2,7 @@
 
 import io
 import json
+import subprocess
 import sys
 
 import pytest
@@ -41,6 +42,22 @@ def test_estimate_reads_no_weights(tiny_folder, monkeypatch, capsys):
     assert exact[1:4] == ["16.00", "1.0", "MiB"]  # 2 layers, 2 heads of 32, keys and values, 2 bytes, 2 · 1024 tokens
     assert balanced[1] == "2.75" and float(balanced[4]) > 2  # 2.25 and 16 bits of scale for 32 coordinates
     assert int(exact[-1].replace(",", "")) == 1024 < int(balanced[-1].replace(",", ""))
+
+
+def test_estimate_imports_no_modelling_code(tiny_folder):
+    """Nor torchao: they take longer than all that it does."""
+    code = "import sys\nfrom headq_ao.evals.cli.__main__ import main\nmain(['estimate', sys.argv[1]])\n"
+    code += "print({'torchao', 'transformers.modeling_utils'} & {*sys.modules})"
+    command = [sys.executable, "-c", code, str(tiny_folder)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.endswith("\nset()\n")
+
+
+def test_estimate_of_latents_from_a_config_alone(tmp_path, capsys):
+    transformers.DeepseekV3Config(num_hidden_layers=4).save_pretrained(tmp_path)
+    assert main(["estimate", str(tmp_path)]) == 0
+    rows = {line.split("  ")[0]: line.split() for line in capsys.readouterr().out.splitlines()}
+    assert rows["exact"][1:4] == ["16.00", "18.0", "MiB"]  # 4 layers, 576 numbers of 2 bytes, 4096 tokens
+    assert rows["balanced"][1] == "2.28" and rows["balanced, no calibration"][3] == "2.03"  # and 16 / 576
 
 
 def test_estimate_says_what_the_least_is(tiny_folder, capsys):
