@@ -2,6 +2,7 @@
 
 import argparse
 import gc
+import os
 import sys
 from collections.abc import Sequence
 
@@ -36,16 +37,10 @@ def version() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code. Without arguments, as the script ``headq``: those of this process, which
-    ends after it."""
-    if argv is not None:
-        return command(argv)
-    # What imports make stays, and the collector would go through it again and again, and once more at the end
-    gc.set_threshold(100_000, 100, 100)
-    try:
-        return command(sys.argv[1:])
-    finally:
-        gc.freeze()
+    """Run one command; returns the exit code. Without arguments it is the script ``headq``."""
+    if argv is None:  # what imports make stays: the collector would go through all of it again and again
+        gc.set_threshold(100_000, 100, 100)
+    return command(sys.argv[1:] if argv is None else argv)
 
 
 def command(argv: Sequence[str]) -> int:
@@ -58,6 +53,9 @@ def command(argv: Sequence[str]) -> int:
     except UsageError as error:
         complain(str(error))
         return 2
+    except BrokenPipeError:  # who reads the result has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ValueError, OSError, ImportError, MemoryError) as error:
         complain(loading.told(error))
         return 1

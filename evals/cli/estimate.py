@@ -11,6 +11,7 @@ from headq_ao.evals.cli import loading
 from headq_ao.evals.cli.console import UsageError, add_command, at_least, note, show_table
 
 NAME = "estimate"
+MOST_TOKENS, MOST_SEQUENCES = 2**26, 2**12  # pages are counted one by one
 DESCRIPTION = """\
 How many bytes the KV cache of a model takes, exact and with each preset, for a context and a number of sequences. Only
 the config is read: no weights. The cache's own code runs on shapes, so the counts are those of the real cache; the
@@ -42,8 +43,8 @@ def add(commands: Any) -> None:
     parser.set_defaults(run=run)
     option = parser.add_argument
     option("model", metavar="MODEL", help=loading.MODEL_HELP)
-    option("--context", type=at_least(1), default=4096, metavar="N", help="tokens of a sequence (4096)")
-    option("--batch", type=at_least(1), default=1, metavar="N", help="sequences (1)")
+    option("--context", type=at_least(1, MOST_TOKENS), default=4096, metavar="N", help="tokens of a sequence (4096)")
+    option("--batch", type=at_least(1, MOST_SEQUENCES), default=1, metavar="N", help="sequences (1)")
     budget_help = "say how long a context fits into it, and which bits do at --context and --batch: 8GiB, 500MB"
     option("--budget", type=size, metavar="SIZE", help=budget_help)
     option(
@@ -154,6 +155,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from headq_ao import estimate_memory, headq_config
+    from headq_ao.config import DEFAULT
 
     loading.check_calibration(args.calibration)
     config = loading.model_config(args)
@@ -164,7 +166,8 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(str(error)) from error
     rows, exact = list[list[str]](), exact_bytes(own, args.context, args.batch, dtype.itemsize)
     window = max(s.sliding_window or 0 for s in own.shapes)
-    for name, headq in configs(args, layers).items():
+    table = configs(args, layers)
+    for name, headq in table.items():
 
         @functools.cache
         def report(tokens: int, headq: Any = headq) -> Any:
@@ -182,5 +185,9 @@ def run(args: argparse.Namespace) -> int:
     sequences = "one sequence" if args.batch == 1 else f"{args.batch} sequences"
     note(f"{config.model_type}: {len(own.shapes)} layers with a KV cache, {sequences} of {args.context:,} tokens")
     header = ["cache", "bits", "bytes", "times smaller"]
-    show_table(header + ([] if args.budget is None else [f"tokens that fit {bytes_text(args.budget)}"]), rows, mark=1)
+    show_table(
+        header + ([] if args.budget is None else [f"tokens that fit {bytes_text(args.budget)}"]),
+        rows,
+        mark=list(table).index(DEFAULT),
+    )
     return 0
