@@ -137,7 +137,7 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as error:
         raise UsageError(str(error)) from error
     loading.check_calibration(args.calibration)
-    loading.model_config(args)
+    loading.check_calibration(args.calibration, loading.model_config(args))
     model, tokenizer = loading.load_model(args)
     if config is not None:
         quantize_(model, config)

@@ -159,6 +159,7 @@ def run(args: argparse.Namespace) -> int:
 
     loading.check_calibration(args.calibration)
     config = loading.model_config(args)
+    loading.check_calibration(args.calibration, config)
     dtype, layers = getattr(torch, args.dtype), Layers(config)
     try:
         own = layers.of(headq_config())

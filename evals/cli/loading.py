@@ -121,16 +121,23 @@ def device_of(name: str) -> str:
     return name
 
 
-def check_calibration(path: str | None) -> None:
-    """Raise UsageError where there is no such file, or it is no calibration, before a model is loaded."""
+def check_calibration(path: str | None, config: Any = None) -> None:
+    """Raise UsageError where there is no such file, it is no calibration, or one of another model, before weights are
+    read; ``config``: of the model. Its rope and its weights are compared when they are there."""
     if path is None:
         return
     if not Path(path).is_file():
         raise UsageError(f"no calibration file at {path!r}; make one with: headq calibrate MODEL -o {path}")
-    from headq_ao import Calibration
+    from headq_ao import Calibration, headq_config
 
     try:
-        Calibration.load(path)
+        known = Calibration.load(path)
+        if config is not None:
+            from headq_ao.integrations.config_only.served import served
+            from headq_ao.integrations.config_only.shapes import config_fingerprint
+
+            here = config_fingerprint(config, served(config, headq_config()).shapes)
+            known.check_model({name: value for name, value in here.items() if name != "rope"})
     except ValueError as error:
         raise UsageError(str(error)) from error
 

@@ -1,5 +1,7 @@
 """What a transformers config tells of a model's cache: layers, their kinds and shapes, and what is not supported."""
 
+import json
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import DynamicCache, cache_utils
@@ -175,3 +177,18 @@ def shared_places(config: Any) -> dict[int, int]:
 def text_config(config: Any) -> Any:
     """The decoder's part of a transformers config."""
     return config.get_text_config(decoder=True)
+
+
+def config_fingerprint(config: Any, shapes: Sequence[LayerShape]) -> dict[str, Any]:
+    """What a fingerprint of a model tells of its config alone: type, shapes and rope."""
+    c = text_config(config)
+    return {
+        "model_type": c.model_type,
+        "layers": len(shapes),
+        "heads": shapes[0].n_heads,
+        "kv_heads": shapes[0].n_kv_heads,
+        "head_dim": shapes[0].head_dim,
+        "rope": json.dumps(
+            getattr(c, "rope_parameters", None), sort_keys=True, default=str
+        ),  # order is not kept in files
+    }

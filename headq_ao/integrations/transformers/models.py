@@ -1,7 +1,6 @@
 """What a Hugging Face model looks like to the cache: its attention layers, their shapes, and what is not supported."""
 
 import inspect
-import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,7 +15,14 @@ from transformers.masking_utils import create_masks_for_generate
 from transformers.utils.hub import try_to_load_from_cache
 
 from headq_ao.codecs.rotation import POSITIONS
-from headq_ao.integrations.config_only.shapes import DummyLayer, dense_layers, layer_shapes, shared_places, text_config
+from headq_ao.integrations.config_only.shapes import (
+    DummyLayer,
+    config_fingerprint,
+    dense_layers,
+    layer_shapes,
+    shared_places,
+    text_config,
+)
 from headq_ao.layer_shape import LayerShape
 
 CACHE_NAMES = ("cache", "past_key_values")  # transformers 5.24 renamed the argument
@@ -172,21 +178,6 @@ def kv_heads_here(model: PreTrainedModel, shapes: list[LayerShape], rank: int, s
         )
     held = total // size
     return slice(rank * held, (rank + 1) * held)
-
-
-def config_fingerprint(config: Any, shapes: Sequence[LayerShape]) -> dict[str, Any]:
-    """What :func:`fingerprint` tells of a config alone: type, shapes and rope."""
-    c = text_config(config)
-    return {
-        "model_type": c.model_type,
-        "layers": len(shapes),
-        "heads": shapes[0].n_heads,
-        "kv_heads": shapes[0].n_kv_heads,
-        "head_dim": shapes[0].head_dim,
-        "rope": json.dumps(
-            getattr(c, "rope_parameters", None), sort_keys=True, default=str
-        ),  # order is not kept in files
-    }
 
 
 def fingerprint(model: PreTrainedModel, shapes: Sequence[LayerShape] | None = None) -> dict[str, Any]:

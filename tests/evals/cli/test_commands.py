@@ -6,8 +6,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import transformers
 
+from headq_ao import calibrate
 from headq_ao.evals.cli import chat, doctor, loading
 from headq_ao.evals.cli.__main__ import main
 from headq_ao.evals.models.tiny import tiny_model
@@ -251,6 +253,17 @@ def test_a_calibration_that_is_none(command, tiny_folder, tmp_path, monkeypatch,
     (tmp_path / "c.safetensors").write_text("no calibration at all", encoding="utf-8")
     assert main([command, str(tiny_folder), "--calibration", str(tmp_path / "c.safetensors")]) == 2
     assert "is not a usable headq_ao calibration" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["estimate", "chat", "eval", "compare"])
+def test_a_calibration_of_another_model(command, tiny, tiny_folder, tmp_path, monkeypatch, capsys):
+    """Told from its config, before weights are read."""
+    other = tiny(num_key_value_heads=1)
+    ids = torch.randint(5, 100, (4, 300), generator=torch.Generator().manual_seed(0))
+    calibrate(other, ids, progress=False).save(tmp_path / "c.safetensors")
+    monkeypatch.setattr(loading, "load_model", None)
+    assert main([command, str(tiny_folder), "--calibration", str(tmp_path / "c.safetensors")]) == 2
+    assert "was made on another model: kv_heads is 2 here and 1 there" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("name", "message"), [("banana", "must be cpu, cuda"), ("cuda:99", "here; headq doctor")])
