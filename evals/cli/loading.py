@@ -65,7 +65,10 @@ def hint(name: str) -> str:
         return ""
     if difflib.get_close_matches(name.lower().rsplit("/")[-1], [NAMED], cutoff=0.7):
         return f" Was {NAMED!r} meant? It comes from a package and needs no network"
-    return f" Without a network, name a folder, or {NAMED!r}, which comes from a package; HF_HUB_OFFLINE=1 asks no hub"
+    from huggingface_hub import constants
+
+    offline = "" if constants.HF_HUB_OFFLINE else "; HF_HUB_OFFLINE=1 asks no hub"
+    return f" Without a network, name a folder, or {NAMED!r}, which comes from a package{offline}"
 
 
 def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
