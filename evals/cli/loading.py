@@ -45,12 +45,12 @@ def model_config(args: argparse.Namespace) -> Any:
         options = {"gguf_file": args.gguf_file}
     if Path(name).is_file():
         raise UsageError(f"MODEL must be a folder or a name on the Hugging Face Hub, got the file {name!r}")
-    from huggingface_hub import constants
     from transformers import AutoConfig
+    from transformers.utils.hub import is_offline_mode
 
     if not Path(name).exists():
-        offline = constants.HF_HUB_OFFLINE
-        asked = "HF_HUB_OFFLINE is set: looking among what was fetched" if offline else "asking the Hugging Face Hub"
+        fetched = "HF_HUB_OFFLINE is set: looking among what was fetched"
+        asked = fetched if is_offline_mode() else "asking the Hugging Face Hub"
         note(f"there is no folder {name!r} here: {asked}")
     try:
         with gguf_config.without_long_lists() if options else contextlib.nullcontext():
@@ -65,9 +65,9 @@ def hint(name: str) -> str:
         return ""
     if difflib.get_close_matches(name.lower().rsplit("/")[-1], [NAMED], cutoff=0.7):
         return f" Was {NAMED!r} meant? It comes from a package and needs no network"
-    from huggingface_hub import constants
+    from transformers.utils.hub import is_offline_mode
 
-    offline = "" if constants.HF_HUB_OFFLINE else "; HF_HUB_OFFLINE=1 asks no hub"
+    offline = "" if is_offline_mode() else "; HF_HUB_OFFLINE=1 asks no hub"
     return f" Without a network, name a folder, or {NAMED!r}, which comes from a package{offline}"
 
 
