@@ -19,9 +19,9 @@ from headq_ao import registration as _registration
 if _TYPE_CHECKING:
     from headq_ao.calibration.artifact import Calibration
     from headq_ao.config import HeadQConfig, headq_config
+    from headq_ao.integrations.config_only.estimate import estimate_memory
     from headq_ao.integrations.transformers.cache import HeadQCache
     from headq_ao.integrations.transformers.calibrate import calibrate
-    from headq_ao.integrations.transformers.estimate import estimate_memory
     from headq_ao.integrations.transformers.hf_quantizer import HeadQQuantizationConfig
     from headq_ao.quantize import quantize_, restore_
 
@@ -31,7 +31,7 @@ _HOMES = {
     "HeadQConfig": "headq_ao.config",
     "HeadQQuantizationConfig": "headq_ao.integrations.transformers.hf_quantizer",
     "calibrate": "headq_ao.integrations.transformers.calibrate",
-    "estimate_memory": "headq_ao.integrations.transformers.estimate",
+    "estimate_memory": "headq_ao.integrations.config_only.estimate",
     "headq_config": "headq_ao.config",
     "quantize_": "headq_ao.quantize",
     "restore_": "headq_ao.quantize",
@@ -61,4 +61,4 @@ def __dir__() -> list[str]:
 
 
 _quiet.install()
-_registration.register_with_transformers()
+_registration.register_with_others()

@@ -5,20 +5,23 @@ import math
 import os
 from collections.abc import Callable, Container
 from dataclasses import InitVar, dataclass
-from typing import Any, Literal, Protocol, get_args, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
-from torchao.core.config import ALLOWED_AO_MODULES, AOBaseConfig
 
 from headq_ao.byte_size import byte_size
 from headq_ao.ops.layout import PIECES, granule
+
+if TYPE_CHECKING:
+    from torchao.core.config import AOBaseConfig
+else:  # which it is a subclass of once torchao is imported (headq_ao.registration)
+    AOBaseConfig = object
 
 CodecName = Literal["whitened", "affine"]
 Basis = Literal["query_pca", "score_optimal", "key_pca", "random"]
 Adapt = Literal["off", "prompt"]
 
 CONFIG_VERSION = 1
-ALLOWED_AO_MODULES.add("headq_ao")  # where torchao's config_from_dict looks for HeadQConfig
 BLOCKS = (16, 32, 64, 128)
 MOST = 2**31 - 1  # tokens and sizes
 WIDEST_HEAD = 512  # coordinates of a key or value

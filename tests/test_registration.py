@@ -46,11 +46,11 @@ def test_a_missing_module_is_still_missing(planted):
 def test_registered_at_once_where_transformers_is_there(planted, monkeypatch):
     seen = []
     monkeypatch.setattr(registration, "register", lambda: seen.append("now"))
-    registration.register_with_transformers()
+    registration.register_with_others()
     assert seen == ["now"]
-    monkeypatch.setattr(registration, "AWAITED", "planted_module")
-    registration.register_with_transformers()
-    registration.register_with_transformers()
+    monkeypatch.setattr(registration, "TRANSFORMERS", "planted_module")
+    registration.register_with_others()
+    registration.register_with_others()
     assert seen == ["now"]
     importlib.import_module("planted_module")
     assert seen == ["now", "now"]
@@ -70,6 +70,27 @@ def test_checkpoints_load_in_either_order_of_imports(tiny, tmp_path, imports):
     command = [sys.executable, "-c", imports + LOAD, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["HeadQConfig", "headq"]
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import sys, headq_ao\nfrom headq_ao import headq_config\nassert 'torchao' not in sys.modules\nimport torchao",
+        "import sys, torchao\nfrom headq_ao import headq_config",
+    ],
+)
+def test_the_config_is_torchaos_in_either_order_of_imports(imports):
+    """torchao is not imported for it, and takes it once it is."""
+    code = (
+        imports
+        + """
+from torchao.core.config import AOBaseConfig, config_from_dict, config_to_dict
+config = headq_config(k_bits=3)
+print(isinstance(config, AOBaseConfig), config_from_dict(config_to_dict(config)) == config)
+"""
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "True"]
 
 
 def test_public_names():

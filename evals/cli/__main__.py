@@ -1,6 +1,8 @@
 """``headq`` and ``python -m headq_ao.evals.cli``: the parser and the exit codes."""
 
 import argparse
+import gc
+import os
 import sys
 from collections.abc import Sequence
 
@@ -35,8 +37,14 @@ def version() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code. Without arguments it is the script ``headq``."""
+    if argv is None:  # what imports make stays: the collector would go through all of it again and again
+        gc.set_threshold(100_000, 100, 100)
+    return command(sys.argv[1:] if argv is None else argv)
+
+
+def command(argv: Sequence[str]) -> int:
     """Run one command; returns the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
     args = build_parser().parse_args(argv or ["--help"])
     try:
         with warnings_as_notes():
@@ -45,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         complain(str(error))
         return 2
+    except BrokenPipeError:  # who reads the result has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ValueError, OSError, ImportError, MemoryError) as error:
         complain(loading.told(error))
         return 1

@@ -50,7 +50,11 @@ class Conversation:
     """
 
     def __init__(self, model: Any, tokenizer: Any, args: argparse.Namespace) -> None:
+        from headq_ao import headq_config
+        from headq_ao.integrations.config_only.served import served
+
         self.model, self.tokenizer, self.args = model, tokenizer, args
+        self.layers = served(model, headq_config())
         self.forget()
 
     def forget(self) -> None:
@@ -107,9 +111,7 @@ class Conversation:
     def status(self, new: int, seconds: float) -> str:
         """Tokens in the cache, its bytes, those of an exact one, and the speed."""
         tokens = self.cache.get_seq_length()
-        from headq_ao.integrations.transformers.models import layer_shapes
-
-        exact = exact_bytes(layer_shapes(self.model.config), tokens, 1, self.model.dtype.itemsize)
+        exact = exact_bytes(self.layers, tokens, 1, self.model.dtype.itemsize)
         speed = f"{new / seconds:.1f} tokens/s"
         if self.args.exact:
             return f"[{tokens:,} tokens, cache {bytes_text(exact)}, {speed}]"
@@ -135,7 +137,7 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as error:
         raise UsageError(str(error)) from error
     loading.check_calibration(args.calibration)
-    loading.model_config(args)
+    loading.check_calibration(args.calibration, loading.model_config(args))
     model, tokenizer = loading.load_model(args)
     if config is not None:
         quantize_(model, config)

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import os
 import sys
 import tempfile
 import warnings
@@ -18,9 +19,9 @@ class UsageError(ValueError):
 
 
 def rich_console(stream: TextIO | None = None) -> Any:
-    """rich's console for a stream (stdout) that is a terminal; None where plain text is right."""
+    """rich's console for a stream (stdout) that is a terminal; None where plain text is right, as under NO_COLOR."""
     stream = sys.stdout if stream is None else stream
-    if not stream.isatty() or importlib.util.find_spec("rich") is None:
+    if not stream.isatty() or os.environ.get("NO_COLOR") or importlib.util.find_spec("rich") is None:
         return None
     from rich.console import Console
 
@@ -134,8 +135,8 @@ def writable(folder: Path) -> bool:
         return False
 
 
-def at_least(least: int) -> Any:
-    """An argparse type: whole numbers from ``least`` on."""
+def at_least(least: int, most: int | None = None) -> Any:
+    """An argparse type: whole numbers from ``least`` on, to ``most``."""
 
     def whole(text: str) -> int:
         try:
@@ -144,6 +145,8 @@ def at_least(least: int) -> Any:
             raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
         if value < least:
             raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
+        if most is not None and value > most:
+            raise argparse.ArgumentTypeError(f"must be at most {most:,}, got {value:,}")
         return value
 
     return whole

@@ -1,6 +1,7 @@
 """``headq estimate``: what a cache would take, from a model's config alone."""
 
 import argparse
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -10,6 +11,7 @@ from headq_ao.evals.cli import loading
 from headq_ao.evals.cli.console import UsageError, add_command, at_least, note, show_table
 
 NAME = "estimate"
+MOST_TOKENS, MOST_SEQUENCES = 2**26, 2**12  # pages are counted one by one
 DESCRIPTION = """\
 How many bytes the KV cache of a model takes, exact and with each preset, for a context and a number of sequences. Only
 the config is read: no weights. The cache's own code runs on shapes, so the counts are those of the real cache; the
@@ -41,8 +43,8 @@ def add(commands: Any) -> None:
     parser.set_defaults(run=run)
     option = parser.add_argument
     option("model", metavar="MODEL", help=loading.MODEL_HELP)
-    option("--context", type=at_least(1), default=4096, metavar="N", help="tokens of a sequence (4096)")
-    option("--batch", type=at_least(1), default=1, metavar="N", help="sequences (1)")
+    option("--context", type=at_least(1, MOST_TOKENS), default=4096, metavar="N", help="tokens of a sequence (4096)")
+    option("--batch", type=at_least(1, MOST_SEQUENCES), default=1, metavar="N", help="sequences (1)")
     budget_help = "say how long a context fits into it, and which bits do at --context and --batch: 8GiB, 500MB"
     option("--budget", type=size, metavar="SIZE", help=budget_help)
     option(
@@ -56,9 +58,11 @@ def add(commands: Any) -> None:
     option("--trust-remote-code", action="store_true", help="run code that comes with the model")
 
 
-def exact_bytes(shapes: Any, tokens: int, batch: int, itemsize: int) -> int:
-    """Bytes of transformers' own cache; sliding layers keep their window."""
-    kept: int = sum(min(tokens, s.sliding_window or tokens) * s.n_kv_heads * sum(s.dims) for s in shapes)
+def exact_bytes(layers: Any, tokens: int, batch: int, itemsize: int) -> int:
+    """Bytes of transformers' own cache of :func:`headq_ao.integrations.config_only.served.served` layers; sliding ones
+    keep their window."""
+    both = zip(layers.shapes, layers.exact, strict=True)
+    kept: int = sum(min(tokens, shape.sliding_window or tokens) * numbers for shape, numbers in both)
     return batch * itemsize * kept
 
 
@@ -80,7 +84,27 @@ def longest(bytes_at: Any, budget: int, window: int) -> int:
     return low
 
 
-def configs(args: argparse.Namespace, model_config: Any) -> dict[str, Any]:
+class Layers:
+    """The packed layers of a model, found out once for each way that a config has them packed.
+
+    Args:
+        model_config: of transformers.
+    """
+
+    def __init__(self, model_config: Any) -> None:
+        self.model_config = model_config
+        self.found: dict[bool, Any] = {}
+
+    def of(self, config: Any) -> Any:
+        """:func:`headq_ao.integrations.config_only.served.served` of a config of HeadQ's own codec."""
+        from headq_ao.integrations.config_only.served import served
+
+        if config.one_row not in self.found:
+            self.found[config.one_row] = served(self.model_config, config)
+        return self.found[config.one_row]
+
+
+def configs(args: argparse.Namespace, layers: Layers) -> dict[str, Any]:
     """The rows of the table: name and config, None for the exact cache.
 
     Raises:
@@ -90,23 +114,34 @@ def configs(args: argparse.Namespace, model_config: Any) -> dict[str, Any]:
 
     from headq_ao import headq_config
     from headq_ao.config import PRESETS
-    from headq_ao.integrations.transformers.estimate import assumed_calibration, within_budget
+    from headq_ao.integrations.config_only.estimate import assumed_calibration, within_budget
 
-    known = args.calibration or assumed_calibration(model_config)
+    def calibrated(**options: Any) -> Any:
+        made = headq_config(**options)
+        known = args.calibration or assumed_calibration(layers.of(made).shapes)
+        return dataclasses.replace(made, calibration=known)
+
     try:
-        found: dict[str, Any] = {name: headq_config(preset=name, calibration=known) for name in PRESETS}
-        by_bits = sorted(found.items(), key=lambda item: item[1].mean_bits or math.inf)
-        rows: dict[str, Any] = {"exact": None, **dict(by_bits)}
-        rows["balanced, no calibration"] = headq_config()
+        given = None
         if args.options:
             from headq_ao.evals.perplexity import parse_options
 
-            rows["--set"] = headq_config(calibration=known, **parse_options(args.options))
+            given = headq_config(**parse_options(args.options))
+            if given.codec is not None:
+                raise ValueError("--set takes options of HeadQ's own codec; headq compare has others")
+            given = calibrated(**parse_options(args.options))
+        found: dict[str, Any] = {name: calibrated(preset=name) for name in PRESETS}
+        by_bits = sorted(found.items(), key=lambda item: item[1].mean_bits or math.inf)
+        rows: dict[str, Any] = {"exact": None, **dict(by_bits)}
+        rows["balanced, no calibration"] = headq_config()
+        if given is not None:
+            rows["--set"] = given
         if args.budget is not None:
             wanted = {"cache_bytes": args.budget, "context_length": args.context, "batch_size": args.batch}
-            budget = headq_config(calibration=known, **wanted)
+            budget = calibrated(**wanted)
             try:
-                budget = within_budget(model_config, budget, getattr(torch, args.dtype))
+                dtype = getattr(torch, args.dtype)
+                budget = within_budget(layers.model_config, budget, dtype, layers.of(budget).shapes)
                 rows[f"mean_bits={budget.mean_bits:.3f}, the most that fit"] = budget
             except ValueError as error:
                 note(str(error))
@@ -119,24 +154,29 @@ def run(args: argparse.Namespace) -> int:
     """Print the table."""
     import torch
 
-    from headq_ao import estimate_memory
-    from headq_ao.integrations.transformers.models import layer_shapes
+    from headq_ao import estimate_memory, headq_config
+    from headq_ao.config import DEFAULT
 
     loading.check_calibration(args.calibration)
     config = loading.model_config(args)
-    dtype = getattr(torch, args.dtype)
-    shapes = layer_shapes(config)
-    rows, exact = list[list[str]](), exact_bytes(shapes, args.context, args.batch, dtype.itemsize)
-    window = max(s.sliding_window or 0 for s in shapes)
-    for name, headq in configs(args, config).items():
+    loading.check_calibration(args.calibration, config)
+    dtype, layers = getattr(torch, args.dtype), Layers(config)
+    try:
+        own = layers.of(headq_config())
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    rows, exact = list[list[str]](), exact_bytes(own, args.context, args.batch, dtype.itemsize)
+    window = max(s.sliding_window or 0 for s in own.shapes)
+    table = configs(args, layers)
+    for name, headq in table.items():
 
         @functools.cache
         def report(tokens: int, headq: Any = headq) -> Any:
-            return estimate_memory(config, headq, tokens, args.batch, dtype)
+            return estimate_memory(config, headq, tokens, args.batch, dtype, layers.of(headq).shapes)
 
         def bytes_at(tokens: int, headq: Any = headq, report: Any = report) -> int:
             if headq is None:
-                return exact_bytes(shapes, tokens, args.batch, dtype.itemsize)
+                return exact_bytes(own, tokens, args.batch, dtype.itemsize)
             return sum(report(tokens).bytes.values())
 
         bits = 8.0 * dtype.itemsize if headq is None else report(args.context).packed_bits_per_element
@@ -144,7 +184,11 @@ def run(args: argparse.Namespace) -> int:
         cells = [name, f"{bits:.2f}" if bits == bits else "–", bytes_text(held), f"{exact / held:.1f}"]
         rows.append(cells + ([] if args.budget is None else [f"{longest(bytes_at, args.budget, window):,}"]))
     sequences = "one sequence" if args.batch == 1 else f"{args.batch} sequences"
-    note(f"{config.model_type}: {len(shapes)} layers with a KV cache, {sequences} of {args.context:,} tokens")
+    note(f"{config.model_type}: {len(own.shapes)} layers with a KV cache, {sequences} of {args.context:,} tokens")
     header = ["cache", "bits", "bytes", "times smaller"]
-    show_table(header + ([] if args.budget is None else [f"tokens that fit {bytes_text(args.budget)}"]), rows, mark=1)
+    show_table(
+        header + ([] if args.budget is None else [f"tokens that fit {bytes_text(args.budget)}"]),
+        rows,
+        mark=list(table).index(DEFAULT),
+    )
     return 0

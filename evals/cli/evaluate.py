@@ -61,7 +61,9 @@ def checked(args: argparse.Namespace) -> tuple[Path, Path | None, Any]:
         found = perplexity.check(args)
     except (ValueError, FileNotFoundError) as error:
         raise UsageError(str(error)) from error
-    loading.model_config(args)
+    config = loading.model_config(args)
+    if args.calibration.endswith(".safetensors"):
+        loading.check_calibration(args.calibration, config)
     return found
 
 

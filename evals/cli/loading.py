@@ -46,9 +46,12 @@ def model_config(args: argparse.Namespace) -> Any:
     if Path(name).is_file():
         raise UsageError(f"MODEL must be a folder or a name on the Hugging Face Hub, got the file {name!r}")
     from transformers import AutoConfig
+    from transformers.utils.hub import is_offline_mode
 
     if not Path(name).exists():
-        note(f"there is no folder {name!r} here: asking the Hugging Face Hub")
+        fetched = "HF_HUB_OFFLINE is set: looking among what was fetched"
+        asked = fetched if is_offline_mode() else "asking the Hugging Face Hub"
+        note(f"there is no folder {name!r} here: {asked}")
     try:
         with gguf_config.without_long_lists() if options else contextlib.nullcontext():
             return AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code, **options)
@@ -62,7 +65,10 @@ def hint(name: str) -> str:
         return ""
     if difflib.get_close_matches(name.lower().rsplit("/")[-1], [NAMED], cutoff=0.7):
         return f" Was {NAMED!r} meant? It comes from a package and needs no network"
-    return f" Without a network, name a folder, or {NAMED!r}, which comes from a package; HF_HUB_OFFLINE=1 asks no hub"
+    from transformers.utils.hub import is_offline_mode
+
+    offline = "" if is_offline_mode() else "; HF_HUB_OFFLINE=1 asks no hub"
+    return f" Without a network, name a folder, or {NAMED!r}, which comes from a package{offline}"
 
 
 def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
@@ -80,8 +86,7 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    cuda = torch.cuda.is_available()
-    device = ("cuda" if cuda else "cpu") if args.device == "auto" else args.device
+    device, cuda = device_of(args.device), torch.cuda.is_available()
     if args.model in (NAMED, qwen.NAME, *small_models.NAMES):
         dtype = torch.float32 if args.dtype == "auto" else inputs.DTYPES[args.dtype]
         return inputs.load(args.model, None, dtype, device)
@@ -98,10 +103,46 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
     return (model if "device_map" in options else model.to(device)), tokenizer
 
 
-def check_calibration(path: str | None) -> None:
-    """Raise UsageError where there is no such file, before a model is loaded."""
-    if path is not None and not Path(path).is_file():
+def device_of(name: str) -> str:
+    """The device that ``--device`` names.
+
+    Raises:
+        UsageError: where there is no such device here.
+    """
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return "cuda" if gpus else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"--device must be cpu, cuda, cuda:1 or auto, got {name!r}") from None
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        there = "no GPU" if not gpus else "one GPU" if gpus == 1 else f"{gpus} GPUs"
+        raise UsageError(f"--device {name}: PyTorch finds {there} here; headq doctor says why")
+    return name
+
+
+def check_calibration(path: str | None, config: Any = None) -> None:
+    """Raise UsageError where there is no such file, it is no calibration, or one of another model, before weights are
+    read; ``config``: of the model. Its rope and its weights are compared when they are there."""
+    if path is None:
+        return
+    if not Path(path).is_file():
         raise UsageError(f"no calibration file at {path!r}; make one with: headq calibrate MODEL -o {path}")
+    from headq_ao import Calibration, headq_config
+
+    try:
+        known = Calibration.load(path)
+        if config is not None:
+            from headq_ao.integrations.config_only.served import served
+            from headq_ao.integrations.config_only.shapes import config_fingerprint
+
+            here = config_fingerprint(config, served(config, headq_config()).shapes)
+            known.check_model({name: value for name, value in here.items() if name != "rope"})
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def check_text(name: str) -> None:
@@ -116,6 +157,8 @@ def check_text(name: str) -> None:
         find_text(name, "calibrate")
     except FileNotFoundError as error:
         raise UsageError(f"{error}; a dataset is dataset:NAME[:CONFIG[:SPLIT]]") from error
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def read_text(name: str, characters: int, column: str = "text") -> tuple[str, str]:

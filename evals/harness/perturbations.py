@@ -20,7 +20,8 @@ from headq_ao.evals.harness.panel import VALUES, Measurements, summarize
 from headq_ao.evals.harness.panel_plot import plot_panel
 from headq_ao.evals.harness.replay import attention_scaling, each_layer
 from headq_ao.evals.metrics.formulas import attention_kl, fisher_error, score_error_variance
-from headq_ao.integrations.transformers.models import attention_modules, fingerprint, layer_shapes, rotary_embedding
+from headq_ao.integrations.config_only.shapes import layer_shapes
+from headq_ao.integrations.transformers.models import attention_modules, fingerprint, rotary_embedding
 from headq_ao.ops.layout import TOKEN_TILE
 
 __all__ = ["measure", "perturbation_panel", "plot_panel"]

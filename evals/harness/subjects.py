@@ -15,8 +15,7 @@ from headq_ao.evals.baselines.eviction import EVICTING
 from headq_ao.evals.baselines.neighbours import ALL as ALL  # registers the baselines
 from headq_ao.evals.baselines.transformers_cache import TransformersCache
 from headq_ao.evals.harness.inputs import describe
-from headq_ao.integrations.transformers.models import layer_shapes
-from headq_ao.layer_shape import LayerShape
+from headq_ao.integrations.config_only.served import served
 
 CONTEXTS = (1024, 4096, 16384)  # where bits are stated; 4096 is the one for claims at equal bits
 MEMORY_CONTEXTS = (*CONTEXTS, 65536)
@@ -122,16 +121,15 @@ class Subject:
             at = {str(t): estimate_memory(model, self.config, t).bits_at_t for t in CONTEXTS}
         else:
             own = _own_bytes(report)
-            width = _width(layer_shapes(model.config))
+            width = _width(model)
             at = {str(t): body + 8 * own / (t * width) / len(packed) for t in CONTEXTS}
         return {**sides, "body": body, "at": at}
 
     def memory_bytes(self, model: Any, bits: dict[str, Any], report: dict[str, Any]) -> dict[str, int]:
         """The whole cache of a sequence at each of :data:`MEMORY_CONTEXTS`, full-precision tokens in 16 bits."""
-        shapes = layer_shapes(model.config)
-        width = _width(shapes)
+        width = _width(model)
         if self.kind == "exact":
-            return {str(t): 2 * t * width * 2 for t in MEMORY_CONTEXTS}
+            return {str(t): round(2 * t * width * 2) for t in MEMORY_CONTEXTS}
         if self.kind == "headq":
             assert self.config is not None
             found = {t: estimate_memory(model, self.config, t, dtype=torch.bfloat16) for t in MEMORY_CONTEXTS}
@@ -159,6 +157,6 @@ def _own_bytes(report: dict[str, Any]) -> float:
     return kept
 
 
-def _width(shapes: list[LayerShape]) -> int:
-    """Elements of one side per token, over all layers."""
-    return sum(shape.n_kv_heads * shape.head_dim for shape in shapes)
+def _width(model: Any) -> float:
+    """Elements of one side per token, over all layers: half of what transformers' own cache keeps."""
+    return sum(served(model, headq_config()).exact) / 2

@@ -27,6 +27,7 @@ def find_text(name: str, purpose: Purpose, wikitext: str | None = None) -> Path:
 
     Raises:
         FileNotFoundError: with what to do about it.
+        ValueError: where the file is empty, or no UTF-8 text.
     """
     if name == "bundled":
         return TEXTS / BUNDLED[purpose]
@@ -46,6 +47,14 @@ def find_text(name: str, purpose: Purpose, wikitext: str | None = None) -> Path:
     if not Path(name).is_file():
         known = ", ".join(map(repr, ("bundled", "wikitext", *OTHER_TEXTS)))
         raise FileNotFoundError(f"no text file {name!r}; give a path or one of {known}")
+    try:
+        empty = not Path(name).read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{name!r} must be a UTF-8 text file, and its byte {error.start} is none of such a text"
+        ) from error
+    if empty:
+        raise ValueError(f"{name!r} has no text")
     return Path(name)
 
 

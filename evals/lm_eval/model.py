@@ -21,8 +21,8 @@ from headq_ao.evals.lm_eval.feeding import Request, Stream, chunked_context, sco
 from headq_ao.evals.lm_eval.filling import NEUTRAL, fill_front
 from headq_ao.evals.lm_eval.processes import join_processes
 from headq_ao.evals.lm_eval.reads import TaskReads, check_packed, reads_table, rows_read
+from headq_ao.integrations.config_only.estimate import estimate_memory
 from headq_ao.integrations.transformers.calibrate import calibrate
-from headq_ao.integrations.transformers.estimate import estimate_memory
 from headq_ao.integrations.transformers.models import with_cache
 from headq_ao.quantize import quantize_
 

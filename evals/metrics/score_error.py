@@ -24,7 +24,8 @@ from headq_ao.evals.metrics.formulas import (
     top1_flips,
     value_error,
 )
-from headq_ao.integrations.transformers.models import attention_modules, layer_shapes
+from headq_ao.integrations.config_only.shapes import layer_shapes
+from headq_ao.integrations.transformers.models import attention_modules
 
 # Rows are binned by entropy / log(visible keys). Fixed edges can be summed over chunks, and mean the same in every
 # layer and at every length; below 0.25 a row reads about one key (4 of 256, 6 of 1024): a flip there reroutes it.

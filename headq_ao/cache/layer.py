@@ -27,7 +27,7 @@ class PackedLayer(ReadingLayer):
             ValueError: where they do not fit the cache or are not finite; it then holds what it held before.
         """
         if torch.compiler.is_compiling():
-            self._append(k.detach(), v.detach())
+            self.append(k.detach(), v.detach())
             return self.tensors_of(k, v)
         lengths, step = self.batch.lengths, self.step
         if step is None and k.shape[2] == 1:
@@ -51,7 +51,7 @@ class PackedLayer(ReadingLayer):
                 raise
             self.call, self.seen, lengths.open = lengths.calls, lengths.seen, False
         else:
-            self._append(k.detach(), v.detach())
+            self.append(k.detach(), v.detach())
         return self.tensors_of(k, v)
 
     def tensors_of(self, k: Tensor, v: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -176,30 +176,7 @@ class PackedLayer(ReadingLayer):
                 )
 
     @property
-    def packed_sides(self) -> tuple[str, ...]:
-        """Which of ``"key"`` and ``"value"`` are coded."""
-        return self.codec.packed_sides if self.is_initialized else ()
-
-    @property
     def tokens_read(self) -> tuple[int, int]:
         """Packed tokens that attention has read, and all, summed over queries."""
         packed, every = (0, 0) if self.reads is None else self.reads.tolist()
         return packed, every + self.dense_reads
-
-    def distinct(self, tokens: Sequence[int]) -> int:
-        """The first ``tokens`` tokens in pages of each sequence, those of shared pages once."""
-        if self.table is None:
-            return 0
-        p, found = self.batch.page_tokens, dict[int, int]()
-        for row, n in zip(self.table.host.tolist(), tokens, strict=True):
-            for page, begin in zip(row, range(0, n, p), strict=False):
-                found[page] = max(found.get(page, 0), min(n - begin, p))
-        return sum(found.values())
-
-    def tensors(self) -> list[Tensor]:
-        """Every tensor held for the sequences by this layer alone."""
-        if not self.is_initialized:
-            return []
-        assert self.pool is not None and self.reads is not None
-        own = list(self.codec.own_tensors().values())
-        return [*self.pool.every, *self.window.tensors(), *own, self.no_table, self.reads]

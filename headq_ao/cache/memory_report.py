@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from headq_ao.cache.batch import Batch
-from headq_ao.cache.layer import PackedLayer
+from headq_ao.cache.state import LayerState
 from headq_ao.cache.token_ids import TokenIds
 
 KINDS = (
@@ -114,7 +114,7 @@ class _Counts:
     sequences: int = 0
     distinct: dict[tuple[int, tuple[int, ...]], int] = field(default_factory=dict)
 
-    def add(self, layer: PackedLayer) -> None:
+    def add(self, layer: LayerState) -> None:
         lengths = layer.batch.lengths
         plan, p = lengths.schedule, layer.batch.page_tokens
         coded = lengths.packed() if layer.packs else [0] * lengths.batch

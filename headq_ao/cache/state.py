@@ -1,7 +1,7 @@
 """What a layer of a packed cache holds: a codec, pages and a window."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -157,6 +157,29 @@ class LayerState:
             pool.tensors, pool.spec, self.block_table, pool.segment, packed, held, self.counts.total, window.k,
             window.v, window.n_sink, k, v, self.batch.lengths.start(self.device), softcap=self.shape.softcap,
         )  # fmt: skip
+
+    @property
+    def packed_sides(self) -> tuple[str, ...]:
+        """Which of ``"key"`` and ``"value"`` are coded."""
+        return self.codec.packed_sides if self.is_initialized else ()
+
+    def distinct(self, tokens: Sequence[int]) -> int:
+        """The first ``tokens`` tokens in pages of each sequence, those of shared pages once."""
+        if self.table is None:
+            return 0
+        p, found = self.batch.page_tokens, dict[int, int]()
+        for row, n in zip(self.table.host.tolist(), tokens, strict=True):
+            for page, begin in zip(row, range(0, n, p), strict=False):
+                found[page] = max(found.get(page, 0), min(n - begin, p))
+        return sum(found.values())
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor held for the sequences by this layer alone."""
+        if not self.is_initialized:
+            return []
+        assert self.pool is not None and self.reads is not None
+        own = list(self.codec.own_tensors().values())
+        return [*self.pool.every, *self.window.tensors(), *own, self.no_table, self.reads]
 
     def _reading(self) -> PagedKV:
         """What this call's queries may see."""

@@ -22,7 +22,7 @@ class WritingLayer(LayerState):
     """
 
     @mode_neutral
-    def _append(self, k: Tensor, v: Tensor) -> None:
+    def append(self, k: Tensor, v: Tensor) -> None:
         """:meth:`PackedLayer.update`, but for what it returns; in a graph, what keeps it from being one is noted."""
         lengths, traced = self.batch.lengths, torch.compiler.is_compiling()
         self.asked = []

@@ -5,8 +5,9 @@ import torch
 
 from headq_ao import headq_config
 from headq_ao.cache.batch import Batch
-from headq_ao.cache.dequantized import DequantizedLayer, Tiling
+from headq_ao.cache.dequantized import DequantizedLayer
 from headq_ao.cache.schedule import page_tokens, schedule_of
+from headq_ao.cache.tiling import Tiling
 from headq_ao.codecs.unseen import UnseenQueries
 
 ROWS = [

@@ -16,7 +16,7 @@ def test_a_step_is_put_together_once(monkeypatch):
     engine.feed(*(x[:, :, :200] for x in (q, k, v)), [199, 1])
     layer, step = engine.layer, engine.layer.step
     assert step is not None
-    monkeypatch.setattr(type(layer), "_append", None)
+    monkeypatch.setattr(type(layer), "append", None)
     monkeypatch.setattr(type(layer), "_attend", None)
     engine.feed(*(x[:, :, 200:206] for x in (q, k, v)), [1] * 6)
     assert layer.step is step

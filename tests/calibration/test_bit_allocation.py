@@ -14,7 +14,7 @@ from headq_ao.codecs.linalg import centred_moment
 from headq_ao.codecs.rotation import Rotation
 from headq_ao.codecs.whitened import whitened_codec, whitened_value_codec
 from headq_ao.config import HeadQConfig
-from headq_ao.integrations.transformers.models import layer_shapes
+from headq_ao.integrations.config_only.shapes import layer_shapes
 from headq_ao.layer_shape import LayerShape
 from headq_ao.statistics.importance import RECENT, importance_weights
 

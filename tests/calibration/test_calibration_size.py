@@ -26,7 +26,7 @@ from headq_ao.codecs.linalg import centred_moment
 from headq_ao.codecs.whitened import whitened_codec, whitened_value_codec
 from headq_ao.evals.harness import inputs
 from headq_ao.files import checksum
-from headq_ao.integrations.transformers.models import layer_shapes
+from headq_ao.integrations.config_only.shapes import layer_shapes
 from tests.conftest import load_recipe
 
 recipe = load_recipe("calibration_size")

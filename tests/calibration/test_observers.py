@@ -6,7 +6,8 @@ import torch
 
 from headq_ao.calibration.observers import IMPORTANCE_EVERY, MomentAccumulator, Recorder
 from headq_ao.calibration.rope import rotation_of
-from headq_ao.integrations.transformers.models import layer_shapes, rotary_embedding
+from headq_ao.integrations.config_only.shapes import layer_shapes
+from headq_ao.integrations.transformers.models import rotary_embedding
 from tests.calibration.moments import N_SINK, SEEN
 
 

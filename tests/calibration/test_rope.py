@@ -9,8 +9,9 @@ import torch
 from headq_ao import HeadQCache, calibrate, headq_config, quantize_
 from headq_ao.calibration.observers import RECORDER
 from headq_ao.calibration.rope import rope_shift, rotation_of
+from headq_ao.integrations.config_only.shapes import layer_shapes
 from headq_ao.integrations.transformers.attention import NAME
-from headq_ao.integrations.transformers.models import attention_modules, layer_shapes, rotary_embedding
+from headq_ao.integrations.transformers.models import attention_modules, rotary_embedding
 from headq_ao.statistics.moments import SEGMENT_TOKENS
 
 SHIFTS = (0, 16, 128, 1024)

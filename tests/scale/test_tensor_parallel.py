@@ -16,7 +16,8 @@ from headq_ao import Calibration, HeadQCache, calibrate, headq_config, quantize_
 from headq_ao.calibration.rope import rotation_of
 from headq_ao.codecs.layer_codec import LayerCodec
 from headq_ao.evals.harness import inputs
-from headq_ao.integrations.transformers.models import attention_modules, layer_shapes, rotary_embedding
+from headq_ao.integrations.config_only.shapes import layer_shapes
+from headq_ao.integrations.transformers.models import attention_modules, rotary_embedding
 from headq_ao.statistics.moments import TENSORS
 from tests.conftest import build_tiny
 from tests.scale.conftest import torchrun

@@ -20,10 +20,10 @@ from headq_ao.cache.masks import check_positions, custom, hidden_tokens, real_sp
 from headq_ao.cache.memory_report import BitsReport, storage_bytes
 from headq_ao.cache.schedule import page_tokens, schedule_of
 from headq_ao.cache.token_ids import TokenIds
+from headq_ao.integrations.config_only.shapes import dense_layers, layer_shapes
 from headq_ao.integrations.transformers.cache_layer import HeadQCacheLayer
 from headq_ao.integrations.transformers.fallback import FallbackLayer
 from headq_ao.integrations.transformers.hybrid import (
-    dense_layers,
     forget_states,
     keeps_states,
     kind,
@@ -36,7 +36,7 @@ from headq_ao.integrations.transformers.hybrid import (
 from headq_ao.integrations.transformers.identity import alike, stamp
 from headq_ao.integrations.transformers.latent import LatentLayer
 from headq_ao.integrations.transformers.model_state import HeadQState
-from headq_ao.integrations.transformers.models import layer_shapes, tensor_parallel
+from headq_ao.integrations.transformers.models import tensor_parallel
 from headq_ao.integrations.transformers.prompt_cache import load_cache, save_cache
 
 ANOTHER_STATE = -1  # no stamp of a model is that: its weights or adapters were not the same in all calls

@@ -15,16 +15,15 @@ from headq_ao.calibration.bit_allocation import WHOLE
 from headq_ao.calibration.observers import RECORDER, Profiler, Recorder
 from headq_ao.calibration.rope import rotation_of
 from headq_ao.calibration.text import SURPRISE, counted_tokens, effective_tokens, profiled_row, read_batches, surprises
+from headq_ao.integrations.config_only.shapes import layer_shapes, shared_places
 from headq_ao.integrations.transformers import latent
 from headq_ao.integrations.transformers.fallback import recording_cache
 from headq_ao.integrations.transformers.models import (
     CACHE_NAME,
     execution_device,
     fingerprint,
-    layer_shapes,
     positions,
     rotary_embedding,
-    shared_places,
     tensor_parallel,
 )
 from headq_ao.integrations.transformers.own_config import OwnConfigs

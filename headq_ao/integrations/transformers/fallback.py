@@ -12,18 +12,14 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
-from headq_ao.cache.dequantized import DequantizedLayer, Tiling
+from headq_ao.cache.dequantized import DequantizedLayer
+from headq_ao.cache.tiling import Tiling
 from headq_ao.calibration.observers import Recorder
 from headq_ao.codecs.unseen import isotropic_queries
+from headq_ao.integrations.config_only.shapes import dense_layers, layer_configs
 from headq_ao.integrations.transformers.cache_layer import HeadQCacheLayer
-from headq_ao.integrations.transformers.hybrid import dense_layers, kind, packable, packed_layer
-from headq_ao.integrations.transformers.models import (
-    attention_problem,
-    check_cached,
-    input_embedding,
-    layer_configs,
-    tensor_parallel,
-)
+from headq_ao.integrations.transformers.hybrid import kind, packable, packed_layer
+from headq_ao.integrations.transformers.models import attention_problem, check_cached, input_embedding, tensor_parallel
 from headq_ao.integrations.transformers.probe import CALLS, cheap, quiet, run, twin_of
 
 SAME = 1e-4  # relative; what rounding may change

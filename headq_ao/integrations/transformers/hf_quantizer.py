@@ -16,7 +16,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from headq_ao.calibration.artifact import CALIBRATION, Calibration
 from headq_ao.config import HeadQConfig
-from headq_ao.integrations.transformers.models import kv_heads_here, layer_shapes
+from headq_ao.integrations.config_only.shapes import layer_shapes
+from headq_ao.integrations.transformers.models import kv_heads_here
 from headq_ao.integrations.transformers.own_config import OwnConfigs
 
 METHOD = "headq"

@@ -17,8 +17,8 @@ from headq_ao.codecs.rotation import in_model_frame
 from headq_ao.codecs.source import SourceModule
 from headq_ao.codecs.unseen import UnseenQueries
 from headq_ao.config import HeadQConfig
+from headq_ao.integrations.config_only.estimate import within_budget
 from headq_ao.integrations.transformers import attention, calls, generation, hf_quantizer, latent
-from headq_ao.integrations.transformers.estimate import within_budget
 from headq_ao.integrations.transformers.model_state import HeadQState
 from headq_ao.integrations.transformers.models import (
     execution_device,

@@ -11,35 +11,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, cache_utils
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from headq_ao.cache.layer import PackedLayer
 from headq_ao.cache.memory_report import storage_bytes
+from headq_ao.integrations.config_only.shapes import PLAIN, DummyLayer
 
-PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)
-WITH_STATES = ("LinearAttentionAndFullAttentionLayer", "LinearAttentionAndSlidingWindowAttentionLayer")
-NATIVE = (*PLAIN, *(getattr(cache_utils, name) for name in WITH_STATES if hasattr(cache_utils, name)))
-DummyLayer: Any = getattr(cache_utils, "DummyLayer", ())  # newer versions have these
 SIZES = ("get_mask_sizes", "get_seq_length")  # what tells how rows come back
 ROWS = frozenset(vars(DynamicSlidingWindowLayer(1))) - {"record_past"} | {
     "dtype",
     "device",
 }  # what packed layers hold in their own way
 BATCH_DIM = {"indexer_position_ids": 1}  # of what is kept beside rows, where it is not the first
-
-
-def dense_layers(config: Any) -> list[Any]:
-    """The layers of transformers' own cache for a config; without layer types all are full attention.
-
-    Raises:
-        ValueError: where transformers makes no cache from it.
-    """
-    c = config.get_text_config(decoder=True)
-    try:
-        return DynamicCache(config=config).layers or [DynamicLayer() for _ in range(c.num_hidden_layers)]
-    except (AttributeError, KeyError) as error:
-        raise ValueError(f"{c.model_type} is not supported: its config describes no cache ({error})") from error
 
 
 def packable(layer: Any) -> bool:

@@ -1,7 +1,6 @@
 """What a Hugging Face model looks like to the cache: its attention layers, their shapes, and what is not supported."""
 
 import inspect
-import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,156 +10,25 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.cache_utils import Cache, LinearAttentionLayer
+from transformers.cache_utils import Cache
 from transformers.masking_utils import create_masks_for_generate
 from transformers.utils.hub import try_to_load_from_cache
 
 from headq_ao.codecs.rotation import POSITIONS
-from headq_ao.integrations.transformers.hybrid import NATIVE, DummyLayer, dense_layers
+from headq_ao.integrations.config_only.shapes import (
+    DummyLayer,
+    config_fingerprint,
+    dense_layers,
+    layer_shapes,
+    shared_places,
+    text_config,
+)
 from headq_ao.layer_shape import LayerShape
 
 CACHE_NAMES = ("cache", "past_key_values")  # transformers 5.24 renamed the argument
 CACHE_NAME = next(n for n in CACHE_NAMES if n in inspect.signature(create_masks_for_generate).parameters)
 KEY_PROJECTIONS = ("k_proj", "qkv_proj", "query_key_value")
 CROSS = re.compile(r"(^|\.)(encoder_attn|enc_?dec_?attention|cross_?attn|cross_?attention)$", re.IGNORECASE)
-
-
-def text_config(config: Any) -> Any:
-    """The decoder's part of a transformers config."""
-    return config.get_text_config(decoder=True)
-
-
-def layer_configs(config: Any) -> list[Any]:
-    """The decoder's config, or one for each of its layers where transformers keeps values that differ between them."""
-    c = text_config(config)
-    return list(c.per_layer_config) if getattr(c, "is_heterogeneous", False) else [c]
-
-
-def packed_places(config: Any) -> list[int]:
-    """Which layers of a cache hold keys and values of attention, and are packed."""
-    return [i for i, layer in enumerate(dense_layers(config)) if type(layer) in NATIVE]
-
-
-def layer_shapes(config: Any) -> list[LayerShape]:
-    """The attention layers that a config describes; those of other kinds, which stay as they are, are left out.
-
-    Raises:
-        ValueError: where a layer is of a kind that HeadQ cannot store, naming it.
-    """
-    layers = checked_layers(config)
-    heads = kv_heads_and_size(config)
-    n_heads = query_heads(config, len(layers))
-    softcap = getattr(layer_configs(config)[0], "attn_logit_softcapping", None)
-    sharing, chunked = [*shared_places(config).values()], chunked_places(config)
-    return [
-        LayerShape(
-            n, *heads, getattr(layer, "sliding_window", None), None, softcap, 1 + sharing.count(i), None, i in chunked
-        )
-        for i, (n, layer) in enumerate(zip(n_heads, layers, strict=True))
-        if type(layer) in NATIVE
-    ]
-
-
-def chunked_places(config: Any) -> set[int]:
-    """Layers whose queries see no token before the chunk of positions that they are in (Llama 4)."""
-    kinds = getattr(text_config(config), "layer_types", None) or []
-    return {i for i, kind in enumerate(kinds) if kind == "chunked_attention"}
-
-
-def shared_places(config: Any) -> dict[int, int]:
-    """Layers that read the keys and values of another, and which that is: the last before them of their kind that
-    stores them (Gemma 3n, Gemma 4)."""
-    c = text_config(config)
-    modes, kinds = getattr(c, "kv_sharing_modes", None) or [], getattr(c, "layer_types", None) or []
-    stores, found = dict[str, int](), dict[int, int]()
-    for i, (mode, kind) in enumerate(zip(modes, kinds, strict=False)):
-        if mode == "store":
-            stores[kind] = i
-        if mode == "reuse" and kind in stores:
-            found[i] = stores[kind]
-    return found
-
-
-def checked_layers(config: Any, known: bool = False) -> list[Any]:
-    """The layers of transformers' own cache for a config, of kinds that HeadQ serves or leaves alone;
-    ``known``: see :func:`check_kind`.
-
-    Raises:
-        ValueError: where one is of another kind, naming it.
-    """
-    name = text_config(config).model_type
-    if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(f"{name}: encoder-decoder models are not supported; HeadQ packs decoder-only causal LMs")
-    check_kind(config, known)
-    layers = dense_layers(config)
-    if all(isinstance(layer, (LinearAttentionLayer, DummyLayer)) and type(layer) not in NATIVE for layer in layers):
-        raise ValueError(f"{name} is not supported: it has no KV cache; its layers keep a state of fixed size")
-    for i, layer in enumerate(layers):
-        if type(layer) not in (*NATIVE, LinearAttentionLayer) and not isinstance(layer, DummyLayer):
-            raise ValueError(
-                f"{name} is not supported: layer {i} caches a {type(layer).__name__}, not plain keys and values"
-            )
-    return layers
-
-
-def check_kind(config: Any, known: bool = False) -> None:
-    """Raise ValueError where a config names a kind of attention that HeadQ does not serve, naming it; ``known``: that
-    its modules are of latent attention that it does serve."""
-    refusals = {
-        "kv_lora_rank": "multi-head latent attention (MLA) caches a latent, not keys and values",
-        "num_kv_shared_layers": "KV shared between layers in a way that its config does not tell",
-        "use_bidirectional_attention": "its attention is not causal",
-    }
-    if known:
-        del refusals["kv_lora_rank"]
-    for c in layer_configs(config):
-        name = c.model_type
-        for attribute, why in refusals.items():
-            value = getattr(c, attribute, None)
-            text_is_causal = attribute == "use_bidirectional_attention" and value == "vision"
-            told = attribute == "num_kv_shared_layers" and bool(shared_places(config))
-            if value and not (text_is_causal or told):
-                raise ValueError(f"{name} is not supported: {why} (config.{attribute}={value})")
-        if getattr(c, "attention_chunk_size", None) and not getattr(c, "layer_types", None):
-            raise ValueError(
-                f"{name} is not supported: attention_chunk_size without layer_types says not which attend so"
-            )
-
-
-def kv_heads_and_size(config: Any) -> tuple[int, int]:
-    """Key-value heads of a layer, and their size; one number each for all layers.
-
-    Raises:
-        ValueError: where a config names no attention heads, or numbers that differ between layers.
-    """
-    found: set[tuple[int, int]] = set()
-    name = text_config(config).model_type
-    for c in layer_configs(config):
-        heads = getattr(c, "num_attention_heads", None)
-        if heads is None:
-            raise ValueError(f"{name} is not supported: it has no KV cache; its config names no attention heads")
-        kv_heads = getattr(c, "num_key_value_heads", None) or heads
-        head_dim = getattr(c, "head_dim", None)
-        if not head_dim and isinstance(heads, int):
-            head_dim = getattr(c, "hidden_size", 0) // heads
-        if not (isinstance(heads, int) and isinstance(kv_heads, int) and isinstance(head_dim, int)):
-            raise ValueError(f"{name} is not supported: its head counts differ between layers")
-        found.add((kv_heads, head_dim))
-    if len(found) > 1:
-        raise ValueError(
-            f"{name} is not supported: its config has no one number of attention heads; key-value heads and their "
-            f"sizes differ between layers: {sorted(found)}"
-        )
-    return found.pop()
-
-
-def query_heads(config: Any, n_layers: int) -> list[int]:
-    """Query heads of each layer; some models give layers different numbers of them."""
-    c = text_config(config)
-    by_layer = getattr(c, "num_attention_heads_per_layer", None) or [
-        o.num_attention_heads for o in layer_configs(config)
-    ]
-    return list(by_layer) if len(by_layer) == n_layers else [by_layer[0]] * n_layers
 
 
 def attention_modules(model: nn.Module, places: int | Sequence[int]) -> list[nn.Module]:
@@ -324,21 +192,6 @@ def kv_heads_here(model: PreTrainedModel, shapes: list[LayerShape], rank: int, s
         )
     held = total // size
     return slice(rank * held, (rank + 1) * held)
-
-
-def config_fingerprint(config: Any, shapes: Sequence[LayerShape]) -> dict[str, Any]:
-    """What :func:`fingerprint` tells of a config alone: type, shapes and rope."""
-    c = text_config(config)
-    return {
-        "model_type": c.model_type,
-        "layers": len(shapes),
-        "heads": shapes[0].n_heads,
-        "kv_heads": shapes[0].n_kv_heads,
-        "head_dim": shapes[0].head_dim,
-        "rope": json.dumps(
-            getattr(c, "rope_parameters", None), sort_keys=True, default=str
-        ),  # order is not kept in files
-    }
 
 
 def fingerprint(model: PreTrainedModel, shapes: Sequence[LayerShape] | None = None) -> dict[str, Any]:

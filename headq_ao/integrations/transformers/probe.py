@@ -31,21 +31,24 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from headq_ao.ambient import mode_neutral
 from headq_ao.cache.masks import attend_new, sink_share
+from headq_ao.integrations.config_only.shapes import (
+    checked_layers,
+    dense_layers,
+    layer_shapes,
+    packed_places,
+    shared_places,
+    text_config,
+)
 from headq_ao.integrations.transformers import latent
 from headq_ao.integrations.transformers.arguments import SINKS, SOFTCAP, unknown_argument
-from headq_ao.integrations.transformers.hybrid import dense_layers, packed_layer
+from headq_ao.integrations.transformers.hybrid import packed_layer
 from headq_ao.integrations.transformers.models import (
     CACHE_NAME,
     attention_modules,
     check_cached,
-    checked_layers,
     forward_names,
     input_embedding,
-    layer_shapes,
-    packed_places,
-    shared_places,
     tensor_parallel,
-    text_config,
     with_cache,
 )
 from headq_ao.layer_shape import LayerShape

@@ -6,19 +6,14 @@ from dataclasses import dataclass, field
 from torch import nn
 from transformers import PreTrainedModel
 
-from headq_ao.cache.dequantized import STEP, Tiling
+from headq_ao.cache.tiling import STEP, Tiling
 from headq_ao.codecs.layer_codec import WIDEST_ROW
 from headq_ao.config import WIDEST_HEAD
+from headq_ao.integrations.config_only.shapes import chunked_places, dense_layers, packed_places, shared_places
 from headq_ao.integrations.transformers.fallback import Rows, observed_rows, truly_refused
-from headq_ao.integrations.transformers.hybrid import dense_layers, packable
+from headq_ao.integrations.transformers.hybrid import packable
 from headq_ao.integrations.transformers.latent import is_latent, latent_shape
-from headq_ao.integrations.transformers.models import (
-    chunked_places,
-    packed_places,
-    self_attentions,
-    shared_places,
-    tensor_parallel,
-)
+from headq_ao.integrations.transformers.models import self_attentions, tensor_parallel
 from headq_ao.integrations.transformers.probe import supported_layers
 from headq_ao.layer_shape import LayerShape
 

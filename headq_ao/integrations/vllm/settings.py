@@ -25,15 +25,13 @@ from headq_ao.codecs.layer_codec import LayerCodec
 from headq_ao.codecs.planes import PlaneCodec
 from headq_ao.codecs.rotation import POSITIONS, Rotation
 from headq_ao.config import HeadQConfig, headq_config
+from headq_ao.integrations.config_only.shapes import config_fingerprint, layer_shapes, text_config
 from headq_ao.integrations.transformers.hf_quantizer import METHOD, HeadQQuantizationConfig, read_calibration
 from headq_ao.integrations.transformers.models import (
     attention_modules,
     cached_checkpoint,
-    config_fingerprint,
-    layer_shapes,
     meta_model,
     rotary_embedding,
-    text_config,
 )
 from headq_ao.layer_shape import LayerShape
 

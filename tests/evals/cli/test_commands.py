@@ -2,13 +2,17 @@
 
 import io
 import json
+import subprocess
 import sys
 
 import pytest
+import torch
 import transformers
 
+from headq_ao import calibrate
 from headq_ao.evals.cli import chat, doctor, loading
 from headq_ao.evals.cli.__main__ import main
+from headq_ao.evals.models.tiny import tiny_model
 
 SHORT = ["--row-length", "160", "--prefill", "64", "--chunk", "32", "--rows", "1", "--no-progress"]
 SMALL = [*SHORT, "--set", "residual_length=16", "--set", "block_size=16"]
@@ -41,6 +45,22 @@ def test_estimate_reads_no_weights(tiny_folder, monkeypatch, capsys):
     assert exact[1:4] == ["16.00", "1.0", "MiB"]  # 2 layers, 2 heads of 32, keys and values, 2 bytes, 2 · 1024 tokens
     assert balanced[1] == "2.75" and float(balanced[4]) > 2  # 2.25 and 16 bits of scale for 32 coordinates
     assert int(exact[-1].replace(",", "")) == 1024 < int(balanced[-1].replace(",", ""))
+
+
+def test_estimate_imports_no_modelling_code(tiny_folder):
+    """Nor torchao: they take longer than all that it does."""
+    code = "import sys\nfrom headq_ao.evals.cli.__main__ import main\nmain(['estimate', sys.argv[1]])\n"
+    code += "print({'torchao', 'transformers.modeling_utils'} & {*sys.modules})"
+    command = [sys.executable, "-c", code, str(tiny_folder)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.endswith("\nset()\n")
+
+
+def test_estimate_of_latents_from_a_config_alone(tmp_path, capsys):
+    transformers.DeepseekV3Config(num_hidden_layers=4).save_pretrained(tmp_path)
+    assert main(["estimate", str(tmp_path)]) == 0
+    rows = {line.split("  ")[0]: line.split() for line in capsys.readouterr().out.splitlines()}
+    assert rows["exact"][1:4] == ["16.00", "18.0", "MiB"]  # 4 layers, 576 numbers of 2 bytes, 4096 tokens
+    assert rows["balanced"][1] == "2.28" and rows["balanced, no calibration"][3] == "2.03"  # and 16 / 576
 
 
 def test_estimate_says_what_the_least_is(tiny_folder, capsys):
@@ -199,3 +219,69 @@ def test_a_missing_package_is_one_line(monkeypatch, capsys):
     assert main(["calibrate", "smollm2", "-o", "x.safetensors"]) == 1
     told = capsys.readouterr().err.strip()
     assert "pip install gguf" in told and "\n" not in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["estimate", "--context", "99,999,999,999"], "must be at most 67,108,864, got 99,999,999,999"),
+        (["estimate", "--batch", "100000"], "must be at most 4,096, got 100,000"),
+    ],
+)
+def test_more_than_can_be_counted(arguments, message, tiny_folder, capsys):
+    """It took all memory, or minutes."""
+    with pytest.raises(SystemExit) as caught:
+        main([arguments[0], str(tiny_folder), *arguments[1:]])
+    assert caught.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["calibrate", "eval", "compare"])
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"\xd5\x00\x10", "must be a UTF-8 text file"), (b" \n", "has no text")]
+)
+def test_texts_that_are_none(command, content, message, tiny_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(loading, "load_model", None)
+    (tmp_path / "t.txt").write_bytes(content)
+    out = ["-o", str(tmp_path / "c.safetensors")] if command == "calibrate" else []
+    assert main([command, str(tiny_folder), "--text", str(tmp_path / "t.txt"), *out]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["estimate", "chat", "eval", "compare"])
+def test_a_calibration_that_is_none(command, tiny_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(loading, "load_model", None)
+    (tmp_path / "c.safetensors").write_text("no calibration at all", encoding="utf-8")
+    assert main([command, str(tiny_folder), "--calibration", str(tmp_path / "c.safetensors")]) == 2
+    assert "is not a usable headq_ao calibration" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["estimate", "chat", "eval", "compare"])
+def test_a_calibration_of_another_model(command, tiny, tiny_folder, tmp_path, monkeypatch, capsys):
+    """Told from its config, before weights are read."""
+    other = tiny(num_key_value_heads=1)
+    ids = torch.randint(5, 100, (4, 300), generator=torch.Generator().manual_seed(0))
+    calibrate(other, ids, progress=False).save(tmp_path / "c.safetensors")
+    monkeypatch.setattr(loading, "load_model", None)
+    assert main([command, str(tiny_folder), "--calibration", str(tmp_path / "c.safetensors")]) == 2
+    assert "was made on another model: kv_heads is 2 here and 1 there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "message"), [("banana", "must be cpu, cuda"), ("cuda:99", "here; headq doctor")])
+def test_a_device_that_is_not_here(name, message, tiny_folder, capsys):
+    assert main(["chat", str(tiny_folder), "--device", name, "--prompt", "w1"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_machine_that_asks_no_hub_says_so(monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert main(["estimate", "some/model"]) == 2
+    told = capsys.readouterr().err
+    assert "HF_HUB_OFFLINE is set: looking among what was fetched" in told and "HF_HUB_OFFLINE=1" not in told
+
+
+def test_chat_with_latents(tmp_path, tiny_folder, capsys):
+    """The exact cache that it is compared with is that of rows."""
+    tiny_model("deepseek_v3", "DeepseekV3ForCausalLM").save_pretrained(tmp_path / "mla")
+    transformers.AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(tmp_path / "mla")
+    assert main(["chat", str(tmp_path / "mla"), "--prompt", "w1 w2", "--max-new-tokens", "4"]) == 0
+    assert "exact" in capsys.readouterr().err

@@ -10,7 +10,7 @@ from torchao.core.config import config_from_dict, config_to_dict
 from transformers import AutoModelForCausalLM
 
 from headq_ao import HeadQCache, HeadQConfig, calibrate, estimate_memory, headq_config, quantize_, restore_
-from headq_ao.integrations.transformers.estimate import within_budget
+from headq_ao.integrations.config_only.estimate import within_budget
 
 CONTEXT, BATCH = 700, 2
 BETWEEN = (1.7, 3.6)  # bits per element of a budget, full-precision tokens aside

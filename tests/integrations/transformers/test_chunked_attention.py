@@ -11,7 +11,8 @@ from headq_ao.cache.masks import first_visible
 from headq_ao.evals.models.sweep import one
 from headq_ao.evals.models.sweep_checks import OPTIONS, kernels_on, limit, noisy_cache, relative, stream
 from headq_ao.evals.models.tiny import OWN, tiny_model
-from headq_ao.integrations.transformers.models import layer_shapes, with_cache
+from headq_ao.integrations.config_only.shapes import layer_shapes
+from headq_ao.integrations.transformers.models import with_cache
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers' own, about configs
 CHUNK = OWN["llama4_text"]["attention_chunk_size"]

@@ -24,8 +24,8 @@ from headq_ao.evals.models.sweep_checks import (
     stream,
 )
 from headq_ao.evals.models.tiny import classes, tiny_model
+from headq_ao.integrations.config_only.shapes import shared_places
 from headq_ao.integrations.transformers import calibrate as calibrating
-from headq_ao.integrations.transformers.models import shared_places
 from headq_ao.layer_shape import LayerShape
 from tests.cache.streams import schedule_of
 

@@ -9,23 +9,23 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from headq_ao.ambient import mode_neutral
 from headq_ao.byte_size import bytes_text
 from headq_ao.cache.batch import Batch
-from headq_ao.cache.layer import PackedLayer
 from headq_ao.cache.memory_report import BitsReport, storage_bytes
 from headq_ao.cache.schedule import page_tokens, schedule_of
 from headq_ao.cache.token_ids import TokenIds
+from headq_ao.cache.writing import WritingLayer
 from headq_ao.calibration.artifact import Calibration, usable_calibration
 from headq_ao.calibration.bit_allocation import head_bits
 from headq_ao.codecs.base import HeadBits
 from headq_ao.codecs.layer_codec import LayerCodec
 from headq_ao.codecs.registry import LayerContext, build
 from headq_ao.codecs.source import SourceModule
+from headq_ao.codecs.whitened import Readout
 from headq_ao.config import HeadQConfig
-from headq_ao.integrations.transformers.models import layer_shapes
+from headq_ao.integrations.config_only.served import served
 from headq_ao.layer_shape import LayerShape
 from headq_ao.ops.layout import TOKEN_TILE, key_bytes_per_token, value_bytes_per_token
 from headq_ao.statistics.moments import PROFILE, TENSORS, LayerMoments, tensor_shapes
@@ -35,8 +35,9 @@ META = torch.device("meta")
 
 @mode_neutral
 def estimate_memory(
-    model_or_config: Any, config: HeadQConfig, tokens: int, batch_size: int = 1, dtype: torch.dtype | None = None
-) -> BitsReport:
+    model_or_config: Any, config: HeadQConfig, tokens: int, batch_size: int = 1, dtype: torch.dtype | None = None,
+    shapes: Sequence[LayerShape] | None = None,
+) -> BitsReport:  # fmt: skip
     """The :meth:`HeadQCache.bits_report` that one prefill of ``tokens`` tokens would leave, without running the model.
 
     The cache's own code runs on shapes alone (PyTorch's meta device), so the counts are those of the real cache.
@@ -50,6 +51,7 @@ def estimate_memory(
         tokens: per sequence.
         batch_size: sequences.
         dtype: of full-precision tokens; default the model's, else bfloat16.
+        shapes: of the layers; None: what is found out (:func:`headq_ao.integrations.config_only.served.served`).
 
     Returns:
         A :class:`~headq_ao.cache.memory_report.BitsReport`; its ``bytes`` sum to the footprint.
@@ -66,7 +68,7 @@ def estimate_memory(
     """
     if tokens < 1 or batch_size < 1:
         raise ValueError(f"tokens and batch_size must be at least 1, got {tokens} and {batch_size}")
-    shapes, dtype = _form(model_or_config, dtype)
+    shapes, dtype = _form(model_or_config, config, dtype, shapes)
     config, known = usable_calibration(config)
     return _report(shapes, _within(shapes, config, known, dtype), known, tokens, batch_size, dtype)
 
@@ -85,7 +87,7 @@ def within_budget(
     Args:
         model_or_config, dtype: as :func:`estimate_memory` takes them.
         config: with ``cache_bytes``.
-        shapes: of the layers; None: what the config tells.
+        shapes: of the layers; None: what is found out.
 
     Raises:
         ValueError: where even the fewest bits take more, saying what they take.
@@ -93,7 +95,7 @@ def within_budget(
     Example:
         >>> from transformers import LlamaConfig
         >>> from headq_ao import headq_config
-        >>> from headq_ao.integrations.transformers.estimate import within_budget
+        >>> from headq_ao.integrations.config_only.estimate import within_budget
         >>> chosen = within_budget(LlamaConfig(), headq_config(cache_bytes="1GiB", context_length=16384))
         >>> chosen.k_bits, chosen.v_bits, chosen.cache_bytes
         (2, 1, None)
@@ -101,19 +103,18 @@ def within_budget(
     if config.cache_bytes is None:
         return config
     config, known = usable_calibration(config)
-    shapes, dtype = _form(model_or_config, dtype, shapes)
+    shapes, dtype = _form(model_or_config, config, dtype, shapes)
     return _within(shapes, config, known, dtype)
 
 
 def _form(
-    model_or_config: Any, dtype: torch.dtype | None, shapes: Sequence[LayerShape] | None = None
+    model_or_config: Any, config: HeadQConfig, dtype: torch.dtype | None, shapes: Sequence[LayerShape] | None
 ) -> tuple[Sequence[LayerShape], torch.dtype]:
     """The shapes of a model's layers, and the dtype of its full-precision tokens."""
-    model_config = model_or_config.config if isinstance(model_or_config, PreTrainedModel) else model_or_config
     if dtype is None:
         dtype = getattr(model_or_config, "dtype", None)
         dtype = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
-    return layer_shapes(model_config) if shapes is None else shapes, dtype
+    return served(model_or_config, config).shapes if shapes is None else shapes, dtype
 
 
 def _within(
@@ -220,14 +221,15 @@ def _filled(
         raise ValueError(f"how many tokens {config.codec!r} leaves out depends on the text: there is no estimate")
     schedule = schedule_of(config, sources)
     batch = Batch(schedule, page_tokens(config, schedule))
-    batch.layers = [PackedLayer(shape, source, batch) for shape, source in zip(shapes, sources, strict=True)]
+    batch.layers = [WritingLayer(shape, source, batch) for shape, source in zip(shapes, sources, strict=True)]
     batch.begin(batch_size, tokens)
     for layer in batch.layers:
         k, v, q = (
             torch.empty(batch_size, heads, tokens, dim, dtype=dtype, device=META) for heads, dim in layer.forms.values()
         )
-        layer.update(k, v)
-        layer.commit(q)
+        layer.append(k, v)
+        for part in q.chunk(layer.shape.readers, 1):  # of each module that reads the layer
+            layer.commit(part)
     ids = TokenIds()
     ids.note(torch.empty(batch_size, tokens, dtype=torch.int64, device=META), batch_size, tokens, 0, None)
     return batch, ids, times
@@ -239,25 +241,31 @@ def _source(
     """What codes a layer of that form, without data."""
     moments = None if config.calibration is None else _no_moments(shape)
     if config.codec is None:
-        return LayerCodec(config, shape, moments, META, bits=bits)
+        rows = (
+            None
+            if shape.latent is None
+            else Readout(torch.empty(1, 1, shape.head_dim, dtype=torch.float32, device=META), 1.0)
+        )
+        return LayerCodec(config, shape, moments, META, bits=bits, readout=rows)
     context = LayerContext(shape, config.n_sink, META, moments, framed=moments, index=index, layers=layers)
     return build(config.codec, config.codec_options or {}, context)
 
 
-def assumed_calibration(model_config: Any) -> Calibration:
-    """A calibration without data, for estimates of a config as if it had one: all heads are equally sensitive.
+def assumed_calibration(shapes: Sequence[LayerShape]) -> Calibration:
+    """A calibration without data, for estimates of layers as if they had one: all heads are equally sensitive.
 
     Which head gets more bits is unknown then, and the bytes of all heads are those of a real calibration.
 
     Example:
         >>> from transformers import LlamaConfig
         >>> from headq_ao import estimate_memory, headq_config
-        >>> from headq_ao.integrations.transformers.estimate import assumed_calibration
-        >>> known = assumed_calibration(LlamaConfig())
+        >>> from headq_ao.integrations.config_only.estimate import assumed_calibration
+        >>> from headq_ao.integrations.config_only.served import served
+        >>> known = assumed_calibration(served(LlamaConfig(), headq_config()).shapes)
         >>> estimate_memory(LlamaConfig(), headq_config(calibration=known), tokens=4096).packed_bits_per_element
         2.375
     """
-    return Calibration([_no_moments(shape, PROFILE) for shape in layer_shapes(model_config)], {})
+    return Calibration([_no_moments(shape, PROFILE) for shape in shapes], {})
 
 
 def _no_moments(shape: LayerShape, beside: Sequence[str] = ()) -> LayerMoments:

@@ -7,7 +7,8 @@ import torch
 import transformers
 
 from headq_ao import HeadQCache, calibrate, estimate_memory, headq_config, quantize_
-from headq_ao.integrations.transformers.estimate import assumed_calibration
+from headq_ao.integrations.config_only.estimate import assumed_calibration
+from headq_ao.integrations.config_only.served import served
 from tests.integrations.transformers.calling import OPTIONS, forward
 
 
@@ -52,7 +53,7 @@ def test_an_assumed_calibration_takes_what_a_real_one_does(tiny, token_ids):
     config = headq_config(**OPTIONS)
     one, other = (
         estimate_memory(model, dataclasses.replace(config, calibration=known), 300)
-        for known in (real, assumed_calibration(model.config))
+        for known in (real, assumed_calibration(served(model.config, config).shapes))
     )
     assert one.bytes == other.bytes
 

@@ -1,0 +1,1 @@
+"""What is known of a model from its config alone; transformers' modelling code is not imported for it."""
