@@ -32,13 +32,14 @@ in bfloat16, which rounds keys and values too, under a model that is otherwise t
 """
 
 
-class Bfloat16Cache(DynamicCache):
+class Bfloat16Cache(DynamicCache):  # type: ignore[misc]
     """transformers' cache, of keys and values rounded to bfloat16."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """As there."""
         k, v = (x.bfloat16().to(x.dtype) for x in (key_states, value_states))
-        return super().update(k, v, *args, **kwargs)
+        held: tuple[Tensor, Tensor] = super().update(k, v, *args, **kwargs)
+        return held
 
 
 @contextmanager
@@ -53,7 +54,7 @@ def watched(model: nn.Module) -> Iterator[list[list[Tensor]]]:
         raise ValueError(f"{type(model).__name__} has no router that chooses experts: give a mixture of experts")
     chosen: list[list[Tensor]] = [[] for _ in routers]
     hooks = [
-        router.register_forward_hook(lambda _, __, out, into=into: into.append(out[-1].cpu()))  # type: ignore[misc]
+        router.register_forward_hook(lambda _, __, out, into=into: into.append(out[-1].cpu()))
         for router, into in zip(routers, chosen, strict=True)
     ]
     try:

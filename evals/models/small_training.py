@@ -182,7 +182,8 @@ def training_loss(model: Any, rows: Tensor) -> Tensor:
         return next_token_loss(model, rows)
     out = model(rows, use_cache=False, output_router_logits=True)
     loss = F.cross_entropy(out.logits[:, :-1].float().flatten(0, 1), rows[:, 1:].flatten())
-    return loss + weight * out.aux_loss
+    balanced: Tensor = loss + weight * out.aux_loss
+    return balanced
 
 
 def fit(model: Any, ids: Tensor, recipe: Recipe, progress: bool = True) -> list[float]:

@@ -388,8 +388,6 @@ extern "C" int headq_cache_update(Args* args, const Group* groups) {
   return failed;
 }
 
-extern "C" int headq_rows_size() { return int(sizeof(Rows)); }
-
 // Row moves[2i + 1] becomes what row moves[2i] is, in turn; row -1 is beside each tensor. Returns 1 where there is no memory.
 extern "C" int headq_move_rows(const Rows* tensors, int32_t n, const int64_t* moves, int64_t n_moves, int32_t threads) {
   int64_t most = 0;

@@ -87,22 +87,24 @@ def moves(order: Sequence[int]) -> list[tuple[int, int]]:
 
 def _moved(tensors: Sequence[Tensor], pairs: Sequence[tuple[int, int]]) -> bool:
     """Whether the compiled code has made the moves; on the CPU."""
-    lib, found = library(), [_rows(t) for t in tensors]
-    if lib is None or None in found:
+    lib, rows = library(), [_rows(t) for t in tensors]
+    found = [x for x in rows if x is not None]
+    if lib is None or len(found) < len(rows):
         return False
-    rows, flat = (_Rows * len(found))(*found), (ctypes.c_int64 * (2 * len(pairs)))(*itertools.chain(*pairs))
-    if lib.headq_move_rows(rows, len(rows), flat, ctypes.c_int64(len(pairs)), torch.get_num_threads()):
+    flat = (ctypes.c_int64 * (2 * len(pairs)))(*itertools.chain(*pairs))
+    given = (_Rows * len(found))(*found), len(found), flat, ctypes.c_int64(len(pairs)), torch.get_num_threads()
+    if lib.headq_move_rows(*given):
         raise MemoryError("moving rows of the cache had no memory for one of them")
     return True
 
 
-def _rows(t: Tensor) -> tuple[int, ...] | None:
-    """The fields of :class:`_Rows`; None where the compiled code does not read such a tensor."""
+def _rows(t: Tensor) -> _Rows | None:
+    """None where the compiled code does not read such a tensor."""
     if t.device.type != "cpu":
         return None
     row = t.stride(0) * t.element_size()
     if t.is_contiguous():
-        return t.data_ptr(), row, 1, 0, row
+        return _Rows(t.data_ptr(), row, 1, 0, row)
     if t.ndim > 1 and t.transpose(0, 1).is_contiguous():  # pages: those of a head lie side by side
-        return t.data_ptr(), row, t.shape[1], t.stride(1) * t.element_size(), row
+        return _Rows(t.data_ptr(), row, t.shape[1], t.stride(1) * t.element_size(), row)
     return None
