@@ -122,7 +122,7 @@ def compared(found: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]) -> dict
     kl = (target.exp() * (target - logprobs)).sum(-1)
     other = (experts.sort(-1).values != of_exact.sort(-1).values).any(-1).any(0)
     return {
-        "score": {"mean_kl": kl.mean().item()},
+        "mean_kl": kl.mean().item(),
         "kl_where_changed": kl[other].mean().item() if other.any() else None,
         "kl_where_same": kl[~other].mean().item() if not other.all() else None,
         "changed": changed(experts, of_exact),
@@ -196,7 +196,7 @@ def cells(result: dict[str, Any]) -> list[str]:
     kls = [result[name] for name in ("kl_where_changed", "kl_where_same")]
     return [
         result["title"],
-        f"{result['score']['mean_kl']:.2g}",
+        f"{result['mean_kl']:.2g}",
         *shares,
         *("–" if x is None else f"{x:.2g}" for x in kls),
     ]

@@ -157,7 +157,7 @@ class Recipe:
         expected = {setting.name: setting.expected_kl for setting in self.settings}
         lines = []
         for result in results:
-            scored = result["score"] if "score" in result else result["greedy"]["tokens"]
+            scored = result.get("score") or result.get("greedy", {"tokens": result})["tokens"]
             low_high, kl = expected[result["name"]], scored["mean_kl"]
             if low_high is not None and not low_high[0] <= kl <= low_high[1]:
                 lines.append(f"{result['name']}: mean KL {kl:.5f}, expected {low_high[0]} to {low_high[1]}")

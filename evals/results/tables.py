@@ -166,8 +166,7 @@ def routing(folder: Path) -> str:
     rows = []
     for result in [*found, {"title": "dense bfloat16 cache", **found[0]["bfloat16"]}]:
         shares = [f"{100 * result['changed'][name]:.2f} %" for name in ("sets", "experts", "tokens")]
-        kls = [result[name] for name in ("kl_where_changed", "kl_where_same")]
-        kls = [result["score"]["mean_kl"], *kls]
+        kls = [result[name] for name in ("mean_kl", "kl_where_changed", "kl_where_same")]
         shown = ["" if x is None else f"{x:.2g}" for x in kls]
         rows.append([result["title"], shown[0], *shares, *shown[1:]])
     p, experts = found[0]["protocol"], found[0]["experts"]

@@ -48,7 +48,7 @@ def results(tmp_path, mixture, token_ids, monkeypatch):
 def test_what_is_stored(results, tmp_path):
     near, far = results["near"], results["far"]
     assert 0 <= near["changed"]["sets"] < far["changed"]["sets"] < 1
-    assert near["score"]["mean_kl"] < far["score"]["mean_kl"] < 9
+    assert near["mean_kl"] < far["mean_kl"] < 9
     assert far["changed"]["experts"] <= far["changed"]["sets"] <= far["changed"]["tokens"]
     assert far["kl_where_changed"] is not None and len(far["changed"]["sets_by_layer"]) == 2
     assert near["packed_fraction"] > 0.2 and near["bfloat16"]["changed"]["sets"] < far["changed"]["sets"]
