@@ -229,8 +229,9 @@ def tiny_model(model_type: str, kind: str, own: dict[str, Any] | None = None) ->
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = getattr(transformers, kind)(tiny_config(model_type, own)).eval()
-    for parameter in model.parameters():
-        if parameter.ndim > 1 and not parameter.any():  # a projection of images, which only training makes other
+    for name, parameter in model.named_parameters():
+        # a projection of images, which only training makes other
+        if parameter.ndim > 1 and "bias" not in name and not parameter.any():
             nn.init.normal_(parameter, std=TEXT["initializer_range"])
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
