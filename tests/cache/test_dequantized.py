@@ -1,4 +1,4 @@
-"""Layers that give dequantized rows: how a model's rows are cut into heads, and what is held between calls."""
+"""Layers that give dequantized rows: what they give, and what is held between calls."""
 
 import pytest
 import torch
@@ -9,23 +9,7 @@ from headq_ao.cache.dequantized import DequantizedLayer
 from headq_ao.cache.schedule import page_tokens, schedule_of
 from headq_ao.cache.tiling import Tiling
 from headq_ao.codecs.unseen import UnseenQueries
-
-ROWS = [
-    ((2, 16), (2, 16)), ((3, 20), (3, 20)), ((1, 512), (1, 64)), ((4, 24), (2, 40)), ((2, 192), (2, 128)),
-    ((1, 576), (1, 16)),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("keys", "values"), ROWS)
-def test_rows_are_cut_and_joined(keys, values):
-    tiling = Tiling.of(keys, values)
-    k, v = (torch.randn(2, heads, 5, dim) for heads, dim in (keys, values))
-    cut = tiling.cut(k, v)
-    assert [tuple(x.shape) for x in cut] == [(2, tiling.heads, 5, dim) for dim in tiling.dims]
-    assert all(dim % 16 == 0 and dim <= 256 for dim in tiling.dims)
-    for back, x, pieces in zip(tiling.join(*cut), (k, v), cut, strict=True):
-        assert torch.equal(back, x)
-        assert pieces.norm() == pytest.approx(x.norm())  # the rest is zeros
+from tests.cache.test_tiling import ROWS
 
 
 def layer_of(keys, values, sliding=None, **options):
