@@ -34,6 +34,10 @@ VISION: dict[str, Any] = dict(
     num_key_value_heads=2, head_dim=16, image_size=32, patch_size=16, out_hidden_size=64,
 )  # fmt: skip
 LOCAL_GLOBAL = ["sliding_attention", "full_attention"]
+GEMMA: dict[str, Any] = dict(
+    model_type="gemma", hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+    num_key_value_heads=1, head_dim=32, vocab_size=128,
+)  # fmt: skip
 OWN: dict[str, dict[str, Any]] = {  # what a class needs beside
     "apertus1p5": dict(
         vision_config=dict(codebook_size=8, base_channels=32), audio_config=dict(codebook_dim=32, codebook_size=8),
@@ -107,6 +111,16 @@ OWN: dict[str, dict[str, Any]] = {  # what a class needs beside
     "inkling2": dict(vision_config=dict(text_hidden_size=64)),
     "inkling2_loop": dict(vision_config=dict(text_hidden_size=64)),
     "paligemma": dict(projection_dim=64),
+    "pi0": dict(
+        vlm_config=dict(
+            model_type="paligemma", text_config=GEMMA, projection_dim=64, image_token_id=120,
+            vision_config=dict(
+                model_type="siglip_vision_model", hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+                num_attention_heads=2, image_size=32, patch_size=16, vision_use_head=False,
+            ),
+        ),
+        dit_config=GEMMA,
+    ),
     "qwen3_omni_moe_text": dict(sliding_window=1024),  # so it is here
     "reformer": dict(attn_layers=["local", "lsh"], is_decoder=True, axial_pos_embds=False),
     "roc_bert": dict(
