@@ -59,16 +59,15 @@ def attention_modules(model: nn.Module, places: int | Sequence[int]) -> list[nn.
 
 
 def decoder_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules of a model by path, without those of its other parts: a vision tower is a model of another type."""
+    """The modules of a model by path, without those of its other parts: a vision tower is a model of another type, in
+    which no decoder is."""
     modules = dict(model.named_modules())
     if not isinstance(model, PreTrainedModel):
         return modules
     own = {model.config.model_type, text_config(model.config).model_type}
-    others = tuple(
-        f"{name}."
-        for name, module in modules.items()
-        if isinstance(module, PreTrainedModel) and module.config.model_type not in own
-    )
+    parts = {f"{name}.": m.config.model_type in own for name, m in modules.items() if isinstance(m, PreTrainedModel)}
+    decoders = [name for name, is_own in parts.items() if is_own]
+    others = tuple(x for x, is_own in parts.items() if not (is_own or any(name.startswith(x) for name in decoders)))
     return {name: module for name, module in modules.items() if not f"{name}.".startswith(others)}
 
 

@@ -148,3 +148,18 @@ def test_a_module_computes_where_its_hook_brings_it():
     assert execution_device(module) == torch.device("cuda:1")
     module[0]._hf_hook = SimpleNamespace(execution_device="cpu")
     assert execution_device(module) == torch.device("cpu")
+
+
+def test_a_decoder_within_a_model_of_another_type_is_found():
+    class Tower(transformers.PreTrainedModel):
+        config_class = transformers.SiglipConfig
+
+        def __init__(self, config, decoder):
+            super().__init__(config)
+            self.language_model = decoder
+
+    model = transformers.LlamaForCausalLM(llama())
+    model.tower = Tower(transformers.SiglipConfig(), copy.deepcopy(model.model))
+    model.other = Tower(transformers.SiglipConfig(), nn.ModuleList(copy.deepcopy(model.model.layers)))
+    beside = [f"tower.language_model.layers.{i}.self_attn" for i in range(2)]
+    assert list(self_attentions(model)) == [f"model.layers.{i}.self_attn" for i in range(2)] + beside
