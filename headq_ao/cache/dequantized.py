@@ -42,6 +42,9 @@ class DequantizedLayer(PackedLayer):
             "value": self.tiling.values[0] * self.tiling.values[1],
         }
 
+    def prepare(self) -> None:
+        """Nothing: the model attends, so that no step reads packed tokens."""
+
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def update(self, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append keys and values ``[B, H, S, D]`` as the model has them.

@@ -53,7 +53,10 @@ class ReadingLayer(WritingLayer):
         return out.to(q.dtype)
 
     def view(self, mask: Tensor | None, is_causal: bool | None = None) -> MaskView | None:
-        """What a call's mask says that the counts do not; None: nothing."""
+        """What a call's mask says that the counts do not; None: nothing. A model's own mask of chunks says nothing: it
+        may count them from padding, or from the call's first slot."""
+        if not self.shows_more:
+            mask = None
         if torch.compiler.is_compiling():
             return None if mask is None else self._traced_view(mask)
         given = mask, is_causal, self.batch.lengths, self.batch.metadata
@@ -61,6 +64,12 @@ class ReadingLayer(WritingLayer):
         if view is not None and self.sliding_window is not None:
             self._check_held(view)
         return view
+
+    @property
+    def shows_more(self) -> bool:
+        """Whether masks of this call may show what the counts do not."""
+        told = self.batch.metadata
+        return not self.shape.chunked or told.custom or told.by_slot
 
     def _check_held(self, view: MaskView) -> None:
         """Raise ValueError where a view shows cached tokens that a sliding window has let go."""

@@ -56,7 +56,7 @@ class WritingLayer(LayerState):
     def prepare(self) -> Step | None:
         """Put a decoding step together once, where the codec has kernels for it."""
         lengths, shape = self.batch.lengths, self.shape
-        if not self.is_initialized or lengths.spans is not None:
+        if not self.is_initialized or lengths.padded:
             return None
         ready = self.codec.captured and self.packs and self.pending is None
         if not ready or self.source.current(self.codec) is not self.codec:

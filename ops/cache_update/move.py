@@ -29,7 +29,7 @@ def copy_rows(tensors: Sequence[Tensor], pairs: Sequence[tuple[int, int]]) -> No
     """
     if not pairs or not tensors or _moved(tensors, pairs):
         return
-    source, target = (torch.tensor(x, device=tensors[0].device) for x in zip(*pairs, strict=True))
+    source, target = (_index(x, tensors[0].device) for x in zip(*pairs, strict=True))
     for t in tensors:
         t.index_copy_(0, target, t.index_select(0, source))
 
@@ -47,7 +47,7 @@ def select_rows(tensors: Sequence[Tensor], order: Sequence[int]) -> None:
     """
     if not tensors or _moved(tensors, moves(order)):
         return
-    index = torch.tensor(order, device=tensors[0].device)
+    index = _index(order, tensors[0].device)
     for t in tensors:
         t.copy_(t.index_select(0, index))
 
@@ -86,9 +86,9 @@ def moves(order: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def _moved(tensors: Sequence[Tensor], pairs: Sequence[tuple[int, int]]) -> bool:
-    """Whether the compiled code has made the moves; on the CPU."""
-    lib, rows = library(), [_rows(t) for t in tensors]
-    found = [x for x in rows if x is not None]
+    """Whether the compiled code has made the moves; on the CPU, of rows that there are."""
+    lib, rows, most = library(), [_rows(t) for t in tensors], max(map(max, pairs), default=BESIDE)
+    found = [x for x, t in zip(rows, tensors, strict=True) if x is not None and most < len(t)]
     if lib is None or len(found) < len(rows):
         return False
     flat = (ctypes.c_int64 * (2 * len(pairs)))(*itertools.chain(*pairs))
@@ -98,9 +98,14 @@ def _moved(tensors: Sequence[Tensor], pairs: Sequence[tuple[int, int]]) -> bool:
     return True
 
 
+def _index(rows: Sequence[int], device: torch.device) -> Tensor:
+    """Without waiting for the copy."""
+    return torch.tensor(rows, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
+
+
 def _rows(t: Tensor) -> _Rows | None:
     """None where the compiled code does not read such a tensor."""
-    if t.device.type != "cpu":
+    if type(t) is not Tensor or t.device.type != "cpu" or not t.numel():
         return None
     row = t.stride(0) * t.element_size()
     if t.is_contiguous():

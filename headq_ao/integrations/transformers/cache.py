@@ -151,13 +151,13 @@ class HeadQCache(Cache):
 
     def expect(
         self, state: HeadQState, batch: int, length: int, mask: Any, position_ids: Any, layers: int | None = None,
-        tokens: Tensor | None = None, weights: bool = False, typed: bool = False,
+        tokens: Tensor | None = None, weights: bool = False, by_slot: bool = False,
     ) -> None:  # fmt: skip
         """Note what the next call brings, from the model of ``state``: ``length`` slots of ``batch`` sequences.
 
         ``layers``: how many the call runs, from the first on; None: all.
 
-        ``weights``: whether attention weights are wanted; ``typed``: as :class:`.CallMetadata` has it.
+        ``weights``: whether attention weights are wanted; ``by_slot``: as :class:`.CallMetadata` has it.
 
         ``tokens``: ids ``[B, S]`` or embeddings ``[B, S, C]``, None where they are not known.
 
@@ -188,7 +188,7 @@ class HeadQCache(Cache):
             )
         whole = spans is None and lengths.tokens is None  # most calls: no padding anywhere
         hidden = None if whole or lengths.batch != batch else hidden_tokens(mask, lengths.totals(), pads, seen)
-        self.batch.begin(batch, length, spans, CallMetadata(custom(mask), hidden, weights, typed))
+        self.batch.begin(batch, length, spans, CallMetadata(custom(mask), hidden, weights, by_slot))
         if lengths.first:
             self.prepare(batch, layers)
         self._follow(state)
@@ -228,7 +228,7 @@ class HeadQCache(Cache):
             or batch.broken
             or told.custom
             or told.weights
-            or told.typed
+            or told.by_slot
             or told.hidden is not None
             or not isinstance(tokens, Tensor)
             or tokens.shape != (lengths.batch, 1)
@@ -296,7 +296,7 @@ class HeadQCache(Cache):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Sizes of the mask; in a traced model those of the new tokens, for nothing reads it there but what they see
-        of each other. Where types by slot tell that, they are the same there as everywhere."""
+        of each other. Where that is told by slot, they are the same there as everywhere."""
         layer = self.layers[layer_idx]
         if isinstance(layer, FallbackLayer):
             return layer.get_mask_sizes(query_length)
@@ -309,8 +309,8 @@ class HeadQCache(Cache):
         return self._slots_before(layer_idx) if torch.compiler.is_compiling() else self.get_seq_length(layer_idx)
 
     def _slots_before(self, index: int) -> int:
-        """Slots before those of a traced call's mask: none, unless types by slot count from the first one."""
-        seen: int = self._counting(index).seen if self.batch.metadata.typed else 0
+        """Slots before those of a traced call's mask: none, unless what is told by slot counts from the first one."""
+        seen: int = self._counting(index).seen if self.batch.metadata.by_slot else 0
         return seen
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -398,8 +398,7 @@ class HeadQCache(Cache):
         order = (indices.nonzero().flatten() if mask else indices).tolist()
         if not order or not all(0 <= i < batch for i in order):
             raise ValueError(f"indices must name at least one of the sequences 0 to {batch - 1} held, got {order}")
-        if mask:
-            indices = torch.tensor(order, device="cpu")
+        indices = torch.tensor(order, device="cpu")  # here: layers ask for their numbers, and wait for no device
         if order != list(range(batch)):
             copies = self.batch.select(order)
             for layer in self.packed:

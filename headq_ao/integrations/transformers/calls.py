@@ -84,8 +84,10 @@ def _supply(
     batch, length = tokens.shape[:2]
     mask = kwargs.get("attention_mask")
     weights, positions = bool(kwargs.get("output_attentions")), kwargs.get("position_ids")
-    typed = length > 1 and any(_longer(kwargs.get(kind), length) for kind in TYPES)
-    cache.expect(model._headq, batch, length, mask, positions, layers_run(model), tokens, weights, typed)
+    # where a model makes its mask of a whole one or of types of all slots, these are read by the slots' places
+    whole = (*TYPES, "attention_mask") if positions is None and cache.batch.lengths.tokens is not None else TYPES
+    by_slot = length > 1 and any(_longer(kwargs.get(name), length) for name in whole)
+    cache.expect(model._headq, batch, length, mask, positions, layers_run(model), tokens, weights, by_slot)
     if native and not cache.batch.lengths.first and not cache.batch.metadata.custom and positions is not None:
         kwargs["attention_mask"] = None  # the cache knows it, and a mask that grows is a new shape at each step
     return args, {**kwargs, name: cache}
@@ -115,7 +117,7 @@ def supply_in_graph(
 
 
 def _longer(types: Any, length: int) -> bool:
-    """Whether a call's types of tokens ``[B, T]`` are of more slots than its own."""
+    """Whether a call's types or mask of tokens ``[B, T]`` are of more slots than its own."""
     return isinstance(types, Tensor) and types.ndim == 2 and types.shape[1] > length
 
 

@@ -116,7 +116,7 @@ def _first(
 ) -> Tensor:
     """Attention over the new tokens alone, in full precision, under the model's mask and the cache's own: ``q``'s
     form."""
-    seen = None if mask is None else visible_slots(mask)[:, None]
+    seen = None if mask is None or not layer.shows_more else visible_slots(mask)[:, None]
     own = layer.visible_new(q.shape[2])
     seen = own if seen is None else seen if own is None else seen & own
     softcap = layer.shape.softcap

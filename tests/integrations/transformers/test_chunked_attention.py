@@ -107,6 +107,47 @@ def test_in_a_graph():
     assert relative(got, exact) <= limit(control)
 
 
+def conversed(forward, cache, ids, sizes, mask):
+    """Logits of real tokens; with position ids, as ``generate`` passes them, a model is not given the mask."""
+    at, found = 0, []
+    with torch.no_grad():
+        for n in sizes:
+            of_call = slice(at, at + n)
+            given = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, of_call]}
+            given |= {} if bool(mask.all()) else {"attention_mask": mask[:, : at + n]}
+            found.append(forward(ids[:, of_call], **given, **with_cache(cache)).logits)
+            at += n
+    return torch.cat(found, 1)[mask != 0][None]
+
+
+ROUTES = {
+    "called": lambda model: model,
+    "compiled": lambda model: torch.compile(model, backend="eager", fullgraph=True),
+    "in a compiled function": lambda model: torch.compile(
+        lambda ids, **given: model(input_ids=ids, **given), backend="eager", fullgraph=True
+    ),
+}
+
+
+# calls over an end of a chunk that is another one where slots, or the call's own, are counted; longer than a chunk
+@pytest.mark.parametrize("sizes", [[90, 20, 1, 1], [70, 100], [2 * CHUNK - 1, 2]])
+@pytest.mark.parametrize("pads", [0, 11])
+@pytest.mark.parametrize("route", ROUTES)
+def test_chunks_begin_at_tokens(sizes, pads, route):
+    model, dense, ids = llama4()
+    ids = ids[:, : sum(sizes)]
+    mask = torch.ones_like(ids)
+    mask[0, :pads] = 0
+    exact, noisy = (
+        conversed(dense, cache, ids, sizes, mask)
+        for cache in (DynamicCache(config=dense.config), noisy_cache(dense, 0))
+    )
+    calibrated(model, ids)
+    torch.compiler.reset()
+    got = conversed(ROUTES[route](model), HeadQCache(model, 256, 2), ids, sizes, mask)
+    assert relative(got, exact) <= limit(relative(noisy, exact))
+
+
 def test_a_crop_over_an_end_of_a_chunk():
     model, dense, ids = llama4()
     calibrated(model, ids)

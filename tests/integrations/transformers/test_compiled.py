@@ -148,6 +148,38 @@ def test_left_padding_and_two_caches_in_turn(tiny, token_ids):
     assert graphs() == 1
 
 
+@pytest.mark.parametrize("sizes", [(PROMPT, 5, 1, 1), (PROMPT, 30, 4, 1)])
+def test_left_padding_before_several_tokens_without_position_ids(tiny, token_ids, sizes):
+    """A model that is told of padding by a mask of all slots alone reads it by the slots' places."""
+    model, tokens = calibrated(tiny), token_ids(2, sum(sizes))
+    mask = torch.ones_like(tokens)
+    mask[0, :13] = 0
+
+    def run(forward):
+        cache, at, found = HeadQCache(model), 0, []
+        for n in sizes:
+            found.append(forward(tokens[:, at : at + n], cache=cache, attention_mask=mask[:, : at + n]).logits)
+            at += n
+        return torch.cat(found, 1)[mask > 0]
+
+    with torch._dynamo.config.patch(error_on_recompile=False):
+        got = run(torch.compile(model, fullgraph=True, backend="eager"))
+    torch.testing.assert_close(got, run(model), rtol=0, atol=1e-4)
+
+
+def test_a_copy_after_padding_in_a_graph_looks_at_its_own_tokens(tiny, token_ids):
+    model, tokens = calibrated(tiny), token_ids(2, PROMPT + 6)
+    cache = HeadQCache(model, max_length=200, batch_size=2)
+    model(tokens[:, :PROMPT], cache=cache)
+    model(tokens[:, PROMPT : PROMPT + 1], cache=cache)
+    mask = torch.ones_like(tokens[:, : PROMPT + 5])
+    mask[0, PROMPT + 1 : PROMPT + 3] = 0
+    torch.compile(step_of(model), fullgraph=True, backend="eager")(tokens[:, PROMPT + 1 : -1], cache, mask)
+    for layer in (made := copy.deepcopy(cache)).packed:
+        assert layer.step is None or layer.step.update.args.start is None
+    torch.testing.assert_close(model(tokens[:, -1:], cache=made).logits, model(tokens[:, -1:], cache=cache).logits)
+
+
 def step_of(model):
     def step(ids, cache, attention_mask=None):
         return model(ids, cache=cache, attention_mask=attention_mask)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from headq_ao import HeadQCache, headq_config, quantize_, restore_
+from headq_ao import HeadQCache, calibrate, headq_config, quantize_, restore_
 from headq_ao.codecs import registry
 from headq_ao.evals.models.sweep_checks import OPTIONS, relative, stream
 from headq_ao.evals.models.tiny import classes, tiny_model
@@ -99,3 +99,15 @@ def test_restored():
     assert not hasattr(model, "headq")
     with torch.no_grad():
         assert torch.equal(model(input_ids=ids).logits, dense(input_ids=ids).logits)
+
+
+def test_a_step_that_nobody_takes_is_not_put_together():
+    model, _ = quantized("bloom")
+    ids = ids_of()
+    restore_(model)
+    with pytest.warns(UserWarning, match="memory is saved, time is not"):
+        quantize_(model, headq_config(calibration=calibrate(model, [ids], progress=False), **OPTIONS))
+    cache = HeadQCache(model)
+    stream(model, ids, cache, [150, *[1] * 10])
+    for layer in (*cache.packed, *copy.deepcopy(cache).packed):
+        assert layer.codec.captured and layer.step is None

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from headq_ao.ops.cache_update import move
 
@@ -84,3 +85,26 @@ def test_threads_share_large_moves(route):
     finally:
         torch.set_num_threads(threads)
     assert all(map(torch.equal, held, expected))
+
+
+def test_tensors_without_numbers_stay():
+    held = [torch.zeros(3, 0, 5), torch.zeros(3, 4, 0, 70000), torch.ones(3, 2)]
+    move.select_rows([*held[:2], held[2]], [1, 0, 2])
+    move.copy_rows([*held[:2], held[2]], [(0, 2)])
+    assert held[2].sum() == 6
+
+
+def test_rows_that_there_are_not_are_refused():
+    beside = torch.zeros(8, 4)
+    for t in (beside[:3], beside.T[:3].T[:3]):
+        with pytest.raises((IndexError, RuntimeError)):
+            move.copy_rows([t], [(0, 5)])
+        with pytest.raises((IndexError, RuntimeError)):
+            move.select_rows([t], [7, 0, 1])
+
+
+def test_tensors_without_memory_are_left_to_pytorch():
+    with FakeTensorMode():
+        move.select_rows([t := torch.zeros(3, 2)], [1, 0, 2])
+    move.select_rows([torch.zeros(3, 2, device="meta")], [1, 0, 2])
+    assert t.shape == (3, 2)
