@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -172,3 +173,35 @@ def _kept_update(kv: PagedKV, packed: Tensor, most: int, encoders: Sequence[Tens
         made.kept.clear()  # whoever finds it again holds those tensors
         _updates[key] = made
     return made
+
+
+class _Rows(ctypes.Structure):
+    """``Rows`` of cpu_kernel.cpp: the rows of a tensor, strides in bytes."""
+
+    _fields_ = (("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("row", "parts", "part", "bytes")))
+
+
+def move_rows(tensors: Sequence[Tensor], pairs: Sequence[tuple[int, int]]) -> bool:
+    """Make the moves of :mod:`headq_ao.ops.cache_update.move` in each tensor; False, and nothing is done, where one of
+    them is none that the compiled code reads, or has no such rows."""
+    lib, rows, most = library(), [_rows(t) for t in tensors], max(map(max, pairs), default=0)
+    found = [x for x, t in zip(rows, tensors, strict=True) if x is not None and most < len(t)]
+    if lib is None or len(found) < len(rows):
+        return False
+    flat = (ctypes.c_int64 * (2 * len(pairs)))(*itertools.chain(*pairs))
+    given = (_Rows * len(found))(*found), len(found), flat, ctypes.c_int64(len(pairs)), torch.get_num_threads()
+    if lib.headq_move_rows(*given):
+        raise MemoryError("moving rows of the cache had no memory for one of them")
+    return True
+
+
+def _rows(t: Tensor) -> _Rows | None:
+    """None where the compiled code does not read such a tensor."""
+    if type(t) is not Tensor or not t.numel():
+        return None
+    row = t.stride(0) * t.element_size()
+    if t.is_contiguous():
+        return _Rows(t.data_ptr(), row, 1, 0, row)
+    if t.ndim > 1 and t.transpose(0, 1).is_contiguous():  # pages: those of a head lie side by side
+        return _Rows(t.data_ptr(), row, t.shape[1], t.stride(1) * t.element_size(), row)
+    return None

@@ -1,21 +1,13 @@
 """Moving rows of tensors in place: what sequences of a batch hold, and pages."""
 
-import ctypes
-import itertools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from headq_ao.ops.cache_update.cpu_kernel import library
+from headq_ao.ops.dispatch import kernels
 
 BESIDE = -1  # a row that is no row of the tensor: where one is put aside
-
-
-class _Rows(ctypes.Structure):
-    """``Rows`` of cpu_kernel.cpp: the rows of a tensor, strides in bytes."""
-
-    _fields_ = (("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("row", "parts", "part", "bytes")))
 
 
 def copy_rows(tensors: Sequence[Tensor], pairs: Sequence[tuple[int, int]]) -> None:
@@ -86,30 +78,11 @@ def moves(order: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def _moved(tensors: Sequence[Tensor], pairs: Sequence[tuple[int, int]]) -> bool:
-    """Whether the compiled code has made the moves; on the CPU, of rows that there are."""
-    lib, rows, most = library(), [_rows(t) for t in tensors], max(map(max, pairs), default=BESIDE)
-    found = [x for x, t in zip(rows, tensors, strict=True) if x is not None and most < len(t)]
-    if lib is None or len(found) < len(rows):
-        return False
-    flat = (ctypes.c_int64 * (2 * len(pairs)))(*itertools.chain(*pairs))
-    given = (_Rows * len(found))(*found), len(found), flat, ctypes.c_int64(len(pairs)), torch.get_num_threads()
-    if lib.headq_move_rows(*given):
-        raise MemoryError("moving rows of the cache had no memory for one of them")
-    return True
+    """Whether a device's kernels have made the moves."""
+    module = kernels("cache_update", tensors[0].device.type)
+    return module is not None and hasattr(module, "move_rows") and bool(module.move_rows(tensors, pairs))
 
 
 def _index(rows: Sequence[int], device: torch.device) -> Tensor:
     """Without waiting for the copy."""
     return torch.tensor(rows, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
-
-
-def _rows(t: Tensor) -> _Rows | None:
-    """None where the compiled code does not read such a tensor."""
-    if type(t) is not Tensor or t.device.type != "cpu" or not t.numel():
-        return None
-    row = t.stride(0) * t.element_size()
-    if t.is_contiguous():
-        return _Rows(t.data_ptr(), row, 1, 0, row)
-    if t.ndim > 1 and t.transpose(0, 1).is_contiguous():  # pages: those of a head lie side by side
-        return _Rows(t.data_ptr(), row, t.shape[1], t.stride(1) * t.element_size(), row)
-    return None

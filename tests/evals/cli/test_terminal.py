@@ -51,6 +51,15 @@ def test_plain_text_in_a_pipe(tiny_folder):
     assert "\x1b[" not in done.stdout + done.stderr and done.stdout.startswith("cache ")
 
 
+@pytest.fixture
+def interruptible():
+    """Children heed Ctrl-C, where these tests were started in the background too, whose shell has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(
     ("arguments", "under_way"),
     [
