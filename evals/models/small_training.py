@@ -85,6 +85,8 @@ class Recipe:
     experts: Experts | None = None
 
     def __post_init__(self) -> None:
+        if self.architecture != "olmoe" and self.experts is not None:
+            raise ValueError(f"experts are of 'olmoe' alone, got them for {self.architecture!r}")
         if self.architecture == "olmoe" and self.experts is None:
             object.__setattr__(self, "experts", Experts())
 

@@ -188,6 +188,11 @@ class HeadQCache(Cache):
             )
         whole = spans is None and lengths.tokens is None  # most calls: no padding anywhere
         hidden = None if whole or lengths.batch != batch else hidden_tokens(mask, lengths.totals(), pads, seen)
+        if hidden is not None and any(layer.shape.chunked for layer in self.packed):
+            raise ValueError(
+                "the attention_mask hides tokens that are cached, and in layers of chunked attention others would then "
+                "begin a chunk; start a new cache with the tokens that are to be seen"
+            )
         self.batch.begin(batch, length, spans, CallMetadata(custom(mask), hidden, weights, by_slot))
         if lengths.first:
             self.prepare(batch, layers)

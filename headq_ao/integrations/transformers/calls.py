@@ -84,6 +84,7 @@ def _supply(
     batch, length = tokens.shape[:2]
     mask = kwargs.get("attention_mask")
     weights, positions = bool(kwargs.get("output_attentions")), kwargs.get("position_ids")
+    cache.batch.settle()
     # where a model makes its mask of a whole one or of types of all slots, these are read by the slots' places
     whole = (*TYPES, "attention_mask") if positions is None and cache.batch.lengths.tokens is not None else TYPES
     by_slot = length > 1 and any(_longer(kwargs.get(name), length) for name in whole)

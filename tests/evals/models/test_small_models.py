@@ -131,6 +131,12 @@ def test_load_trains_once(name, cache, monkeypatch):
     assert len(tokenizer) == 512
 
 
+def test_experts_are_of_a_mixture_of_them():
+    assert Recipe("olmoe").experts == small_training.Experts() and Recipe("gpt2").experts is None
+    with pytest.raises(ValueError, match="experts are of 'olmoe' alone"):
+        Recipe("gpt2", experts=small_training.Experts())
+
+
 def test_another_recipe_or_text_is_another_model(cache, monkeypatch, tmp_path):
     inputs.load("small-gpt2", None, torch.float32)
     forbid_training(monkeypatch)

@@ -63,6 +63,21 @@ def test_ends_of_chunks(sizes, pads, compiled_kernels):
     assert relative(got, exact) <= limit(control)
 
 
+def test_a_mask_that_hides_cached_tokens_is_refused():
+    """transformers takes its zeros for padding, and moves the ends of chunks."""
+    model, _, ids = llama4()
+    calibrated(model, ids)
+    cache = HeadQCache(model)
+    with torch.no_grad():
+        model(ids[:, :100], **with_cache(cache))
+        mask = torch.ones_like(ids[:, :101])
+        mask[0, :7] = 0
+        with pytest.raises(ValueError, match="hides tokens that are cached, and in layers of chunked attention"):
+            model(ids[:, 100:101], attention_mask=mask, **with_cache(cache))
+        assert cache.get_seq_length() == 100
+        model(ids[:, 100:101], attention_mask=torch.ones_like(mask), **with_cache(cache))
+
+
 def test_a_window_that_slides_would_be_seen():
     """By the error that these tests allow."""
     model, dense, ids = llama4()
