@@ -209,6 +209,7 @@ def test_a_model_that_is_not_found(name, told, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file.bin").touch()
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", offline)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     assert main(["estimate", name]) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("headq: ") and told in last
