@@ -13,8 +13,8 @@ from transformers import DynamicCache
 
 from headq_ao import HeadQCache
 from headq_ao.evals.harness import inputs
-from headq_ao.evals.harness.environment import environment, write_json
-from headq_ao.evals.harness.recipe import Recipe, Setting, add_arguments, asked
+from headq_ao.evals.harness.environment import environment
+from headq_ao.evals.harness.recipe import Recipe, Setting, add_arguments, run_settings
 from headq_ao.evals.harness.scoring import exact_logprobs, score
 from headq_ao.evals.harness.table import text_table
 from headq_ao.integrations.transformers.models import with_cache
@@ -170,18 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_arguments(parser, "recipes/decode_mode.yaml", RESULTS)
-    args = parser.parse_args(argv)
-    recipe = asked(parser, args)
-    chosen = [s for s in recipe.settings if not args.only or s.name in args.only]
-    if not chosen:
-        parser.error(f"no such setting; there are {', '.join(s.name for s in recipe.settings)}")
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    bench, results = Bench(recipe, not args.no_progress), list[dict[str, Any]]()
-    for setting in chosen:
-        results.append(bench.measure(setting))
-        write_json(args.results / recipe.name / recipe.file(setting, recipe.models[0]), results[-1])
-    print(table(results))
+    run_settings(parser, argv, Bench, table)
     return 0
 
 

@@ -14,8 +14,8 @@ from transformers import DynamicCache
 
 from headq_ao import HeadQCache
 from headq_ao.evals.harness import inputs
-from headq_ao.evals.harness.environment import environment, write_json
-from headq_ao.evals.harness.recipe import Recipe, Setting, add_arguments, asked
+from headq_ao.evals.harness.environment import environment
+from headq_ao.evals.harness.recipe import Recipe, Setting, add_arguments, run_settings
 from headq_ao.evals.harness.table import text_table
 from headq_ao.integrations.transformers.models import with_cache
 
@@ -87,6 +87,11 @@ def read(
     return torch.stack(logprobs), torch.stack(experts, 1)
 
 
+def among(experts: Tensor, exact: Tensor) -> Tensor:
+    """Which of experts ``[.., k]`` are among the exact ones, ``[.., k]`` bool."""
+    return (experts[..., :, None] == exact[..., None, :]).any(-1)
+
+
 def changed(experts: Tensor, exact: Tensor) -> dict[str, Any]:
     """How experts ``[layers, N, T, k]`` differ from those under the exact cache.
 
@@ -102,7 +107,7 @@ def changed(experts: Tensor, exact: Tensor) -> dict[str, Any]:
         >>> found["sets"], found["experts"], found["first"]
         (0.5, 0.25, 0.5)
     """
-    kept = (experts[..., :, None] == exact[..., None, :]).any(-1)
+    kept = among(experts, exact)
     other = ~kept.all(-1)
     by_row = other.float().mean((0, 2))
     return {
@@ -120,7 +125,7 @@ def compared(found: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]) -> dict
     of experts in some layer and of the others (None: there are none), and :func:`changed`."""
     (logprobs, experts), (target, of_exact) = found, exact
     kl = (target.exp() * (target - logprobs)).sum(-1)
-    other = (experts.sort(-1).values != of_exact.sort(-1).values).any(-1).any(0)
+    other = ~among(experts, of_exact).all(-1).all(0)
     return {
         "mean_kl": kl.mean().item(),
         "kl_where_changed": kl[other].mean().item() if other.any() else None,
@@ -211,18 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_arguments(parser, "recipes/routing.yaml", RESULTS)
-    args = parser.parse_args(argv)
-    recipe = asked(parser, args)
-    chosen = [s for s in recipe.settings if not args.only or s.name in args.only]
-    if not chosen:
-        parser.error(f"no such setting; there are {', '.join(s.name for s in recipe.settings)}")
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    bench, results = Bench(recipe, not args.no_progress), list[dict[str, Any]]()
-    for setting in chosen:
-        results.append(bench.measure(setting))
-        write_json(args.results / recipe.name / recipe.file(setting, recipe.models[0]), results[-1])
-    print(table(results))
+    run_settings(parser, argv, Bench, table)
     return 0
 
 

@@ -186,6 +186,11 @@ class Visible:
         return replace(self, high=torch.minimum(self.high, self.codes_end(kv)))
 
 
+def on_device(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """Whole numbers as int64 ``[n]``, without waiting for the copy."""
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
+
+
 def last_in_slots(count: Tensor, slots: int) -> Tensor:
     """Of ``count [B]`` things, of which number ``j`` lies in slot ``j mod slots``, the last of each slot:
     ``[B, slots]``; below 0: none."""

@@ -136,8 +136,8 @@ def run(args: argparse.Namespace) -> int:
         config = None if args.exact else headq_config(preset=args.preset, calibration=args.calibration, **budget)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    loading.check_calibration(args.calibration)
-    loading.check_calibration(args.calibration, loading.model_config(args))
+    known = loading.read_calibration(args.calibration)
+    loading.check_calibration(known, loading.model_config(args))
     model, tokenizer = loading.load_model(args)
     if config is not None:
         quantize_(model, config)

@@ -104,7 +104,7 @@ class Layers:
         return self.found[config.one_row]
 
 
-def configs(args: argparse.Namespace, layers: Layers) -> dict[str, Any]:
+def configs(args: argparse.Namespace, layers: Layers, known: Any) -> dict[str, Any]:
     """The rows of the table: name and config, None for the exact cache.
 
     Raises:
@@ -116,10 +116,8 @@ def configs(args: argparse.Namespace, layers: Layers) -> dict[str, Any]:
     from headq_ao.config import PRESETS
     from headq_ao.integrations.config_only.estimate import assumed_calibration, within_budget
 
-    def calibrated(**options: Any) -> Any:
-        made = headq_config(**options)
-        known = args.calibration or assumed_calibration(layers.of(made).shapes)
-        return dataclasses.replace(made, calibration=known)
+    def calibrated(made: Any) -> Any:
+        return dataclasses.replace(made, calibration=known or assumed_calibration(layers.of(made).shapes))
 
     try:
         given = None
@@ -129,8 +127,8 @@ def configs(args: argparse.Namespace, layers: Layers) -> dict[str, Any]:
             given = headq_config(**parse_options(args.options))
             if given.codec is not None:
                 raise ValueError("--set takes options of HeadQ's own codec; headq compare has others")
-            given = calibrated(**parse_options(args.options))
-        found: dict[str, Any] = {name: calibrated(preset=name) for name in PRESETS}
+            given = calibrated(given)
+        found: dict[str, Any] = {name: calibrated(headq_config(preset=name)) for name in PRESETS}
         by_bits = sorted(found.items(), key=lambda item: item[1].mean_bits or math.inf)
         rows: dict[str, Any] = {"exact": None, **dict(by_bits)}
         rows["balanced, no calibration"] = headq_config()
@@ -138,7 +136,7 @@ def configs(args: argparse.Namespace, layers: Layers) -> dict[str, Any]:
             rows["--set"] = given
         if args.budget is not None:
             wanted = {"cache_bytes": args.budget, "context_length": args.context, "batch_size": args.batch}
-            budget = calibrated(**wanted)
+            budget = calibrated(headq_config(**wanted))
             try:
                 dtype = getattr(torch, args.dtype)
                 budget = within_budget(layers.model_config, budget, dtype, layers.of(budget).shapes)
@@ -157,9 +155,9 @@ def run(args: argparse.Namespace) -> int:
     from headq_ao import estimate_memory, headq_config
     from headq_ao.config import DEFAULT
 
-    loading.check_calibration(args.calibration)
+    known = loading.read_calibration(args.calibration)
     config = loading.model_config(args)
-    loading.check_calibration(args.calibration, config)
+    loading.check_calibration(known, config)
     dtype, layers = getattr(torch, args.dtype), Layers(config)
     try:
         own = layers.of(headq_config())
@@ -167,7 +165,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(str(error)) from error
     rows, exact = list[list[str]](), exact_bytes(own, args.context, args.batch, dtype.itemsize)
     window = max(s.sliding_window or 0 for s in own.shapes)
-    table = configs(args, layers)
+    table = configs(args, layers, known)
     for name, headq in table.items():
 
         @functools.cache

@@ -63,7 +63,7 @@ def checked(args: argparse.Namespace) -> tuple[Path, Path | None, Any]:
         raise UsageError(str(error)) from error
     config = loading.model_config(args)
     if args.calibration.endswith(".safetensors"):
-        loading.check_calibration(args.calibration, config)
+        loading.check_calibration(loading.read_calibration(args.calibration), config)
     return found
 
 

@@ -124,23 +124,36 @@ def device_of(name: str) -> str:
     return name
 
 
-def check_calibration(path: str | None, config: Any = None) -> None:
-    """Raise UsageError where there is no such file, it is no calibration, or one of another model, before weights are
-    read; ``config``: of the model. Its rope and its weights are compared when they are there."""
+def read_calibration(path: str | None) -> Any:
+    """The calibration in a file; None without a path.
+
+    Raises:
+        UsageError: where there is no such file, or it is no calibration.
+    """
     if path is None:
-        return
+        return None
     if not Path(path).is_file():
         raise UsageError(f"no calibration file at {path!r}; make one with: headq calibrate MODEL -o {path}")
-    from headq_ao import Calibration, headq_config
+    from headq_ao import Calibration
 
     try:
-        known = Calibration.load(path)
-        if config is not None:
-            from headq_ao.integrations.config_only.served import served
-            from headq_ao.integrations.config_only.shapes import config_fingerprint
+        return Calibration.load(path)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
-            here = config_fingerprint(config, served(config, headq_config()).shapes)
-            known.check_model({name: value for name, value in here.items() if name != "rope"})
+
+def check_calibration(known: Any, config: Any) -> None:
+    """Raise UsageError where a calibration is of another model than that of the config, before weights are read; the
+    rope and the weights are compared when they are there."""
+    if known is None:
+        return
+    from headq_ao import headq_config
+    from headq_ao.integrations.config_only.served import served
+    from headq_ao.integrations.config_only.shapes import config_fingerprint
+
+    try:
+        here = config_fingerprint(config, served(config, headq_config()).shapes)
+        known.check_model({name: value for name, value in here.items() if name != "rope"})
     except ValueError as error:
         raise UsageError(str(error)) from error
 

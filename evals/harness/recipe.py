@@ -2,14 +2,17 @@
 
 import argparse
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from headq_ao import Calibration
 from headq_ao.evals.harness import inputs
+from headq_ao.evals.harness.environment import write_json
 from headq_ao.evals.harness.subjects import Subject
 
 RECIPE_KEYS = {"name", "model", "dtype", "seed", "protocol", "calibration", "settings"}
@@ -183,6 +186,33 @@ def asked(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Recipe:
         parser.error(f"{args.recipe}: the key {error} is missing")
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
+
+
+def run_settings(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None, make_bench: Callable[[Recipe, bool], Any],
+    table: Callable[[Sequence[dict[str, Any]]], str],
+) -> None:  # fmt: skip
+    """The command of a recipe's ``runner``: measure the settings asked for, store each as it ends, and print a table.
+
+    Args:
+        parser: with what :func:`add_arguments` adds.
+        argv: of the command line.
+        make_bench: what all settings share, of the recipe and of whether to show progress; its ``measure`` gives the
+            result of a setting.
+        table: results as text.
+    """
+    args = parser.parse_args(argv)
+    recipe = asked(parser, args)
+    chosen = [s for s in recipe.settings if not args.only or s.name in args.only]
+    if not chosen:
+        parser.error(f"no such setting; there are {', '.join(s.name for s in recipe.settings)}")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    bench, results = make_bench(recipe, not args.no_progress), list[dict[str, Any]]()
+    for setting in chosen:
+        results.append(bench.measure(setting))
+        write_json(args.results / recipe.name / recipe.file(setting, recipe.models[0]), results[-1])
+    print(table(results))
 
 
 def _given(config: dict[str, Any]) -> dict[str, Any]:

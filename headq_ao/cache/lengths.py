@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from headq_ao.cache.schedule import Schedule, Span
+from headq_ao.ops.types import on_device
 
 
 @dataclass(frozen=True)
@@ -85,11 +86,6 @@ class Counts:
         self.coded.copy_(self.packed)
         self.slots.sub_(slots)
         self.before.copy_(self.slots)
-
-
-def on_device(numbers: Sequence[int], device: torch.device) -> Tensor:
-    """Whole numbers as int64 ``[n]``, without waiting for the copy."""
-    return torch.tensor(numbers, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
 
 
 class Lengths:

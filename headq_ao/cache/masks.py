@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from headq_ao.cache.call import CallMetadata
-from headq_ao.cache.lengths import Lengths, on_device
+from headq_ao.cache.lengths import Lengths
 from headq_ao.cache.schedule import Span
 from headq_ao.ops.paged_attention.reference import capped, softmax
+from headq_ao.ops.types import on_device
 
 QUERY_TILE = 256  # queries whose masks are looked through at a time
 

@@ -6,9 +6,15 @@ from typing import Self
 from torch import Tensor
 from torch.nn import functional
 
+from headq_ao.config import WIDEST_HEAD
 from headq_ao.layer_shape import LayerShape
 
 WIDEST, STEP = 256, 16  # coordinates of a head that a codec stores: at most, and a multiple of
+
+
+def storable(shape: LayerShape) -> bool:
+    """Whether HeadQ's codec has heads of that size."""
+    return all(dim % STEP == 0 and dim <= WIDEST_HEAD for dim in shape.dims)
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from headq_ao.ambient import mode_neutral
-from headq_ao.cache.lengths import on_device
 from headq_ao.cache.schedule import Span
 from headq_ao.cache.state import LayerState, Step
 from headq_ao.ops.cache_update.check import check_finite
 from headq_ao.ops.cache_update.reference import append, at
+from headq_ao.ops.types import on_device
 
 
 class WritingLayer(LayerState):

@@ -1,11 +1,12 @@
 """Moving rows of tensors in place: what sequences of a batch hold, and pages."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from headq_ao.ops.dispatch import kernels
+from headq_ao.ops.types import on_device
 
 BESIDE = -1  # a row that is no row of the tensor: where one is put aside
 
@@ -19,9 +20,12 @@ def copy_rows(tensors: Sequence[Tensor], pairs: Sequence[tuple[int, int]]) -> No
         >>> x.tolist()
         [[1, 2], [3, 4], [1, 2]]
     """
-    if not pairs or not tensors or _moved(tensors, pairs):
+    if not pairs or not tensors:
         return
-    source, target = (_index(x, tensors[0].device) for x in zip(*pairs, strict=True))
+    move = _mover(tensors[0].device)
+    if move is not None and move(tensors, pairs):
+        return
+    source, target = (on_device(x, tensors[0].device) for x in zip(*pairs, strict=True))
     for t in tensors:
         t.index_copy_(0, target, t.index_select(0, source))
 
@@ -37,9 +41,12 @@ def select_rows(tensors: Sequence[Tensor], order: Sequence[int]) -> None:
         >>> x.tolist()
         [[3, 4], [1, 2], [3, 4]]
     """
-    if not tensors or _moved(tensors, moves(order)):
+    if not tensors:
         return
-    index = _index(order, tensors[0].device)
+    move = _mover(tensors[0].device)
+    if move is not None and move(tensors, moves(order)):
+        return
+    index = on_device(order, tensors[0].device)
     for t in tensors:
         t.copy_(t.index_select(0, index))
 
@@ -77,12 +84,6 @@ def moves(order: Sequence[int]) -> list[tuple[int, int]]:
     return made
 
 
-def _moved(tensors: Sequence[Tensor], pairs: Sequence[tuple[int, int]]) -> bool:
-    """Whether a device's kernels have made the moves."""
-    module = kernels("cache_update", tensors[0].device.type)
-    return module is not None and hasattr(module, "move_rows") and bool(module.move_rows(tensors, pairs))
-
-
-def _index(rows: Sequence[int], device: torch.device) -> Tensor:
-    """Without waiting for the copy."""
-    return torch.tensor(rows, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
+def _mover(device: torch.device) -> Callable[[Sequence[Tensor], Sequence[tuple[int, int]]], bool] | None:
+    """What makes moves on a device, and says whether it has; None: that device's kernels make none."""
+    return getattr(kernels("cache_update", device.type), "move_rows", None)

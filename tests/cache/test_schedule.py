@@ -2,8 +2,9 @@
 
 import torch
 
-from headq_ao.cache.lengths import Counts, on_device
+from headq_ao.cache.lengths import Counts
 from headq_ao.cache.schedule import Schedule
+from headq_ao.ops.types import on_device
 from tests.cache.test_lengths import CPU, SCHEDULES
 
 

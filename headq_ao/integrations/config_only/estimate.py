@@ -241,11 +241,9 @@ def _source(
     """What codes a layer of that form, without data."""
     moments = None if config.calibration is None else _no_moments(shape)
     if config.codec is None:
-        rows = (
-            None
-            if shape.latent is None
-            else Readout(torch.empty(1, 1, shape.head_dim, dtype=torch.float32, device=META), 1.0)
-        )
+        rows = None
+        if shape.latent is not None:
+            rows = Readout(torch.empty(1, 1, shape.head_dim, dtype=torch.float32, device=META), 1.0)
         return LayerCodec(config, shape, moments, META, bits=bits, readout=rows)
     context = LayerContext(shape, config.n_sink, META, moments, framed=moments, index=index, layers=layers)
     return build(config.codec, config.codec_options or {}, context)

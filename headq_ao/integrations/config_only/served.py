@@ -4,9 +4,9 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from headq_ao.cache.tiling import STEP, Tiling
+from headq_ao.cache.tiling import STEP, Tiling, storable
 from headq_ao.codecs.layer_codec import WIDEST_ROW
-from headq_ao.config import WIDEST_HEAD, HeadQConfig
+from headq_ao.config import HeadQConfig
 from headq_ao.integrations.config_only.shapes import latent_rows, layer_configs, layer_shapes
 from headq_ao.layer_shape import LayerShape
 
@@ -91,7 +91,7 @@ def plain(config: Any, headq: HeadQConfig) -> Served | None:
     shapes = layer_shapes(config)
     if any(getattr(c, name, None) is not None for c in layer_configs(config) for name in OTHER_NUMBERS):
         return None
-    if headq.codec is None and any(dim % STEP or dim > WIDEST_HEAD for shape in shapes for dim in shape.dims):
+    if headq.codec is None and not all(map(storable, shapes)):
         return None
     return Served(shapes, [exact(shape) for shape in shapes])
 

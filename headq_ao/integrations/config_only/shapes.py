@@ -120,11 +120,12 @@ def layer_shapes(config: Any) -> list[LayerShape]:
     sharing, chunked = [*shared_places(config).values()], chunked_places(config)
     return [
         LayerShape(
-            n, *heads, getattr(layer, "sliding_window", None), None, softcap, 1 + sharing.count(i), None, i in chunked
+            n, *heads, getattr(layer, "sliding_window", None), softcap=softcap, readers=1 + sharing.count(i),
+            chunked=i in chunked,
         )
         for i, (n, layer) in enumerate(zip(n_heads, layers, strict=True))
         if type(layer) in NATIVE
-    ]
+    ]  # fmt: skip
 
 
 def chunked_places(config: Any) -> set[int]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from torch import nn
 from transformers import PreTrainedModel
 
-from headq_ao.cache.tiling import STEP, Tiling
+from headq_ao.cache.tiling import STEP, Tiling, storable
 from headq_ao.codecs.layer_codec import WIDEST_ROW
 from headq_ao.config import WIDEST_HEAD
 from headq_ao.integrations.config_only.shapes import chunked_places, dense_layers, packed_places, shared_places
@@ -103,17 +103,11 @@ def as_observed(model: PreTrainedModel, rows: list[Rows]) -> tuple[Serving | Non
     sharing, chunked = [*shared_places(model.config).values()], chunked_places(model.config)
     shapes = [
         LayerShape(
-            r.keys[0],
-            *r.keys,
-            r.sliding_window,
-            other_dim(r),
-            None,
-            1 + sharing.count(r.place),
-            None,
-            r.place in chunked,
+            r.keys[0], *r.keys, r.sliding_window, other_dim(r), readers=1 + sharing.count(r.place),
+            chunked=r.place in chunked,
         )
         for r in rows
-    ]
+    ]  # fmt: skip
     if any(r.keys[0] != r.values[0] for r in rows) or not all(map(storable, shapes)):
         return None, None
     try:
@@ -121,11 +115,6 @@ def as_observed(model: PreTrainedModel, rows: list[Rows]) -> tuple[Serving | Non
     except ValueError as error:
         return None, str(error)
     return Serving(shapes, [r.place for r in rows], modules), None
-
-
-def storable(shape: LayerShape) -> bool:
-    """Whether HeadQ's codec has heads of that size."""
-    return all(dim % STEP == 0 and dim <= WIDEST_HEAD for dim in shape.dims)
 
 
 def other_dim(row: Rows) -> int | None:

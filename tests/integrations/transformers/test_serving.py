@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from headq_ao import headq_config, quantize_
+from headq_ao.cache.tiling import storable
 from headq_ao.integrations.transformers import serving as module
 from headq_ao.integrations.transformers.fallback import Rows
-from headq_ao.integrations.transformers.serving import as_observed, fallback, other_dim, serving_of, storable
+from headq_ao.integrations.transformers.serving import as_observed, fallback, other_dim, serving_of
 from headq_ao.layer_shape import LayerShape
 
 
