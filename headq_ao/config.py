@@ -11,6 +11,7 @@ import numpy as np
 
 from headq_ao.byte_size import byte_size
 from headq_ao.ops.layout import PIECES, granule
+from headq_ao.ops.rounding import SCALE_BITS
 
 if TYPE_CHECKING:
     from torchao.core.config import AOBaseConfig
@@ -21,7 +22,7 @@ CodecName = Literal["whitened", "affine"]
 Basis = Literal["query_pca", "score_optimal", "key_pca", "random"]
 Adapt = Literal["off", "prompt"]
 
-CONFIG_VERSION = 1
+CONFIG_VERSION = 2
 BLOCKS = (16, 32, 64, 128)
 MOST = 2**31 - 1  # tokens and sizes
 WIDEST_HEAD = 512  # coordinates of a key or value
@@ -38,11 +39,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "basis": "query_pca",
         "adapt": "off",
     },
-    "balanced": {"mean_bits": 2.25},
-    "quality": {"mean_bits": 2.75, "k_bits": 3},
-    "near_lossless": {"mean_bits": 4.0, "k_bits": 4, "v_bits": 4},
-    "compact": {"mean_bits": 1.75},
-    "minimal": {"mean_bits": 1.25, "k_bits": 2, "v_bits": 1},
+    "balanced": {"mean_bits": 2.375},
+    "quality": {"mean_bits": 2.875, "k_bits": 3},
+    "near_lossless": {"mean_bits": 4.125, "k_bits": 4, "v_bits": 4},
+    "compact": {"mean_bits": 1.875},
+    "minimal": {"mean_bits": 1.375, "k_bits": 2, "v_bits": 1},
 }
 DEFAULT = "balanced"
 OF_HEADQ = (
@@ -62,6 +63,7 @@ OF_HEADQ = (
     "rotation",
     "subtract_key_mean",
     "unbiased_scale",
+    "scale_bits",
     "v_group_size",
     "adapt",
     "prior_tokens",
@@ -132,6 +134,8 @@ class HeadQConfig(AOBaseConfig):
         subtract_key_mean: subtract a per-head mean from keys, which the softmax cancels.
         unbiased_scale: without a zero, store the scale that makes ``⟨y, ŷ⟩ = ‖y‖²`` (under error feedback's
             hessian, where there is one): codes of least error shrink a token, and that does not average out.
+        scale_bits: that the scale of a token is stored in where it is whitened and rounded with error feedback: 8, one
+            of 256 scales that codes are chosen for, or 16 (fp16), which everything else has.
         v_group_size: coordinates of a value that share a scale; ``None`` is ``head_dim``.
         n_sink: first tokens of each sequence kept exact.
         residual_length: newest tokens kept exact, at least; up to ``residual_length + block_size − 1``.
@@ -186,6 +190,7 @@ class HeadQConfig(AOBaseConfig):
     rotation: bool = True
     subtract_key_mean: bool = True
     unbiased_scale: bool = True
+    scale_bits: int = _default(8)
     v_group_size: int | None = None
     n_sink: int = 4
     residual_length: int = 80
@@ -215,6 +220,8 @@ class HeadQConfig(AOBaseConfig):
             object.__setattr__(self, "mean_bits", None)
         for f in fields:
             object.__setattr__(self, f.name, _plain(getattr(self, f.name)))
+        if self.version == 1 and "scale_bits" not in given:  # when all scales had 16
+            object.__setattr__(self, "scale_bits", 16)
         self._check_kinds()
         self._check_bits()
         self._check_numbers()
@@ -264,8 +271,8 @@ class HeadQConfig(AOBaseConfig):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.check_finite is not None and not isinstance(self.check_finite, bool):
             raise ValueError(f"check_finite must be True, False or None, got {self.check_finite!r}")
-        if not _whole(self.version, (CONFIG_VERSION,)):
-            raise ValueError(f"version must be {CONFIG_VERSION}, which this headq_ao reads, got {self.version!r}")
+        if not _whole(self.version, range(1, CONFIG_VERSION + 1)):
+            raise ValueError(f"version must be 1 to {CONFIG_VERSION}, which this headq_ao reads, got {self.version!r}")
         if self.calibration is not None and not isinstance(self.calibration, (CalibrationLike, str)):
             raise ValueError(
                 f"calibration must be a Calibration, the path of a saved one, or None, got {type(self.calibration)}"
@@ -287,6 +294,8 @@ class HeadQConfig(AOBaseConfig):
                 raise ValueError(
                     f"block_size must be a multiple of {tile} with v_bits={self.v_bits}, got {self.block_size}"
                 )
+        if not _whole(self.scale_bits, SCALE_BITS):
+            raise ValueError(f"scale_bits must be 8 or 16, got {self.scale_bits!r}")
         if not _whole(self.side_bits, PIECES):
             raise ValueError(f"side_bits must be 1, 2, 3, 4, 5, 6 or 8, got {self.side_bits!r}; rank=0 for none")
         if self.mean_bits is None:
@@ -364,6 +373,11 @@ class HeadQConfig(AOBaseConfig):
     def levels(self, side: str) -> list[int]:
         """Bits that a head's keys (``"k"``) or values (``"v"``) may have with this block size, in rising order."""
         return [b for b, widths in PIECES.items() if side == "k" or not self.block_size % max(map(granule, widths))]
+
+    def stored_scale_bits(self, side: str) -> int:
+        """Bits of a scale of keys (``"k"``) or of calibrated values (``"v"``)."""
+        whitened = (self.key_codec if side == "k" else self.value_codec) == "whitened"
+        return self.scale_bits if whitened and self.error_feedback else 16
 
     @property
     def row_bits(self) -> int:

@@ -4,12 +4,12 @@ A page has ``P`` tokens. Neighbouring KV heads whose codes have the same form ar
 one block table. The tensors of a group, in the order of :meth:`PageLayout.split`, with ``N`` physical pages and ``h``
 heads of the group, any of them with any stride of pages and heads:
 
-- keys:   planes ``[N, h, P/16, N_w/(4·8/w), 16, 4]`` uint8, widest first, ``scale [N, h, P]`` fp16, and ``zero`` alike;
+- keys:   planes ``[N, h, P/16, N_w/(4·8/w), 16, 4]`` uint8, widest first, ``scale [N, h, P]`` fp16 or uint8, ``zero`` fp16;
 - values: planes ``[N, h, P/(4·8/w), D/16, 16, 4]`` uint8, low bits first, ``scale [N, h, P, groups]``, ``zero`` alike;
 - a side that is not coded: ``[N, h, P, D]`` in the model's dtype;
 - values that are their keys (:data:`SHARED`): none; both are read from the keys' codes.
 
-See :mod:`headq_ao.ops.layout` for the bits in a plane. Physical page 0 belongs to no sequence: operators write there
+See :mod:`headq_ao.ops.layout` for the bits in a plane, :mod:`headq_ao.ops.rounding` for a scale in a byte. Physical page 0 belongs to no sequence: operators write there
 what is to be thrown away, so that a step needs no decision on the host.
 """
 
@@ -33,11 +33,13 @@ KNOWN_FORMS: dict[tuple[int, ...], dict[tuple["Side", "Side"], None]] = {}
 @dataclass(frozen=True)
 class Side:
     """The form of one side's tokens: ``bits`` of each stored coordinate (``()``: not coded), of values one number;
-    ``zero``: a zero beside the scale; ``groups``: scales of a value, 0: values that are their keys."""
+    ``zero``: a zero beside the scale; ``groups``: scales of a value, 0: values that are their keys; ``scale_bits``: of
+    a scale, 16 or 8."""
 
     bits: tuple[int, ...] = ()
     zero: bool = False
     groups: int = 1
+    scale_bits: int = 16
 
     @property
     def shared(self) -> bool:
@@ -47,14 +49,20 @@ class Side:
     @property
     def spec(self) -> str:
         runs = "+".join(f"{b}*{len(list(run))}" for b, run in groupby(self.bits))
-        return f"{runs},{int(self.zero)},{self.groups}"
+        short = "" if self.scale_bits == 16 else f",{self.scale_bits}"
+        return f"{runs},{int(self.zero)},{self.groups}{short}"
 
     @classmethod
     def parse(cls, spec: str) -> "Side":
-        runs, zero, groups = spec.split(",")
+        runs, zero, groups, *scale_bits = spec.split(",")
         pairs = (run.split("*") for run in runs.split("+")) if runs else ()
         bits = tuple(int(b) for b, n in pairs for _ in range(int(n)))
-        return cls(bits, zero == "1", int(groups))
+        return cls(bits, zero == "1", int(groups), *map(int, scale_bits))
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """Of the stored scales."""
+        return torch.uint8 if self.scale_bits == 8 else torch.float16
 
 
 SHARED = Side(groups=0)
@@ -158,17 +166,18 @@ class PageLayout:
         return tuple(known)
 
     @cached_property
-    def _forms(self) -> list[tuple[GroupLayout, str, Side, list[tuple[tuple[int, ...], bool]]]]:
-        """Each side of each group, with the shape behind ``[N, h]`` of each tensor and whether it is one of codes."""
+    def _forms(self) -> list[tuple[GroupLayout, str, Side, list[tuple[tuple[int, ...], torch.dtype | None]]]]:
+        """Each side of each group, with the shape behind ``[N, h]`` and the dtype of each tensor, None: the model's."""
         p, made = self.page_tokens, []
         for g in self.groups:
             for name, side, dim in (("keys", g.keys, self.key_dim), ("values", g.values, self.value_dim)):
-                forms: list[tuple[tuple[int, ...], bool]] = [((p, dim), False)]
+                forms: list[tuple[tuple[int, ...], torch.dtype | None]] = [((p, dim), None)]
                 if side.bits:
                     keys = name == "keys"
                     planes = key_plane_shapes(side.bits, p) if keys else value_plane_shapes(side.bits[0], p, dim)
                     scale = (p,) if keys else (p, side.groups)
-                    forms = [(s, True) for s in planes] + [(scale, False)] * (1 + side.zero)
+                    forms = [(s, torch.uint8) for s in planes]
+                    forms += [(scale, side.scale_dtype)] + [(scale, torch.float16)] * side.zero
                 elif side.shared:
                     forms = []
                 made.append((g, name, side, forms))
@@ -177,10 +186,9 @@ class PageLayout:
     def allocate(self, pages: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
         """Zeroed tensors of ``pages`` pages, in the order of :meth:`split`; the pages of a head lie side by side."""
         made, _ = [], self.known_forms
-        for g, _, side, forms in self._forms:
-            for shape, codes in forms:
-                kind = torch.uint8 if codes else torch.float16 if side.bits else dtype
-                made.append(torch.zeros((g.heads, pages, *shape), dtype=kind, device=device).transpose(0, 1))
+        for g, _, _, forms in self._forms:
+            for shape, kind in forms:
+                made.append(torch.zeros((g.heads, pages, *shape), dtype=kind or dtype, device=device).transpose(0, 1))
         return made
 
     def bytes_of_page(self, n_sink: int, dtype: torch.dtype) -> int:
@@ -244,11 +252,7 @@ class PageLayout:
     def page_shapes(self) -> list[tuple[tuple[int, ...], torch.dtype | None]]:
         """Of each tensor in the order of :meth:`split`: its shape behind ``[N]``, and its dtype, None where a side is
         not coded."""
-        return [
-            ((g.heads, *shape), torch.uint8 if codes else torch.float16 if side.bits else None)
-            for g, _, side, forms in self._forms
-            for shape, codes in forms
-        ]
+        return [((g.heads, *shape), kind) for g, _, _, forms in self._forms for shape, kind in forms]
 
 
 @lru_cache(maxsize=256)

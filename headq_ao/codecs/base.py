@@ -69,6 +69,7 @@ class KeyCodec(Codec):
     ``unit [.., 1]`` (:mod:`headq_ao.statistics.units`): all this is of ``k / unit``; None: of the keys as they are.
     ``own`` names the tensors that belong to the sequences of a batch: indexed with it, and charged to it.
     ``head_bits``: of the base of each KV head, where they differ; ``bits`` are then those of the first.
+    ``scale_bits``: that a scale is stored in (:mod:`headq_ao.ops.rounding`).
     """
 
     mean: Tensor
@@ -87,6 +88,7 @@ class KeyCodec(Codec):
     unit: Tensor | None = None
     mapped: Tensor | None = None  # query_map, where it is kept
     head_bits: tuple[int, ...] = ()
+    scale_bits: int = 16
     parts: dict[tuple[int, int], Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -122,7 +124,8 @@ class KeyCodec(Codec):
         return Encoder(
             encode, self.bits, self.step if self.symmetric else None, mean=self.mean, unit=self.unit,
             hessian=self.error_hessian(), cholesky=self.factor, read=self.reader if side else None,
-            side_encode=self.side_encode, side_step=self.side_step, unbiased=unbiased, frame=frame,
+            side_encode=self.side_encode, side_step=self.side_step, unbiased=unbiased, scale_bits=self.scale_bits,
+            frame=frame,
         )  # fmt: skip
 
     def quantize(self, k: Tensor, unbiased: bool) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -218,6 +221,7 @@ class ValueCodec(Codec):
     ``head_bits``: of each KV head, where they differ; ``bits`` and ``step`` are then those of the first.
     ``unit [B, Hkv, 1]`` (:mod:`headq_ao.statistics.units`), of sequences without a mean: all this is of ``v / unit``;
     None: of the values as they are.
+    ``scale_bits``: that a scale is stored in. In 16 it is ``σ · step``, in 8 it is ``σ``.
     """
 
     encode: Tensor
@@ -230,6 +234,7 @@ class ValueCodec(Codec):
     hessian: Tensor | None = None
     unit: Tensor | None = None
     head_bits: tuple[int, ...] = ()
+    scale_bits: int = 16
     parts: dict[tuple[int, int], Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def in_unit(self, unit: Tensor) -> "ValueCodec":
@@ -249,9 +254,12 @@ class ValueCodec(Codec):
     def encoder(self) -> Encoder:
         """How tokens are written, of heads with the same bits."""
         groups = 0 if self.group_size == self.read.shape[-2] else self.group_size
+        step: Tensor | float | None = self.step or None
+        if self.scale_bits == 8:
+            step = self.encode.new_full((1, 1, self.encode.shape[-1]), self.step)
         return Encoder(
-            self.encode, (self.bits,), self.step or None, groups, mean=self.mean, unit=self.unit, hessian=self.hessian,
-            cholesky=self.factor, unbiased=self.unbiased,
+            self.encode, (self.bits,), step, groups, mean=self.mean, unit=self.unit, hessian=self.hessian,
+            cholesky=self.factor, unbiased=self.unbiased, scale_bits=self.scale_bits,
         )  # fmt: skip
 
     @property
@@ -266,8 +274,12 @@ class ValueCodec(Codec):
 
     @property
     def reader(self) -> Tensor:
-        """``read`` by the unit: ``[B or 1, Hkv or 1, D, D]``."""
-        return self.read if self.unit is None else self.read * self.unit.unsqueeze(-1)
+        """``read`` by the unit, and by what a stored scale lacks: ``[B or 1, Hkv or 1, D, D]``."""
+        read = self.read if self.unit is None else self.read * self.unit.unsqueeze(-1)
+        if self.scale_bits == 16:
+            return read
+        steps = [GAUSSIAN_STEP[bits] for bits in self.head_bits or (self.bits,)]
+        return read * torch.tensor(steps, dtype=read.dtype, device=read.device)[:, None, None]
 
     @property
     def own(self) -> frozenset[str]:

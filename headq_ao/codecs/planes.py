@@ -15,6 +15,7 @@ from headq_ao.ops import Encoder, cache_update, paged_attention, plan_attention,
 from headq_ao.ops.layout import unpack_keys, unpack_values
 from headq_ao.ops.page_layout import NULL_PAGE, SHARED, GroupLayout, PagedTokens, PageLayout, Side
 from headq_ao.ops.paged_attention.reference import by_sequence
+from headq_ao.ops.rounding import scale_of
 from headq_ao.ops.types import PagedKV, Plan, Readers, SegmentFrame, Visible, in_vectors
 
 SideCodec = TypeVar("SideCodec", KeyCodec, ValueCodec)
@@ -90,10 +91,12 @@ class PlaneCodec(Codec):
         groups = []
         for group in head_groups(self.keys, self.values):
             first, end, _ = group.heads.indices(self.kv_heads)
-            keys = Side() if group.keys is None else Side(group.keys.bits, group.keys.has_zero)
+            keys = Side()
+            if (k := group.keys) is not None:
+                keys = Side(k.bits, k.has_zero, scale_bits=k.scale_bits)
             values = SHARED if self.shared else Side()
             if (v := group.values) is not None:
-                values = Side((v.bits,), v.has_zero, self.value_dim // v.group_size)
+                values = Side((v.bits,), v.has_zero, self.value_dim // v.group_size, v.scale_bits)
             groups.append(GroupLayout(first, end - first, keys, values))
         return PageLayout(page_tokens, self.key_dim, self.value_dim, tuple(groups))
 
@@ -209,9 +212,10 @@ class PlaneCodec(Codec):
             assert held.exact is not None
             return held.exact.float()
         assert held.scale is not None
+        scale = scale_of(held.scale)
         if isinstance(codec, KeyCodec):
-            return codec.dequantize(unpack_keys(held.planes, held.bits), held.scale, held.zero, self.sign)
-        return codec.dequantize(unpack_values(held.planes, held.bits[0]), held.scale, held.zero)
+            return codec.dequantize(unpack_keys(held.planes, held.bits), scale, held.zero, self.sign)
+        return codec.dequantize(unpack_values(held.planes, held.bits[0]), scale, held.zero)
 
     def learn(
         self, members: Sequence[int], q: Tensor, k: Tensor, v: Tensor, scaling: float, sliding: int | None

@@ -46,7 +46,7 @@ class _Side(ctypes.Structure):
     _fields_ = (
         *_fields("form values dim base side bits planes groups unbiased folded", _I32),
         ("step", _F32),
-        ("padding", _I32),
+        ("byte_scale", _I32),
         ("coordinate_bits", _P),
         ("plane", _Plane * 3),
         *_fields("scale zero", _Numbers),
@@ -150,8 +150,10 @@ def _side(
             raise ValueError("a side that is coded needs an encoder, got None")
         return _Side(form=EXACT, dim=dim)  # nothing is written there
     side = _Side.from_buffer_copy(_encoder(encoder, batch, heads)[0])
-    if side.base + side.side != (dim if values else len(form.bits)) or encoder.bits[0] != form.bits[0]:
-        raise ValueError(f"an encoder of {encoder.bits} does not fit pages of {form.spec}")
+    if side.base + side.side != (dim if values else len(form.bits)) or (encoder.bits[0], encoder.scale_bits) != (form.bits[0], form.scale_bits):
+        raise ValueError(
+            f"an encoder of {encoder.bits} and scales of {encoder.scale_bits} bits does not fit pages of {form.spec}"
+        )
     assert tokens.scale is not None
     side.values, side.planes = values, len(tokens.planes)
     shift = 0
@@ -167,7 +169,8 @@ def _side(
 
 
 def _numbers(x: Tensor) -> _Numbers:
-    return _Numbers(x.data_ptr(), *x.stride()[:3])
+    size, stride = x.element_size(), x.stride()
+    return _Numbers(x.data_ptr(), *(size * step for step in stride[:3]))
 
 
 @functools.cache
@@ -211,7 +214,8 @@ def _encoder_form(encoder: Encoder) -> tuple[_Side, list[Tensor]]:
     bits = _int32(encoder.bits if len(encoder.bits) == total else encoder.bits * total)
     side = _Side(
         form=form, dim=dim, base=base, side=total - base, bits=encoder.bits[0], groups=encoder.groups(base),
-        unbiased=encoder.unbiased, folded=number, step=encoder.step if number else 0.0, coordinate_bits=bits.data_ptr(),
+        unbiased=encoder.unbiased, folded=number, step=encoder.step if number else 0.0,
+        byte_scale=encoder.scale_bits == 8, coordinate_bits=bits.data_ptr(),
     )  # fmt: skip
     given: dict[str, tuple[Tensor | float | None, int]] = {
         "encode": (encoder.encode, 2), "mean": (encoder.mean, 1), "unit": (encoder.unit, 1),

@@ -21,7 +21,7 @@ struct Plane {
   const int32_t* column;  // keys: coordinate | shift << 16 of each column, -1: padding
   int32_t width, granules, shift, padding;
 };
-struct Numbers { uint16_t* data; int64_t page, head, token; };  // of scales or zeros; the groups of a token lie together
+struct Numbers { char* data; int64_t page, head, token; };       // of scales or zeros, strides in bytes; the groups of a token lie together
 struct Matrix { const float* data; int64_t batch, head; };
 struct Tokens { char* data; int64_t batch, head, token; };      // strides in bytes; of pages: batch is the page
 
@@ -29,7 +29,7 @@ struct Tokens { char* data; int64_t batch, head, token; };      // strides in by
 struct Side {
   int32_t form, values, dim, base, side, bits, planes, groups, unbiased, folded;
   float step;
-  int32_t padding;
+  int32_t byte_scale;  // else fp16
   const int32_t* coordinate_bits;  // [base + side]
   Plane plane[3];
   Numbers scale, zero;
@@ -58,6 +58,8 @@ struct Args {
 
 inline const float* of(const Matrix& m, int64_t b, int64_t h) { return m.data ? m.data + b * m.batch + h * m.head : nullptr; }
 inline char* of(const Tokens& t, int64_t b, int64_t h, int64_t token) { return t.data + b * t.batch + h * t.head + token * t.token; }
+
+inline char* of(const Numbers& x, int64_t page, int64_t h, int offset) { return x.data + page * x.page + h * x.head + offset * x.token; }
 
 inline uint16_t half_bits(float x) {  // of a number that fp16 holds
 #if defined(__F16C__)
@@ -227,8 +229,10 @@ void write_token(const Side& s, int64_t page, int64_t h, int offset, const uint8
       }
   }
   for (int g = 0; g < s.groups; g++) {
-    s.scale.data[page * s.scale.page + h * s.scale.head + offset * s.scale.token + g] = half_bits(scale[g]);
-    if (s.zero.data) s.zero.data[page * s.zero.page + h * s.zero.head + offset * s.zero.token + g] = half_bits(zero[g]);
+    char* to = of(s.scale, page, h, offset);
+    if (s.byte_scale) *to = char(byte_of_scale(scale[g]));
+    else ((uint16_t*)to)[g] = half_bits(scale[g]);
+    if (s.zero.data) ((uint16_t*)of(s.zero, page, h, offset))[g] = half_bits(zero[g]);
   }
 }
 
@@ -252,7 +256,7 @@ void into_frame(const Args& a, int64_t j, float* x, float* work) {
 }
 
 inline Quadratic quadratic(const Side& s, const float* steps, int64_t b, int64_t h) {
-  return {of(s.hessian, b, h), of(s.cholesky, b, h), steps, s.base, float((1 << s.bits) - 1), s.unbiased != 0};
+  return {of(s.hessian, b, h), of(s.cholesky, b, h), steps, s.base, float((1 << s.bits) - 1), s.unbiased != 0, s.byte_scale != 0};
 }
 
 // Body tokens [from, to) of one sequence and head into their pages.

@@ -77,7 +77,7 @@ class Update:
         self.dtype = kv.window_k.dtype
         self.added = self.args.added[0], self.args.added[1]
         self.form: tuple[tuple[int, ...], ...] = ()
-        self.places, self.size = [x.data_ptr() for x in kv.pages], kv.window_k.element_size()
+        self.places = [x.data_ptr() for x in kv.pages]
         self.call, self.by = lib.headq_cache_update, (ctypes.byref(self.args), self.groups)
 
     def __deepcopy__(self, memo: dict[int, object]) -> None:
@@ -91,8 +91,7 @@ class Update:
                 for held in (*side.plane, side.scale, side.zero, side.exact):
                     if held.data:
                         x = now[held.data]
-                        held.data, held.head = x.data_ptr(), x.stride(1)
-                side.exact.head *= self.size
+                        held.data, held.head = x.data_ptr(), x.stride(1) * x.element_size()
         args.table, args.table_row, args.columns = table.data_ptr(), table.stride(0), table.shape[1]
         self.places, self.kept[0] = [x.data_ptr() for x in pages], (pages, table)
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from headq_ao.ops.layout import PIECES, TOKEN_TILE, _key_pieces, granule
 from headq_ao.ops.page_layout import NULL_PAGE, PagedTokens, PageLayout
+from headq_ao.ops.rounding import scale_to_byte
 from headq_ao.ops.types import PagedKV, SegmentFrame, last_in_slots
 
 # codes [B, h, n, M] uint8, scale and zero ([B, h, n] of keys, [B, h, n, groups] of values) of one head group's tokens
@@ -140,4 +141,5 @@ def write_numbers(side: PagedTokens, page: Tensor, offset: Tensor, scale: Tensor
     """Put scales, and zeros where there are any, into their pages."""
     for stored, number in ((side.scale, scale), (side.zero, zero)):
         if stored is not None and number is not None:
-            stored[page, :, offset] = number.transpose(1, 2).to(stored.dtype)
+            number = scale_to_byte(number) if stored.dtype == torch.uint8 else number.to(stored.dtype)
+            stored[page, :, offset] = number.transpose(1, 2)

@@ -23,6 +23,7 @@ from headq_ao.ops.cache_update.triton_pages import (
     copy_token,
     key_byte,
     page_of,
+    put_number,
     put_value_piece,
     window_page,
 )
@@ -100,7 +101,7 @@ def _put_numbers(stored, strides, numbers, n, page, h, inside, GROUPS: tl.conste
     g = tl.arange(0, PADDED)
     number = tl.load(numbers + n * GROUPS + g, mask=g < GROUPS, other=0.0)
     to = stored + page * strides[0] + h * strides[1] + inside * GROUPS
-    tl.store(to + g, number.to(stored.dtype.element_ty), mask=g < GROUPS)
+    put_number(to + g, number.to(tl.float32), g < GROUPS)
 
 
 @triton.jit(

@@ -28,7 +28,7 @@ from headq_ao.ops.page_layout import PageLayout
 
 BLOCK = 16  # coordinates whose errors enter the sums together
 NUMBERS = 32  # at the start of a row: UNIT, FACTOR, ..., then the spreads
-UNIT, FACTOR, TOP, SWEEPS, UNBIASED, WIDTH, FIRST_SPREAD = range(7)
+UNIT, FACTOR, TOP, SWEEPS, UNBIASED, WIDTH, BYTE_SCALE, FIRST_SPREAD = range(8)
 KEPT = 512  # layers
 
 
@@ -132,7 +132,7 @@ def _rows(encoder: Encoder, heads: int, shape: Shape) -> Tensor:
         "outer": outer,
     }
     unit = ones((1, 1)) if encoder.unit is None else encoder.unit[0].double()
-    said = [factor, 2 ** encoder.bits[0] - 1, sweeps, encoder.unbiased, width, *spreads]
+    said = [factor, 2 ** encoder.bits[0] - 1, sweeps, encoder.unbiased, width, encoder.scale_bits == 8, *spreads]
     numbers = torch.tensor(said, dtype=torch.float64, device="cpu").to(device).expand(heads, -1)
     numbers = pad(torch.cat([unit.expand(heads, -1), numbers], 1), (0, NUMBERS - 1 - len(said)))
     flat = [numbers, *(x.flatten(1).expand(heads, -1) for x in parts.values())]

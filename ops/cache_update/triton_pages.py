@@ -3,7 +3,16 @@
 import triton
 import triton.language as tl
 
-from headq_ao.ops.paged_attention.triton_codes import CHUNK
+from headq_ao.ops.paged_attention.triton_codes import CHUNK, FIRST_BYTE
+
+
+@triton.jit
+def put_number(to, number, here):
+    """A scale or a zero into its place, fp16 or a byte (:mod:`headq_ao.ops.rounding`)."""
+    if to.dtype.element_ty == tl.uint8:
+        tl.store(to, ((number.to(tl.int32, bitcast=True) - FIRST_BYTE) >> 18).to(tl.uint8), mask=here)
+    else:
+        tl.store(to, number.to(tl.float16), mask=here)
 
 
 @triton.jit

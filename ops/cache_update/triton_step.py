@@ -20,11 +20,12 @@ from headq_ao.ops.cache_update.triton_pages import (
     append_token,
     key_byte,
     page_of,
+    put_number,
     put_value_piece,
     window_page,
 )
 from headq_ao.ops.error_feedback.reference import SPREADS
-from headq_ao.ops.error_feedback.triton_kernel import INTEGER, LARGEST, SMALLEST
+from headq_ao.ops.error_feedback.triton_kernel import INTEGER, stored_byte, stored_half
 from headq_ao.ops.page_layout import PageLayout
 from headq_ao.ops.paged_attention.triton_codes import CHUNK
 from headq_ao.ops.paged_attention.triton_heads import FIELDS, all_query_columns, form, head_table, kinds, sides
@@ -33,16 +34,16 @@ from headq_ao.ops.types import PagedKV, SegmentFrame
 MOST = 16  # tokens that leave at once; more are coded in bulk
 BLOCK, _FIELDS = tl.constexpr(triton_matrices.BLOCK), tl.constexpr(FIELDS)
 _SPREADS = tl.constexpr(len(SPREADS))
-_UNIT, _FACTOR, _TOP, _SWEEPS, _UNBIASED, _WIDTH, _FIRST_SPREAD = (
+_UNIT, _FACTOR, _TOP, _SWEEPS, _UNBIASED, _WIDTH, _BYTE_SCALE, _FIRST_SPREAD = (
     tl.constexpr(getattr(triton_matrices, name))
-    for name in ("UNIT", "FACTOR", "TOP", "SWEEPS", "UNBIASED", "WIDTH", "FIRST_SPREAD")
+    for name in ("UNIT", "FACTOR", "TOP", "SWEEPS", "UNBIASED", "WIDTH", "BYTE_SCALE", "FIRST_SPREAD")
 )
 
 
 @triton.jit
-def _half(x):
-    """``x`` as the scale that is stored."""
-    return tl.minimum(tl.maximum(x, SMALLEST), LARGEST).to(tl.float16).to(tl.float32)
+def _stored(x, in_byte):
+    """``x`` as a scale that is stored, in a byte or in fp16."""
+    return tl.where(in_byte > 0, stored_byte(x), stored_half(x))
 
 
 @triton.jit
@@ -218,7 +219,8 @@ def code_kernel(
             angles, partner = frame[0] + tl.minimum(j // frame[2], frame[3] - 1) * (2 * DIMS[0]), frame[1]
         y = _transformed(x, dim, row, angles, partner, tl.where(side == 0, DIMS[0], 0), PARTS, D, M)
         top = tl.load(row + _TOP)
-        scale = _half(tl.sqrt(tl.sum(y * y) / tl.load(row + _WIDTH)) * spread)
+        in_byte = tl.load(row + _BYTE_SCALE)
+        scale = _stored(tl.sqrt(tl.sum(y * y) / tl.load(row + _WIDTH)) * spread, in_byte)
         m = tl.arange(0, M)
         scratch += out * M
         words = codes.to(tl.pointer_type(tl.int32)) + out * (M // 4)
@@ -237,11 +239,11 @@ def code_kernel(
         energy = tl.sum(diagonal * y * (y + 2 * of_y)) * scale * scale  # yᵀ M y
         if tl.load(row + _UNBIASED) > 0:
             gain = energy / tl.maximum(energy - cross, 1e-30)
-            kept = _half(scale * tl.where(gain > 0, gain, 1.0))
+            kept = _stored(scale * tl.where(gain > 0, gain, 1.0), in_byte)
             gain = kept / scale  # the error is now y − gain · ŷ = gain · e + (1 − gain) · y
             error = gain * gain * error + (1 - gain) * (2 * gain * cross + (1 - gain) * energy)
             scale = kept
-        tl.store(found, _half(scale * tl.load(row + _FACTOR)))
+        tl.store(found, _stored(scale * tl.load(row + _FACTOR), in_byte))
         tl.store(found + 1, error)
         tl.store(scratch, near + also)
     else:
@@ -259,7 +261,7 @@ def _put_key(codes, columns, scale, keys, page, inside, CHUNKS: tl.constexpr):
         to = planes[CHUNKS[i][0]] + page * strides[CHUNKS[i][0]]
         to += inside // 16 * (CHUNKS[i][4] * 16) + inside % 16 * 4 + CHUNKS[i][2] * 16
         tl.store(to + c // 4 * 64 + c % 4, byte, mask=c < CHUNKS[i][3])
-    tl.store(scales + page * scale_stride + inside, scale.to(tl.float16))
+    put_number(scales + page * scale_stride + inside, scale, True)
 
 
 @triton.jit
@@ -271,7 +273,7 @@ def _put_value(codes, scale, values, page, inside, WIDTHS: tl.constexpr, D: tl.c
     for i in tl.static_range(len(WIDTHS)):
         put_value_piece(planes[i] + page * strides[i], code, inside, WIDTHS[i], D, D_PADDED)
         code = code >> WIDTHS[i]
-    tl.store(scales + page * scale_stride + inside, scale.to(tl.float16))
+    put_number(scales + page * scale_stride + inside, scale, True)
 
 
 @triton.jit

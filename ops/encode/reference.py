@@ -10,16 +10,16 @@ from headq_ao.ops.error_feedback import reference as error_feedback
 from headq_ao.ops.error_feedback.reference import PASSES, SPREADS
 from headq_ao.ops.rounding import half, half_signed, highest_codes, unbiased_scale
 
-# of y, hessian, its Cholesky factor, step, bits, unbiased: codes and σ with error feedback
-Feedback = Callable[[Tensor, Tensor, Tensor, Tensor, int, bool], tuple[Tensor, Tensor]]
+# of y, hessian, its Cholesky factor, step, bits, unbiased, bits of the scale: codes and σ with error feedback
+Feedback = Callable[[Tensor, Tensor, Tensor, Tensor, int, bool, int], tuple[Tensor, Tensor]]
 Quantized = tuple[Tensor, Tensor, Tensor | None]
 
 
 def pure_feedback(
-    y: Tensor, hessian: Tensor, cholesky: Tensor, step: Tensor, bits: int, unbiased: bool
+    y: Tensor, hessian: Tensor, cholesky: Tensor, step: Tensor, bits: int, unbiased: bool, scale_bits: int
 ) -> tuple[Tensor, Tensor]:
     """:func:`headq_ao.ops.feedback_codes` by its reference, whatever the device."""
-    return error_feedback.feedback_codes(y, hessian, cholesky, step, bits, SPREADS, PASSES, unbiased)
+    return error_feedback.feedback_codes(y, hessian, cholesky, step, bits, SPREADS, PASSES, unbiased, scale_bits)
 
 
 def quantize(x: Tensor, encoder: Encoder, feedback: Feedback = pure_feedback) -> Quantized:
@@ -61,7 +61,9 @@ def with_error_feedback(y: Tensor, encoder: Encoder, feedback: Feedback) -> Quan
     assert encoder.hessian is not None and encoder.factor is not None and encoder.step is not None
     number = None if isinstance(encoder.step, Tensor) else encoder.step
     step = encoder.step if isinstance(encoder.step, Tensor) else y.new_full((1, 1, y.shape[-1]), encoder.step)
-    codes, scale = feedback(y, encoder.hessian, encoder.factor, step, encoder.bits[0], encoder.unbiased)
+    codes, scale = feedback(
+        y, encoder.hessian, encoder.factor, step, encoder.bits[0], encoder.unbiased, encoder.scale_bits
+    )
     scale = scale.to(y.dtype).unsqueeze(-1)
     return codes.to(y.dtype), scale if number is None else half(scale * number), None
 

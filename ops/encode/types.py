@@ -38,6 +38,7 @@ class Encoder:
         cholesky: :func:`headq_ao.ops.unit_factor` of ``hessian``, where the caller has it.
         read, side_encode, side_step: ``[.., D, M0]``, ``[.., D, R]``, ``[.., R]``: with a side code.
         unbiased: store the scale that makes ``⟨y, ŷ⟩ = ‖y‖²`` (``yᵀ H ŷ = yᵀ H y``); symmetric codes only.
+        scale_bits: that the scale is rounded to, 16, or with error feedback 8 (:mod:`headq_ao.ops.rounding`).
         frame: that the tokens are taken into before all this, by ``cache_update``, which knows where they stand; None:
             they stay as they are.
     """
@@ -54,6 +55,7 @@ class Encoder:
     side_encode: Tensor | None = None
     side_step: Tensor | None = None
     unbiased: bool = True
+    scale_bits: int = 16
     frame: SegmentFrame | None = None
 
     def __post_init__(self) -> None:
@@ -68,6 +70,10 @@ class Encoder:
             raise ValueError(f"the affine base and error feedback need one bit width for all coordinates, got {widths}")
         if self.hessian is not None and (self.step is None or self.groups(m) != 1):
             raise ValueError("error feedback (hessian) needs a symmetric code (step) and one scale per token")
+        if self.scale_bits != 16 and (self.scale_bits != 8 or self.hessian is None or not isinstance(self.step, Tensor)):
+            raise ValueError(
+                f"scale_bits must be 16, or 8 with error feedback (hessian) and a tensor of steps, got {self.scale_bits}"
+            )
         if self.group_size and m % self.group_size:
             raise ValueError(f"group_size must divide the {m} coordinates, got {self.group_size}")
         if len({x is None for x in (self.side_encode, self.side_step)}) != 1 or (r and self.read is None):
@@ -117,20 +123,22 @@ class Encoder:
         if self.frame is not None:
             held["table"], held["partner"], tokens = self.frame.table, self.frame.partner, self.frame.tokens
         names = [name for name in (*TENSORS, *FRAME) if name in held]
-        text = f"{'+'.join(names)},{bits},{step},{self.group_size},{int(self.unbiased)},{tokens}"
+        text = f"{'+'.join(names)},{bits},{step},{self.group_size},{int(self.unbiased)},{self.scale_bits},{tokens}"
         return [held[name] for name in names], text
 
     @classmethod
     def of_flat(cls, tensors: list[Tensor], text: str) -> "Encoder":
         """:attr:`flat`, undone."""
-        names, bits, step, group_size, unbiased, frame_tokens = text.split(",")
+        names, bits, step, group_size, unbiased, scale_bits, frame_tokens = text.split(",")
         given: dict[str, Any] = dict(zip(names.split("+"), tensors, strict=True))
         if int(frame_tokens):
             given["frame"] = SegmentFrame(given.pop("table"), given.pop("partner"), int(frame_tokens))
         if "step" not in given:
             given["step"] = float(step) if step else None
         widths = tuple(map(int, bits.split("+")))
-        return cls(**given, bits=widths, group_size=int(group_size), unbiased=unbiased == "1")
+        return cls(
+            **given, bits=widths, group_size=int(group_size), unbiased=unbiased == "1", scale_bits=int(scale_bits)
+        )
 
 
 assert {f.name for f in fields(Encoder)} >= set(TENSORS)

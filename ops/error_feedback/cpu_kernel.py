@@ -10,7 +10,7 @@ from torch import Tensor
 from headq_ao.ops import cpu_build
 
 _P, _I32 = ctypes.c_void_p, ctypes.c_int32
-_INTS = "matrices heads batch tokens width bits unbiased threads"
+_INTS = "matrices heads batch tokens width bits unbiased scale_bits threads"
 _POINTERS = "y hessian cholesky step matrix codes scale"
 
 
@@ -28,7 +28,8 @@ def library() -> ctypes.CDLL | None:
 
 
 def launch(
-    y: Tensor, hessian: Tensor, cholesky: Tensor, step: Tensor, bits: int, unbiased: bool
+    y: Tensor, hessian: Tensor, cholesky: Tensor, step: Tensor, bits: int, unbiased: bool,
+    scale_bits: int = 16,
 ) -> tuple[Tensor, Tensor] | None:
     """:func:`headq_ao.ops.feedback_codes` in fp32; None for fp64 and where there is no compiler."""
     lib = None if y.dtype == torch.float64 else library()
@@ -46,7 +47,7 @@ def launch(
     pointers = zip(_POINTERS.split(), (y, hessian, cholesky, step, index, codes, scale), strict=True)
     args = _Args(
         matrices=own.numel(), heads=heads, batch=batch, tokens=tokens, width=width, bits=bits, unbiased=unbiased,
-        threads=torch.get_num_threads(), **{name: tensor.data_ptr() for name, tensor in pointers},
+        scale_bits=scale_bits, threads=torch.get_num_threads(), **{name: tensor.data_ptr() for name, tensor in pointers},
     )  # fmt: skip
     if lib.headq_feedback_codes(ctypes.byref(args)):
         raise MemoryError(f"feedback_codes had no memory for its working set over {tokens} tokens of {width}")

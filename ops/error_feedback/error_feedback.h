@@ -60,13 +60,32 @@ inline V half(V x) {
   return x;
 }
 
+// To one of the 256 scales that a byte holds: fp16 with five mantissa bits from 1/16 to 15.75. See rounding.py.
+template <class V>
+inline V short_scale(V x) {
+  x = x > 0.0625f ? x : all<V>(0.0625f);
+  x = half(x < 15.75f ? x : all<V>(15.75f));
+  typedef uint32_t Bits __attribute__((vector_size(sizeof(V))));
+  const Bits near = ((Bits)x + (1u << 17)) & ~((1u << 18) - 1);
+  return (V)near;
+}
+template <class V>
+inline V stored_scale(V x, bool in_a_byte) { return in_a_byte ? short_scale(x) : half(x); }
+
+constexpr uint32_t LEAST_SHORT = 0x3d800000u;  // bits of 1/16, the scale of byte 0
+inline uint8_t byte_of_scale(float x) {
+  uint32_t u;
+  std::memcpy(&u, &x, 4);
+  return uint8_t((u - LEAST_SHORT) >> 18);
+}
+
 // How the tokens of one head are rounded.
 struct Quadratic {
   const float *hessian, *cholesky;  // [n, n]
   const float* step;                // [n]
   int n;
   float top;
-  bool unbiased;
+  bool unbiased, byte_scale;
 };
 
 // sum[c] = Σ_j x[j] m[j][c], j < count, for the first columns c of a matrix.
@@ -178,7 +197,7 @@ inline V remaining_error(const Quadratic& q, Work<V>& w, V energy, V& sigma) {
     V cross{};
     for (int i = 0; i < q.n; i++) cross += (w.y[i] - w.e[i]) * w.seen[i];
     V gain = energy / (cross > 1e-30f ? cross : all<V>(1e-30f));
-    V kept = half(sigma * (gain > 0.0f ? gain : all<V>(1.0f)));
+    V kept = stored_scale(sigma * (gain > 0.0f ? gain : all<V>(1.0f)), q.byte_scale);
     V less = 1.0f - kept / sigma, size = error - energy + 2 * cross;
     error += less * (2 * (cross - size) + less * size);
     sigma = kept;
@@ -210,7 +229,7 @@ inline void round_tiles(const Quadratic& q, Work<V16>* const* w, const float* y,
     if (q.unbiased) energy[k] = quadratic_form(q.hessian, q.n, w[k]->y.data(), w[k]->y.data(), w[k]->seen.data());
   }
   for (int s = 0; s < TRIES; s++) {
-    for (int k = 0; k < K; k++) tried[k] = half(rms[k] * SPREADS[s]);
+    for (int k = 0; k < K; k++) tried[k] = stored_scale(rms[k] * SPREADS[s], q.byte_scale);
     sweep<V16, K, false>(same, w, tried);
     for (int pass = 0; pass < PASSES; pass++) sweep<V16, K, true>(same, w, tried);
     for (int k = 0; k < K; k++) {
@@ -250,7 +269,7 @@ inline void round_few(
       std::memcpy(&w[k]->y[i], f, sizeof f);
     }
     for (int l = 0; l < lanes<V>; l++) spread[l] = SPREADS[l % TRIES];
-    tried[k] = half(rms_of(q[k], *w[k]) * spread);
+    tried[k] = stored_scale(rms_of(q[k], *w[k]) * spread, q[k].byte_scale);
     if (!q[k].unbiased) continue;
     float* seen = (float*)w[k]->best.data();  // M y of each token
     for (int t = 0; t < tokens; t++) transform(y[k] + int64_t(t) * n, q[k].hessian, n, n, seen + int64_t(t) * n);

@@ -7,10 +7,12 @@ from headq_ao.ops.dispatch import direct, kernels
 from headq_ao.ops.error_feedback import reference
 from headq_ao.ops.error_feedback.reference import PASSES, SPREADS
 from headq_ao.ops.layout import PIECES
+from headq_ao.ops.rounding import SCALE_BITS
 
 
 def feedback_codes(
-    y: Tensor, hessian: Tensor, step: Tensor, bits: int, *, cholesky: Tensor | None = None, unbiased: bool = True
+    y: Tensor, hessian: Tensor, step: Tensor, bits: int, *, cholesky: Tensor | None = None, unbiased: bool = True,
+    scale_bits: int = 16,
 ) -> tuple[Tensor, Tensor]:
     """Codes ``c`` and scale ``σ`` of tokens, for a small ``(y − ŷ)ᵀ H (y − ŷ)``, ``ŷ_i = σ · step_i · (c_i − c0)``.
 
@@ -28,6 +30,7 @@ def feedback_codes(
         bits: of every coordinate, 1 to 6 or 8.
         cholesky: ``N``, :func:`headq_ao.ops.unit_factor` of ``hessian``, where the caller has it.
         unbiased: store the σ that makes ``yᵀ H ŷ = yᵀ H y``.
+        scale_bits: that σ is rounded to, 16 (fp16) or 8 (:mod:`headq_ao.ops.rounding`: 1/16 to 15.75).
 
     Returns:
         Codes ``[B, H, T, M]`` uint8 and σ ``[B, H, T]`` fp16.
@@ -47,6 +50,8 @@ def feedback_codes(
     m = y.shape[-1]
     if bits not in PIECES:
         raise ValueError(f"bits must be one of {sorted(PIECES)}, got {bits}")
+    if scale_bits not in SCALE_BITS:
+        raise ValueError(f"scale_bits must be one of {SCALE_BITS}, got {scale_bits}")
     if hessian.ndim != 4 or hessian.shape[-2:] != (m, m):
         raise ValueError(f"hessian must be [B or 1, H or 1, {m}, {m}] for tokens of {m}, got {tuple(hessian.shape)}")
     if step.ndim != 3 or step.shape[-1] != m:
@@ -56,19 +61,19 @@ def feedback_codes(
     elif cholesky.shape != hessian.shape:
         raise ValueError(f"cholesky must be of hessian's shape {tuple(hessian.shape)}, got {tuple(cholesky.shape)}")
     run = _feedback_codes if direct(y) else _operator
-    return run(y, hessian, cholesky, step, bits, unbiased)
+    return run(y, hessian, cholesky, step, bits, unbiased, scale_bits)
 
 
 def _feedback_codes(
-    y: Tensor, hessian: Tensor, cholesky: Tensor, step: Tensor, bits: int, unbiased: bool
+    y: Tensor, hessian: Tensor, cholesky: Tensor, step: Tensor, bits: int, unbiased: bool, scale_bits: int
 ) -> tuple[Tensor, Tensor]:
     """By the device's kernel where it serves, else by the reference."""
     module = kernels("feedback_codes", y.device.type)
     made: tuple[Tensor, Tensor] | None = None
     if module is not None:
-        made = module.launch(y, hessian, cholesky, step, bits, unbiased)
+        made = module.launch(y, hessian, cholesky, step, bits, unbiased, scale_bits)
     if made is None:
-        return reference.feedback_codes(y, hessian, cholesky, step, bits, SPREADS, PASSES, unbiased)
+        return reference.feedback_codes(y, hessian, cholesky, step, bits, SPREADS, PASSES, unbiased, scale_bits)
     return made
 
 
@@ -76,5 +81,7 @@ _operator = torch.library.custom_op("headq::feedback_codes", _feedback_codes, mu
 
 
 @_operator.register_fake
-def _(y: Tensor, hessian: Tensor, cholesky: Tensor, step: Tensor, bits: int, unbiased: bool) -> tuple[Tensor, Tensor]:
+def _(
+    y: Tensor, hessian: Tensor, cholesky: Tensor, step: Tensor, bits: int, unbiased: bool, scale_bits: int
+) -> tuple[Tensor, Tensor]:
     return y.new_empty(y.shape, dtype=torch.uint8), y.new_empty(y.shape[:-1], dtype=torch.float16)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from headq_ao.ops.rounding import half, scale_by_gain
+from headq_ao.ops.rounding import scale_by_gain, stored_scale
 
 SPREADS = (0.7, 0.85, 1.0, 1.15, 1.3)  # scales that are tried, in units of the token's RMS
 PASSES = 2
@@ -17,7 +17,7 @@ PASSES = 2
 
 def feedback_codes(
     y: Tensor, hessian: Tensor, cholesky: Tensor, step: Tensor, bits: int, spreads: Sequence[float], passes: int,
-    unbiased: bool,
+    unbiased: bool, scale_bits: int = 16,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """:func:`headq_ao.ops.feedback_codes` as it reads."""
     dtype = torch.float64 if y.dtype == torch.float64 else torch.float32
@@ -26,14 +26,15 @@ def feedback_codes(
     rms = y.square().mean(-1, keepdim=True).sqrt()
     best: list[Tensor] = []
     for spread in spreads:
-        scale = half(rms * spread)  # [B, H, T, 1]
+        scale = stored_scale(rms * spread, scale_bits)  # [B, H, T, 1]
         delta = scale * step.unsqueeze(-2)
         codes = sequential_round(y, cholesky, delta, highest)
         for _ in range(passes):
             codes = coordinate_descent(y, hessian, delta, highest, codes)
         y_hat = delta * (codes - highest / 2)
         if unbiased:
-            kept = scale_by_gain(scale, quadratic_form(y, hessian, y), quadratic_form(y, hessian, y_hat))
+            gains = quadratic_form(y, hessian, y), quadratic_form(y, hessian, y_hat)
+            kept = scale_by_gain(scale, *gains, scale_bits)
             y_hat, scale = y_hat * (kept / scale), kept
         error = quadratic_form(y - y_hat, hessian, y - y_hat)
         new = [error, scale, codes]

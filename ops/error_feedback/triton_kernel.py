@@ -23,11 +23,25 @@ from torch.nn.functional import pad
 
 from headq_ao.ops.dispatch import WIDEST
 from headq_ao.ops.error_feedback.reference import PASSES, SPREADS
-from headq_ao.ops.rounding import half
+from headq_ao.ops.rounding import LEAST_SHORT, MOST_SHORT, stored_scale
 
 BLOCK = tl.constexpr(16)  # coordinates whose errors enter the sums together
 INTEGER = tl.constexpr(12582912.0)  # 1.5 · 2^23: a float plus this is rounded to an integer, ties to even
 SMALLEST, LARGEST = tl.constexpr(2.0**-24), tl.constexpr(65504.0)  # positive fp16
+LEAST_BYTE, MOST_BYTE = tl.constexpr(LEAST_SHORT), tl.constexpr(MOST_SHORT)
+
+
+@triton.jit
+def stored_half(x):
+    """``x`` as a scale that is stored in fp16."""
+    return tl.minimum(tl.maximum(x, SMALLEST), LARGEST).to(tl.float16).to(tl.float32)
+
+
+@triton.jit
+def stored_byte(x):
+    """``x`` as one of the scales that a byte holds."""
+    near = tl.minimum(tl.maximum(x, LEAST_BYTE), MOST_BYTE).to(tl.float16).to(tl.float32)
+    return ((near.to(tl.int32, bitcast=True) + (1 << 17)) & -(1 << 18)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -81,7 +95,7 @@ def feedback_kernel(
     y, seen, wanted, diagonal, diagonal_strides, pulls, pull_strides, pull_size, scales, codes, kept_scales, errors,
     heads,
     BLOCKS: tl.constexpr, M_PADDED: tl.constexpr, ROWS: tl.constexpr, TOP: tl.constexpr, PASSES: tl.constexpr,
-    UNBIASED: tl.constexpr, TF32: tl.constexpr,
+    UNBIASED: tl.constexpr, BYTE_SCALE: tl.constexpr, TF32: tl.constexpr,
 ):  # fmt: skip
     """Codes and error of a tile of rows at one scale.
 
@@ -145,8 +159,8 @@ def feedback_kernel(
         energy = tl.load(wanted + tile * ROWS + row)
         cross *= scale
         gain = energy / tl.maximum(energy - cross, 1e-30)
-        kept = tl.minimum(tl.maximum(scale * tl.where(gain > 0, gain, 1.0), SMALLEST), LARGEST)
-        kept = kept.to(tl.float16).to(tl.float32)
+        kept = scale * tl.where(gain > 0, gain, 1.0)
+        kept = stored_byte(kept) if BYTE_SCALE else stored_half(kept)
         gain = kept / scale  # the error is now y − gain · ŷ = gain · e + (1 − gain) · y
         error = gain * gain * error + (1 - gain) * (2 * gain * cross + (1 - gain) * energy)
         scale = kept
@@ -183,7 +197,8 @@ def in_levels(hessian: Tensor, factor: Tensor, step: Tensor) -> tuple[Tensor, Te
 
 
 def launch(
-    y: Tensor, metric: Tensor, feedback: Tensor, step: Tensor, bits: int, unbiased: bool
+    y: Tensor, metric: Tensor, feedback: Tensor, step: Tensor, bits: int, unbiased: bool,
+    scale_bits: int = 16,
 ) -> tuple[Tensor, Tensor] | None:
     """:func:`headq_ao.ops.feedback_codes` in fp32; None for fp64, and for rows of more than 256."""
     if y.dtype == torch.float64 or y.shape[-1] > WIDEST["cuda"]:
@@ -204,7 +219,7 @@ def launch(
     metric, diagonal = pad(metric, (0, spare, 0, spare)), pad(diagonal, (0, spare)).contiguous()
 
     rms = pad(y.square().mean(-1).sqrt(), (0, spare_rows))
-    scales = half(torch.stack([rms * spread for spread in SPREADS]))  # [spreads, B, H, T]
+    scales = stored_scale(torch.stack([rms * spread for spread in SPREADS]), scale_bits)  # [spreads, B, H, T]
     y = pad(y / step[..., None, :], (0, spare, 0, spare_rows))
     seen = y @ metric
     wanted = (seen * y).sum(-1)
@@ -216,7 +231,7 @@ def launch(
         feedback_kernel[(in_tiles[0], len(SPREADS), batch * heads)](
             y, seen, wanted, diagonal, diagonal.expand(batch, heads, -1).stride()[:2],
             pulls, pulls[0].expand(batch, heads, -1, -1).stride()[:2], pulls.stride(0), scales, codes, kept, errors,
-            heads, BLOCKS=blocks, M_PADDED=padded, TOP=2**bits - 1, PASSES=PASSES, UNBIASED=unbiased,
+            heads, BLOCKS=blocks, M_PADDED=padded, TOP=2**bits - 1, PASSES=PASSES, UNBIASED=unbiased, BYTE_SCALE=scale_bits == 8,
             num_stages=1, enable_fp_fusion=True, **tile,
         )  # fmt: skip
     best = errors.argmin(0, keepdim=True)

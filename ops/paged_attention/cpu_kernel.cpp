@@ -31,7 +31,7 @@ constexpr float NEG = -std::numeric_limits<float>::infinity();
 
 // Of a page: tiles of 16 tokens of keys, granules of values.
 struct Plane { const uint8_t* data; int64_t page_stride, head_stride, tile_stride; int32_t width, columns; };
-struct Scale { const uint16_t* data; int64_t page_stride, head_stride, token_stride; };
+struct Scale { const uint8_t* data; int64_t page_stride, head_stride, token_stride; int32_t bytes, padding; };  // of fp16 (2 bytes) or a byte: see rounding.py
 
 // Vectors [batch, heads, tokens, dim] in full precision; dtype 1: fp32, 2: bf16, 3: fp16.
 struct Dense { const void* data; int64_t batch_stride, head_stride, token_stride; int32_t dtype, tokens; };
@@ -107,6 +107,28 @@ inline void halves(const uint16_t* from, int64_t stride, int n, float* to) {
   for (; i < n; i++) to[i] = half_to_float(from[i * stride]);
 }
 
+inline void byte_scales(const uint8_t* from, int64_t stride, int n, float* to) {
+  constexpr uint32_t LEAST = 0x3d800000u;  // bits of 1/16
+  int i = 0;
+#if defined(__AVX512F__)
+  if (stride == 1)
+    for (; i + 16 <= n; i += 16) {
+      const __m512i bits = _mm512_slli_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(from + i))), 18);
+      _mm512_storeu_si512(to + i, _mm512_add_epi32(bits, _mm512_set1_epi32(LEAST)));
+    }
+#elif defined(__AVX2__)
+  if (stride == 1)
+    for (; i + 8 <= n; i += 8) {
+      const __m256i bits = _mm256_slli_epi32(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(from + i))), 18);
+      _mm256_storeu_si256((__m256i*)(to + i), _mm256_add_epi32(bits, _mm256_set1_epi32(LEAST)));
+    }
+#endif
+  for (; i < n; i++) {
+    const uint32_t bits = (uint32_t(from[i * stride]) << 18) + LEAST;
+    std::memcpy(to + i, &bits, 4);
+  }
+}
+
 // The physical pages of a chunk of body tokens, in order.
 struct Pages {
   const int32_t* at;
@@ -135,6 +157,7 @@ struct Pages {
 // Where a plane, a scale of one KV head begins in a page.
 template <class X>
 inline auto of_page(const X& x, int32_t page, int h) { return x.data + page * x.page_stride + h * x.head_stride; }
+inline const uint8_t* of_page(const Scale& x, int32_t page, int h) { return x.data + x.bytes * (page * x.page_stride + h * x.head_stride); }
 
 // Where the tile of keys lies that begins with token t of a chunk.
 inline const uint8_t* keys_at(const Plane& x, const Pages& pages, int h, int t) {
@@ -161,7 +184,9 @@ void scales(const Scale& x, const Pages& pages, int h, int t, int n, int group, 
   for (int i = 0, m; i < n; i += m) {
     const int page = (t + i) >> pages.shift;
     m = std::min(pages.beside(page) << pages.shift, n - i);
-    halves(of_page(x, pages.at[page], h) + group, x.token_stride, m, to + i);
+    const uint8_t* from = of_page(x, pages.at[page], h) + x.bytes * group;
+    if (x.bytes == 1) byte_scales(from, x.token_stride, m, to + i);
+    else halves((const uint16_t*)from, x.token_stride, m, to + i);
   }
 }
 
@@ -173,7 +198,7 @@ inline void prefetch(const void* from, int64_t bytes) {
 void prefetch(const Scale& x, const Pages& pages, int h, int n) {
   if (!x.data) return;
   for (int i = 0, t = 0; t < n; i += pages.beside(i), t = i * pages.tokens)
-    prefetch(of_page(x, pages.at[i], h), std::min(pages.beside(i) * pages.tokens, n - t) * x.token_stride * 2);
+    prefetch(of_page(x, pages.at[i], h), std::min(pages.beside(i) * pages.tokens, n - t) * x.token_stride * x.bytes);
 }
 
 // What will be read next, to be asked for little by little: that many bytes of each of two planes at each step, page by page.

@@ -42,7 +42,7 @@ class _Plane(ctypes.Structure):
 
 
 class _Scale(ctypes.Structure):
-    _fields_ = (("data", _P), ("page", _I64), ("head", _I64), ("token", _I64))
+    _fields_ = (("data", _P), ("page", _I64), ("head", _I64), ("token", _I64), ("bytes", _I32), ("padding", _I32))
 
 
 class _Dense(ctypes.Structure):
@@ -409,4 +409,4 @@ def _per_head(x: Tensor | None) -> _PerHead:
 
 
 def _scale(x: Tensor | None) -> _Scale:
-    return _Scale() if x is None else _Scale(x.data_ptr(), *x.stride()[:3])
+    return _Scale() if x is None else _Scale(x.data_ptr(), *x.stride()[:3], x.element_size())

@@ -103,7 +103,7 @@ def gathered(side: PagedTokens, table: Tensor, dtype: torch.dtype, *, keys: bool
         return unpack_keys(planes, side.bits).to(dtype).flatten(2, 3)
     assert side.scale is not None
     codes = (unpack_keys(planes, side.bits) if side.shared else unpack_values(planes, side.bits[0])).to(dtype)
-    codes, scale = codes.flatten(2, 3), by_sequence(side.scale, table).to(dtype).flatten(2, 3)
+    codes, scale = codes.flatten(2, 3), scale_of(by_sequence(side.scale, table)).to(dtype).flatten(2, 3)
     scale = scale.unsqueeze(-1) if side.shared else scale
     centred = -scale * ((2 ** side.bits[0] - 1) / 2)
     zero = centred if side.zero is None else by_sequence(side.zero, table).to(dtype).flatten(2, 3)
@@ -118,7 +118,7 @@ def by_sequence(pages: Tensor, table: Tensor) -> Tensor:
 
 def numbers(pages: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
     """Numbers of tokens ``[N, h, P]`` as ``[B, h, C·P]``."""
-    return by_sequence(pages, table).flatten(2).to(dtype)
+    return scale_of(by_sequence(pages, table)).flatten(2).to(dtype)
 
 
 def read_back(out: Tensor, lse: Tensor, readers: Readers) -> Tensor:

@@ -22,7 +22,7 @@ FIELDS = 1 + 2 * (KEY_PLANES + 2 + VALUE_PLANES + 2)
 ALIGNED = 16  # bytes, of addresses and strides in the table
 _FIELDS, _KEY_PLANES, _VALUE_PLANES = tl.constexpr(FIELDS), tl.constexpr(KEY_PLANES), tl.constexpr(VALUE_PLANES)
 
-Kind = tuple[tuple[tuple[int, ...], ...], int, bool, int, tuple[int, ...], int, bool, int]
+Kind = tuple[tuple[tuple[int, ...], ...], int, bool, int, tuple[int, ...], int, bool, int, bool, bool]
 
 
 Form = tuple[Side, Side]
@@ -31,12 +31,13 @@ Form = tuple[Side, Side]
 @functools.lru_cache(maxsize=256)
 def kinds(forms: tuple[Form, ...]) -> tuple[Kind, ...]:
     """Of each form of keys and values: ``(key chunks, first query column, zeros of keys, bits of values, their widths,
-    parts of a tile, zeros of values, scales of a value)``."""
+    parts of a tile, zeros of values, scales of a value, whether scales of keys are bytes, of values)``."""
     found, first = [], 0
     for keys, values in forms:
         widths, chunks = PIECES[values.bits[0]], key_chunks(keys.bits)
         parts = 8 // min(widths)
-        found.append((chunks, first, keys.zero, values.bits[0], widths, parts, values.zero, values.groups))
+        byte_scales = keys.scale_bits == 8, values.scale_bits == 8
+        found.append((chunks, first, keys.zero, values.bits[0], widths, parts, values.zero, values.groups, *byte_scales))
         first += sum(CHUNK_BYTES * (8 // width) for _, width, *_ in chunks)
     return tuple(found)
 
@@ -59,8 +60,9 @@ def _table(layout: PageLayout, places: tuple[tuple[int, ...], ...], device: torc
     for group in layout.split(places):  # type: ignore[arg-type]  # it deals them out, whatever they are
         for head in range(group.layout.heads):
             row = [forms.index((group.layout.keys, group.layout.values))]
-            for side, planes in ((group.keys, KEY_PLANES), (group.values, VALUE_PLANES)):
-                row += _fields(side, planes, head)
+            forms_of = group.layout.keys, group.layout.values
+            for side, form, planes in zip((group.keys, group.values), forms_of, (KEY_PLANES, VALUE_PLANES), strict=True):
+                row += _fields(side, form, planes, head)
             rows.append(row)
     table = torch.tensor(rows, dtype=torch.int64, device="cpu")
     misplaced = [x for x in table[:, 1:].flatten().tolist() if x % ALIGNED]
@@ -69,10 +71,10 @@ def _table(layout: PageLayout, places: tuple[tuple[int, ...], ...], device: torc
     return table.to(device)
 
 
-def _fields(side: PagedTokens, planes: int, head: int) -> list[int]:
+def _fields(side: PagedTokens, form: Side, planes: int, head: int) -> list[int]:
     """Address and page stride of each tensor of one head; 0 where there is none."""
     numbers = [(p, 1) for p in side.planes] + [None] * (planes - len(side.planes))
-    numbers += [None if x is None else (x, 2) for x in (side.scale, side.zero)]
+    numbers += [None if x is None else (x, size) for x, size in ((side.scale, form.scale_bits // 8), (side.zero, 2))]
     found = []
     for entry in numbers:
         if entry is None:
@@ -91,13 +93,13 @@ def _place(row, i: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def _side(row, FIRST: tl.constexpr, MOST: tl.constexpr, PLANES: tl.constexpr):
+def _side(row, FIRST: tl.constexpr, MOST: tl.constexpr, PLANES: tl.constexpr, BYTE_SCALE: tl.constexpr):
     """Planes, their page strides, scale and its page stride, zero and its page stride."""
     planes, strides = (), ()
     for i in tl.static_range(PLANES):
         plane, stride = _place(row, FIRST + i, tl.uint8)
         planes, strides = planes + (plane,), strides + (stride,)
-    scale, scale_stride = _place(row, FIRST + MOST, tl.float16)
+    scale, scale_stride = _place(row, FIRST + MOST, tl.uint8 if BYTE_SCALE else tl.float16)
     zero, zero_stride = _place(row, FIRST + MOST + 1, tl.float16)
     return planes, strides, scale, scale_stride, zero, zero_stride
 
@@ -119,6 +121,6 @@ def sides(table, h, KINDS: tl.constexpr, KIND: tl.constexpr):
     none."""
     row = table + h * _FIELDS
     VALUE_WIDTHS: tl.constexpr = form(KINDS, KIND, 4)
-    keys = _side(row, 0, _KEY_PLANES, _key_planes(KINDS, KIND))
-    values = _side(row, _KEY_PLANES + 2, _VALUE_PLANES, len(VALUE_WIDTHS))
+    keys = _side(row, 0, _KEY_PLANES, _key_planes(KINDS, KIND), form(KINDS, KIND, 8))
+    values = _side(row, _KEY_PLANES + 2, _VALUE_PLANES, len(VALUE_WIDTHS), form(KINDS, KIND, 9))
     return keys, values

@@ -19,7 +19,7 @@ running maximum of ``s_j + log2 a_j`` less a headroom: weights fill fp16 to 2^14
 import triton
 import triton.language as tl
 
-from headq_ao.ops.paged_attention.triton_codes import CHUNK, log2, parts, piece, query_slices, raised, unit
+from headq_ao.ops.paged_attention.triton_codes import CHUNK, FIRST_BYTE, log2, parts, piece, query_slices, raised, unit
 from headq_ao.ops.paged_attention.triton_heads import FIELDS as _FIELDS
 from headq_ao.ops.paged_attention.triton_heads import form, sides
 from headq_ao.ops.paged_attention.triton_window import LOG2E, capped, coded, codes_end, exact_split, visible
@@ -104,7 +104,12 @@ def _spread(pages, P: tl.constexpr, SLOTS: tl.constexpr, PARTS: tl.constexpr):
 def _number(x, stride, page, inside, here):
     """A number for each token ``inside`` its page, fp32; 0 where it is not ``here``."""
     at = page.to(tl.int64) * stride + inside
-    return tl.load(x + at, mask=here, other=0.0).to(tl.float32)
+    if x.dtype.element_ty == tl.uint8:
+        bits = (tl.load(x + at, mask=here, other=0).to(tl.int32) << 18) + FIRST_BYTE
+        number = tl.where(here, bits.to(tl.float32, bitcast=True), 0.0)
+    else:
+        number = tl.load(x + at, mask=here, other=0.0).to(tl.float32)
+    return number
 
 
 @triton.jit
