@@ -6,6 +6,7 @@ from torch import Tensor
 
 from headq_ao.ops.layout import unpack_keys, unpack_values
 from headq_ao.ops.page_layout import PagedGroup, PagedTokens, PageLayout
+from headq_ao.ops.rounding import scale_of
 from headq_ao.ops.types import PagedKV, Readers, Visible, last_in_slots, visible_positions
 
 

@@ -34,7 +34,8 @@ def test_feedback_codes(batch, heads, rows, width, bits, own, unbiased):
     seen = torch.randn(*own, width, width // 2, generator=g)
     metric = seen @ seen.mT + 0.2 * torch.eye(width)
     y, step = 3 * torch.randn(batch, heads, rows, width, generator=g), 0.8 + 0.4 * torch.rand(*own, width, generator=g)
-    feedback_as_the_reference(y, metric, step, bits, unbiased)
+    for scale_bits in (16, 8):
+        feedback_as_the_reference(y, metric, step, bits, unbiased, scale_bits)
 
 
 def test_feedback_codes_of_an_ill_conditioned_metric():
@@ -54,11 +55,11 @@ def test_no_feedback_codes_of_no_rows():
     assert codes.shape == (1, 2, 0, 24) and scale.shape == (1, 2, 0)
 
 
-def feedback_as_the_reference(y, metric, step, bits, unbiased):
+def feedback_as_the_reference(y, metric, step, bits, unbiased, scale_bits=16):
     y, metric, step = (x.to(DEVICE) for x in (y, metric, step))
     given = (y, metric, reference.unit_factor(metric), step, bits)
-    codes, scale = triton_kernel.launch(*given, unbiased)
-    expected, expected_scale = reference.feedback_codes(*given, reference.SPREADS, reference.PASSES, unbiased)
+    codes, scale = triton_kernel.launch(*given, unbiased, scale_bits)
+    expected, expected_scale = reference.feedback_codes(*given, reference.SPREADS, reference.PASSES, unbiased, scale_bits)
 
     def error(codes, scale):
         e = y - scale.float()[..., None] * step.unsqueeze(-2) * (codes.float() - (2**bits - 1) / 2)

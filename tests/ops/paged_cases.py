@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 
 from headq_ao.ops.page_layout import SHARED, GroupLayout, PageLayout, Side
+from headq_ao.ops.rounding import scale_to_byte, stored_scale
 from headq_ao.ops.types import PagedKV, Readers, SegmentFrame
 
 
@@ -34,13 +35,18 @@ class Case:
     frame: SegmentFrame | None = None
     softcap: float | None = None
     shared: bool = False  # values are their keys
+    scale_bits: int = 8  # where a token has one scale and no zero
     extra: dict = field(default_factory=dict)
 
     @property
     def layout(self) -> PageLayout:
         groups, first = [], 0
         for heads, keys, values in zip(self.heads, self.keys, self.values, strict=True):
-            sides = Side(keys, bool(keys) and self.key_zero), Side((values,), self.value_zero, self.value_groups)
+            grouped = self.value_zero or self.value_groups > 1
+            sides = (
+                Side(keys, bool(keys) and self.key_zero, 1, 16 if not keys or self.key_zero else self.scale_bits),
+                Side((values,), self.value_zero, self.value_groups, 16 if grouped else self.scale_bits),
+            )
             of_values = SHARED if self.shared else sides[1] if values else Side()
             groups.append(GroupLayout(first, heads, sides[0], of_values))
             first += heads
@@ -57,7 +63,16 @@ def fill(layout: PageLayout, count: int, case: Case, g: torch.Generator) -> list
             x.copy_(torch.randint(0, 256, x.shape, generator=g, dtype=torch.uint8))
         else:
             x.copy_(torch.rand(x.shape, generator=g) + 0.5)
+    usual_byte_scales(layout, pages, g)
     return pages
+
+
+def usual_byte_scales(layout: PageLayout, pages: list[torch.Tensor], g: torch.Generator) -> None:
+    """Scales in bytes, of all pages, from 0.5 to 1.5."""
+    for group in layout.split(pages):
+        for scale in (group.keys.scale, group.values.scale):
+            if scale is not None and scale.dtype == torch.uint8:
+                scale.copy_(scale_to_byte(stored_scale(torch.rand(scale.shape, generator=g) + 0.5, 8)))
 
 
 def make(case: Case, seed: int = 0) -> tuple[PagedKV, Readers]:

@@ -21,6 +21,7 @@ from headq_ao.ops.cache_update.encoders import coders, flatten
 from headq_ao.ops.cache_update.reference import cache_update
 from headq_ao.ops.paged_attention import triton_codes, triton_kernel
 from headq_ao.ops.paged_attention.reference import paged_attention, window_positions
+from headq_ao.ops.rounding import stored_scale
 from headq_ao.ops.types import visible_positions
 from tests.ops.frames import some_frame
 
@@ -37,6 +38,9 @@ TWO = {"packed": (150, 40), "held": (172, 62), "total": (173, 63)}
 
 CASES = {
     "2 bits": Case(),
+    "2 bits, fp16 scales": Case(scale_bits=16),
+    "3 bits, fp16 scales, pages of 16": Case(heads=((1, 3, 3),), page=16, columns=10, scale_bits=16),
+    "head groups, fp16 scales": Case(heads=((1, 2, 2), (2, 4, 3)), dim=32, group=3, scale_bits=16, **TWO),
     "2 bits, pages of 64": Case(page=64, columns=3, dim=128),
     "2 bits, pages of 16": Case(page=16, columns=10, dim=80),
     "1 and 8 bits": Case(heads=((1, 1, 8),), dim=32),
@@ -232,23 +236,25 @@ def encoders(case):
 
     def encode(x, part):
         group = next(g for g in case.layout().groups if g.part == part)
-        scale = x.float().abs().amax(-1).clamp(min=0.1)
+        scale = stored_scale(x.float().abs().amax(-1).clamp(min=0.1), group.keys.scale_bits)
         top = torch.tensor([2.0**b - 1 for b in group.keys.bits], device=x.device)
-        codes = ((x / scale[..., None] + 1) / 2 * top).round().clamp(min=0).to(torch.uint8)
+        codes = ((x / scale[..., None] + 1) / 2 * top).round().clamp(min=0).minimum(top).to(torch.uint8)
         return codes, scale, scale + 1 if case.zero else None
 
     def encode_values(x, part):
         group = next(g for g in case.layout().groups if g.part == part)
         scale = x.float().unflatten(-1, (case.value_groups, -1)).abs().amax(-1).clamp(min=0.1)
+        scale = stored_scale(scale, group.values.scale_bits)
         whole = scale.repeat_interleave(case.dim // case.value_groups, -1)
-        codes = ((x / whole + 1) / 2 * (2 ** group.values.bits[0] - 1)).round().to(torch.uint8)
+        top = 2 ** group.values.bits[0] - 1
+        codes = ((x / whole + 1) / 2 * top).round().clamp(0, top).to(torch.uint8)
         return codes, scale, scale + 1 if case.zero else None
 
     return encode, encode_values
 
 
 UPDATES = [
-    "2 bits", "2 bits, pages of 16", "1 and 8 bits", "3 bits", "5 and 6 bits", "6 and 5 bits", "head groups",
+    "2 bits", "2 bits, fp16 scales", "head groups, fp16 scales", "2 bits, pages of 16", "1 and 8 bits", "3 bits", "5 and 6 bits", "6 and 5 bits", "head groups",
     "side code", "groups of values, zeros", "unequal lengths", "wrapped", "empty", "bfloat16",
 ]  # fmt: skip
 

@@ -6,6 +6,7 @@ import torch
 
 from headq_ao.ops.page_layout import GroupLayout, PageLayout, Side
 from headq_ao.ops.types import PagedKV, Readers, SegmentFrame, Visible
+from tests.ops.paged_cases import usual_byte_scales
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     frame: SegmentFrame | None = None
     softcap: float | None = None
+    scale_bits: int = 8  # where a token has one scale and no zero
 
     @property
     def coded(self):
@@ -47,8 +49,9 @@ class Case:
     def layout(self) -> PageLayout:
         groups, first = [], 0
         for n, k, v in self.heads:
-            keys = Side((k,) * (self.dim - self.side) + (4,) * self.side, self.zero)
-            groups.append(GroupLayout(first, n, keys, Side((v,), self.zero, self.value_groups)))
+            of_keys, of_values = (16 if self.zero or n > 1 else self.scale_bits for n in (1, self.value_groups))
+            keys = Side((k,) * (self.dim - self.side) + (4,) * self.side, self.zero, 1, of_keys)
+            groups.append(GroupLayout(first, n, keys, Side((v,), self.zero, self.value_groups, of_values)))
             first += n
         return PageLayout(self.page, self.dim, self.dim, tuple(groups))
 
@@ -78,6 +81,7 @@ def make(case: Case, device: torch.device, seed: int = 0) -> tuple[torch.Tensor,
         else:
             t.copy_(torch.rand(t.shape, generator=g) + 0.5)
             t.masked_fill_(~tokens.view(-1, 1, case.page, *[1] * (t.ndim - 3)), float("nan"))
+    usual_byte_scales(layout, pages, g)
     batch_, heads_ = (batch, kv_heads) if case.each else (1, kv_heads)
     top = max(max(group.keys.bits) for group in layout.groups)
     maps = draw(case.segments, batch_, heads_, case.dim, m + 3) / (case.dim * 2 ** max(top - 2, 0))

@@ -25,6 +25,13 @@ def side(*pairs):
 # a case, query heads per KV head, new tokens, sliding
 CASES = {
     "plain": (Case(), 3, 1, 0),
+    "fp16 scales": (Case(packed=(2500,), scale_bits=16), 3, 1, 0),
+    "fp16 scales, head groups": (
+        Case(packed=(1300,), page=16, keys=(side((3, 64)), side((2, 64))), heads=(1, 2), values=(2, 3), scale_bits=16,
+             shuffled=False),
+        2, 2, 0,
+    ),
+    "fp16 scales, strided": (Case(packed=(1300,), strided=True, scale_bits=16, frame=some_frame(64, 256)), 3, 1, 0),
     "contiguous": (Case(packed=(2500,), shuffled=False), 3, 1, 0),
     "shuffled": (Case(packed=(2500,)), 3, 1, 0),
     "all heads of a page side by side": (Case(packed=(1300,), strided=True), 3, 1, 0),

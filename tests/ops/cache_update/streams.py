@@ -12,10 +12,11 @@ from headq_ao.ops.cache_update.op import cache_update, plan_update
 from headq_ao.ops.encode import reference as encode_reference
 from headq_ao.ops.layout import unpack_keys, unpack_values
 from headq_ao.ops.page_layout import GroupLayout, PageLayout, Side
+from headq_ao.ops.rounding import scale_of
 from headq_ao.ops.types import PagedKV
 
 SINKS, WINDOW, RING = 4, 16, 40
-FORMS = ["feedback", "nearest", "affine", "affine, groups", "exact", "side code"]
+FORMS = ["feedback", "byte", "nearest", "affine", "affine, groups", "exact", "side code"]
 
 
 def encoder_of(form, keys, heads, dim, bits, own=1, unit=False, frame=None):
@@ -29,9 +30,9 @@ def encoder_of(form, keys, heads, dim, bits, own=1, unit=False, frame=None):
         "unit": 2.0 ** torch.randint(-3, 3, (own, heads, 1)) if unit else None,
     }  # fmt: skip
     groups = 1
-    if keys and form != "affine":
+    if (keys and form != "affine") or form == "byte":
         given["step"] = torch.full((1, 1, dim), GAUSSIAN_STEP[bits])
-    if form == "feedback":
+    if form in ("feedback", "byte"):
         seen = torch.randn(own, heads, dim, dim // 4)
         given["hessian"] = seen @ seen.mT + 0.2 * torch.eye(dim)
     if form.startswith("affine"):
@@ -47,7 +48,9 @@ def encoder_of(form, keys, heads, dim, bits, own=1, unit=False, frame=None):
         }
         given |= {"side_step": torch.full((1, heads, rank), 0.3)}
         stored = given["bits"] = (bits,) * dim + (2,) * rank
-    return Encoder(**given, frame=frame if keys else None), Side(stored, given["step"] is None, groups)
+    scale_bits = 8 if form == "byte" else 16
+    encoder = Encoder(**given, scale_bits=scale_bits, frame=frame if keys else None)
+    return encoder, Side(stored, given["step"] is None, groups, scale_bits)
 
 
 class Stream:
@@ -159,14 +162,16 @@ def assert_equal(a, b, ties=0):
             off += int((x != y).sum())
             assert ties or torch.equal(x, y), key
         else:
-            torch.testing.assert_close(x, y, rtol=2e-3, atol=1e-6)
+            near = 2.0**-5 if x.dtype == torch.uint8 else 2e-3  # the next byte is a 64th to a 32nd away
+            torch.testing.assert_close(scale_of(x), scale_of(y), rtol=near, atol=1e-6)
         assert key[-1] == "codes" or bool(torch.isfinite(x).all())
     assert off <= ties
 
 
 LAYOUTS = {
-    "one group": [(("feedback", 2), ("feedback", 2), 3)],
-    "mixed bits": [(("feedback", 3), ("feedback", 2), 1), (("feedback", 1), ("feedback", 3), 2)],
+    "one group": [(("byte", 2), ("byte", 2), 3)],
+    "mixed bits": [(("byte", 3), ("byte", 2), 1), (("byte", 1), ("byte", 3), 2)],
+    "fp16 scales": [(("feedback", 3), ("feedback", 2), 1), (("feedback", 1), ("byte", 3), 2)],
     "exact keys": [(("exact", 0), ("feedback", 4), 2)],
     "exact values": [(("feedback", 8), ("exact", 0), 2)],
     "nearest": [(("nearest", 2), ("nearest", 3), 2)],

@@ -25,12 +25,14 @@ SHAPES = [
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("unbiased", [False, True])
-def test_the_kernel_equals_the_reference(case, without_kernel, shape, bits, unbiased):
+@pytest.mark.parametrize("scale_bits", [8, 16])
+def test_the_kernel_equals_the_reference(case, without_kernel, shape, bits, unbiased, scale_bits):
     """Code for code; fp32 sums of another order may decide the tie of one row."""
     *size, own = shape
     y, metric, step = case(*size, bits, own)
-    codes, scale = feedback_codes(y, metric, step, bits, unbiased=unbiased)
-    want, sigma = without_kernel(feedback_codes, y, metric, step, bits, unbiased=unbiased)
+    how = {"unbiased": unbiased, "scale_bits": scale_bits}
+    codes, scale = feedback_codes(y, metric, step, bits, **how)
+    want, sigma = without_kernel(feedback_codes, y, metric, step, bits, **how)
     same = (codes == want).all(-1) & (scale == sigma)
     assert int((~same).sum()) <= 1
     ours, theirs = (seen_error(y, decoded(c, s, step, bits), metric)[~same] for c, s in ((codes, scale), (want, sigma)))

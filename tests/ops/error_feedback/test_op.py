@@ -26,7 +26,7 @@ def test_float64_rows_are_coded_in_float64(case, without_kernel):
 def test_opcheck(case, shape, dtype):
     *size, own = shape
     y, metric, step = case(*size, own=own)
-    args = (metric, reference.unit_factor(metric), step, 2, True)
+    args = (metric, reference.unit_factor(metric), step, 2, True, 16)
     torch.library.opcheck(torch.ops.headq.feedback_codes.default, (y.to(dtype), *args))
     view = y.transpose(1, 2).contiguous().transpose(1, 2)
     dense, strided = feedback_codes(y, metric, step, 2), feedback_codes(view, metric.mT, step, 2)
@@ -50,6 +50,7 @@ def test_few_rows(case, tokens):
     [
         ({"bits": 7}, r"bits must be one of \[1, 2, 3, 4, 5, 6, 8\], got 7"),
         ({"bits": 0}, "got 0"),
+        ({"scale_bits": 4}, r"scale_bits must be one of \(8, 16\), got 4"),
         (
             {"hessian": (1, 2, 16, 8)},
             r"hessian must be \[B or 1, H or 1, 16, 16\] for tokens of 16, got \(1, 2, 16, 8\)",

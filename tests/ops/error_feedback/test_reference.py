@@ -15,17 +15,21 @@ from tests.ops.error_feedback.rows import BITS, decoded, seen_error
 op = importlib.import_module("headq_ao.ops.error_feedback.op")
 
 
-def by_the_docstring(y, metric, step, bits, unbiased):
+def by_the_docstring(y, metric, step, bits, unbiased, scale_bits):
     """One row ``[M]`` in Python numbers: elimination, two descents, five scales, the best kept."""
     m, top = len(y), 2**bits - 1
     factor = reference.unit_factor(metric[None, None])[0, 0].tolist()
     y, metric, step = y.tolist(), metric.tolist(), step.tolist()
     half = lambda x: float(torch.tensor(min(max(x, 2.0**-24), 65504.0), dtype=torch.float64).half())  # noqa: E731
+    scales = [2.0 ** (i // 32 - 4) * (1 + i % 32 / 32) for i in range(256)]
+    # a tie goes to the larger
+    byte = lambda x: min(scales, key=lambda s: (abs(s - half(x)), -s))  # noqa: E731
+    stored = half if scale_bits == 16 else byte
     form = lambda a, b: sum(a[i] * metric[i][j] * b[j] for i in range(m) for j in range(m))  # noqa: E731
     nearest = lambda x, width: min(max(round(x / width + top / 2), 0), top)  # noqa: E731
     rms, best = (sum(x * x for x in y) / m) ** 0.5, None
     for spread in (0.7, 0.85, 1.0, 1.15, 1.3):
-        scale = half(rms * spread)
+        scale = stored(rms * spread)
         width, codes, e = [scale * s for s in step], [0] * m, [0.0] * m
         for i in range(m):
             codes[i] = nearest(y[i] + sum(factor[j][i] * e[j] for j in range(i)), width[i])
@@ -37,7 +41,8 @@ def by_the_docstring(y, metric, step, bits, unbiased):
                 e[i] = y[i] - width[i] * (codes[i] - top / 2)
         y_hat = [a - b for a, b in zip(y, e, strict=True)]
         if unbiased:
-            kept = half(scale * form(y, y) / form(y, y_hat))
+            gain = form(y, y) / form(y, y_hat)
+            kept = stored(scale * gain if gain > 0 else scale)
             y_hat, scale = [x * kept / scale for x in y_hat], kept
         e = [a - b for a, b in zip(y, y_hat, strict=True)]
         if best is None or form(e, e) < best[0]:
@@ -45,14 +50,16 @@ def by_the_docstring(y, metric, step, bits, unbiased):
     return best[1:]
 
 
+@pytest.mark.parametrize("scale_bits", [8, 16])
 @pytest.mark.parametrize("unbiased", [False, True])
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
-def test_against_a_loop(case, bits, unbiased):
+def test_against_a_loop(case, bits, unbiased, scale_bits):
     y, metric, step = case(2, 2, 6, 12, bits, dtype=torch.float64)
-    codes, scale = feedback_codes(y, metric, step, bits, unbiased=unbiased)
+    y[0, 0] *= torch.logspace(-3, 2, 6, dtype=torch.float64)[:, None]  # the range of a scale in a byte, and beyond
+    codes, scale = feedback_codes(y, metric, step, bits, unbiased=unbiased, scale_bits=scale_bits)
     assert codes.dtype == torch.uint8 and scale.dtype == torch.float16
     for b, h, t in itertools.product(range(2), range(2), range(6)):
-        want, sigma = by_the_docstring(y[b, h, t], metric[0, h], step[0, h], bits, unbiased)
+        want, sigma = by_the_docstring(y[b, h, t], metric[0, h], step[0, h], bits, unbiased, scale_bits)
         assert codes[b, h, t].tolist() == want
         assert float(scale[b, h, t]) == sigma
 

@@ -16,14 +16,14 @@ from headq_ao.ops.paged_attention.triton_heads import (
 )
 
 CPU = torch.device("cpu")
-TWO, THREE = (Side((2,) * 64), Side((2,))), (Side((3,) * 64, True), Side((8,), True, 4))
+TWO, THREE = (Side((2,) * 64, scale_bits=8), Side((2,))), (Side((3,) * 64, True), Side((8,), True, 4))
 LAYOUT = PageLayout(32, 64, 64, (GroupLayout(0, 1, *THREE), GroupLayout(1, 2, *TWO)))
 
 
 def test_kinds_follow_each_other_in_the_columns():
-    (chunks, first, zero, bits, widths, parts, value_zero, groups), second = kinds((TWO, THREE))
+    (chunks, first, zero, bits, widths, parts, value_zero, groups, *byte_scales), second = kinds((TWO, THREE))
     assert (first, zero, bits, widths, parts, value_zero, groups) == (0, False, 2, (2,), 4, False, 1)
-    assert chunks[0][1] == 2
+    assert chunks[0][1] == 2 and byte_scales == [True, False]
     assert (second[2], second[3], second[4], second[5], second[6], second[7]) == (True, 8, (4, 4), 2, True, 4)
     columns = all_query_columns((TWO, THREE), CPU)
     assert second[1] == len(query_columns(TWO[0].bits, CPU))
