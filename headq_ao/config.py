@@ -41,7 +41,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "balanced": {"mean_bits": 2.375},
     "quality": {"mean_bits": 2.875, "k_bits": 3},
-    "near_lossless": {"mean_bits": 4.125, "k_bits": 4, "v_bits": 4},
+    "near_lossless": {"mean_bits": 4.0625, "k_bits": 4, "v_bits": 4},
     "compact": {"mean_bits": 1.875},
     "minimal": {"mean_bits": 1.375, "k_bits": 2, "v_bits": 1},
 }
@@ -374,10 +374,10 @@ class HeadQConfig(AOBaseConfig):
         """Bits that a head's keys (``"k"``) or values (``"v"``) may have with this block size, in rising order."""
         return [b for b, widths in PIECES.items() if side == "k" or not self.block_size % max(map(granule, widths))]
 
-    def stored_scale_bits(self, side: str) -> int:
-        """Bits of a scale of keys (``"k"``) or of calibrated values (``"v"``)."""
+    def byte_scales(self, side: str) -> bool:
+        """Whether scales of keys (``"k"``) or of calibrated values (``"v"``) may be in a byte."""
         whitened = (self.key_codec if side == "k" else self.value_codec) == "whitened"
-        return self.scale_bits if whitened and self.error_feedback else 16
+        return self.scale_bits == 8 and whitened and self.error_feedback
 
     @property
     def row_bits(self) -> int:

@@ -20,8 +20,8 @@ def base_codec(config: HeadQConfig, mean: Tensor) -> KeyCodec:
     rotation = rotation_matrix(head_dim, config.rotation).to(mean.device, mean.dtype)[None, None]
     ones = mean.new_ones(1, 1, head_dim)
     step = ones if config.k_zero_point else ones * GAUSSIAN_STEP[bits[0]]
-    symmetric, scale_bits = not config.k_zero_point, config.stored_scale_bits("k")
-    return KeyCodec(mean, rotation, rotation, step, symmetric, None, None, None, bits, scale_bits=scale_bits)
+    symmetric, in_bytes = not config.k_zero_point, config.byte_scales("k")
+    return KeyCodec(mean, rotation, rotation, step, symmetric, None, None, None, bits, byte_scales=in_bytes)
 
 
 def affine_codec(config: HeadQConfig, c_q: Tensor, mean: Tensor, rows: Tensor) -> KeyCodec:

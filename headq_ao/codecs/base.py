@@ -17,6 +17,9 @@ from headq_ao.ops.types import SegmentFrame
 # Distance of the levels of the uniform quantizer with least squared error on a unit normal (Max, 1960).
 GAUSSIAN_STEP = {1: 1.596, 2: 0.9957, 3: 0.5860, 4: 0.3352, 5: 0.1881, 6: 0.1041, 8: 0.0308}
 
+# Code bits up to which a scale may be in a byte: beyond, the rounding of the scale shows beside that of the codes.
+MOST_BYTE_BITS = 4
+
 AnyCodec = TypeVar("AnyCodec", "KeyCodec", "ValueCodec")
 
 
@@ -28,7 +31,12 @@ class Codec:
     """
 
     head_bits: tuple[int, ...]
+    byte_scales: bool
     parts: dict[tuple[int, int], Any]
+
+    def scale_bits_of(self, bits: int) -> int:
+        """That the scale of a token is stored in, whose codes have so many bits."""
+        return 8 if self.byte_scales and bits <= MOST_BYTE_BITS else 16
 
     def tensors(self) -> dict[str, Tensor]:
         """Its tensors by field name."""
@@ -69,7 +77,7 @@ class KeyCodec(Codec):
     ``unit [.., 1]`` (:mod:`headq_ao.statistics.units`): all this is of ``k / unit``; None: of the keys as they are.
     ``own`` names the tensors that belong to the sequences of a batch: indexed with it, and charged to it.
     ``head_bits``: of the base of each KV head, where they differ; ``bits`` are then those of the first.
-    ``scale_bits``: that a scale is stored in (:mod:`headq_ao.ops.rounding`).
+    ``byte_scales``: whether scales of up to :data:`MOST_BYTE_BITS` code bits are in a byte (:mod:`headq_ao.ops.rounding`).
     """
 
     mean: Tensor
@@ -88,7 +96,7 @@ class KeyCodec(Codec):
     unit: Tensor | None = None
     mapped: Tensor | None = None  # query_map, where it is kept
     head_bits: tuple[int, ...] = ()
-    scale_bits: int = 16
+    byte_scales: bool = False
     parts: dict[tuple[int, int], Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -149,6 +157,11 @@ class KeyCodec(Codec):
     def has_zero(self) -> bool:
         """Whether a row stores a zero beside its scale."""
         return not self.symmetric
+
+    @property
+    def scale_bits(self) -> int:
+        """That the scale of a row is stored in, of heads with the same bits."""
+        return self.scale_bits_of(self.bits[0])
 
     @functools.cached_property
     def factor(self) -> Tensor | None:
@@ -221,7 +234,7 @@ class ValueCodec(Codec):
     ``head_bits``: of each KV head, where they differ; ``bits`` and ``step`` are then those of the first.
     ``unit [B, Hkv, 1]`` (:mod:`headq_ao.statistics.units`), of sequences without a mean: all this is of ``v / unit``;
     None: of the values as they are.
-    ``scale_bits``: that a scale is stored in. In 16 it is ``σ · step``, in 8 it is ``σ``.
+    ``byte_scales``: as of keys. A scale in a byte is ``σ``, one in fp16 ``σ · step``.
     """
 
     encode: Tensor
@@ -234,7 +247,7 @@ class ValueCodec(Codec):
     hessian: Tensor | None = None
     unit: Tensor | None = None
     head_bits: tuple[int, ...] = ()
-    scale_bits: int = 16
+    byte_scales: bool = False
     parts: dict[tuple[int, int], Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def in_unit(self, unit: Tensor) -> "ValueCodec":
@@ -267,6 +280,11 @@ class ValueCodec(Codec):
         """Whether a row stores a zero beside its scale."""
         return not self.step
 
+    @property
+    def scale_bits(self) -> int:
+        """That the scale of a row is stored in, of heads with the same bits."""
+        return self.scale_bits_of(self.bits)
+
     @functools.cached_property
     def factor(self) -> Tensor | None:
         """:func:`headq_ao.ops.unit_factor` of the hessian, kept."""
@@ -276,9 +294,10 @@ class ValueCodec(Codec):
     def reader(self) -> Tensor:
         """``read`` by the unit, and by what a stored scale lacks: ``[B or 1, Hkv or 1, D, D]``."""
         read = self.read if self.unit is None else self.read * self.unit.unsqueeze(-1)
-        if self.scale_bits == 16:
+        if not self.byte_scales:
             return read
-        steps = [GAUSSIAN_STEP[bits] for bits in self.head_bits or (self.bits,)]
+        bits_of_heads = self.head_bits or (self.bits,)
+        steps = [GAUSSIAN_STEP[bits] if self.scale_bits_of(bits) == 8 else 1.0 for bits in bits_of_heads]
         return read * torch.tensor(steps, dtype=read.dtype, device=read.device)[:, None, None]
 
     @property

@@ -53,7 +53,7 @@ def whitened_codec(
     """
     ridge = FRAMED_RIDGE if framed else CALIBRATED_RIDGE
     base = base_codec(config, mean if config.subtract_key_mean else torch.zeros_like(mean))
-    encode, read = whitening(covariance, config.whitening, base.read, base.scale_bits == 8)
+    encode, read = whitening(covariance, config.whitening, base.read, base.byte_scales)
     metric = ridged(c_q, ridge) if readout is None else ridged(c_q, ridge) + readout
     hessian = read.transpose(-1, -2) @ metric @ read if config.error_feedback else None
     return dataclasses.replace(base, encode=encode, read=read, hessian=hessian)
@@ -100,8 +100,8 @@ def prompt_whitened_codec(config: HeadQConfig, c_q: Tensor, mean: Tensor, varian
     ridge = SPREAD_RIDGE * variance.mean(-1, keepdim=True)
     spread = (variance + ridge).clamp(min=1e-12).pow(config.whitening / 2)
     spread = spread / spread.log().mean(-1, keepdim=True).exp()  # around 1, as fp16 likes it
-    if base.scale_bits == 8:
-        spread = spread * power_of_two((variance / spread.square()).mean(-1, keepdim=True).sqrt())
+    if base.byte_scales:
+        spread = spread * (variance / spread.square()).mean(-1, keepdim=True).clamp(min=1e-30).sqrt()
     q_factor = None
     if config.error_feedback:
         values, vectors = eigh(ridged(c_q, PROMPT_RIDGE))
@@ -113,28 +113,16 @@ def prompt_whitened_codec(config: HeadQConfig, c_q: Tensor, mean: Tensor, varian
     return dataclasses.replace(base, spread=spread.to(mean.dtype), q_factor=q_factor)
 
 
-def power_of_two(rms: Tensor) -> Tensor:
-    """The nearest power of two, so that rows divided by it have an RMS of 0.7 to 1.4: a scale in a byte begins at 1/16.
-
-    Example:
-        >>> import torch
-        >>> from headq_ao.codecs.whitened import power_of_two
-        >>> power_of_two(torch.tensor([0.3, 1.0, 1.5, 90.0])).tolist()
-        [0.25, 1.0, 2.0, 64.0]
-    """
-    return rms.clamp(min=1e-30).log2().round().exp2()
-
-
 def whitening(matrix: Tensor, power: float, rotation: Tensor, to_one: bool = False) -> tuple[Tensor, Tensor]:
     """``C^{−τ/2} R`` and ``C^{τ/2} R`` for symmetric matrices ``[.., D, D]`` and an orthogonal ``R``; ``to_one``: by the
-    power of two that brings the RMS of ``x C^{−τ/2}`` to about 1."""
+    number that makes the RMS of ``x C^{−τ/2}`` 1, as scales in a byte want it."""
     values, vectors = eigh(ridged(matrix, SPREAD_RIDGE))
     values, r = values.clamp(min=1e-30), rotation.to(values)
     encode, read = (
         (vectors * values.pow(p / 2)[..., None, :]) @ vectors.transpose(-1, -2) @ r for p in (-power, power)
     )
     if to_one:
-        by = power_of_two(values.pow(1 - power).mean(-1).sqrt())[..., None, None]
+        by = values.pow(1 - power).mean(-1).sqrt()[..., None, None]
         encode, read = encode / by, read * by
     return encode.to(matrix.dtype), read.to(matrix.dtype)
 
@@ -147,7 +135,7 @@ def whitened_value_codec(config: HeadQConfig, mean: Tensor, outer: Tensor) -> Va
         config: what to build.
         mean, outer: of the values, ``[1, Hkv, D]`` and their second moment ``[1, Hkv, D, D]``.
     """
-    base, scale_bits = rotated_value_codec(config, mean.shape[-1]), config.stored_scale_bits("v")
-    encode, read = whitening(centred_moment(mean, outer), config.whitening, base.read, scale_bits == 8)
+    base, in_bytes = rotated_value_codec(config, mean.shape[-1]), config.byte_scales("v")
+    encode, read = whitening(centred_moment(mean, outer), config.whitening, base.read, in_bytes)
     hessian = read.transpose(-1, -2) @ read if config.error_feedback else None
-    return dataclasses.replace(base, encode=encode, read=read, mean=mean, hessian=hessian, scale_bits=scale_bits)
+    return dataclasses.replace(base, encode=encode, read=read, mean=mean, hessian=hessian, byte_scales=in_bytes)

@@ -77,7 +77,7 @@ class Update:
         self.dtype = kv.window_k.dtype
         self.added = self.args.added[0], self.args.added[1]
         self.form: tuple[tuple[int, ...], ...] = ()
-        self.places = [x.data_ptr() for x in kv.pages]
+        self.places, self.size = [x.data_ptr() for x in kv.pages], kv.window_k.element_size()
         self.call, self.by = lib.headq_cache_update, (ctypes.byref(self.args), self.groups)
 
     def __deepcopy__(self, memo: dict[int, object]) -> None:

@@ -91,7 +91,7 @@ def owned(case, seed=0):
     low = visible_positions(kv.total, case.new, case.sliding).low.amin(1) if visible is None else visible.low.amin(1)
     for b, group in ((b, g) for b in range(batch) for g in layout.split(kv.pages)):  # sinks are not read in pages
         for x in (x for s in (group.keys, group.values) for x in (s.scale, s.zero) if x is not None):
-            x[int(kv.table[b, 0]), :, : case.sinks] = float("nan")
+            x[int(kv.table[b, 0]), :, : case.sinks] = 255 if x.dtype == torch.uint8 else float("nan")
     columns = -(-int(kv.total.max()) // case.size) + 1
     table = (torch.randperm(batch * columns, generator=g) + 1).view(batch, columns).int()
     window = torch.full((batch * columns + 1, layout.kv_heads, case.size, 2 * case.dim), float("nan"))

@@ -39,7 +39,7 @@ TWO = {"packed": (150, 40), "held": (172, 62), "total": (173, 63)}
 CASES = {
     "2 bits": Case(),
     "2 bits, fp16 scales": Case(scale_bits=16),
-    "3 bits, fp16 scales, pages of 16": Case(heads=((1, 3, 3),), page=16, columns=10, scale_bits=16),
+    "3 bits, fp16 scales, pages of 16": Case(heads=((1, 3, 2),), page=16, columns=10, scale_bits=16),
     "head groups, fp16 scales": Case(heads=((1, 2, 2), (2, 4, 3)), dim=32, group=3, scale_bits=16, **TWO),
     "2 bits, pages of 64": Case(page=64, columns=3, dim=128),
     "2 bits, pages of 16": Case(page=16, columns=10, dim=80),

@@ -27,7 +27,7 @@ CASES = {
     "plain": (Case(), 3, 1, 0),
     "fp16 scales": (Case(packed=(2500,), scale_bits=16), 3, 1, 0),
     "fp16 scales, head groups": (
-        Case(packed=(1300,), page=16, keys=(side((3, 64)), side((2, 64))), heads=(1, 2), values=(2, 3), scale_bits=16,
+        Case(packed=(1300,), keys=(side((3, 64)), side((2, 64))), heads=(1, 2), values=(2, 3), scale_bits=16,
              shuffled=False),
         2, 2, 0,
     ),
@@ -281,7 +281,7 @@ def test_queries_of_any_strides():
 def test_a_visible_scale_that_is_no_number_shows(path, side, monkeypatch):
     """In its head, whose output is NaN; a head beside it is as it was."""
     monkeypatch.setenv("HEADQ_CPU_ISA", path)
-    kv, readers = make(Case())
+    kv, readers = make(Case(scale_bits=16))
     q = queries(kv, 3, 1)
     clean, _ = paged_attention(q, 0.125, kv, readers)
     group = PageLayout.parse(kv.layout).split(kv.pages)[0]
@@ -323,7 +323,7 @@ def test_a_softcap_far_above_the_scores_changes_little_and_a_low_one_much(path, 
 def test_many_small_weights_keep_their_sum(path, monkeypatch):
     """One token with nearly all the weight, and 4095 whose weights are below half of an integer each."""
     monkeypatch.setenv("HEADQ_CPU_ISA", path)
-    kv, readers = make(Case(packed=(4096,), heads=(1,), value_zero=True))
+    kv, readers = make(Case(packed=(4096,), heads=(1,), value_zero=True, scale_bits=16))
     group, first = PageLayout.parse(kv.layout).split(kv.pages)[0], kv.table[0, 0]
     kv.window_k.fill_(-100.0)
     group.keys.scale.zero_()

@@ -31,8 +31,8 @@ class Engine:
         torch.manual_seed(1)
         groups, self.encoders, first, maps = [], ([], []), 0, []
         for key_bits, value_bits, heads in FORMS[form]:
-            keys, key_side = encoder_of("feedback", True, heads, dim, key_bits, frame=frame)
-            values, value_side = encoder_of("feedback", False, heads, dim, value_bits)
+            keys, key_side = encoder_of("byte", True, heads, dim, key_bits, frame=frame)
+            values, value_side = encoder_of("byte", False, heads, dim, value_bits)
             groups.append(GroupLayout(first, heads, key_side, value_side))
             self.encoders[0].append(keys)
             self.encoders[1].append(values)
@@ -43,7 +43,7 @@ class Engine:
             middle = -(2**key_bits - 1) / 2 * tilde.sum(-1, keepdim=True)
             maps.append(torch.cat([tilde, middle, torch.zeros_like(middle), keys.mean[..., None]], -1))
         self.layout, self.heads, self.dim, self.dtype = PageLayout(PAGE, dim, dim, tuple(groups)), first, dim, dtype
-        read = torch.cat([torch.linalg.inv(e.encode).transpose(-1, -2) for e in self.encoders[1]], 1)
+        read = torch.cat([torch.linalg.inv(e.encode).mT * e.step[..., None, :] for e in self.encoders[1]], 1)
         mean = torch.cat([e.mean for e in self.encoders[1]], 1)
         self.readers = Readers(torch.cat(maps, 1)[None], read.mT.contiguous().mT, mean, frame)
         size = max(self.layout.bytes_of_page(sinks, dtype), WINDOW_PAGE * first * 2 * dim * dtype.itemsize)
