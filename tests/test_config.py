@@ -106,10 +106,12 @@ WHOLE = "must be a whole number of at least"
         ({"k_bits": "balanced"}, "or None (exact), got 'balanced'"),
         ({"key_codec": ["whitened"]}, "key_codec must be one of 'whitened', 'affine', got ['whitened']"),
         ({"basis": np.array(["random", "key_pca"])}, "basis must be one of"),
-        ({"version": 2}, "version must be 1, which this headq_ao reads, got 2"),
-        ({"version": True}, "version must be 1, which this headq_ao reads, got True"),
-        ({"version": 1.0}, "version must be 1, which this headq_ao reads, got 1.0"),
-        ({"version": "1"}, "version must be 1, which this headq_ao reads, got '1'"),
+        ({"version": 3}, "version must be 1 to 2, which this headq_ao reads, got 3"),
+        ({"scale_bits": 12}, "scale_bits must be 8 or 16, got 12"),
+        ({"scale_bits": None}, "scale_bits must be 8 or 16, got None"),
+        ({"version": True}, "version must be 1 to 2, which this headq_ao reads, got True"),
+        ({"version": 1.0}, "version must be 1 to 2, which this headq_ao reads, got 1.0"),
+        ({"version": "1"}, "version must be 1 to 2, which this headq_ao reads, got '1'"),
         ({"seed": -1}, f"seed {WHOLE} 0, got -1"),
         ({"seed": 2**63}, f"seed must be at most {2**63 - 1}, got {2**63}"),
         ({"residual_length": 2**31}, f"residual_length must be at most {2**31 - 1}, got {2**31}"),
@@ -161,7 +163,7 @@ def test_numbers_of_numpy_and_subclasses_become_plain():
 
 
 ALTERNATIVES = {
-    "k_bits": [2, 3, None], "v_bits": [2, 4], "mean_bits": [None, 2.25, 3], "key_codec": ["whitened", "affine"],
+    "k_bits": [2, 3, None], "v_bits": [2, 4], "mean_bits": [None, 2.375, 3], "key_codec": ["whitened", "affine"],
     "value_codec": ["whitened", "affine"], "n_sink": [0],
 }  # fmt: skip
 
@@ -175,7 +177,7 @@ def test_the_class_is_what_headq_config_makes():
         assert config == headq_config(**options) == headq_config("balanced", **options)
         assert dataclasses.asdict(config).items() >= options.items()
         seen.add(config.mean_bits)
-    assert seen == {None, 2.25, 3.0}
+    assert seen == {None, 2.375, 3.0}
     assert HeadQConfig(3, None) == headq_config(k_bits=3, v_bits=None)
 
 
@@ -183,7 +185,7 @@ def test_defaults_can_be_read_off_the_class():
     fields = {f.name: f.default for f in dataclasses.fields(HeadQConfig)}
     assert fields == {f: getattr(HeadQConfig, f) for f in fields} == dataclasses.asdict(HeadQConfig())
     assert HeadQConfig(**fields) == HeadQConfig()
-    assert "k_bits: int | None = 2, v_bits: int | None = 2, mean_bits: float | None = 2.25" in str(
+    assert "k_bits: int | None = 2, v_bits: int | None = 2, mean_bits: float | None = 2.375" in str(
         inspect.signature(HeadQConfig)
     )
 
@@ -200,7 +202,7 @@ def test_fields_cannot_be_assigned(name):
 def test_replace_checks_again():
     config = headq_config(k_bits=3)
     assert dataclasses.replace(config, n_sink=0) == headq_config(k_bits=3, n_sink=0)
-    assert dataclasses.replace(headq_config(), v_bits=4) == headq_config(v_bits=4, mean_bits=2.25)
+    assert dataclasses.replace(headq_config(), v_bits=4) == headq_config(v_bits=4, mean_bits=2.375)
     with pytest.raises(ValueError, match="k_bits must be 1, 2, 3, 4, 5, 6 or 8"):
         dataclasses.replace(config, k_bits=99)
     with pytest.raises(ValueError, match="v_zero_point and v_group_size need"):
@@ -260,11 +262,21 @@ def test_presets():
     assert (paper.basis, paper.rank, paper.side_bits, paper.k_zero_point) == ("query_pca", 8, 4, True)
     assert (paper.key_codec, paper.value_codec) == ("affine", "affine")
     assert headq_config("headq_paper", rank=4).rank == 4
-    assert headq_config() == headq_config("balanced") == HeadQConfig() == HeadQConfig(mean_bits=2.25)
+    assert headq_config() == headq_config("balanced") == HeadQConfig() == HeadQConfig(mean_bits=2.375)
     assert headq_config(k_bits=3).mean_bits is None and headq_config("quality", value_codec="affine").mean_bits is None
     assert headq_config(v_bits=None, mean_bits=3.0).mean_bits == 3.0
     for name, options in PRESETS.items():
         assert dataclasses.asdict(headq_config(name)) == dataclasses.asdict(HeadQConfig(mean_bits=None)) | options
+
+
+def test_a_config_from_when_all_scales_had_16_bits():
+    """Of version 1, unless it says otherwise; it stays of that version."""
+    old = config_to_dict(headq_config(scale_bits=16))
+    del old["_data"]["scale_bits"]
+    old["_data"]["version"] = 1
+    assert config_from_dict(old) == HeadQConfig(version=1) == HeadQConfig(version=1, scale_bits=16)
+    assert (HeadQConfig(version=1).scale_bits, HeadQConfig().scale_bits, HeadQConfig().version) == (16, 8, 2)
+    assert dataclasses.replace(HeadQConfig(version=1), n_sink=0).scale_bits == 16
 
 
 @pytest.mark.parametrize("options", [
@@ -334,7 +346,7 @@ def every_option_changed():
     changed = headq_config(
         k_bits=3, v_bits=None, key_codec="affine", value_codec="affine", whitening=0.5, error_feedback=False,
         k_zero_point=True, v_zero_point=True, rank=8, side_bits=4,
-        basis="score_optimal", sign=-1, rotation=False, subtract_key_mean=False, unbiased_scale=False, v_group_size=16,
+        basis="score_optimal", sign=-1, rotation=False, subtract_key_mean=False, unbiased_scale=False, scale_bits=16, v_group_size=16,
         n_sink=0, residual_length=32, block_size=64, calibration="a/b.safetensors", adapt="prompt", prior_tokens=1,
         warmup_tokens=512, check_finite=True, seed=3, context_length=512,
     )  # fmt: skip

@@ -50,7 +50,7 @@ def quantized(key):
         return AutoModelForCausalLM.from_pretrained(OLD / "checkpoint").eval()
     model = make_v0.model_of(shape)
     calibration = Calibration.load(OLD / "calibration.safetensors")
-    quantize_(model, headq_config(**make_v0.CONFIGS[name], calibration=calibration))
+    quantize_(model, headq_config(**make_v0.CONFIGS[name], scale_bits=16, calibration=calibration))
     return model
 
 
@@ -114,7 +114,7 @@ def test_another_calibration_gives_other_codes():
     for layer in calibration.layers:
         layer.k_seen_outer *= 1 + 1e-3 * torch.randn(layer.k_seen_outer.shape, generator=generator)
     model = make_v0.model_of("wide")
-    quantize_(model, headq_config(mean_bits=None, calibration=calibration))
+    quantize_(model, headq_config(mean_bits=None, scale_bits=16, calibration=calibration))
     shares = equal_codes(model, "wide.uniform")
     assert shares["0.k_codes"] < 1 and shares["0.v_codes"] >= ALIKE
 

@@ -209,7 +209,7 @@ def test_version_3_gives_the_codes_it_gave(tiny, token_ids, tmp_path):
             (i, side, h): layer.relative_errors("kv".index(side))[h]
             for i, layer in enumerate(old.layers) for side in "kv" for h in range(2)
         }  # fmt: skip
-        shared = allocate_bits(sensitivity, {part: [1, 2, 3, 4, 5, 6, 8] for part in sensitivity}, 2.25)
+        shared = allocate_bits(sensitivity, {part: [1, 2, 3, 4, 5, 6, 8] for part in sensitivity}, config.mean_bits)
         given = head_bits(config, old, shapes)
         assert shared == {(i, s, h): getattr(x, s)[h] for i, x in enumerate(given) for s in "kv" for h in range(2)}
         quantize_(model, headq_config(calibration=str(path)))

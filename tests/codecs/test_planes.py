@@ -12,7 +12,7 @@ from headq_ao.ops.page_layout import GroupLayout, Side
 from tests.cache.streams import Engine, HeadBits, relative, stream
 from tests.pages import held
 
-CONFIG = headq_config(rank=0)
+CONFIG = headq_config(rank=0, scale_bits=16)
 
 
 def codec_of(heads=3, dim=32, k=(), v=(), **more):

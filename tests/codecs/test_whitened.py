@@ -136,7 +136,10 @@ def test_the_prompt_codec_is_a_whitened_codec_of_little(statistics, power, monke
     assert (little.spread.shape, little.q_factor.shape) == ((1, 2, d), (1, 2, d, 16))
     ratio = (whole.read / little.reader).nanmean((-2, -1))  # the spread is around 1: another unit
     torch.testing.assert_close(whole.read, little.reader * ratio[..., None, None], rtol=1e-6, atol=1e-9)
-    torch.testing.assert_close(little.spread.log().mean(-1), torch.zeros(1, 2).double(), rtol=0, atol=1e-9)
+    y = (k - mean[:, :, None]) @ (little.encode / little.spread[..., None])
+    torch.testing.assert_close(y.square().mean((-2, -1)), torch.ones(1, 2).double(), rtol=1e-6, atol=0)
+    plain = prompt_whitened_codec(headq_config(whitening=power, scale_bits=16), c_q, mean, variance)
+    torch.testing.assert_close(plain.spread.log().mean(-1), torch.zeros(1, 2).double(), rtol=0, atol=1e-9)
     a, b = (codec.error_hessian() for codec in (whole, little))
     size = (a.diagonal(dim1=-2, dim2=-1).mean(-1) / b.diagonal(dim1=-2, dim2=-1).mean(-1))[..., None, None]
     torch.testing.assert_close(a, size.to(a) * b.to(a), rtol=1e-4, atol=1e-5 * float(a.abs().max()))
@@ -151,7 +154,7 @@ def test_whitened_values_err_less(values, bits):
 
     def error(**options):
         codec, v, coordinates = values(v_bits=bits, **options)
-        v_hat = coordinates(v) @ codec.read.double().mT
+        v_hat = coordinates(v) @ codec.reader.double().mT
         if codec.mean is not None:
             v_hat = v_hat + codec.mean.double().unsqueeze(-2)
         return float((v_hat - v).square().sum(-1).mean())

@@ -15,7 +15,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from headq_ao.calibration.artifact import CALIBRATION, Calibration
-from headq_ao.config import HeadQConfig
+from headq_ao.config import CONFIG_VERSION, HeadQConfig
 from headq_ao.integrations.config_only.shapes import layer_shapes
 from headq_ao.integrations.transformers.models import kv_heads_here
 from headq_ao.integrations.transformers.own_config import OwnConfigs
@@ -29,6 +29,20 @@ OF_THE_WEIGHTS = (  # what loading asks of a quantizer about weights: HeadQ leav
 )  # fmt: skip
 MARKS = ("hf_quantizer", "is_quantized", "quantization_method")  # by which transformers knows a quantized model
 IGNORED_KEYS = "_keys_to_ignore_on_load_unexpected"
+
+
+def upgraded(config: dict[str, Any]) -> dict[str, Any]:
+    """A config as torchao writes it, of this version, which says what one of version 1 took for granted.
+
+    Example:
+        >>> from headq_ao.integrations.transformers.hf_quantizer import upgraded
+        >>> upgraded({"_type": "HeadQConfig", "_version": 1, "_data": {"version": 1}})["_data"]
+        {'scale_bits': 16, 'version': 2}
+    """
+    data = config.get("_data")
+    if config.get("_version") != 1 or not isinstance(data, dict):
+        return config
+    return config | {"_version": CONFIG_VERSION, "_data": {"scale_bits": 16} | data | {"version": CONFIG_VERSION}}
 
 
 @register_quantization_config(METHOD)
@@ -59,7 +73,7 @@ class HeadQQuantizationConfig(QuantizationConfigMixin):
         calibrated: bool = False,
         quant_method: str = METHOD,
     ) -> None:
-        made = config_from_dict(config) if isinstance(config, dict) else config
+        made = config_from_dict(upgraded(config)) if isinstance(config, dict) else config
         if not isinstance(made, HeadQConfig):
             raise ValueError(f"config must come from headq_config, got a {type(made).__name__}")
         self.quant_method = quant_method
