@@ -78,15 +78,14 @@ class Case:
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes that one cached token of one KV head takes, its two fp16 scales included.
+        """Bytes that one cached token of one KV head takes, its two scales included.
 
         Example:
             >>> Case(32, 8, 128, 2, 2).bytes_per_token
-            68
+            66
         """
-        return (
-            key_bytes_per_token([self.k_bits] * self.head_dim) + value_bytes_per_token(self.v_bits, self.head_dim) + 4
-        )
+        codes = key_bytes_per_token([self.k_bits] * self.head_dim) + value_bytes_per_token(self.v_bits, self.head_dim)
+        return codes + 2 * SCALE // 8
 
 
 CASES = (
@@ -96,6 +95,7 @@ CASES = (
     Case(32, 8, 128, 3, 3),
     Case(32, 8, 128, 4, 4),
 )
+SCALE = 8  # bits of a scale
 WIDTHS = (64, 128, 256)  # of the rows that feedback_codes is compiled for
 
 
@@ -126,7 +126,7 @@ def paged_cache(case: Case, page_tokens: int) -> Any:
     from headq_ao.ops.page_layout import GroupLayout, Side
     from headq_ao.ops.types import PagedKV
 
-    keys, values = Side((case.k_bits,) * case.head_dim), Side((case.v_bits,))
+    keys, values = Side((case.k_bits,) * case.head_dim, scale_bits=SCALE), Side((case.v_bits,), scale_bits=SCALE)
     layout = PageLayout(page_tokens, case.head_dim, case.head_dim, (GroupLayout(0, case.kv_heads, keys, values),))
     pages = layout.allocate(2, torch.bfloat16, torch.device("cpu"))
     table, length = torch.zeros(1, COLUMNS, dtype=torch.int32), torch.zeros(1, dtype=torch.int64)
@@ -164,20 +164,27 @@ def update_kernels(case: Case, target: str, page_tokens: int = PAGE) -> list[Any
     return kernels
 
 
+def encoder(eye: torch.Tensor, bits: int, frame: Any = None) -> Any:
+    """Of one side under a calibration."""
+    from headq_ao.ops import Encoder
+
+    step = torch.ones(1, 1, eye.shape[-1])
+    return Encoder(eye, (bits,), step, hessian=eye, scale_bits=SCALE, frame=frame)
+
+
 def step_kernels(case: Case, target: str, page_tokens: int = PAGE) -> list[Any]:
     """The compiled kernels of a decoding step's ``cache_update`` under a calibration: coding, and what puts codes and
     tokens where they belong."""
-    from headq_ao.ops import Encoder
     from headq_ao.ops.cache_update import triton_kernel, triton_step
 
     d = case.head_dim
     eye = torch.eye(d).expand(1, case.kv_heads, d, d)
-    keys = Encoder(eye, (case.k_bits,), torch.ones(1, 1, d), hessian=eye)
+    keys, values = (encoder(eye, bits) for bits in (case.k_bits, case.v_bits))
     KNOWN_FORMS.clear()
     kv = paged_cache(case, page_tokens)
     k = torch.zeros(1, case.kv_heads, 1, d, dtype=torch.bfloat16)
     with compiling(target) as kernels:
-        step = triton_kernel.plan(kv, kv.packed, [keys], [Encoder(eye, (case.v_bits,), 1.0)], False)
+        step = triton_kernel.plan(kv, kv.packed, [keys], [values], False)
         assert isinstance(step, triton_step.Step)
         step(k, k)
     return kernels
@@ -189,7 +196,6 @@ def engine_kernels(
     """The compiled kernels of a step over an engine's pages of which each request has at most ``few`` tokens: coding,
     codes and tokens where they belong, the query mapped, the splits read, and all joined; ``framed``: with keys in the
     frame of their segment."""
-    from headq_ao.ops import Encoder
     from headq_ao.ops.cache_update import triton_kernel as update
     from headq_ao.ops.paged_attention import triton_kernel as attention
     from headq_ao.ops.requests import Requests
@@ -207,8 +213,7 @@ def engine_kernels(
         window_table=kv.table, sink_k=sinks[0], sink_v=sinks[1],
     )  # fmt: skip
     frame = SegmentFrame(torch.zeros(8, 2, d), torch.zeros(d, dtype=torch.int32), 512) if framed else None
-    keys = Encoder(eye, (case.k_bits,), torch.ones(1, 1, d), hessian=eye, frame=frame)
-    values = Encoder(eye, (case.v_bits,), 1.0)
+    keys, values = encoder(eye, case.k_bits, frame), encoder(eye, case.v_bits)
     readers = Readers(torch.zeros(1, 1, hkv, d, d + 3), torch.zeros(1, hkv, d, d), torch.zeros(1, hkv, d), frame)
     start = torch.zeros(2, dtype=torch.int64, device=cpu)
     of = Requests(start, kv.held, kv.packed, kv.total, kv.table, kv.table, few, few, recent=63)
@@ -228,7 +233,7 @@ def feedback_kernel(width: int, target: str) -> Any:
 
     metric = torch.eye(width).expand(1, 2, width, width)
     with compiling(target) as kernels:
-        triton_kernel.launch(torch.ones(1, 2, 64, width), metric, metric, torch.ones(1, 2, width), 2, True)
+        triton_kernel.launch(torch.ones(1, 2, 64, width), metric, metric, torch.ones(1, 2, width), 2, True, SCALE)
     return kernels[0]
 
 

@@ -202,9 +202,9 @@ def test_a_newer_config_is_refused(tiny, tmp_path):
     quantize_(model, headq_config(**FAST))
     model.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
-    written["quantization_config"]["config"]["_data"]["version"] = 2
+    written["quantization_config"]["config"]["_data"]["version"] = 3
     (tmp_path / "config.json").write_text(json.dumps(written))
-    with pytest.raises(ValueError, match="version must be 1, which this headq_ao reads, got 2"):
+    with pytest.raises(ValueError, match="version must be 1 to 2, which this headq_ao reads, got 3"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
