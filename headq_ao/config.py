@@ -171,7 +171,7 @@ class HeadQConfig(AOBaseConfig):
         >>> HeadQConfig() == headq_config(), HeadQConfig(k_bits=3) == headq_config(k_bits=3)
         (True, True)
         >>> HeadQConfig().mean_bits, HeadQConfig(k_bits=3).mean_bits
-        (2.25, None)
+        (2.375, None)
     """
 
     k_bits: int | None = _default(2)
@@ -452,10 +452,10 @@ def headq_config(preset: str | None = None, **options: Any) -> HeadQConfig:
     """Build a :class:`HeadQConfig`; ``options`` are its fields and override the preset's.
 
     Args:
-        preset: ``"balanced"``, the default (2.25 code bits, 2.5 with the scales at a head_dim of 64), ``"quality"``
-            (2.75, 3.0) or ``"near_lossless"`` (4.0, 4.25): mean bits shared between heads and sides by the
-            calibration; without one 2, 2.5 or 4 bits in every layer. Below the default there are ``"compact"`` (1.75,
-            2.0) and ``"minimal"`` (1.25, 1.5), which cost quality and want a calibration: without one they are 2 bits,
+        preset: ``"balanced"``, the default (2.375 code bits, 2.5 with the scales at a head_dim of 64), ``"quality"``
+            (2.875, 3.0) or ``"near_lossless"`` (4.0625, 4.25): mean bits shared between heads and sides by the
+            calibration; without one 2, 2.5 or 4 bits in every layer. Below the default there are ``"compact"``
+            (1.875, 2.0) and ``"minimal"`` (1.375, 1.5), which cost quality and want a calibration: without one they are 2 bits,
             and 2 for keys and 1 for values. ``"headq_paper"``: the published construction, an
             affine 2-bit base and a query-PCA side code of its error (HeadQ, arXiv 2605.03562, withdrawn by its author).
         **options: fields of :class:`HeadQConfig`. With ``k_bits``, ``v_bits`` or a codec, all layers have the same
@@ -468,7 +468,7 @@ def headq_config(preset: str | None = None, **options: Any) -> HeadQConfig:
     Example:
         >>> from headq_ao import headq_config
         >>> headq_config().mean_bits, headq_config(k_bits=3, v_bits=None).mean_bits
-        (2.25, None)
+        (2.375, None)
         >>> headq_config(preset="headq_paper").rank
         8
     """

@@ -225,7 +225,7 @@ def specialization(
         "TILE": 32 if window_bytes == 2 else 16,
     }
     warps = (2 if dim > 128 or two_planes else 1) * (1 if backend != "hip" else 4 if two_planes else 2)
-    held = 8 if two_planes or dim > 64 else 10
+    held = 8 if two_planes or dim > 64 else 9
     options: dict[str, Any] = {"num_warps": warps, "num_stages": STAGES[backend], "enable_fp_fusion": True}
     if backend == "cuda":
         options["maxnreg"] = min(65536 // (32 * held) // 8 * 8, 255)

@@ -102,13 +102,12 @@ def _spread(pages, P: tl.constexpr, SLOTS: tl.constexpr, PARTS: tl.constexpr):
 
 @triton.jit
 def _number(x, stride, page, inside, here):
-    """A number for each token ``inside`` its page, fp32; 0 where it is not ``here``."""
-    at = page.to(tl.int64) * stride + inside
+    """A number for each token ``inside`` its page, fp32; where it is not ``here`` one that is finite."""
+    number = tl.load(x + page.to(tl.int64) * stride + inside, mask=here, other=0)
     if x.dtype.element_ty == tl.uint8:
-        bits = (tl.load(x + at, mask=here, other=0).to(tl.int32) << 18) + FIRST_BYTE
-        number = tl.where(here, bits.to(tl.float32, bitcast=True), 0.0)
+        number = ((number.to(tl.int32) << 18) + FIRST_BYTE).to(tl.float32, bitcast=True)
     else:
-        number = tl.load(x + at, mask=here, other=0.0).to(tl.float32)
+        number = number.to(tl.float32)
     return number
 
 
