@@ -4,13 +4,15 @@ A page has ``P`` tokens. Neighbouring KV heads whose codes have the same form ar
 one block table. The tensors of a group, in the order of :meth:`PageLayout.split`, with ``N`` physical pages and ``h``
 heads of the group, any of them with any stride of pages and heads:
 
-- keys:   planes ``[N, h, P/16, N_w/(4·8/w), 16, 4]`` uint8, widest first, ``scale [N, h, P]`` fp16 or uint8, ``zero`` fp16;
+- keys:   planes ``[N, h, P/16, N_w/(4·8/w), 16, 4]`` uint8, widest first, ``scale [N, h, P]`` fp16 or
+  uint8, ``zero`` fp16;
 - values: planes ``[N, h, P/(4·8/w), D/16, 16, 4]`` uint8, low bits first, ``scale [N, h, P, groups]``, ``zero`` alike;
 - a side that is not coded: ``[N, h, P, D]`` in the model's dtype;
 - values that are their keys (:data:`SHARED`): none; both are read from the keys' codes.
 
-See :mod:`headq_ao.ops.layout` for the bits in a plane, :mod:`headq_ao.ops.rounding` for a scale in a byte. Physical page 0 belongs to no sequence: operators write there
-what is to be thrown away, so that a step needs no decision on the host.
+See :mod:`headq_ao.ops.layout` for the bits in a plane, :mod:`headq_ao.ops.rounding` for a scale in a byte. Physical
+page 0 belongs to no sequence: operators write there what is to be thrown away, so that a step needs no decision on the
+host.
 """
 
 import math

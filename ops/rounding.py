@@ -1,4 +1,5 @@
-"""Rounding: the levels of codes, and scales as they are stored: fp16, or a byte of five mantissa and three exponent bits.
+"""Rounding: the levels of codes, and scales as they are stored, in fp16 or in a byte of three exponent and five mantissa
+bits.
 
 A scale in a byte is fp16 as well: ``byte · 2^5 + 0x2C00`` are its bits, so that all arithmetic before and after it is
 the same. The 256 scales reach from 1/16 to 15.75, in steps of 1/32 to 1/64 of themselves.
@@ -9,7 +10,6 @@ from itertools import groupby
 
 import torch
 from torch import Tensor
-
 
 SCALE_BITS = (8, 16)  # that a scale may be stored in
 LEAST_SHORT, MOST_SHORT = 2.0**-4, 15.75

@@ -346,9 +346,9 @@ def every_option_changed():
     changed = headq_config(
         k_bits=3, v_bits=None, key_codec="affine", value_codec="affine", whitening=0.5, error_feedback=False,
         k_zero_point=True, v_zero_point=True, rank=8, side_bits=4,
-        basis="score_optimal", sign=-1, rotation=False, subtract_key_mean=False, unbiased_scale=False, scale_bits=16, v_group_size=16,
-        n_sink=0, residual_length=32, block_size=64, calibration="a/b.safetensors", adapt="prompt", prior_tokens=1,
-        warmup_tokens=512, check_finite=True, seed=3, context_length=512,
+        basis="score_optimal", sign=-1, rotation=False, subtract_key_mean=False, unbiased_scale=False, scale_bits=16,
+        v_group_size=16, n_sink=0, residual_length=32, block_size=64, calibration="a/b.safetensors", adapt="prompt",
+        prior_tokens=1, warmup_tokens=512, check_finite=True, seed=3, context_length=512,
     )  # fmt: skip
     default = HeadQConfig()
     same = [f.name for f in dataclasses.fields(default) if getattr(changed, f.name) == getattr(default, f.name)]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from headq_ao.codecs.base import GAUSSIAN_STEP, MOST_BYTE_BITS
 from headq_ao.evals.benchmarks.bench_result import CheckFailedError
 from headq_ao.ops import Encoder, cache_update, paged_attention, plan_attention
 from headq_ao.ops.page_layout import GroupLayout, PageLayout, Side
@@ -120,8 +121,8 @@ class Packed:
 def random_packed(shape: Shape, tokens: int, k_bits: int, v_bits: int, seed: int = 0) -> Packed:
     """Random tokens through the real encoders, with a codec of the shipped kind: whitened, rotated, a mean taken off.
 
-    Codes are the nearest ones: error feedback chooses others, of the same number and form. Beyond 2048 tokens they
-    repeat.
+    Error feedback is that of equal directions: another metric chooses other codes, of the same number and form. Beyond
+    2048 tokens they repeat.
 
     Args:
         shape: of the layer.
@@ -136,7 +137,7 @@ def random_packed(shape: Shape, tokens: int, k_bits: int, v_bits: int, seed: int
         >>> from headq_ao.evals.benchmarks.bench_rows import Shape, random_packed
         >>> packed = random_packed(Shape(4, 2, 64), 64, k_bits=2, v_bits=2)
         >>> packed.n_bytes * 8 / (2 * 2 * 64 * 64)  # bits per element, scales included
-        2.25
+        2.125
     """
     if tokens < 1 or tokens % PAGE:
         raise ValueError(f"contexts must be multiples of {PAGE}, got {tokens}")
@@ -150,10 +151,14 @@ def random_packed(shape: Shape, tokens: int, k_bits: int, v_bits: int, seed: int
         spread = torch.exp(0.3 * torch.randn(heads, d, 1, generator=g))
         bases.append((rotation / spread, rotation * spread, 0.3 * torch.randn(heads, d, generator=g)))
     (key_encode, key_read, key_mean), (value_encode, value_read, value_mean) = bases
-    step = 3.4 / 2**k_bits
-    key_encoder = Encoder(key_encode[None], (k_bits,), torch.full((1, heads, d), step), mean=key_mean[None])
-    value_encoder = Encoder(value_encode[None], (v_bits,), 3.4 / 2**v_bits, mean=value_mean[None])
-    layout = PageLayout(PAGE, d, d, (GroupLayout(0, heads, Side((k_bits,) * d), Side((v_bits,))),))
+    encoders, eye = [], torch.eye(d)[None, None]
+    for bits, encode, mean in ((k_bits, key_encode, key_mean), (v_bits, value_encode, value_mean)):
+        steps, scale_bits = torch.full((1, heads, d), GAUSSIAN_STEP[bits]), 8 if bits <= MOST_BYTE_BITS else 16
+        encoders.append(Encoder(encode[None], (bits,), steps, mean=mean[None], hessian=eye, scale_bits=scale_bits))
+    key_encoder, value_encoder = encoders
+    step, value_read = GAUSSIAN_STEP[k_bits], value_read * GAUSSIAN_STEP[v_bits]
+    sides = Side((k_bits,) * d, scale_bits=key_encoder.scale_bits), Side((v_bits,), scale_bits=value_encoder.scale_bits)
+    layout = PageLayout(PAGE, d, d, (GroupLayout(0, heads, *sides),))
     kv = packed_pages(layout, tokens, k, v, key_encoder, value_encoder)
     codes = key_read * step
     bias, nothing = -codes.sum(-1, keepdim=True) * (2**k_bits - 1) / 2, torch.zeros(heads, d, 1)

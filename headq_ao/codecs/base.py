@@ -23,6 +23,11 @@ MOST_BYTE_BITS = 4
 AnyCodec = TypeVar("AnyCodec", "KeyCodec", "ValueCodec")
 
 
+def scale_bits(byte_scales: bool, bits: int) -> int:
+    """That the scale of a token with so many code bits is stored in, where ``byte_scales`` are in use or not."""
+    return 8 if byte_scales and bits <= MOST_BYTE_BITS else 16
+
+
 class Codec:
     """What codecs share: tensors as fields, their leading dimensions ``[B or 1, Hkv or 1]``.
 
@@ -36,7 +41,7 @@ class Codec:
 
     def scale_bits_of(self, bits: int) -> int:
         """That the scale of a token is stored in, whose codes have so many bits."""
-        return 8 if self.byte_scales and bits <= MOST_BYTE_BITS else 16
+        return scale_bits(self.byte_scales, bits)
 
     def tensors(self) -> dict[str, Tensor]:
         """Its tensors by field name."""

@@ -70,7 +70,9 @@ class Encoder:
             raise ValueError(f"the affine base and error feedback need one bit width for all coordinates, got {widths}")
         if self.hessian is not None and (self.step is None or self.groups(m) != 1):
             raise ValueError("error feedback (hessian) needs a symmetric code (step) and one scale per token")
-        if self.scale_bits != 16 and (self.scale_bits != 8 or self.hessian is None or not isinstance(self.step, Tensor)):
+        if self.scale_bits != 16 and (
+            self.scale_bits != 8 or self.hessian is None or not isinstance(self.step, Tensor)
+        ):
             raise ValueError(
                 f"scale_bits must be 16, or 8 with error feedback (hessian) and a tensor of steps, got {self.scale_bits}"
             )

@@ -28,7 +28,12 @@ def library() -> ctypes.CDLL | None:
 
 
 def launch(
-    y: Tensor, hessian: Tensor, cholesky: Tensor, step: Tensor, bits: int, unbiased: bool,
+    y: Tensor,
+    hessian: Tensor,
+    cholesky: Tensor,
+    step: Tensor,
+    bits: int,
+    unbiased: bool,
     scale_bits: int = 16,
 ) -> tuple[Tensor, Tensor] | None:
     """:func:`headq_ao.ops.feedback_codes` in fp32; None for fp64 and where there is no compiler."""

@@ -11,7 +11,13 @@ from headq_ao.ops.rounding import SCALE_BITS
 
 
 def feedback_codes(
-    y: Tensor, hessian: Tensor, step: Tensor, bits: int, *, cholesky: Tensor | None = None, unbiased: bool = True,
+    y: Tensor,
+    hessian: Tensor,
+    step: Tensor,
+    bits: int,
+    *,
+    cholesky: Tensor | None = None,
+    unbiased: bool = True,
     scale_bits: int = 16,
 ) -> tuple[Tensor, Tensor]:
     """Codes ``c`` and scale ``σ`` of tokens, for a small ``(y − ŷ)ᵀ H (y − ŷ)``, ``ŷ_i = σ · step_i · (c_i − c0)``.

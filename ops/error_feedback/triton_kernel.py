@@ -197,7 +197,12 @@ def in_levels(hessian: Tensor, factor: Tensor, step: Tensor) -> tuple[Tensor, Te
 
 
 def launch(
-    y: Tensor, metric: Tensor, feedback: Tensor, step: Tensor, bits: int, unbiased: bool,
+    y: Tensor,
+    metric: Tensor,
+    feedback: Tensor,
+    step: Tensor,
+    bits: int,
+    unbiased: bool,
     scale_bits: int = 16,
 ) -> tuple[Tensor, Tensor] | None:
     """:func:`headq_ao.ops.feedback_codes` in fp32; None for fp64, and for rows of more than 256."""

@@ -20,7 +20,7 @@ from headq_ao.ops.rounding import scale_of_byte
 CHUNK_BYTES = 16  # of a key, loaded together: with 8 tokens side by side they fill whole sectors
 CHUNK = tl.constexpr(CHUNK_BYTES)
 # of a scale in a byte, the fp32 bits of that of byte 0; the byte goes to bit 18 and on
-FIRST_BYTE = tl.constexpr(int(scale_of_byte(torch.zeros(1, dtype=torch.uint8)).float().view(torch.int32)))
+FIRST_BYTE = tl.constexpr(int(scale_of_byte(torch.zeros(1, dtype=torch.uint8, device="cpu")).float().view(torch.int32)))
 
 
 @functools.lru_cache(maxsize=256)

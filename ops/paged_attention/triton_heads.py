@@ -37,7 +37,9 @@ def kinds(forms: tuple[Form, ...]) -> tuple[Kind, ...]:
         widths, chunks = PIECES[values.bits[0]], key_chunks(keys.bits)
         parts = 8 // min(widths)
         byte_scales = keys.scale_bits == 8, values.scale_bits == 8
-        found.append((chunks, first, keys.zero, values.bits[0], widths, parts, values.zero, values.groups, *byte_scales))
+        found.append(
+            (chunks, first, keys.zero, values.bits[0], widths, parts, values.zero, values.groups, *byte_scales)
+        )
         first += sum(CHUNK_BYTES * (8 // width) for _, width, *_ in chunks)
     return tuple(found)
 
@@ -61,7 +63,9 @@ def _table(layout: PageLayout, places: tuple[tuple[int, ...], ...], device: torc
         for head in range(group.layout.heads):
             row = [forms.index((group.layout.keys, group.layout.values))]
             forms_of = group.layout.keys, group.layout.values
-            for side, form, planes in zip((group.keys, group.values), forms_of, (KEY_PLANES, VALUE_PLANES), strict=True):
+            for side, form, planes in zip(
+                (group.keys, group.values), forms_of, (KEY_PLANES, VALUE_PLANES), strict=True
+            ):
                 row += _fields(side, form, planes, head)
             rows.append(row)
     table = torch.tensor(rows, dtype=torch.int64, device="cpu")

@@ -126,22 +126,23 @@ def test_footprint_is_what_a_walk_finds(tiny, token_ids, variant, family, ragged
 @pytest.mark.parametrize(
     ("options", "head_dim", "key_bits", "value_bits"),
     [
-        # 2 bits + 16/D of the scale
-        ({}, 64, 2 + 16 / 64, 2 + 16 / 64),
+        # 2 bits + 8/D of a whitened key's scale, 16/D of another's
+        ({}, 64, 2 + 8 / 64, 2 + 16 / 64),
+        ({"scale_bits": 16}, 64, 2 + 16 / 64, 2 + 16 / 64),
         # and R·2/D side bits of keys
         (AFFINE, 64, 2 + 16 * 2 / 64 + 16 / 64, 2 + 16 / 64),
-        ({"rank": 16}, 64, 2 + 16 * 2 / 64 + 16 / 64, 2 + 16 / 64),
+        ({"rank": 16}, 64, 2 + 16 * 2 / 64 + 8 / 64, 2 + 16 / 64),
         (AFFINE | {"k_zero_point": True, "v_zero_point": True}, 64, 2.75 + 0.25, 2.25 + 0.25),
         (AFFINE | {"rank": 0, "v_group_size": 32}, 64, 2 + 0.25, 2 + 2 * 0.25),
-        ({"rank": 8, "side_bits": 4, "k_bits": 3, "v_bits": 3, "block_size": 32}, 64, 3 + 0.5 + 0.25, 3.25),
-        ({"k_bits": 4, "v_bits": 4}, 128, 4 + 0.125, 4 + 0.125),
+        ({"rank": 8, "side_bits": 4, "k_bits": 3, "v_bits": 3, "block_size": 32}, 64, 3 + 0.5 + 0.125, 3.25),
+        ({"k_bits": 4, "v_bits": 4}, 128, 4 + 0.0625, 4 + 0.125),
         (AFFINE | {"k_bits": 4, "v_bits": 4}, 128, 4 + 0.5 + 0.125, 4 + 0.125),
-        ({"k_bits": 1, "v_bits": 1, "rank": 0, "block_size": 32}, 64, 1.25, 1.25),
+        ({"k_bits": 1, "v_bits": 1, "rank": 0, "block_size": 32}, 64, 1.125, 1.25),
         ({"k_bits": 8, "v_bits": 6, "rank": 0}, 64, 8.25, 6.25),
         # the default rank is a whole granule: 16 coordinates, where a quarter of 80 would be 20 and stored as 32
         (AFFINE, 80, 96 * 2 / 80 + 16 / 80, 2 + 16 / 80),
-        ({}, 80, 2 + 16 / 80, 2 + 16 / 80),
-        ({"v_bits": None}, 64, 2.25, None),
+        ({}, 80, 2 + 8 / 80, 2 + 16 / 80),
+        ({"v_bits": None}, 64, 2.125, None),
         ({"v_bits": None, "key_codec": "affine"}, 64, 2.75, None),
         ({"k_bits": None}, 64, None, 2.25),
     ],

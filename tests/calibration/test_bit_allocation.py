@@ -8,8 +8,7 @@ import torch
 from headq_ao import HeadQCache, calibrate, headq_config, quantize_
 from headq_ao.calibration.bit_allocation import allocate_bits, head_bits, output_errors
 from headq_ao.calibration.observers import MomentAccumulator
-from headq_ao.codecs.base import MOST_BYTE_BITS
-from headq_ao.codecs.base import HeadBits
+from headq_ao.codecs.base import MOST_BYTE_BITS, HeadBits
 from headq_ao.codecs.layer_codec import LayerCodec
 from headq_ao.codecs.linalg import centred_moment
 from headq_ao.codecs.rotation import Rotation

@@ -59,7 +59,9 @@ def feedback_as_the_reference(y, metric, step, bits, unbiased, scale_bits=16):
     y, metric, step = (x.to(DEVICE) for x in (y, metric, step))
     given = (y, metric, reference.unit_factor(metric), step, bits)
     codes, scale = triton_kernel.launch(*given, unbiased, scale_bits)
-    expected, expected_scale = reference.feedback_codes(*given, reference.SPREADS, reference.PASSES, unbiased, scale_bits)
+    expected, expected_scale = reference.feedback_codes(
+        *given, reference.SPREADS, reference.PASSES, unbiased, scale_bits
+    )
 
     def error(codes, scale):
         e = y - scale.float()[..., None] * step.unsqueeze(-2) * (codes.float() - (2**bits - 1) / 2)

@@ -19,7 +19,7 @@ from headq_ao.cache.token_ids import TokenIds
 from headq_ao.cache.writing import WritingLayer
 from headq_ao.calibration.artifact import Calibration, usable_calibration
 from headq_ao.calibration.bit_allocation import head_bits
-from headq_ao.codecs.base import HeadBits
+from headq_ao.codecs.base import HeadBits, scale_bits
 from headq_ao.codecs.layer_codec import LayerCodec
 from headq_ao.codecs.registry import LayerContext, build
 from headq_ao.codecs.source import SourceModule
@@ -64,7 +64,7 @@ def estimate_memory(
         >>> from headq_ao import estimate_memory, headq_config
         >>> report = estimate_memory(LlamaConfig(), headq_config(), tokens=4096)
         >>> round(report.packed_bits_per_element, 4)
-        2.125
+        2.0938
     """
     if tokens < 1 or batch_size < 1:
         raise ValueError(f"tokens and batch_size must be at least 1, got {tokens} and {batch_size}")
@@ -125,7 +125,7 @@ def _within(
     if not isinstance(budget, int) or tokens is None:
         return config
     settings = _settings(config, known, shapes)
-    count = _Count(shapes, settings[0], tokens, batch, dtype)
+    count = _Count(shapes, settings[0], tokens, batch, dtype, known is not None)
 
     def held(i: int) -> int:
         return count.held(head_bits(settings[i], known, shapes))
@@ -142,17 +142,20 @@ def _within(
 
 
 class _Count:
-    """The bytes of a cache, counted once with equal bits in one layer of each shape; other bits change codes alone.
+    """The bytes of a cache, counted once with equal bits in one layer of each shape; other bits change codes and scales
+    alone.
 
     Args:
         shapes: of all layers.
         config: without ``cache_bytes``.
         tokens, batch_size, dtype: as for :func:`estimate_memory`.
+        calibrated: whether a calibration is used.
     """
 
     def __init__(
-        self, shapes: Sequence[LayerShape], config: HeadQConfig, tokens: int, batch_size: int, dtype: torch.dtype
-    ) -> None:
+        self, shapes: Sequence[LayerShape], config: HeadQConfig, tokens: int, batch_size: int, dtype: torch.dtype,
+        calibrated: bool,
+    ) -> None:  # fmt: skip
         kinds = list(dict.fromkeys(shapes))
         plain = dataclasses.replace(
             config, k_bits=min(config.levels("k")), v_bits=min(config.levels("v")), mean_bits=None
@@ -163,18 +166,21 @@ class _Count:
         self.tokens: dict[LayerShape, int] = {  # that the pages of one layer have room for
             kind: layer.pool.pages * batch.page_tokens for kind, layer in zip(kinds, batch.layers, strict=True)
         }
-        self.config = plain
+        self.config, self.calibrated = plain, calibrated
         self.shapes, shared = shapes, storage_bytes(batch.tensors() + ids.tensors())
         alike = dict(zip(kinds, same, strict=True))
         self.rest = shared + sum(own[shape] - self._codes(shape, alike[shape]) for shape in shapes)
 
     def _codes(self, shape: LayerShape, bits: HeadBits) -> int:
-        """Bytes of the codes of one layer."""
-        key_dim, value_dim = shape.dims
-        side = (self.config.side_bits,) * self.config.side_rank(key_dim)
-        keys = sum(key_bytes_per_token((b,) * key_dim + side) for b in bits.k)
-        values = 0 if shape.latent is not None else sum(value_bytes_per_token(b, value_dim) for b in bits.v)
-        return self.tokens[shape] * (keys + values)
+        """Bytes of the codes and scales of one layer."""
+        (key_dim, value_dim), config = shape.dims, self.config
+        side, in_bytes = (config.side_bits,) * config.side_rank(key_dim), config.byte_scales("k")
+        held = sum(key_bytes_per_token((b,) * key_dim + side) + scale_bits(in_bytes, b) // 8 for b in bits.k)
+        if shape.latent is None:
+            in_bytes = self.calibrated and config.byte_scales("v")
+            scales = value_dim // (config.v_group_size or value_dim)
+            held += sum(value_bytes_per_token(b, value_dim) + scales * scale_bits(in_bytes, b) // 8 for b in bits.v)
+        return self.tokens[shape] * held
 
     def held(self, bits: Sequence[HeadBits]) -> int:
         """Bytes of the cache whose layers have those bits."""
@@ -261,7 +267,7 @@ def assumed_calibration(shapes: Sequence[LayerShape]) -> Calibration:
         >>> from headq_ao.integrations.config_only.served import served
         >>> known = assumed_calibration(served(LlamaConfig(), headq_config()).shapes)
         >>> estimate_memory(LlamaConfig(), headq_config(calibration=known), tokens=4096).packed_bits_per_element
-        2.375
+        2.4375
     """
     return Calibration([_no_moments(shape, PROFILE) for shape in shapes], {})
 

@@ -43,7 +43,7 @@ def test_estimate_reads_no_weights(tiny_folder, monkeypatch, capsys):
     assert "2 sequences of 1,024 tokens" in captured.err
     exact, balanced = rows["exact"], rows["balanced"]
     assert exact[1:4] == ["16.00", "1.0", "MiB"]  # 2 layers, 2 heads of 32, keys and values, 2 bytes, 2 · 1024 tokens
-    assert balanced[1] == "2.75" and float(balanced[4]) > 2  # 2.25 and 16 bits of scale for 32 coordinates
+    assert balanced[1] == "2.62" and float(balanced[4]) > 2  # 2.375 and 8 bits of scale for 32 coordinates
     assert int(exact[-1].replace(",", "")) == 1024 < int(balanced[-1].replace(",", ""))
 
 
@@ -60,7 +60,7 @@ def test_estimate_of_latents_from_a_config_alone(tmp_path, capsys):
     assert main(["estimate", str(tmp_path)]) == 0
     rows = {line.split("  ")[0]: line.split() for line in capsys.readouterr().out.splitlines()}
     assert rows["exact"][1:4] == ["16.00", "18.0", "MiB"]  # 4 layers, 576 numbers of 2 bytes, 4096 tokens
-    assert rows["balanced"][1] == "2.28" and rows["balanced, no calibration"][3] == "2.03"  # and 16 / 576
+    assert rows["balanced"][1] == "2.26" and rows["balanced, no calibration"][3] == "2.01"  # and 8 / 576
 
 
 def test_estimate_says_what_the_least_is(tiny_folder, capsys):

@@ -191,7 +191,7 @@ def test_counts_by_task(lm, caplog):
     info = each.get_model_info()["headq"]
     assert {name: task["requests"] for name, task in info["tasks"].items()} == {"long": 2, "short": 1}
     assert info["tasks"]["long"]["packed_fraction"] > 0.6 > 0.5 > info["tasks"]["short"]["packed_fraction"]
-    assert info["tasks"]["long"]["bits"]["key_body_bits"] == 2.5
+    assert info["tasks"]["long"]["bits"]["key_body_bits"] == 2.25
     assert (info["chunk_size"], info["prefill"], info["min_context"]) == (16, None, 0)
     assert info["config"]["residual_length"] == 16 and info["config"]["n_sink"] == 4
     assert "short: 0 % of the rows" in caplog.text and "long:" not in caplog.text
@@ -204,7 +204,7 @@ def test_table_is_printed(lm, capsys):
     each.get_model_info()
     head, _, line = capsys.readouterr().out.strip().splitlines()
     assert "packed_fraction" in head
-    assert line.startswith("|long |1") and "2.50 / 2.50" in line
+    assert line.startswith("|long |1") and "2.25 / 2.50" in line
 
 
 def test_fails_when_nothing_was_packed(lm):

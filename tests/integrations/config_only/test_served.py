@@ -88,11 +88,11 @@ def test_the_exact_cache(name):
 
 
 def test_a_row_of_deepseek_v3():
-    """The latent and the rotary key, 512 + 64 numbers, in 2.25 bits and a scale of 16."""
+    """The latent and the rotary key, 512 + 64 numbers, in 2 bits and a scale of 8."""
     config = transformers.DeepseekV3Config()
     found = served(config, headq_config())
     assert {(s.head_dim, s.latent, s.n_kv_heads) for s in found.shapes} == {(576, 512, 1)} and len(found.shapes) == 61
-    assert estimate_memory(config, headq_config(), 4096).key_body_bits == pytest.approx(2 + 16 / 576)
+    assert estimate_memory(config, headq_config(), 4096).key_body_bits == pytest.approx(2 + 8 / 576)
 
 
 def test_what_is_not_supported_is_told_by_the_config():

@@ -62,7 +62,7 @@ def test_a_row_takes_a_fifth_of_its_latent():
     stream(model, ids_of(1, 200), cache, [200])
     report = cache.bits_report()
     assert report.packed_rows > 150
-    assert report.key_body_bits == 3 + 16 / 576
+    assert report.key_body_bits == 3 + 8 / 576
     assert report.value_body_bits is None
     assert report.key_body_bits * 576 / 8 <= 2 * 576 / 5
     assert report.bytes["exact_rows"] == cache.layers[0].window.k[:, :, :200].nbytes

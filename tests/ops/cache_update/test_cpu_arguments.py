@@ -22,7 +22,9 @@ def test_errors():
             with_kernel(s, *bad, 0)
     with pytest.raises(ValueError, match="needs an encoder, got None"):
         plan_update(s.kv, s.packed, [None, None], s.encoders[1])
-    with pytest.raises(ValueError, match=r"an encoder of \(3,\) and scales of 8 bits does not fit pages of 1\*32,0,1,8"):
+    with pytest.raises(
+        ValueError, match=r"an encoder of \(3,\) and scales of 8 bits does not fit pages of 1\*32,0,1,8"
+    ):
         plan_update(s.kv, s.packed, s.encoders[0][:1] * 2, s.encoders[1])
     with pytest.raises(ValueError, match=r"tensors must be \[2 or 1, 1 or 1, ..\], got \(1, 2, 32, 32\)"):
         plan_update(s.kv, s.packed, s.encoders[0][1:] * 2, s.encoders[1])

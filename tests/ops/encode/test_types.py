@@ -39,7 +39,10 @@ def test_flat_and_back(case, base):
             r"error feedback need one bit width for all coordinates",
         ),
         ({"metric": (1, 2, 16, 8), "symmetric": True}, r"hessian must end in \(16, 16\) for tokens of 16, got"),
-        ({"scale_bits": 8}, r"scale_bits must be 16, or 8 with error feedback \(hessian\) and a tensor of steps, got 8"),
+        (
+            {"scale_bits": 8},
+            r"scale_bits must be 16, or 8 with error feedback \(hessian\) and a tensor of steps, got 8",
+        ),
         ({"metric": (1, 2, 16, 16), "symmetric": True, "scale_bits": 4}, r"scale_bits must be 16, or 8 .*, got 4"),
         ({"group_size": 5}, r"group_size must divide the 16 coordinates, got 5"),
     ],
