@@ -243,6 +243,8 @@ def headq_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     weights = kwargs.pop("output_attentions", False)
     sinks, softcap = kwargs.pop(SINKS, None), kwargs.pop(SOFTCAP, None)
+    if is_causal is None and query.shape[2] > 1 and sinks is None and softcap is None:
+        is_causal = getattr(module, "is_causal", None)  # as SDPA; functions that know sinks and softcaps ask for masks
     dense = (dropout, is_causal, sliding_window, kwargs, sinks, softcap)
     if not isinstance(key, QuantizedKV):
         recorder = None if torch.compiler.is_compiling() else RECORDER.get()
