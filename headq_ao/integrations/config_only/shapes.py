@@ -17,6 +17,7 @@ DummyLayer: Any = getattr(cache_utils, "DummyLayer", ())  # newer versions have 
 # `use_bidirectional_attention` that says so, by model type; of any type where none is named.
 TOLD_BY_MASKS: dict[str | None, Any] = {
     None: "vision",
+    "paligemma": True,  # a prefix, told by token types; what follows it is causal
 }
 
 
