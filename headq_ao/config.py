@@ -57,6 +57,7 @@ OF_HEADQ = (
     "v_zero_point",
     "rank",
     "side_bits",
+    "value_weight",
     "basis",
     "sign",
     "rotation",
@@ -132,6 +133,9 @@ class HeadQConfig(AOBaseConfig):
         subtract_key_mean: subtract a per-head mean from keys, which the softmax cancels.
         unbiased_scale: without a zero, store the scale that makes ``⟨y, ŷ⟩ = ‖y‖²`` (under error feedback's
             hessian, where there is one): codes of least error shrink a token, and that does not average out.
+        value_weight: of a token that is key and value in one row (latent attention, MLA): how much its error as a value
+            counts beside that as a key, a factor of λ in ``C_q + λ Σ W_uvᵀ W_uv``
+            (:func:`headq_ao.codecs.whitened.readout_metric`); 0: it is coded as a key alone. ``None``: 1.
         v_group_size: coordinates of a value that share a scale; ``None`` is ``head_dim``.
         n_sink: first tokens of each sequence kept exact.
         residual_length: newest tokens kept exact, at least; up to ``residual_length + block_size − 1``.
@@ -186,6 +190,7 @@ class HeadQConfig(AOBaseConfig):
     rotation: bool = True
     subtract_key_mean: bool = True
     unbiased_scale: bool = True
+    value_weight: float | None = None
     v_group_size: int | None = None
     n_sink: int = 4
     residual_length: int = 80
@@ -327,6 +332,8 @@ class HeadQConfig(AOBaseConfig):
         if not _number(self.whitening, 0, 1):
             raise ValueError(f"whitening must be a number from 0 to 1, got {self.whitening!r}")
         object.__setattr__(self, "whitening", float(self.whitening))
+        if self.value_weight is not None and not _number(self.value_weight, 0, MOST):
+            raise ValueError(f"value_weight must be a number from 0 to {MOST}, or None, got {self.value_weight!r}")
 
     def _check_together(self) -> None:
         """Raise ValueError on options that do not fit each other."""
@@ -370,6 +377,11 @@ class HeadQConfig(AOBaseConfig):
         """Bits of a row that is key and value."""
         assert self.k_bits is not None and self.v_bits is not None
         return max(self.k_bits, self.v_bits)
+
+    @property
+    def readout_weight(self) -> float:
+        """:attr:`value_weight`, with the default resolved."""
+        return 1.0 if self.value_weight is None else float(self.value_weight)
 
     @property
     def one_row(self) -> bool:

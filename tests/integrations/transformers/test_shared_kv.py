@@ -130,6 +130,19 @@ def test_calibration_pools_the_queries_of_all_readers(monkeypatch):
     assert (made.layers[1].errors > 0).all()  # the other's window is no longer than what is left out
 
 
+def test_calibration_on_the_queries_of_the_storing_layer_alone():
+    """A control: bases of its own queries; what bits cost is of all readers all the same."""
+    ids = [ids_of(300)]
+    pooled, own = (calibrate(gemma3n(), ids, progress=False, readers=readers) for readers in ("all", "own"))
+    for a, b in zip(pooled.layers, own.layers, strict=True):
+        assert (a.tokens, b.tokens) == (2 * 2 * 296, 2 * 296)
+        torch.testing.assert_close(a.k_outer, 2 * b.k_outer)
+        assert (a.c_q - b.c_q).norm() > 0.05 * b.c_q.norm()
+    assert torch.equal(pooled.layers[1].energy, own.layers[1].energy)
+    with pytest.raises(ValueError, match="readers must be one of 'all', 'own', got 'some'"):
+        calibrate(gemma3n(), ids, progress=False, readers="some")
+
+
 def test_a_compiled_model():
     model = gemma3n()
     quantize_(model, headq_config(**OPTIONS))
