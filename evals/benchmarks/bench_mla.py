@@ -155,7 +155,7 @@ def quality(steps: int) -> dict[str, Any]:
     nats = -exact[:, :-1].gather(-1, rows[:, PREFILL + 1 :, None]).mean()
     found: dict[str, Any] = {"nats_of_a_byte": float(nats), "steps": steps, "kl": {}}
     for bits in (2, 3, 4):
-        given = dict(k_bits=bits, v_bits=bits, calibration=calibration, residual_length=32)
+        given: dict[str, Any] = dict(k_bits=bits, v_bits=bits, calibration=calibration, residual_length=32)
         found["kl"][str(bits)] = kls = {}
         for name, weight in (("joint", 1), ("keys_alone", 0)):
             quantize_(model, headq_config(**given, value_weight=weight))

@@ -135,7 +135,7 @@ class Recipe:
         subject = setting.subject(self.seed)
         config = subject.cache_config()
         config = config and config | {"calibration": None}
-        own = {"chunk": setting.chunk, "calibration_context": setting.context_length}
+        own: dict[str, Any] = {"chunk": setting.chunk, "calibration_context": setting.context_length}
         own["calibration_readers"] = setting.readers
         protocol = self.protocol | {name: x for name, x in own.items() if x is not None}
         return {

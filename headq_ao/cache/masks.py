@@ -201,8 +201,8 @@ def mask_view(
     order = (at[:, None] >= at) & (position[:, None] >= first[:, :, None])
     if plain and not bool(((new != order) & both).any()):
         return None
-    seen_by_real = [tuple(torch.where(real, x, 0) for x in one) for one in found]  # padding sees nothing
-    return MaskView(*seen_by_real[0], new & both, tuple(seen_by_real[1:]))
+    first_range, *more = ((torch.where(real, low, 0), torch.where(real, high, 0)) for low, high in found)
+    return MaskView(*first_range, new & both, tuple(more))  # padding sees nothing
 
 
 def first_visible(position: Tensor, window: int | None, chunked: bool = False) -> Tensor:
