@@ -89,7 +89,7 @@ def test_a_first_call_is_one_where_room_was_made_before():
     assert cache.is_initialized
 
 
-@pytest.mark.parametrize("name", ["gemma3", "llava_onevision"])  # Qwen3-VL wants all images again
+@pytest.mark.parametrize("name", ["gemma3", "llava_onevision", "paligemma 2"])  # Qwen3-VL wants all images again
 def test_generate_with_a_second_image(name):
     model, dense, pictures = vlm(name, 4)
     generator = torch.Generator().manual_seed(3)
@@ -99,7 +99,7 @@ def test_generate_with_a_second_image(name):
     def talk(who, cache):
         begun = who.generate(**first, **with_cache(cache), **options)
         ids = torch.cat([begun.sequences, second["input_ids"]], 1)
-        told = {pictures.types: (ids == IMAGE).long()} if pictures.types else {}
+        told = {pictures.types: torch.where(ids == IMAGE, *pictures.is_image)} if pictures.types else {}
         return torch.stack(who.generate(**second | {"input_ids": ids} | told, **with_cache(cache), **options).logits, 1)
 
     exact = talk(dense, DynamicCache(config=dense.config))[:, :1]
