@@ -170,6 +170,37 @@ def gemma4():
     return Gemma4ForCausalLM(config).eval()
 
 
+@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize("kept", [1, 3])
+def test_few_logits_of_many_tokens(kept, calibrated):
+    """transformers shows the layers that read others' keys no more tokens than it wants logits of."""
+    model, dense, ids = gemma4(), gemma4(), ids_of(180)
+    calibration = calibrate(model, [ids_of(300)], progress=False) if calibrated else None
+    for layer in calibration.layers if calibration else ():
+        layer.effective = None
+    quantize_(model, headq_config(calibration=calibration, **OPTIONS))
+
+    def run(who, cache, **more):
+        with torch.no_grad():  # a prefill, a long and a short chunk, a step
+            return [who(x, cache=cache, **more).logits for x in ids.split([100, 70, 9, 1], 1)]
+
+    whole = run(dense, DynamicCache(config=dense.config))
+    control = run(dense, noisy_cache(dense, 0))
+    got = run(model, HeadQCache(model), logits_to_keep=kept)
+    for mine, exact, noisy in zip(got, whole, control, strict=True):
+        assert mine.shape[1] == min(kept, exact.shape[1])
+        apart = [float((x[:, -kept:] - exact[:, -kept:]).norm() / exact[:, -kept:].norm()) for x in (mine, noisy)]
+        assert apart[0] <= limit(apart[1])
+
+
+def test_generate():
+    model, dense, ids = gemma4(), gemma4(), ids_of(100)
+    quantize_(model, headq_config(**OPTIONS))
+    options = dict(max_new_tokens=4, do_sample=False, return_dict_in_generate=True, output_logits=True)
+    logits = [torch.stack(who.generate(ids, **options).logits, 1) for who in (model, dense)]
+    assert relative(*(x[:, :1] for x in logits)) < 1e-4  # the prompt's last token is read in full precision
+
+
 def test_layers_of_different_heads_that_share():
     model, dense = gemma4(), gemma4()
     quantize_(model, headq_config(**OPTIONS))
