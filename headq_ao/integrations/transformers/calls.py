@@ -118,9 +118,9 @@ def supply_in_graph(
 
 
 def _all_queries(model: PreTrainedModel, kwargs: dict[str, Any], tokens: Tensor) -> dict[str, Any]:
-    """A call's arguments, which logits to keep told by their places: Gemma 4 shows the layers that read others' keys the
-    last so many tokens alone, where it is told by their number. A cache packs after all readers have shown their
-    queries, and attends for the tokens that it has counted."""
+    """A call's arguments, which logits to keep told by their places: where Gemma 4 is told their number, it shows the
+    layers that read others' keys that many tokens alone. A cache packs after all readers have shown their queries, and
+    attends for the tokens that it has counted."""
     kept, length = kwargs.get("logits_to_keep"), tokens.shape[1]
     counted = isinstance(kept, int) and 0 < kept < length
     if not counted or all(shape.readers == 1 for shape in model._headq.shapes):
