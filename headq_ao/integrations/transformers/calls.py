@@ -122,8 +122,7 @@ def _all_queries(model: PreTrainedModel, kwargs: dict[str, Any], tokens: Tensor)
     layers that read others' keys that many tokens alone. A cache packs after all readers have shown their queries, and
     attends for the tokens that it has counted."""
     kept, length = kwargs.get("logits_to_keep"), tokens.shape[1]
-    counted = isinstance(kept, int) and 0 < kept < length
-    if not counted or all(shape.readers == 1 for shape in model._headq.shapes):
+    if all(shape.readers == 1 for shape in model._headq.shapes) or not isinstance(kept, int) or not 0 < kept < length:
         return kwargs
     return kwargs | {"logits_to_keep": torch.arange(length - kept, length, device=tokens.device)}
 
