@@ -58,6 +58,7 @@ OF_HEADQ = (
     "v_zero_point",
     "rank",
     "side_bits",
+    "value_weight",
     "basis",
     "sign",
     "rotation",
@@ -135,7 +136,10 @@ class HeadQConfig(AOBaseConfig):
         unbiased_scale: without a zero, store the scale that makes ``⟨y, ŷ⟩ = ‖y‖²`` (under error feedback's
             hessian, where there is one): codes of least error shrink a token, and that does not average out.
         scale_bits: that the scale of a token is stored in where it is whitened and rounded with error feedback: 8, one
-            of 256 scales that codes are chosen for, or 16 (fp16), which everything else has.
+            of 256 scales that codes are chosen for, with up to 4 code bits, or 16 (fp16), which all others have.
+        value_weight: of a token that is key and value in one row (latent attention, MLA): how much its error as a value
+            counts beside that as a key, a factor of λ in ``C_q + λ Σ W_uvᵀ W_uv``
+            (:func:`headq_ao.codecs.whitened.readout_metric`); 0: it is coded as a key alone. ``None``: 1.
         v_group_size: coordinates of a value that share a scale; ``None`` is ``head_dim``.
         n_sink: first tokens of each sequence kept exact.
         residual_length: newest tokens kept exact, at least; up to ``residual_length + block_size − 1``.
@@ -191,6 +195,7 @@ class HeadQConfig(AOBaseConfig):
     subtract_key_mean: bool = True
     unbiased_scale: bool = True
     scale_bits: int = _default(8)
+    value_weight: float | None = None
     v_group_size: int | None = None
     n_sink: int = 4
     residual_length: int = 80
@@ -336,6 +341,8 @@ class HeadQConfig(AOBaseConfig):
         if not _number(self.whitening, 0, 1):
             raise ValueError(f"whitening must be a number from 0 to 1, got {self.whitening!r}")
         object.__setattr__(self, "whitening", float(self.whitening))
+        if self.value_weight is not None and not _number(self.value_weight, 0, MOST):
+            raise ValueError(f"value_weight must be a number from 0 to {MOST}, or None, got {self.value_weight!r}")
 
     def _check_together(self) -> None:
         """Raise ValueError on options that do not fit each other."""
@@ -384,6 +391,11 @@ class HeadQConfig(AOBaseConfig):
         """Bits of a row that is key and value."""
         assert self.k_bits is not None and self.v_bits is not None
         return max(self.k_bits, self.v_bits)
+
+    @property
+    def readout_weight(self) -> float:
+        """:attr:`value_weight`, with the default resolved."""
+        return 1.0 if self.value_weight is None else float(self.value_weight)
 
     @property
     def one_row(self) -> bool:

@@ -20,9 +20,12 @@ from headq_ao.evals.harness.table import model_tables
 from headq_ao.evals.metrics.score_error import score_error
 from headq_ao.evals.perplexity import evaluate
 from headq_ao.evals.report import write_report
+from headq_ao.integrations.transformers.calibrate import Readers
 
 HERE = Path(__file__).resolve().parent
 BATCH = 4  # rows that go through the model together
+MadeFor = tuple[int | None, Readers]  # the context that a calibration is made for, and the queries that it is made of
+DEFAULT: MadeFor = (None, "all")
 
 EPILOG = """\
 examples:
@@ -40,16 +43,22 @@ setting is skipped when its file was made with the same model, protocol, calibra
 """
 
 
+def made_for(setting: Setting) -> MadeFor:
+    """Which calibration a setting uses."""
+    return setting.context_length, setting.readers or "all"
+
+
 class Bench:
     """A model with what all its settings share: rows, exact scores, calibration.
 
     Args:
         recipe: whose model it is.
         model: name.
-        contexts: that calibrations are needed for, None: the default one.
+        made_for: calibrations that are needed: their context, None: the default one, and the readers of keys and
+            values whose queries they are made of.
     """
 
-    def __init__(self, recipe: Recipe, model: str, contexts: Iterable[int | None], progress: bool) -> None:
+    def __init__(self, recipe: Recipe, model: str, made_for: Iterable[MadeFor], progress: bool) -> None:
         p = recipe.protocol
         torch.manual_seed(recipe.seed)
         self.recipe, self.name, self.progress = recipe, model, progress
@@ -57,8 +66,8 @@ class Bench:
         self.rows = inputs.token_rows(tokenizer, recipe.text, p["rows"], p["row_length"])
         text, tokens = recipe.calibration_text, p["calibration_tokens"]
         self.calibrations = {
-            context: inputs.calibrate_on(self.model, tokenizer, text, tokens, progress, context)
-            for context in dict.fromkeys(contexts)
+            (context, readers): inputs.calibrate_on(self.model, tokenizer, text, tokens, progress, context, readers)
+            for context, readers in dict.fromkeys(made_for)
         }
         self.exact: list[torch.Tensor] = []
 
@@ -68,7 +77,7 @@ class Bench:
         if not self.exact:
             self.exact = exact_logprobs(self.model, self.rows, p["prefill"], self.progress)
         chunk = setting.chunk or p["chunk"]
-        subject = setting.subject(self.recipe.seed, self.calibrations.get(setting.context_length))
+        subject = setting.subject(self.recipe.seed, self.calibrations.get(made_for(setting)))
         result = evaluate(
             self.model, self.rows, self.exact, subject,
             prefill=p["prefill"], chunk=chunk, batch_size=BATCH, progress=self.progress, label=setting.name,
@@ -89,7 +98,7 @@ class Bench:
         assert self.recipe.panel is not None
         rows = self.rows[: self.recipe.panel["rows"]]
         panel = perturbation_panel(
-            self.model, rows, self.calibrations[None], seed=self.recipe.seed, progress=self.progress
+            self.model, rows, self.calibrations[DEFAULT], seed=self.recipe.seed, progress=self.progress
         )
         plot_panel(panel, folder / "panel.png")
         about = {"model": self.name, "protocol": self.recipe.protocol, "settings": self.recipe.panel}
@@ -112,8 +121,8 @@ def run(recipe: Recipe, pending: Sequence[tuple[str, Setting]], panel: bool, fol
         wants_panel = panel and model == recipe.models[0]
         if not settings and not wants_panel:
             continue
-        contexts = [setting.context_length for setting in settings if setting.calibration] + [None] * wants_panel
-        bench = Bench(recipe, model, contexts, progress)
+        wanted = [made_for(setting) for setting in settings if setting.calibration] + [DEFAULT] * wants_panel
+        bench = Bench(recipe, model, wanted, progress)
         for setting in tqdm(settings, desc=f"{recipe.name} {model}", unit="setting", disable=not progress):
             write_json(folder / recipe.file(setting, model), bench.measure(setting))
         if wants_panel:

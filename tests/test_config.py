@@ -121,6 +121,8 @@ WHOLE = "must be a whole number of at least"
         ({"whitening": float("inf")}, "whitening must be a number from 0 to 1, got inf"),
         ({"rotation": np.int64(1)}, "rotation must be True or False, got 1"),
         ({"sign": 1.0}, "sign must be 1 or -1, got 1.0"),
+        ({"value_weight": -0.1}, "value_weight must be a number from 0 to 2147483647, or None, got -0.1"),
+        ({"value_weight": "1"}, "or None, got '1'"),
     ],
     ids=str,
 )
@@ -349,6 +351,7 @@ def every_option_changed():
         basis="score_optimal", sign=-1, rotation=False, subtract_key_mean=False, unbiased_scale=False, scale_bits=16,
         v_group_size=16, n_sink=0, residual_length=32, block_size=64, calibration="a/b.safetensors", adapt="prompt",
         prior_tokens=1, warmup_tokens=512, check_finite=True, seed=3, context_length=512,
+        value_weight=0.5,
     )  # fmt: skip
     default = HeadQConfig()
     same = [f.name for f in dataclasses.fields(default) if getattr(changed, f.name) == getattr(default, f.name)]

@@ -11,7 +11,6 @@ import copy
 import dataclasses
 import statistics
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,6 @@ from headq_ao.evals.benchmarks.bench_result import CheckFailedError, add_result_
 from headq_ao.evals.benchmarks.bench_timing import bursts
 from headq_ao.evals.harness.environment import command_line, environment, write_json
 from headq_ao.evals.harness.table import markdown_table
-from headq_ao.integrations.transformers import latent
 from headq_ao.integrations.transformers.models import with_cache
 
 LITE: dict[str, Any] = dict(
@@ -148,17 +146,6 @@ def scored(model: PreTrainedModel, rows: Tensor, packed: bool) -> Tensor:
     return torch.stack(found).log_softmax(-1)
 
 
-@contextmanager
-def keys_alone() -> Iterator[None]:
-    """Rows are coded as keys are: a control."""
-    joint = latent.readout
-    try:
-        latent.readout = lambda module: joint(module)._replace(matrices=torch.zeros_like(joint(module).matrices))
-        yield
-    finally:
-        latent.readout = joint
-
-
 def quality(steps: int) -> dict[str, Any]:
     """KL to the exact cache, in nats, by bits of a row and by metric."""
     ids, rows = text("calibration", "french", "dialogue"), text("heldout")[: 3 * 1024].view(3, 1024)
@@ -168,16 +155,12 @@ def quality(steps: int) -> dict[str, Any]:
     nats = -exact[:, :-1].gather(-1, rows[:, PREFILL + 1 :, None]).mean()
     found: dict[str, Any] = {"nats_of_a_byte": float(nats), "steps": steps, "kl": {}}
     for bits in (2, 3, 4):
-        config = headq_config(k_bits=bits, v_bits=bits, calibration=calibration, residual_length=32)
-        quantize_(model, config)
-        joint = scored(model, rows, packed=True)
-        restore_(model)
-        with keys_alone():
-            quantize_(model, config)
-            alone = scored(model, rows, packed=True)
-        restore_(model)
-        kls = (float((exact.exp() * (exact - x)).sum(-1).mean()) for x in (joint, alone))
-        found["kl"][str(bits)] = dict(zip(("joint", "keys_alone"), kls, strict=True))
+        given: dict[str, Any] = dict(k_bits=bits, v_bits=bits, calibration=calibration, residual_length=32)
+        found["kl"][str(bits)] = kls = {}
+        for name, weight in (("joint", 1), ("keys_alone", 0)):
+            quantize_(model, headq_config(**given, value_weight=weight))
+            kls[name] = float((exact.exp() * (exact - scored(model, rows, packed=True))).sum(-1).mean())
+            restore_(model)
     return found
 
 

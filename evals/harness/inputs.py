@@ -13,6 +13,7 @@ from headq_ao import Calibration, HeadQConfig, calibrate
 from headq_ao.evals.harness.texts import find_text as find_text
 from headq_ao.evals.harness.texts import token_rows as token_rows
 from headq_ao.evals.models import qwen, small_models, smollm2
+from headq_ao.integrations.transformers.calibrate import Readers
 
 SMOLLM2 = "smollm2"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -22,8 +23,8 @@ CALIBRATION_ROW = 1024
 def load(model: str, gguf_file: str | None, dtype: torch.dtype, device: str = "cpu") -> tuple[Any, Any]:
     """Model in eval mode and tokenizer: a named one, else what transformers finds under the name.
 
-    Named: ``"smollm2"`` and ``"qwen2.5-coder-0.5b"`` come from packages, ``"small-gpt-neox"`` and ``"small-gpt2"``
-    are trained on first use.
+    Named: ``"smollm2"`` and ``"qwen2.5-coder-0.5b"`` come from packages, ``"small-gpt-neox"`` and the others of
+    :data:`small_models.NAMES` are trained on first use.
 
     Raises:
         ValueError: when transformers cannot load it.
@@ -46,12 +47,14 @@ def load(model: str, gguf_file: str | None, dtype: torch.dtype, device: str = "c
 
 
 def calibrate_on(
-    model: Any, tokenizer: Any, path: Path, tokens: int, progress: bool, context_length: int | None = None
-) -> Calibration:
+    model: Any, tokenizer: Any, path: Path, tokens: int, progress: bool, context_length: int | None = None,
+    readers: Readers = "all",
+) -> Calibration:  # fmt: skip
     """Calibrate on the first ``tokens`` tokens of a text, in rows of at most 1024."""
     length = min(tokens, CALIBRATION_ROW)
     rows = token_rows(tokenizer, path, tokens // length, length)
-    return calibrate(model, list(rows), context_length=context_length, progress=progress, source=path.name)
+    given: dict[str, Any] = {"context_length": context_length, "readers": readers}
+    return calibrate(model, list(rows), progress=progress, source=path.name, **given)
 
 
 def describe(config: HeadQConfig) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from headq_ao import Calibration
 from headq_ao.evals.harness import inputs
 from headq_ao.evals.harness.environment import write_json
 from headq_ao.evals.harness.subjects import Subject
+from headq_ao.integrations.transformers.calibrate import Readers
 
 RECIPE_KEYS = {"name", "model", "dtype", "seed", "protocol", "calibration", "settings"}
 OPTIONAL_KEYS = {"panel", "runner"}
@@ -35,6 +36,7 @@ class Setting:
         layers: whether errors are measured per layer too.
         chunk: tokens per call, where it is not the recipe's.
         context_length: that the calibration is made for, where it is not the default of ``calibrate``.
+        readers: of keys and values whose queries it is made of, ``"own"`` where it is not the default.
         expected_kl: range of the mean KL in nats, or None.
     """
 
@@ -48,6 +50,7 @@ class Setting:
     layers: bool = False
     chunk: int | None = None
     context_length: int | None = None
+    readers: Readers | None = None
     expected_kl: tuple[float, float] | None = None
 
     def subject(self, seed: int, calibration: Calibration | None = None) -> Subject:
@@ -132,7 +135,8 @@ class Recipe:
         subject = setting.subject(self.seed)
         config = subject.cache_config()
         config = config and config | {"calibration": None}
-        own = {"chunk": setting.chunk, "calibration_context": setting.context_length}
+        own: dict[str, Any] = {"chunk": setting.chunk, "calibration_context": setting.context_length}
+        own["calibration_readers"] = setting.readers
         protocol = self.protocol | {name: x for name, x in own.items() if x is not None}
         return {
             "model": model,

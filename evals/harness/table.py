@@ -61,10 +61,11 @@ def result_row(result: dict[str, Any]) -> list[str]:
     """The cells of one setting under ``HEADER``."""
     score, bits = result["score"], result["bits"]
     exact = result["method"]["kind"] == "exact"
-    sides = [bits[side] for side in ("key", "value")]
+    sides, asked = [bits[side] for side in ("key", "value")], (result.get("config") or {}).get("v_bits")
+    one_row = sides[1] is None and asked is not None and result["method"]["name"] == "headq"
     return [
         result["title"],
-        " / ".join("exact" if x is None else number(x) for x in sides),
+        f"{number(sides[0])}, one row" if one_row else " / ".join("exact" if x is None else number(x) for x in sides),
         "–" if exact else " / ".join(number(x) for x in bits["at"].values()),
         "0" if exact else measured(score["mean_kl"], score["mean_kl_sem"], 4),
         "1" if exact else measured(score["ppl_ratio"], score["ppl_ratio_sem"], 3),

@@ -110,7 +110,7 @@ def siglip(side: int) -> dict[str, Any]:
 
 
 BOTH = {"text_config": {"layer_types": LOCAL_GLOBAL}}
-GEMMA2 = dict(model_type="gemma2", query_pre_attn_scalar=16, layer_types=LOCAL_GLOBAL)
+GEMMA2 = dict(model_type="gemma2", query_pre_attn_scalar=16, layer_types=LOCAL_GLOBAL, sliding_window=64)
 GEMMA4 = {**BOTH["text_config"], "global_head_dim": 32}
 GEMMA4_VISION = VISION | dict(
     model_type="gemma4_vision", patch_size=PATCH // 2, pooling_kernel_size=2, position_embedding_size=32

@@ -1,4 +1,4 @@
-"""A GPT-NeoX, a GPT-2 and a mixture of experts of a few million parameters, trained here in minutes.
+"""Models of a few million parameters, one of each of several architectures, trained here in minutes.
 
 Command line: ``python -m headq_ao.evals.models.small_models --help``.
 """
@@ -28,6 +28,8 @@ RECIPES = {
     "small-gpt-neox": Recipe("gpt-neox"),
     "small-gpt2": Recipe("gpt2"),
     "small-olmoe": Recipe("olmoe"),
+    "small-deepseek-v2": Recipe("deepseek-v2"),
+    "small-gemma4": Recipe("gemma4", layers=6),
 }
 NAMES = tuple(RECIPES)
 TEXT = "wikitext"
@@ -51,8 +53,8 @@ which training.json keeps beside the weights.
 texts that come along; a file of your own is trained on and not reported on.
 
 Without --out the model goes to the cache folder (HEADQ_CACHE_DIR, or headq_ao in the user's), under the recipe and
-the text, and is not trained again. With --text wikitext and no other option that is where "small-gpt-neox",
-"small-gpt2" and "small-olmoe", as model names of every evaluation here, find it, or train it on first use.
+the text, and is not trained again. With --text wikitext and no other option that is where "small-gpt-neox"
+and its like, names of models in every evaluation here, find it, or train it on first use.
 """
 
 
@@ -199,7 +201,7 @@ def summary(meta: dict[str, Any]) -> str:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m headq_ao.evals.models.small_models",
-        description="Train a small GPT-NeoX, GPT-2 or OLMoE from a seed, as another architecture for evaluations.",
+        description="Train a small model of an architecture from a seed, for evaluations.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

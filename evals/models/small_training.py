@@ -12,6 +12,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import (
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
@@ -21,7 +25,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-Architecture = Literal["gpt-neox", "gpt2", "olmoe"]
+Architecture = Literal["gpt-neox", "gpt2", "olmoe", "deepseek-v2", "gemma4"]
 HEAD_DIM = 64
 END = "<|endoftext|>"
 
@@ -49,7 +53,9 @@ class Recipe:
 
     Args:
         architecture: ``"gpt-neox"``: rotary positions on a quarter of each head, attention and MLP in parallel;
-            ``"gpt2"``: learned positions, attention before the MLP; ``"olmoe"``: rotary positions, and experts.
+            ``"gpt2"``: learned positions, attention before the MLP; ``"olmoe"``: rotary positions, and experts;
+            ``"deepseek-v2"``: latent attention (MLA) of rank 64 and rotary keys of 32, no experts; ``"gemma4"``:
+            sliding and full attention in turn, and all layers but the first two read keys and values of one of these.
         vocab: entries of the byte-level BPE, at most.
         heads: heads of 64; the hidden size is 64 times as large.
         layers: blocks.
@@ -113,6 +119,27 @@ def build(recipe: Recipe, vocab: int) -> Any:
             GPT2Config(
                 vocab_size=vocab, n_embd=hidden, n_layer=recipe.layers, n_head=recipe.heads,
                 n_positions=recipe.context, embd_pdrop=drop, resid_pdrop=drop, attn_pdrop=0.0, **ends,
+            )
+        )  # fmt: skip
+    if recipe.architecture == "deepseek-v2":
+        return DeepseekV2ForCausalLM(
+            DeepseekV2Config(
+                vocab_size=vocab, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=recipe.layers,
+                num_attention_heads=recipe.heads, max_position_embeddings=recipe.context, q_lora_rank=None,
+                kv_lora_rank=HEAD_DIM, qk_nope_head_dim=HEAD_DIM // 2, qk_rope_head_dim=HEAD_DIM // 2,
+                v_head_dim=HEAD_DIM, first_k_dense_replace=recipe.layers, **ends,
+            )
+        )  # fmt: skip
+    if recipe.architecture == "gemma4":
+        kinds = ["sliding_attention", "full_attention"] * (recipe.layers // 2)
+        return Gemma4ForCausalLM(
+            Gemma4TextConfig(
+                vocab_size=vocab, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=recipe.layers,
+                num_attention_heads=recipe.heads, num_key_value_heads=1, head_dim=HEAD_DIM, global_head_dim=HEAD_DIM,
+                layer_types=kinds, sliding_window=recipe.context // 4, num_kv_shared_layers=recipe.layers - 2,
+                hidden_size_per_layer_input=HEAD_DIM // 4, vocab_size_per_layer_input=vocab,
+                max_position_embeddings=recipe.context,
+                **ends | {"pad_token_id": None},
             )
         )  # fmt: skip
     if (experts := recipe.experts) is not None:

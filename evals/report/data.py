@@ -8,7 +8,7 @@ from typing import Any
 
 REPORT_TOKENS = 4096
 CONTROLS = "controls"
-OWN = ("chunk", "calibration_context")  # of a protocol, what a setting may have of its own
+OWN = ("chunk", "calibration_context", "calibration_readers")  # of a protocol, what a setting may have of its own
 
 
 @dataclass(frozen=True)

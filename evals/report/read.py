@@ -100,7 +100,7 @@ def group_by_model(recipe: str, settings: Sequence[Setting]) -> tuple[Group, ...
     """One group per model, and per chunk length where a recipe has several, in the recipe's order.
 
     Raises:
-        ValueError: when protocols of one model differ in more than the chunk length and the calibration's context.
+        ValueError: when protocols of one model differ in more than :data:`OWN`.
     """
     groups = []
     for model in dict.fromkeys(s.data["model"] for s in settings):

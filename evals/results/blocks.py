@@ -86,6 +86,8 @@ BLOCKS: dict[str, Block] = {
     "retrieval": one("retrieval/retrieval.json", tables.retrieval, QUALITY),
     "decode_mode": Block("decode_mode/*.json", lambda results: tables.decode_mode(results / "decode_mode"), QUALITY),
     "routing": Block("routing/*.json", lambda results: tables.routing(results / "routing"), QUALITY),
+    "latent": Block("latent/*.json", lambda results: tables.latent(results / "latent"), QUALITY),
+    "shared_kv": Block("shared_kv/*.json", lambda results: tables.shared_kv(results / "shared_kv"), QUALITY),
     "calibration_size": one("calibration_size/calibration_size.json", tables.calibration_size, QUALITY),
     "decode": one("bench/decode.json", bench_decode.result_table, SPEED),
     "generate": one("bench/generate.json", bench_generate.result_table, SPEED),

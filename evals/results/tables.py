@@ -1,6 +1,7 @@
 """Tables of results that recipes leave: presets, stored prompts, facts in a long context, sizes of calibrations."""
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,61 @@ def routing(folder: Path) -> str:
         f"{p['rows']} rows of {p['row_length']} tokens, prefill {p['prefill']}, chunks of {p['chunk']}. *Other set*: "
         "tokens and layers whose experts are not those under the exact cache; *tokens*: those with another set in some "
         "layer. `python -m headq_ao.evals.routing recipes/routing.yaml`."
+    )
+
+
+def latent(folder: Path) -> str:
+    """What it is worth to code a row that is key and value for both, of recipes/latent.yaml."""
+    titles = {0: "key alone", 0.3: "value by 0.3", 1: "**key and value**", 3: "value by 3"}
+    found = read_results(folder)
+    return controlled(found, titles, 1, 0, lambda result: result["options"].get("value_weight", 1)) + (
+        " *Key alone*: rows are coded under `C_q`; *key and value*, the default: under `C_q + λ Σ W_uvᵀ W_uv`; *value "
+        "by w*: with λ times w (`value_weight`). `python recipes/run.py recipes/latent.yaml`."
+    )
+
+
+def shared_kv(folder: Path) -> str:
+    """What it is worth to code keys for the queries of all layers that read them, of recipes/shared_kv.yaml."""
+    titles = {"own": "queries of one layer", "all": "**of all readers**"}
+
+    def readers(result: dict[str, Any]) -> Any:
+        return result["protocol"].get("calibration_readers", "all") if result["calibrated"] else None
+
+    return controlled(read_results(folder), {None: "uncalibrated", **titles}, "all", "own", readers) + (
+        " Two of six layers store keys and values, and three layers read each. *Queries of one layer*: `C_q` of the "
+        'layer that stores them (`calibrate(..., readers="own")`). `python recipes/run.py recipes/shared_kv.yaml`.'
+    )
+
+
+def controlled(
+    found: Sequence[dict[str, Any]], titles: dict[Any, str], default: Any, control: Any,
+    kind: Callable[[dict[str, Any]], Any],
+) -> str:  # fmt: skip
+    """KL by bits and by what a control changes.
+
+    Args:
+        found: results of a recipe.
+        titles: of the columns, by what ``kind`` tells of a result.
+        default, control: kinds that the last columns compare.
+    """
+    cells = dict[str, dict[Any, dict[str, Any]]]()
+    for result in found:
+        bits = result["options"].get("k_bits")
+        row = ("default bits" if bits is None else f"{bits} bits") + ("" if result["calibrated"] else ", uncalibrated")
+        row = row if kind(result) is not None else row.removesuffix(", uncalibrated")
+        cells.setdefault(row, {})[kind(result)] = result["score"]
+    rows = []
+    for name, of_kind in cells.items():
+        shown = [f"{of_kind[k]['mean_kl']:.2g}" if k in of_kind else "" for k in titles]
+        a, b = of_kind[default], of_kind[control]
+        lower = sum(x < y for x, y in zip(a["kl_by_row"], b["kl_by_row"], strict=True))
+        rows.append([name, *shown, f"{a['mean_kl'] / b['mean_kl']:.2f}", f"{lower} of {len(a['kl_by_row'])}"])
+    p, score = found[0]["protocol"], found[0]["score"]
+    header = ["bits", *titles.values(), f"ratio to {titles[control]}", "lower in rows"]
+    return markdown_table(header, rows) + (
+        f"\n\nKL in nats; {found[0]['model']}, {p['dtype']}, perplexity {score['exact_perplexity']:.0f}; {p['rows']} "
+        f"rows of {p['row_length']} tokens, prefill {p['prefill']}, chunks of {p['chunk']}; calibration on "
+        f"{p['calibration_tokens']} tokens."
     )
 
 

@@ -3,7 +3,7 @@
 A cache keeps counts, not masks. A 2-D mask tells which slots of a call are padding (:func:`real_spans`), before the
 call. What the model makes of it, or a 4-D mask of the caller's own, reaches attention: there :func:`mask_view` compares
 it with the counts. New tokens are in full precision in their own call, so any mask among them is applied as it is; of
-the cached tokens a query may see any contiguous range.
+the cached tokens a query may see up to :data:`RANGES` contiguous ranges, each of which is read by itself.
 """
 
 import weakref
@@ -18,9 +18,10 @@ from headq_ao.cache.call import CallMetadata
 from headq_ao.cache.lengths import Lengths
 from headq_ao.cache.schedule import Span
 from headq_ao.ops.paged_attention.reference import capped, softmax
-from headq_ao.ops.types import on_device
+from headq_ao.ops.types import Visible, on_device
 
 QUERY_TILE = 256  # queries whose masks are looked through at a time
+RANGES = 8  # of cached tokens that a query may see, at most
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,19 @@ class MaskView:
     """What each query of a call sees, where that is not simply every token up to its own.
 
     ``low``, ``high``: ``[B, S]`` int64, the range of cached tokens that it sees, as positions in the sequence;
-    ``new``: bool ``[B or 1, S, S]``, which new slots it sees.
+    ``new``: bool ``[B or 1, S, S]``, which new slots it sees; ``more``: further ranges behind the first, where masks
+    hide cached tokens between others.
     """
 
     low: Tensor
     high: Tensor
     new: Tensor
+    more: tuple[tuple[Tensor, Tensor], ...] = ()
+
+    @property
+    def ranges(self) -> list[Visible]:
+        """What is seen of the cached tokens."""
+        return [Visible(low, high) for low, high in ((self.low, self.high), *self.more)]
 
 
 def custom(mask: Any) -> bool:
@@ -143,7 +151,7 @@ def check_positions(position_ids: Any, mask: Any) -> None:
 
 def mask_view(
     mask: Tensor, tokens: Sequence[int], pads: Sequence[int], spans: Sequence[Span], seen: int, window: int | None,
-    hidden: Tensor | None = None, chunked: bool = False,
+    hidden: Tensor | None = None, chunked: bool = False, held_from: int | None = None,
 ) -> MaskView | None:  # fmt: skip
     """How a mask ``[B or 1, 1 or Hq, S, T]`` differs from what the counts say; None where it does not.
 
@@ -156,10 +164,12 @@ def mask_view(
         seen: cached slots.
         window, chunked: of a sliding layer, or of a chunked one.
         hidden: how many of its oldest cached tokens each sequence hides in this call, as :func:`hidden_tokens` tells.
+        held_from: of cached tokens the last so many are there to be seen, whatever the mask shows before; None: all.
 
     Raises:
-        ValueError: where the mask differs between heads, adds a bias, or does not show one contiguous range of the
-            cached tokens. Padding that an earlier call's 2-D mask named is not in the cache, whatever this one says.
+        ValueError: where the mask differs between heads, adds a bias, or shows cached tokens in more than
+            :data:`RANGES` ranges. Padding that an earlier call's 2-D mask named is not in the cache, whatever this one
+            says.
 
     Example:
         >>> import torch
@@ -184,15 +194,15 @@ def mask_view(
     position = held + at - start
     first = first_visible(position, window, chunked)
     usual = (first.minimum(held), held.expand_as(real))
-    low, high = usual if cached.shape[2] == 0 else _cached_ranges(cached, pads, held, real, usual)
+    found = [usual] if cached.shape[2] == 0 else _cached_ranges(cached, pads, held, real, usual, held_from)
     if hidden is not None:
-        low = low.maximum(hidden.to(device)[:, None]).minimum(high)
-    plain = torch.equal(low, usual[0]) and torch.equal(high, usual[1])
+        found = [(low.maximum(hidden.to(device)[:, None]).minimum(high), high) for low, high in found]
+    plain = len(found) == 1 and all(map(torch.equal, found[0], usual))
     order = (at[:, None] >= at) & (position[:, None] >= first[:, :, None])
     if plain and not bool(((new != order) & both).any()):
         return None
-    begins, ends = (torch.where(real, x, 0) for x in (low, high))  # padding sees nothing
-    return MaskView(begins, ends, new & both)
+    first_range, *more = ((torch.where(real, low, 0), torch.where(real, high, 0)) for low, high in found)
+    return MaskView(*first_range, new & both, tuple(more))  # padding sees nothing
 
 
 def first_visible(position: Tensor, window: int | None, chunked: bool = False) -> Tensor:
@@ -233,36 +243,57 @@ def visible_slots(mask: Tensor) -> Tensor:
 
 
 def _cached_ranges(
-    cached: Tensor, pads: Sequence[int], held: Tensor, real: Tensor, usual: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """First cached token that each query sees and their end ``[B, S]``, by a mask ``[B or 1, S, cached slots]``.
+    cached: Tensor, pads: Sequence[int], held: Tensor, real: Tensor, usual: tuple[Tensor, Tensor],
+    held_from: int | None = None,
+) -> list[tuple[Tensor, Tensor]]:  # fmt: skip
+    """The ranges of cached tokens that each query sees, first tokens and ends ``[B, S]``, by a mask
+    ``[B or 1, S, cached slots]``; a query that sees fewer ranges than another has empty ones.
 
     Queries of padding see what is usual, whatever the mask says of them.
     """
     slots = cached.shape[2]
     first_slot = slots - on_device(pads, held.device)[:, None] - held
     at = torch.arange(slots, device=held.device)
-    in_cache = ((at >= first_slot) & (at < first_slot + held))[:, None]  # padding is not
-    tiles = []
-    for part in cached.split(QUERY_TILE, 1):
-        shown = (part & in_cache).byte()
-        first, last = shown.argmax(2), slots - 1 - shown.flip(2).argmax(2)
-        tiles.append(torch.stack([shown.sum(2), first - first_slot, last - first_slot]))
-    count, first, last = torch.cat(tiles, 2)
-    some = count > 0
-    broken = real & some & (last - first + 1 != count)
-    if bool(broken.any()):
+    in_cache = (at >= first_slot) & (at < first_slot + held)  # padding is not
+    if held_from is not None:
+        in_cache = in_cache & (at >= first_slot + held - held_from)
+    tiles = [
+        _ranges(part & in_cache[:, None] & here[:, :, None], first_slot, held)
+        for part, here in zip(cached.split(QUERY_TILE, 1), real.split(QUERY_TILE, 1), strict=True)
+    ]
+    most = max(map(len, tiles))
+    nothing = held.expand(-1, 1)
+    found = []
+    for i in range(most):
+        parts = [t[i] if i < len(t) else (nothing.expand(-1, t[0][0].shape[1]),) * 2 for t in tiles]
+        low, high = (torch.cat([part[side] for part in parts], 1) for side in (0, 1))
+        other = usual if i == 0 else (held, held)
+        found.append((torch.where(real, low, other[0]), torch.where(real, high, other[1])))
+    return found
+
+
+def _ranges(shown: Tensor, first_slot: Tensor, held: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """The ranges of one tile of queries, ``shown [B, S, slots]``; one at least, which may be empty."""
+    edge = torch.diff(torch.nn.functional.pad(shown.to(torch.int8), (1, 1)), dim=2)
+    begins, ends = (edge == 1).cumsum(2, dtype=torch.int32), (edge == -1).cumsum(2, dtype=torch.int32)
+    count = begins[:, :, -1]
+    most = int(count.max())
+    if most > RANGES:
         raise ValueError(
-            f"the attention mask of sequence {int(broken.any(1).nonzero()[0])} hides cached tokens between others that "
-            "it shows; a packed cache serves one contiguous range of cached tokens for each new token, and any mask "
-            "among the new ones: crop the cache, or start a new one"
+            f"the attention mask of sequence {int((count > RANGES).any(1).nonzero()[0])} shows cached tokens in {most} "
+            f"ranges with others between them that it hides; a packed cache serves up to {RANGES} ranges of cached "
+            "tokens for each new token, and any mask among the new ones: crop the cache, or start a new one"
         )
-    low, high = torch.where(some, first, held), torch.where(some, first + count, held)
-    return torch.where(real, low, usual[0]), torch.where(real, high, usual[1])
+    found = []
+    for i in range(max(most, 1)):
+        low, high = ((x > i).to(torch.uint8).argmax(2) - first_slot for x in (begins, ends))
+        found.append((torch.where(count > i, low, held), torch.where(count > i, high, held)))
+    return found
 
 
 def contiguous_ranges(cached: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
-    """:func:`_cached_ranges` in a graph, of sequences without padding behind them: what is broken stops the graph."""
+    """The one range that each query sees, in a graph, of sequences without padding behind them: where there are more
+    the graph stops."""
     at, first_slot = torch.arange(cached.shape[2], device=held.device), cached.shape[2] - held[:, None]
     shown = (cached & (at >= first_slot)[:, None]).to(torch.uint8)
     count, first = shown.sum(2), shown.argmax(2)
@@ -284,9 +315,11 @@ def view_of_call(
         ValueError: where the mask hides or shows cached tokens in a way that cannot be served.
     """
     new, seen, hidden, given = lengths.new, lengths.seen - lengths.new, metadata.hidden, mask
+    # of cached tokens a model's own masks tell padding and windows, which the counts know: see `hidden`. Where it tells
+    # types of tokens, a window may show more: what a window's own cache would hold of one block with the new tokens
+    beyond = not metadata.custom and metadata.by_slot and window is not None and not chunked
     if not metadata.custom and mask is not None:
-        # of cached tokens a model's own masks tell padding and windows, which the counts know: see `hidden`
-        mask = None if new == 1 else mask[..., -new:]
+        mask = None if new == 1 else mask if beyond else mask[..., -new:]
     if mask is None and (is_causal is not False or new == 1):
         return None
     key = (id(given), lengths.calls, window, chunked)
@@ -296,7 +329,8 @@ def view_of_call(
         if mask is None:
             mask = (causal_mask(new, window, device) | (is_causal is False))[None, None]
         spans = lengths.spans or [Span(0, new)] * lengths.batch
-        view = mask_view(mask, *lengths.before(), spans, seen, window, hidden, chunked)
+        held_from = window - 1 if beyond and window is not None else None
+        view = mask_view(mask, *lengths.before(), spans, seen, window, hidden, chunked, held_from)
         if given is not None:
             metadata.views[key] = weakref.ref(given), view
     return view

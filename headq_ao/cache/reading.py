@@ -16,6 +16,7 @@ from headq_ao.cache.masks import (
     visible_slots,
 )
 from headq_ao.cache.writing import WritingLayer
+from headq_ao.codecs.tokenwise import TokenCodec
 from headq_ao.ops.paged_attention.reference import merge
 from headq_ao.ops.types import Visible
 
@@ -39,12 +40,9 @@ class ReadingLayer(WritingLayer):
             sliding = self.sliding_window or 0 if visible is None else 0
             out, lse = self.codec.attend(q, scaling, kv, visible, sliding, self.reads)
         else:
-            visible = Visible(view.low, view.high)
             cached = dataclasses.replace(kv, new_k=None, new_v=None, new_start=None, total=self.counts.held)
-            parts = [
-                self.codec.attend(q, scaling, cached, visible, 0, self.reads),
-                attend_new(q, scaling, k, v, view.new, self.shape.softcap),
-            ]
+            parts = [self.codec.attend(q, scaling, cached, visible, 0, self.reads) for visible in view.ranges]
+            parts.append(attend_new(q, scaling, k, v, view.new, self.shape.softcap))
             self.dense_reads += int(view.new.sum()) * (len(q) // len(view.new))
             out, lse = merge(parts)
         if sinks is not None:
@@ -63,6 +61,11 @@ class ReadingLayer(WritingLayer):
         view = view_of_call(*given, self.sliding_window, self.device, self.shape.chunked)
         if view is not None and self.sliding_window is not None:
             self._check_held(view)
+        if view is not None and view.more and isinstance(self.codec, TokenCodec) and self.codec.has_extra:
+            raise ValueError(
+                f"the attention mask hides cached tokens between others that it shows, and {self.codec.name} attends "
+                "beside tokens to what it keeps of all of them: crop the cache, or start a new one"
+            )
         return view
 
     @property

@@ -65,7 +65,8 @@ def output_errors(
     keys, values = [], []
     for bits in PROFILED_BITS:
         config = HeadQConfig(k_bits=bits, v_bits=bits)
-        codec = whitened_codec(config, c_q, k_mean, centred_moment(k_mean, k_outer), frame is not None, of_rows)
+        added = None if of_rows is None else config.readout_weight * of_rows
+        codec = whitened_codec(config, c_q, k_mean, centred_moment(k_mean, k_outer), frame is not None, added)
         codec = dataclasses.replace(codec, unit=k_unit)
         error = codec.dequantize(*codec.quantize(coded, config.unbiased_scale)) - coded
         keys.append(error if frame is None else frame.into(error, segment, back=True))

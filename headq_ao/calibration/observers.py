@@ -34,16 +34,17 @@ RECORDER: contextvars.ContextVar[AttentionObserver | None] = contextvars.Context
 class Recorder:
     """Collects what attention reads during one calibration; found through a context variable, so threads are apart.
 
-    ``sharing``: layers that read the keys and values of others, and of which; statistics are of all readers.
+    ``sharing``: layers that read the keys and values of others, and of which; statistics are of all readers where
+    they are ``pooled``, else of the layer alone that stores what they read.
     """
 
     def __init__(
         self, n_layers: int, n_rows: int, n_sink: int, seed: int, places: Sequence[int] | None = None,
-        frames: Frames | None = None, sharing: Mapping[int, int] | None = None,
+        frames: Frames | None = None, sharing: Mapping[int, int] | None = None, pooled: bool = True,
     ) -> None:  # fmt: skip
         self.frames = [None] * n_layers if frames is None else frames
         self.numbers = {place: i for i, place in enumerate(range(n_layers) if places is None else places)}
-        self.sharing = {} if sharing is None else sharing
+        self.sharing, self.pooled = {} if sharing is None else sharing, pooled
         self.numbers |= {reader: self.numbers[place] for reader, place in self.sharing.items()}
         self.layers = [MomentAccumulator(n_rows) for _ in range(n_layers)]
         self.n_sink = n_sink
@@ -65,6 +66,9 @@ class Recorder:
     ) -> None:  # fmt: skip
         """Fold one layer's ``[B, H, T, D]`` states, sinks left out; ``sinks``: logits in the softmax's denominator;
         ``softcap``: of the scores."""
+        again = layer in self.sharing  # keys and values that another reader has shown
+        if again and not self.pooled:
+            return
         counted = None if self.counted is None else self.counted.to(k.device)
         number, segment = self.numbers[layer], None
         if (frame := self.frames[number]) is not None:
@@ -96,7 +100,6 @@ class Recorder:
                 raise ValueError(
                     f"layer {layer}: calibration met non-finite {name}; run the model in float32 or bfloat16"
                 )
-        again = layer in self.sharing  # keys and values that another reader has shown
         self.layers[number].add(q, k, v, rows, None if again else self.priority, seen)
         self.layers[number].segment_tokens = 0 if frame is None else frame.tokens
 

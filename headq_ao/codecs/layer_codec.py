@@ -262,7 +262,7 @@ class LayerCodec(SourceModule):
             if self.shared:
                 units = [u for u in (unit, of_queries) if u is not None]
                 both = math.prod(units[1:], start=units[0]) if units else None
-                c_q = c_q + readout_metric(self.outer, self.scaling, variance, both)
+                c_q = c_q + config.readout_weight * readout_metric(self.outer, self.scaling, variance, both)
             codec = with_side_code(config, prompt_whitened_codec(config, c_q, mean, variance), c_q, rows)
         codec = dataclasses.replace(codec, unit=unit)
         names = {"mean", "side_encode", "side_read", "side_step", "spread", "q_factor", "unit"}
@@ -338,7 +338,8 @@ def key_codec(
 ) -> KeyCodec:
     """The key codec of a calibrated layer; ``bits`` of each head, none: those of the config; ``readout``: where keys
     are values too."""
-    unit, of_values = moments.unit("k"), None if readout is None else joint_metric(moments, readout)
+    unit = moments.unit("k")
+    of_values = None if readout is None else config.readout_weight * joint_metric(moments, readout)
     moments = moments.in_units()
     if bits:
         alike = {b: _key_codec(dataclasses.replace(config, k_bits=b), moments, of_values) for b in set(bits)}

@@ -169,6 +169,11 @@ class TokenCodec(Codec):
         """``Σ_j a_j v̂_j [B, Hkv, Hq / Hkv, S, D]`` of weights ``a [B, Hkv, Hq / Hkv, S, n]``."""
         return a @ self.decode_values(held).to(a.dtype)[:, :, None]
 
+    @property
+    def has_extra(self) -> bool:
+        """Whether there may be an :meth:`extra` term."""
+        return type(self).extra is not TokenCodec.extra
+
     def extra(self, q: Tensor) -> tuple[Tensor, Tensor] | None:
         """A term of attention beside the tokens', from ``own`` and scaled queries (as in :meth:`scores`): its output
         ``[B, Hkv, Hq / Hkv, S, D]`` and log-sum-exp ``[.., S]``. All queries that see anything see it."""

@@ -1,4 +1,4 @@
-"""Masks: any mask among the new tokens of a call is applied as it is; of the cached ones a range, or a refusal."""
+"""Masks: any mask among the new tokens of a call is applied as it is; of the cached ones some ranges, or a refusal."""
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ from headq_ao import HeadQCache, calibrate, headq_config, quantize_, restore_
 from headq_ao.cache import masks
 from headq_ao.cache.masks import mask_view, real_spans
 from headq_ao.cache.schedule import Span
+from headq_ao.evals.baselines import kvlinc
 
 NEAR_EXACT = {"k_bits": 8, "v_bits": 8, "epoch_tokens": 32, "residual_length": 32, "block_size": 16}
 CACHED, NEW = 150, 24
@@ -131,9 +132,15 @@ def test_left_padded_batch_under_a_4d_mask(tiny, token_ids):
 def planted(name):
     mask = causal(CACHED + NEW)[..., CACHED:, :].clone()
     if name == "hole":
-        mask[..., 3, 60:70] = False
+        mask[..., 3:, 60:70] = False
     elif name == "hole in the window":
         mask[..., 140:145] = False
+    elif name == "holes":
+        mask[..., :4, 10:150:20] = False
+        mask[..., 4:9, :70] = False
+        mask[..., 9, :CACHED] = False
+    elif name == "too many holes":
+        mask[..., 3, 2:150:16] = False
     elif name == "heads":
         mask = mask.expand(1, 4, -1, -1).clone()
         mask[:, 1, :, :50] = False
@@ -147,8 +154,7 @@ def planted(name):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("hole", "hides cached tokens between others"),
-        ("hole in the window", "hides cached tokens between others"),
+        ("too many holes", r"of sequence 0 shows cached tokens in 11 ranges.*up to 8"),
         ("heads", "the same for all heads"),
         ("bias", "adds a bias"),
         ("shape", r"must be \[1 or 1, 1, 24, 174\]"),
@@ -167,6 +173,57 @@ def test_masks_that_cannot_be_served_are_refused_and_change_nothing(tiny, token_
         model(ids[:, :CACHED], cache=other)
         after = [model(ids[:, CACHED:], cache=c).logits for c in (cache, other)]
     assert torch.equal(*after)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", ["hole", "hole in the window", "holes"])
+def test_masks_that_hide_cached_tokens_between_others(tiny, token_ids, name, padded):
+    """Each range of cached tokens is read by itself, whichever other queries see fewer."""
+    model, ids, mask = tiny(), token_ids(2, CACHED + NEW), planted(name)
+    whole = torch.cat([causal(CACHED + NEW)[..., :CACHED, :], mask], 2).expand(2, -1, -1, -1).clone()
+    real = torch.ones(2, CACHED + NEW, dtype=torch.long)
+    real[1, : 45 if padded else 0] = 0
+    whole &= real[:, None, None].bool()
+    positions = (real.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        exact = model(ids, attention_mask=whole, position_ids=positions, use_cache=False).logits[:, CACHED:]
+        plain = model(ids, attention_mask=real, position_ids=positions, use_cache=False).logits[:, CACHED:]
+    assert relative(plain, exact) > 0.05, "the mask changes nothing: this test shows nothing"
+    quantize_(model, headq_config(**NEAR_EXACT))
+    cache = HeadQCache(model)
+    given = {"attention_mask": whole[:, :, CACHED:], "position_ids": positions[:, CACHED:]}
+    with torch.no_grad():
+        model(ids[:, :CACHED], attention_mask=real[:, :CACHED], position_ids=positions[:, :CACHED], cache=cache)
+        found = model(ids[:, CACHED:], **given, cache=cache).logits
+    assert relative(found, exact) < 0.04
+
+
+def test_weights_under_a_mask_that_hides_cached_tokens_between_others(tiny, token_ids):
+    model, ids, mask = tiny(), token_ids(2, CACHED + NEW), planted("holes")
+    quantize_(model, headq_config(**NEAR_EXACT))
+    cache = HeadQCache(model)
+    with torch.no_grad():
+        model(ids[:, :CACHED], cache=cache)
+        told = model(ids[:, CACHED:], attention_mask=mask, cache=cache, output_attentions=True).attentions
+    for weights in told:
+        assert torch.equal(weights > 0, mask.expand(2, 4, -1, -1))
+
+
+def test_a_codec_that_attends_beside_tokens_refuses_holes(tiny, token_ids, monkeypatch):
+    """Its further term would be counted with each range."""
+    model, ids = tiny(), token_ids(1, CACHED + NEW)
+    quantize_(model, headq_config(codec="kvlinc_base", residual_length=32))
+
+    def call():
+        cache = HeadQCache(model)
+        with torch.no_grad():
+            model(ids[:, :CACHED], cache=cache)
+            return model(ids[:, CACHED:], attention_mask=planted("hole"), cache=cache).logits
+
+    assert call().isfinite().all()
+    monkeypatch.setattr(kvlinc.Pair, "extra", lambda self, q: None, raising=False)
+    with pytest.raises(ValueError, match="attends beside tokens to what it keeps of all of them"):
+        call()
 
 
 @pytest.mark.parametrize("how", ["positions", "no positions", "generate", "compiled", "compiled caller"])
@@ -402,6 +459,9 @@ def test_mask_views_follow_the_counts():
         shown = mask.clone()
         shown[:, :, 0, seen + 1] = True
         assert mask_view(shown, *counts, spans, seen, window) is not None
+        if not pads and window:  # of a window's own cache the last W - 1 tokens are there, whatever is shown before
+            whole = torch.ones_like(mask) & real[:, None, None]
+            assert mask_view(whole, *counts, spans, seen, window, None, False, 11).low.tolist() == [[19] * new] * 2
         for hidden in (3, 9):  # the oldest cached tokens of the second sequence
             view = mask_view(mask, *counts, spans, seen, window, torch.tensor([0, hidden]))
             usual = [max(counts[0][1] + i - window + 1, 0) if window else 0 for i in range(new)]

@@ -54,6 +54,19 @@ def recipe(tmp_path, tiny, token_ids, monkeypatch):
     return run
 
 
+def test_calibrations_of_other_queries(recipe, tmp_path, monkeypatch):
+    """One calibration for all settings of the same readers, whose results say which they are."""
+    calibrate_on, asked = runner.inputs.calibrate_on, []
+    monkeypatch.setattr(runner.inputs, "calibrate_on", lambda *a: asked.append(a[-2:]) or calibrate_on(*a))
+    first, *_ = RECIPE["settings"]
+    settings = [first, first | {"name": "own", "readers": "own"}, first | {"name": "more", "readers": "own"}]
+    assert recipe(settings=settings) == (0, ["first", "own", "more"])
+    assert asked == [(None, "all"), (None, "own")]
+    told = [json.loads((tmp_path / "results/mini" / f"{s['name']}.json").read_text())["protocol"] for s in settings]
+    assert [p.get("calibration_readers") for p in told] == [None, "own", "own"]
+    assert recipe(settings=settings) == (0, [])
+
+
 def test_resumes(recipe, tmp_path, capsys):
     assert recipe("--only", "first") == (0, ["first"])
     assert recipe() == (0, ["second", "third"])

@@ -13,6 +13,12 @@ PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)
 WITH_STATES = ("LinearAttentionAndFullAttentionLayer", "LinearAttentionAndSlidingWindowAttentionLayer")
 NATIVE = (*PLAIN, *(getattr(cache_utils, name) for name in WITH_STATES if hasattr(cache_utils, name)))
 DummyLayer: Any = getattr(cache_utils, "DummyLayer", ())  # newer versions have these
+# Decoders whose masks tell in each call which of its tokens see each other in both directions: the value of
+# `use_bidirectional_attention` that says so, by model type; of any type where none is named.
+TOLD_BY_MASKS: dict[str | None, Any] = {
+    None: "vision",
+    "paligemma": True,  # a prefix, told by token types; what follows it is causal
+}
 
 
 def dense_layers(config: Any) -> list[Any]:
@@ -42,14 +48,20 @@ def check_kind(config: Any, known: bool = False) -> None:
         name = c.model_type
         for attribute, why in refusals.items():
             value = getattr(c, attribute, None)
-            text_is_causal = attribute == "use_bidirectional_attention" and value == "vision"
+            by_masks = attribute == "use_bidirectional_attention" and told_by_masks(config)
             told = attribute == "num_kv_shared_layers" and bool(shared_places(config))
-            if value and not (text_is_causal or told):
+            if value and not (by_masks or told):
                 raise ValueError(f"{name} is not supported: {why} (config.{attribute}={value})")
         if getattr(c, "attention_chunk_size", None) and not getattr(c, "layer_types", None):
             raise ValueError(
                 f"{name} is not supported: attention_chunk_size without layer_types says not which attend so"
             )
+
+
+def told_by_masks(config: Any) -> bool:
+    """Whether a decoder says that it is not causal, and its masks tell which tokens of a call see each other."""
+    said = {getattr(c, "use_bidirectional_attention", None) for c in layer_configs(config)} - {None, False}
+    return bool(said) and said <= {TOLD_BY_MASKS[None], TOLD_BY_MASKS.get(config.model_type)}
 
 
 def checked_layers(config: Any, known: bool = False) -> list[Any]:

@@ -14,7 +14,7 @@ from headq_ao.cache.masks import attend_new, causal_mask, sink_share, visible_sl
 from headq_ao.cache.reading import NO_GRADIENTS
 from headq_ao.cache.schedule import Span
 from headq_ao.ops.paged_attention.reference import capped
-from headq_ao.ops.types import Visible, visible_positions
+from headq_ao.ops.types import visible_positions
 from headq_ao.user_warning import warn
 
 NAME = "headq"
@@ -39,12 +39,13 @@ def attention_weights(
         raise ValueError(f"output_attentions=True cannot be served from this cache: {error}") from error
     lengths, view = layer.batch.lengths, layer.view(mask, is_causal)
     total, span = lengths.totals()[0], Span(0, lengths.new) if lengths.spans is None else lengths.spans[0]
-    visible = layer.visible(q.shape[2]) if view is None else Visible(view.low, view.high)
+    visible = layer.visible(q.shape[2]) if view is None else None
     if visible is None:
         visible = visible_positions(layer.counts.total, q.shape[2], layer.sliding_window or 0)
-    seen = (position >= visible.low[..., None]) & (position < visible.high[..., None])  # [B, S, held]
+    ranges = [visible] if view is None else view.ranges
+    shown = [(position >= one.low[..., None]) & (position < one.high[..., None]) for one in ranges]
+    seen = torch.stack(shown).any(0)  # [B, S, held]
     if view is not None:
-        seen = seen.clone()
         seen[..., seen.shape[-1] - span.length :] = view.new[..., span.start : span.stop]
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     query = (q.to(wide) * scaling).unflatten(1, (keys.shape[1], -1))

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import transformers
@@ -33,6 +33,7 @@ from headq_ao.statistics.moments import LayerMoments, segment_tokens
 from headq_ao.user_warning import warn
 
 CONTEXT_LENGTH = 4096
+Readers = Literal["all", "own"]
 
 
 @torch.no_grad()
@@ -47,6 +48,7 @@ def calibrate(
     seed: int = 0,
     progress: bool = True,
     source: str | None = None,
+    readers: Readers = "all",
 ) -> Calibration:
     """Collect the statistics that HeadQ derives its bases from.
 
@@ -83,6 +85,8 @@ def calibrate(
         seed: of the sample.
         progress: show a progress bar.
         source: where the text is from, kept in ``meta``.
+        readers: where layers read the keys and values of another (Gemma 3n, Gemma 4), whose queries the bases are
+            derived from: of ``"all"`` that read them or, as a control, of its ``"own"`` layer alone.
 
     Returns:
         A :class:`Calibration` on the CPU.
@@ -107,6 +111,8 @@ def calibrate(
     for name, value, least in (("n_rows", n_rows, 1), ("n_sink", n_sink, 0), ("seed", seed, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    if readers not in get_args(Readers):
+        raise ValueError(f"readers must be one of {', '.join(map(repr, get_args(Readers)))}, got {readers!r}")
     batches = read_batches(token_batches, attention_mask, n_sink, vocabulary)
     rows = [row for batch in batches for row in batch]
     counted = counted_tokens(rows, n_sink)
@@ -114,7 +120,8 @@ def calibrate(
     frames = [] if own_attention else layer_frames(model, serving)
     context, starts = spread_starts(model, list(map(len, rows)), context_length, any(f is not None for f in frames))
     sharing = {} if own_attention else shared_places(model.config)
-    recorder = Recorder(len(serving.shapes), n_rows, n_sink, seed, serving.places, frames or None, sharing)
+    pooled = readers == "all"
+    recorder = Recorder(len(serving.shapes), n_rows, n_sink, seed, serving.places, frames or None, sharing, pooled)
     configs, training = OwnConfigs(model), [m for m in model.modules() if m.training]
     token = RECORDER.set(recorder)
     try:

@@ -91,7 +91,7 @@ def _supply(
     cache.expect(model._headq, batch, length, mask, positions, layers_run(model), tokens, weights, by_slot)
     if native and not cache.batch.lengths.first and not cache.batch.metadata.custom and positions is not None:
         kwargs["attention_mask"] = None  # the cache knows it, and a mask that grows is a new shape at each step
-    return args, {**kwargs, name: cache}
+    return args, {**_all_queries(model, kwargs, tokens), name: cache}
 
 
 @torch.compiler.substitute_in_graph(supply_cache)
@@ -114,7 +114,17 @@ def supply_in_graph(
         return compiled.refused(model, args, kwargs, name, problem)
     new = tokens.shape[1]
     typed = {kind: kwargs[kind][:, -new:] for kind in TYPES if _longer(kwargs.get(kind), new)}
-    return args, {**kwargs, **typed, name: cache, "attention_mask": None}
+    return args, {**_all_queries(model, kwargs, tokens), **typed, name: cache, "attention_mask": None}
+
+
+def _all_queries(model: PreTrainedModel, kwargs: dict[str, Any], tokens: Tensor) -> dict[str, Any]:
+    """A call's arguments, which logits to keep told by their places: where Gemma 4 is told their number, it shows the
+    layers that read others' keys that many tokens alone. A cache packs after all readers have shown their queries, and
+    attends for the tokens that it has counted."""
+    kept, length = kwargs.get("logits_to_keep"), tokens.shape[1]
+    if all(shape.readers == 1 for shape in model._headq.shapes) or not isinstance(kept, int) or not 0 < kept < length:
+        return kwargs
+    return kwargs | {"logits_to_keep": torch.arange(length - kept, length, device=tokens.device)}
 
 
 def _longer(types: Any, length: int) -> bool:
@@ -243,6 +253,8 @@ def headq_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     weights = kwargs.pop("output_attentions", False)
     sinks, softcap = kwargs.pop(SINKS, None), kwargs.pop(SOFTCAP, None)
+    if is_causal is None and query.shape[2] > 1 and sinks is None and softcap is None:
+        is_causal = getattr(module, "is_causal", None)  # as SDPA; functions that know sinks and softcaps ask for masks
     dense = (dropout, is_causal, sliding_window, kwargs, sinks, softcap)
     if not isinstance(key, QuantizedKV):
         recorder = None if torch.compiler.is_compiling() else RECORDER.get()

@@ -75,7 +75,7 @@ def attention(
     """
     layer: PackedLayer = k.layer  # type: ignore[attr-defined]
     states: tuple[Tensor, Tensor, Tensor] = q, k.new, v.new  # type: ignore[assignment]
-    problem = layer.problem or _problem(layer, mask, is_causal, weights, q.shape[2], kwargs)
+    problem = layer.problem or _problem(module, layer, mask, is_causal, weights, q.shape[2], kwargs)
     if problem is None and softcap != layer.shape.softcap:
         problem = other_softcap(softcap, layer.shape.softcap)
     new_q, new_k, new_v = (x.detach() for x in states)
@@ -98,7 +98,7 @@ def attention(
 
 
 def _problem(
-    layer: PackedLayer, mask: Tensor | None, is_causal: bool | None, weights: bool, slots: int,
+    module: nn.Module, layer: PackedLayer, mask: Tensor | None, is_causal: bool | None, weights: bool, slots: int,
     kwargs: dict[str, Any],
 ) -> str | None:  # fmt: skip
     """Why attention of a compiled call cannot be served, None where it can."""
@@ -108,6 +108,12 @@ def _problem(
         return "a compiled call returns no attention weights; call the model itself with output_attentions=True"
     if is_causal is False and mask is None and slots > 1:
         return "a compiled call on a packed cache is causal, got is_causal=False; call the model itself"
+    beyond = layer.sliding_window is not None and not layer.batch.lengths.first
+    if beyond and slots > 1 and getattr(module, "is_causal", True) is False:
+        return (
+            "a compiled call of several tokens shows of a sliding window what is causal, and this layer's attention is "
+            "not; call the model itself"
+        )
     return unknown_argument(kwargs, source.call_options)
 
 

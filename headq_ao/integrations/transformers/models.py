@@ -22,6 +22,7 @@ from headq_ao.integrations.config_only.shapes import (
     layer_shapes,
     shared_places,
     text_config,
+    told_by_masks,
 )
 from headq_ao.layer_shape import LayerShape
 
@@ -87,7 +88,8 @@ def attention_problem(model: nn.Module) -> str | None:
     if crossing is not None:
         return f"it has cross-attention ({crossing})"
     other = next((name for name, module in attentions.items() if getattr(module, "is_causal", True) is False), None)
-    return None if other is None else f"its attention is not causal ({other})"
+    causal = other is None or told_by_masks(model.config)
+    return None if causal else f"its attention is not causal ({other})"
 
 
 def crosses(name: str, module: nn.Module) -> bool:

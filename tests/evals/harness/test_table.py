@@ -51,6 +51,12 @@ def test_other_methods_and_the_exact_cache():
     assert table.result_row(exact)[1:6] == ["exact / exact", "–", "0", "1", "12.50 ± 0.25"]
 
 
+def test_one_row_for_key_and_value_is_not_exact():
+    latent = result("a", 0, 0.5) | {"config": {"v_bits": 2}}
+    assert table.result_row(latent)[1] == "2.75, one row"
+    assert table.result_row(latent | {"config": {"v_bits": None}})[1] == "2.75 / exact"
+
+
 def test_a_table_per_model(folder):
     (folder / "n.c.json").write_text(json.dumps(result("c", 2, 0.1) | {"model": "n"}), encoding="utf-8")
     text = table.model_tables(table.read_results(folder))

@@ -14,6 +14,7 @@ from headq_ao.evals.harness import inputs
 from headq_ao.evals.harness.texts import WIKITEXT, WIKITEXT_VARIABLE, find_text
 from headq_ao.evals.models import small_models, small_report, small_training
 from headq_ao.evals.models.small_training import Recipe
+from headq_ao.integrations.transformers.serving import serving_of
 
 TINY = {
     name: Recipe(r.architecture, vocab=512, heads=1, layers=2, context=128, batch=4, steps=60)
@@ -120,7 +121,7 @@ def test_two_trainings_are_equal_and_leave_the_random_state(name, tmp_path):
 def test_load_trains_once(name, cache, monkeypatch):
     model, _ = inputs.load(name, None, torch.bfloat16)
     assert model.dtype == torch.bfloat16
-    assert model.config.model_type == name.removeprefix("small-").replace("gpt-neox", "gpt_neox")
+    assert model.config.model_type.startswith(name.removeprefix("small-").replace("-", "_"))
     assert [path.name[: len(name)] for path in cache.iterdir()] == [name]
     forbid_training(monkeypatch)
     again, tokenizer = inputs.load(name, None, torch.bfloat16)
@@ -129,6 +130,13 @@ def test_load_trains_once(name, cache, monkeypatch):
     without_text, _ = inputs.load(name, None, torch.bfloat16)
     assert torch.equal(without_text.get_input_embeddings().weight, model.get_input_embeddings().weight)
     assert len(tokenizer) == 512
+
+
+def test_one_has_latent_rows_and_one_shares_keys_and_values():
+    models = {name: small_training.build(small_models.RECIPES[name], 512) for name in small_models.NAMES[-2:]}
+    shapes = {name: serving_of(model.eval()).shapes for name, model in models.items()}
+    assert [shape.latent for shape in shapes["small-deepseek-v2"]] == [64] * 4
+    assert [(shape.readers, shape.sliding_window) for shape in shapes["small-gemma4"]] == [(3, 256), (3, None)]
 
 
 def test_experts_are_of_a_mixture_of_them():

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from headq_ao.evals.results import __main__ as command
-from headq_ao.evals.results import documents, messages, versions
+from headq_ao.evals.results import documents, messages, tables, versions
 from headq_ao.evals.results.blocks import BLOCKS, block
 from headq_ao.evals.results.provenance import CHANGED, History, footer
 
@@ -141,6 +141,24 @@ def test_every_block_can_be_made(name):
     text = block(name).text(STORED, History(ROOT))
     assert text.count("| --") + text.count("|---") >= 1
     assert text.rstrip().endswith("</small>") or name.startswith("messages")
+
+
+def test_controls_are_compared_row_by_row():
+    def result(kl, options, calibrated=True):
+        score = {"mean_kl": sum(kl) / len(kl), "kl_by_row": kl, "exact_perplexity": 20.4}
+        protocol = dict(dtype="float32", rows=2, row_length=64, prefill=8, chunk=4, calibration_tokens=128)
+        return dict(model="m", options=options, calibrated=calibrated, score=score, protocol=protocol)
+
+    found = [
+        result([0.1, 0.3], {"k_bits": 2}),
+        result([0.2, 0.2], {"k_bits": 2, "value_weight": 0}),
+        result([0.1, 0.1], {}, False),
+        result([0.2, 0.2], {"value_weight": 0}, False),
+    ]
+    told = tables.controlled(found, {0: "none", 1: "all"}, 1, 0, lambda r: r["options"].get("value_weight", 1))
+    assert "| 2 bits | 0.2 | 0.2 | 1.00 | 1 of 2 |" in told
+    assert "| default bits, uncalibrated | 0.2 | 0.1 | 0.50 | 2 of 2 |" in told
+    assert "ratio to none" in told and "perplexity 20; 2 rows of 64 tokens" in told
 
 
 def test_every_message_of_the_library_is_in_a_topic():

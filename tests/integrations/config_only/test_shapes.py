@@ -5,7 +5,13 @@ from types import SimpleNamespace
 import pytest
 import transformers
 
-from headq_ao.integrations.config_only.shapes import kv_heads_and_size, layer_shapes, query_heads, text_config
+from headq_ao.integrations.config_only.shapes import (
+    kv_heads_and_size,
+    layer_shapes,
+    query_heads,
+    text_config,
+    told_by_masks,
+)
 from headq_ao.layer_shape import LayerShape
 
 
@@ -51,6 +57,14 @@ def test_shapes_of_layers(config, shapes):
 def test_kinds_of_models_that_cannot_be_stored(config, message):
     with pytest.raises(ValueError, match=message):
         layer_shapes(config)
+
+
+def test_decoders_whose_masks_tell_what_is_not_causal():
+    """A word of its config is not enough: a plain decoder that says so is an encoder."""
+    assert told_by_masks(transformers.Gemma4TextConfig(num_hidden_layers=1, use_bidirectional_attention="vision"))
+    assert not told_by_masks(transformers.Gemma4TextConfig(num_hidden_layers=1, use_bidirectional_attention="all"))
+    assert not told_by_masks(transformers.GemmaConfig(use_bidirectional_attention=True))
+    assert not told_by_masks(llama())
 
 
 def test_heads_and_their_size():

@@ -197,6 +197,31 @@ def test_readout_metric_is_the_output_error():
     torch.testing.assert_close(unit * (e @ metric @ e), expected, rtol=0.03, atol=0.0)
 
 
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_how_much_an_error_counts_as_that_of_a_value(calibrated):
+    """``value_weight`` is a factor of what values add to the metric: none at 0, and 1 by default."""
+    model, ids, found = model_of(), ids_of(2, 400), {}
+    calibration = calibrate(model, [ids], progress=False) if calibrated else None
+    for layer in calibration.layers if calibration else ():
+        layer.effective = None
+    for weight in (None, 0, 1, 4):
+        quantize_(model, headq_config(calibration=calibration, k_bits=2, v_bits=2, value_weight=weight))
+        cache = HeadQCache(model)
+        with torch.no_grad():
+            model(ids, cache=cache)
+        layer = cache.packed[0]
+        keys = layer.source.calibrated if calibrated else layer.codec.keys
+        found[weight] = keys.hessian if calibrated else keys.q_factor @ keys.q_factor.mT
+        restore_(model)
+    assert torch.equal(found[None], found[1])
+    once, often = found[1] - found[0], found[4] - found[0]
+    assert once.norm() > 0.02 * found[0].norm()
+    if calibrated:
+        torch.testing.assert_close(often, 4 * once, rtol=1e-3, atol=1e-4 * float(often.abs().max()))
+    else:
+        assert (often - once).norm() > 0.02 * found[0].norm()
+
+
 def test_the_joint_metric_pays():
     """Output error of rows that are coded for both readings, against rows coded as keys alone."""
     model, ids = wide(kv_lora_rank=48, qk_rope_head_dim=16), ids_of(4, 400)

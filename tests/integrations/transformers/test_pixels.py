@@ -24,10 +24,10 @@ def vlm(name, side):
 @pytest.mark.parametrize("name", PICTURES)
 def test_images_in_a_first_and_in_a_later_call(name):
     found = one("pixels", name)
-    assert (found["kind"], found["wrong"]) == ("fallback" if "paligemma" in name else "native", []), found
+    assert (found["kind"], found["wrong"]) == ("native", []), found
 
 
-@pytest.mark.parametrize("name", ["gemma3", "gemma4_unified", "molmo2"])
+@pytest.mark.parametrize("name", ["gemma3", "gemma4_unified", "molmo2", "paligemma", "paligemma 2"])
 def test_turns_shorter_than_the_slack_of_the_ring(name):
     """Their tokens are packed as they come, before attention; left padding too."""
     model, dense, pictures = vlm(name, 2)
@@ -89,7 +89,7 @@ def test_a_first_call_is_one_where_room_was_made_before():
     assert cache.is_initialized
 
 
-@pytest.mark.parametrize("name", ["gemma3", "llava_onevision"])  # Qwen3-VL wants all images again
+@pytest.mark.parametrize("name", ["gemma3", "llava_onevision", "paligemma 2"])  # Qwen3-VL wants all images again
 def test_generate_with_a_second_image(name):
     model, dense, pictures = vlm(name, 4)
     generator = torch.Generator().manual_seed(3)
@@ -99,7 +99,7 @@ def test_generate_with_a_second_image(name):
     def talk(who, cache):
         begun = who.generate(**first, **with_cache(cache), **options)
         ids = torch.cat([begun.sequences, second["input_ids"]], 1)
-        told = {pictures.types: (ids == IMAGE).long()} if pictures.types else {}
+        told = {pictures.types: torch.where(ids == IMAGE, *pictures.is_image)} if pictures.types else {}
         return torch.stack(who.generate(**second | {"input_ids": ids} | told, **with_cache(cache), **options).logits, 1)
 
     exact = talk(dense, DynamicCache(config=dense.config))[:, :1]
@@ -114,3 +114,47 @@ def test_a_vision_tower_is_no_part_of_the_decoder():
     model, _, _ = vlm("gemma4", 4)
     names = [name for name, module in model.named_modules() if module is rotary_embedding(model)]
     assert names == ["model.language_model.rotary_emb"]
+
+
+@pytest.mark.parametrize("name", ["paligemma", "paligemma 2"])
+@pytest.mark.parametrize("weights", [False, True])
+def test_a_prefix_without_types(name, weights):
+    """A first call that tells no types is a prefix as a whole where the model hands no mask to attention; a later one
+    is causal. So it is with transformers' own cache."""
+    model, dense, _ = vlm(name, 2)
+    ids = torch.randint(5, 100, (ROWS, 60), generator=torch.Generator().manual_seed(0))
+    parts = ids.split([40, 19, 1], 1)
+    if weights:
+        dense.set_attn_implementation("sdpa" if name == "paligemma" else "eager")
+    quantize_(model, headq_config(residual_length=64))  # nothing is packed: all must agree
+
+    def run(who, cache, **more):
+        with torch.no_grad():
+            return [who(input_ids=part, **with_cache(cache), use_cache=True, **more) for part in parts]
+
+    exact, cache = run(dense, DynamicCache(config=dense.config)), HeadQCache(model)
+    got = run(model, cache, output_attentions=weights)
+    assert cache.packed_fraction == 0
+    for mine, theirs in zip(got, exact, strict=True):
+        assert relative(mine.logits, theirs.logits) < 1e-5
+    if weights:
+        above = got[0].attentions[0].triu(1).any()
+        assert bool(above) == (name == "paligemma")
+
+
+def test_types_that_a_graph_cannot_tell_are_refused():
+    """Of a sliding window a graph shows what is causal; PaliGemma 2 shows tokens of a block before it."""
+    model, _, pictures = vlm("paligemma 2", 4)
+    generator = torch.Generator().manual_seed(3)
+    calls = [turn(pictures, None, 4, generator)]
+    calls.append(turn(pictures, calls[0][pictures.types], 4, generator, 10, 20))
+    calls = [{"input_ids": call["input_ids"].clamp(max=110), pictures.types: call[pictures.types]} for call in calls]
+    ids = torch.randint(5, 100, (2, 200), generator=generator)
+    quantize_(model, headq_config(calibration=calibrate(model, [ids], progress=False), **OPTIONS))
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager")
+    cache = HeadQCache(model, max_length=256, batch_size=ROWS)
+    with torch.no_grad():
+        compiled(**calls[0], **with_cache(cache))
+        with pytest.raises(ValueError, match="shows of a sliding window what is causal"):
+            compiled(**calls[1], **with_cache(cache))

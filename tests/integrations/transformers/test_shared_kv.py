@@ -130,6 +130,19 @@ def test_calibration_pools_the_queries_of_all_readers(monkeypatch):
     assert (made.layers[1].errors > 0).all()  # the other's window is no longer than what is left out
 
 
+def test_calibration_on_the_queries_of_the_storing_layer_alone():
+    """A control: bases of its own queries; what bits cost is of all readers all the same."""
+    ids = [ids_of(300)]
+    pooled, own = (calibrate(gemma3n(), ids, progress=False, readers=readers) for readers in ("all", "own"))
+    for a, b in zip(pooled.layers, own.layers, strict=True):
+        assert (a.tokens, b.tokens) == (2 * 2 * 296, 2 * 296)
+        torch.testing.assert_close(a.k_outer, 2 * b.k_outer)
+        assert (a.c_q - b.c_q).norm() > 0.05 * b.c_q.norm()
+    assert torch.equal(pooled.layers[1].energy, own.layers[1].energy)
+    with pytest.raises(ValueError, match="readers must be one of 'all', 'own', got 'some'"):
+        calibrate(gemma3n(), ids, progress=False, readers="some")
+
+
 def test_a_compiled_model():
     model = gemma3n()
     quantize_(model, headq_config(**OPTIONS))
@@ -155,6 +168,37 @@ def gemma4():
         per_layer_config={i: {"head_dim": 32, "num_key_value_heads": 1} for i in (1, 3)}, attn_implementation="eager",
     )  # fmt: skip
     return Gemma4ForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize("kept", [1, 3])
+def test_few_logits_of_many_tokens(kept, calibrated):
+    """transformers shows the layers that read others' keys no more tokens than it wants logits of."""
+    model, dense, ids = gemma4(), gemma4(), ids_of(180)
+    calibration = calibrate(model, [ids_of(300)], progress=False) if calibrated else None
+    for layer in calibration.layers if calibration else ():
+        layer.effective = None
+    quantize_(model, headq_config(calibration=calibration, **OPTIONS))
+
+    def run(who, cache, **more):
+        with torch.no_grad():  # a prefill, a long and a short chunk, a step
+            return [who(x, cache=cache, **more).logits for x in ids.split([100, 70, 9, 1], 1)]
+
+    whole = run(dense, DynamicCache(config=dense.config))
+    control = run(dense, noisy_cache(dense, 0))
+    got = run(model, HeadQCache(model), logits_to_keep=kept)
+    for mine, exact, noisy in zip(got, whole, control, strict=True):
+        assert mine.shape[1] == min(kept, exact.shape[1])
+        apart = [float((x[:, -kept:] - exact[:, -kept:]).norm() / exact[:, -kept:].norm()) for x in (mine, noisy)]
+        assert apart[0] <= limit(apart[1])
+
+
+def test_generate():
+    model, dense, ids = gemma4(), gemma4(), ids_of(100)
+    quantize_(model, headq_config(**OPTIONS))
+    options = dict(max_new_tokens=4, do_sample=False, return_dict_in_generate=True, output_logits=True)
+    logits = [torch.stack(who.generate(ids, **options).logits, 1) for who in (model, dense)]
+    assert relative(*(x[:, :1] for x in logits)) < 1e-4  # the prompt's last token is read in full precision
 
 
 def test_layers_of_different_heads_that_share():

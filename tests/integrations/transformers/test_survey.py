@@ -22,7 +22,7 @@ KINDS = {
     "dory": "fallback", "zamba2": "fallback", "doge": "fallback",
     "mamba": "refused", "bart": "refused",
 }  # fmt: skip
-IMAGES = {"llava_onevision": "native", "qwen3_vl": "native", "paligemma": "fallback", "mllama": "refused"}
+IMAGES = {"llava_onevision": "native", "qwen3_vl": "native", "paligemma": "native", "mllama": "refused"}
 REASONS = {
     "bart": "cross-attention", "bigbird_pegasus": "cross-attention", "marian": "cross-attention",
     "mllama": "cross-attention", "whisper": "cross-attention", "minimax": "cache of its own class, MiniMaxCache",
