@@ -153,6 +153,7 @@ def test_bits_by_hand(quantized, books, token_ids, name, options, key, value):
         ("trellis", TWO | {"basis": "whitened"}, "basis must be 'rotated' or 'headq'"),
         ("trellis", TWO | {"basis": "headq"}, "HeadQ's basis is made of a calibration"),
         ("rdkv", {"bits": 0}, "the budget must be above 0"),
+        ("rdkv", {"choices": [2, 4]}, "choices must be 0, so that a budget can be kept.*got 2, 4"),
         ("rdkv", {"later_bits": 3}, "bits of a token must be 2, 4, 8, 16, got 3"),
         ("rdkv", {"key_share": 1.0}, "key_share must be between 0 and 1"),
         ("random_eviction", {"kept_bits": 0}, "bits of a token must be"),
