@@ -81,6 +81,7 @@ SUBJECTS |= {
     "int4_per_token_head": ("int4_per_token_head", {}),
     "turboquant_3bit_nc": ("turboquant_3bit_nc", {}),
     "rdkv_2.25": ("rdkv", {"bits": 2.25}),
+    "rdkv_0.4": ("rdkv", {"bits": 0.4}),
     "random_16bit_2.25": ("random_eviction", {"bits": 2.25, "kept_bits": 16}),
     "random_4bit_2.25": ("random_eviction", {"bits": 2.25, "kept_bits": 4}),
 }

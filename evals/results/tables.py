@@ -37,6 +37,7 @@ CACHES = {
     "int4_per_token_head": "vLLM's int4_per_token_head",
     "turboquant_3bit_nc": "vLLM's turboquant_3bit_nc",
     "rdkv_2.25": "RDKV-like, 2.25 bits",
+    "rdkv_0.4": "RDKV-like, 0.4 bits",
     "random_16bit_2.25": "random eviction, 16-bit tokens, 2.25 bits",
     "random_4bit_2.25": "random eviction, 4-bit tokens, 2.25 bits",
 }  # of recipes/retrieval.py
