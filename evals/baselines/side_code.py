@@ -108,7 +108,8 @@ class SideCode(TokenCodec):
             return held["key.matched"].float()
         codes = unpack_bits(held["key.side"], self.side_bits).float() - (2**self.side_bits - 1) / 2
         z = codes * self._unit(held, codes.shape[2]) * self.own["key.step"].float().unsqueeze(-2)
-        return self._base().decode_keys(held) + self.sign * z @ self.fixed["directions"].mT
+        side: Tensor = self.sign * z @ self.fixed["directions"].mT
+        return self._base().decode_keys(held) + side
 
     def decode_values(self, held: Held) -> Tensor:
         """See :class:`TokenCodec`."""

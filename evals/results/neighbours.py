@@ -99,8 +99,9 @@ def table(results: Path) -> str:
     note = (
         f"KL in nats ± standard error over rows, whose number is in brackets; {first['model']} where no other is "
         f"named. {texts}. Token by token: greedy continuations, one token a call. Facts found: of "
-        f"{right['asked']}, over {right['tokens']} tokens; the exact cache finds {100 * right['shares']['exact']:.0f} %. Last column: KL "
-        "over that of HeadQ's row, row by row, geometric mean over columns (lowest and highest column)."
+        f"{right['asked']}, over {right['tokens']} tokens; the exact cache finds "
+        f"{100 * right['shares']['exact']:.0f} %. Last column: KL over that of HeadQ's row, row by "
+        "row, geometric mean over columns (lowest and highest column)."
     )
     return markdown_table(header, rows) + "\n\n" + note
 
