@@ -17,6 +17,7 @@ SETTING = {"headq": "kv_default", "headq_2bit": "kv_2bit"}  # of recipes, by the
 # recipe: what its column is called
 COLUMNS = {
     "neighbours": "1k tokens",
+    "neighbours_1bit": "one bit, 1k tokens",
     "neighbours_prompt": "behind a prompt of 896",
     "neighbours_4k": "4k tokens",
     "neighbours_8k": "8k tokens",
