@@ -33,7 +33,7 @@ BOOKS = 8
 DECAY = 0.99
 STARTS, START_SAMPLES = 4, 16384  # rounds of k-means, and on how many of the samples
 BATCH = 256  # samples of one step of the moving averages, which see each sample once
-TILE = 8192  # vectors that are compared with a codebook at a time
+TILE = 1024  # vectors that are compared with a codebook at a time: their distances stay in a processor's cache
 MOST_SAMPLES = 100_000
 EPILOG = """\
 examples:
