@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -160,90 +161,124 @@ def side_table(results: Path) -> str:
     return markdown_table(header, rows) + "\n\n" + note
 
 
+@dataclass(frozen=True)
+class Numbers:
+    """What claims are held against.
+
+    Args:
+        results: the folder recipes/results.
+    """
+
+    results: Path
+
+    def of(self, recipe: str, name: str) -> dict[str, Any]:
+        """One setting."""
+        return read(self.results, recipe)[name]
+
+    def times(self, recipe: str, name: str, other: str) -> str:
+        """How many times as large a setting's KL is as another's."""
+        one, two = (float(score_of(self.of(recipe, n))["mean_kl"]) for n in (name, other))
+        return f"{one / two:.2f}" if one < two else f"{one / two:.1f}"
+
+    def cost(self, recipe: str, name: str, digits: int = 1) -> str:
+        """Perplexity above the exact cache's."""
+        return f"{100 * excess(self.of(recipe, name)):+.{digits}f} %"
+
+    def gone(self, recipe: str, name: str, base: str) -> str:
+        """Which share of the excess perplexity of a base is gone."""
+        return f"{100 * removed(self.of(recipe, name), self.of(recipe, base)):.0f} %"
+
+    def bits(self, name: str) -> str:
+        """At 4k tokens."""
+        return number(self.of("neighbours", name)["bits"]["at"][BITS_AT])
+
+    def facts(self, name: str) -> str:
+        """Share of the facts that were found."""
+        return f"{100 * retrieval(self.results)['shares'][name]:.0f} %"
+
+
+def _side(n: Numbers) -> str:
+    parts = [f"{n.gone(SIDE, f'{b}_side', b)} ({n.of(SIDE, b)['title']})" for b in SIDE_BASES]
+    wrong = [f"{n.gone(SIDE, f'{b}_random', b)}" for b in SIDE_BASES]
+    return f"{', '.join(parts)}; random directions: {', '.join(wrong)}"
+
+
+def _rotated_values(n: Numbers) -> str:
+    return f"KL of 2-bit values alone: {n.times('neighbours', 'v_rotated_2bit', 'v_per_token_2bit')} times that without"
+
+
+def _correction(n: Numbers) -> str:
+    return (
+        f"{n.gone('neighbours', 'kvlinc_key', 'kvlinc_base')} of its base's excess perplexity removed (below 0: "
+        f"added), φ of the key; {n.bits('kvlinc_key')} bits at 4k with its state, {n.bits('kvlinc_base')} without"
+    )
+
+
+def _joint(n: Numbers) -> str:
+    evict, sixteen, four, kept = (
+        n.times("neighbours_prompt", name, "rdkv_2.25")
+        for name in ("rdkv_evict_2.25", "random_16bit_2.25", "random_4bit_2.25", "kv_2bit")
+    )
+    return (
+        f"of the KL of both together, eviction alone has {evict} times as much within the same budget, random eviction "
+        f"of 16-bit tokens {sixteen}, of 4-bit tokens {four}, HeadQ at 2 bits, which keeps every token, {kept}"
+    )
+
+
+def _retention(n: Numbers) -> str:
+    costs = [n.cost("neighbours_prompt", name, 0) for name in ("rdkv_2.25", "rdkv_0.4", "random_4bit_0.4")]
+    return (
+        f"perplexity {costs[1]} with 0.4 bits of 16 an element of the prompt, {costs[2]} where random tokens stay, "
+        f"{costs[0]} with 2.25 bits; facts found in a long context: {n.facts('rdkv_0.4')} with 0.4 bits, "
+        f"{n.facts('rdkv_2.25')} with 2.25, {n.facts('exact')} with all"
+    )
+
+
+def _depth(n: Numbers) -> str:
+    times = 16 / float(n.of("neighbours", "residual_vq_8")["bits"]["at"][BITS_AT])
+    return (
+        f"perplexity {n.cost('neighbours', 'residual_vq_8')} at {times:.1f} times fewer; with six "
+        f"{n.cost('neighbours', 'residual_vq_6')}"
+    )
+
+
+def _competitive(n: Numbers) -> str:
+    four, own = (n.times("neighbours", "residual_vq_8", x) for x in ("int4_per_token_head", "kv_default"))
+    return (
+        f"eight books at {n.bits('residual_vq_8')} bits have {four} times the KL of vLLM's int4_per_token_head at "
+        f"{n.bits('int4_per_token_head')} and {own} times that of HeadQ's default at {n.bits('kv_default')}"
+    )
+
+
+def _trellis(n: Numbers) -> str:
+    scalar = n.times("neighbours", "kv_rotated_mean_2bit", "kv_2bit")
+    coded = n.times("neighbours", "trellis_rotated_mean_2bit", "trellis_headq_2bit")
+    return f"whitening and metric lower the KL {scalar} times under scalar codes, {coded} times under a trellis"
+
+
+# whose it is, what is said, and what was measured here
+CLAIMS: tuple[tuple[str, str, Callable[[Numbers], str]], ...] = (
+    ("HeadQ (2605.03562, withdrawn)", "84 to 94 % of the excess perplexity go on the strongest 2-bit keys", _side),
+    ("KVLinC (2510.05373)", "a Hadamard rotation lowers the error of values", _rotated_values),
+    ("KVLinC", "linear corrections make up for the errors of quantized keys", _correction),
+    ("RDKV (2605.08317)", "eviction and quantization are to be optimized jointly", _joint),
+    ("RDKV", "2.48 % of the cache keep 97.81 % of the accuracy", _retention),
+    ("residual VQ (2410.15704)", "a depth of 8 recovers most of the quality, 5.5 times fewer bytes", _depth),
+    ("residual VQ", "competitive with existing methods of quantization", _competitive),
+    ("asked here", "does HeadQ's basis gain as much under a trellis?", _trellis),
+)
+
+
 def claims(results: Path) -> str:
-    """What abstracts say, and the same numbers here."""
-    found, side = read(results, "neighbours"), read(results, SIDE)
-    prompt = read(results, "neighbours_prompt")
-
-    def kl(name: str, of: Results = found) -> float:
-        return float(score_of(of[name])["mean_kl"])
-
-    shares = ", ".join(
-        f"{100 * removed(side[f'{base}_side'], side[base]):.0f} % ({side[base]['title']})"
-        for base in SIDE_BASES
-        if f"{base}_side" in side
-    )
-    corrected = [name for name in ("kvlinc_key", "kvlinc_residual") if name in found]
-    corrections = ", ".join(
-        f"{100 * removed(found[name], found['kvlinc_base']):.0f} % (of the {name.removeprefix('kvlinc_')})"
-        for name in corrected
-    )
-    at = {name: number(found[name]["bits"]["at"][BITS_AT]) for name in ("kvlinc_base", "kvlinc_key")}
-    factor = {
-        codes: kl(rotated) / kl(headq)
-        for codes, rotated, headq in (
-            ("scalar", "kv_rotated_mean_2bit", "kv_2bit"),
-            ("trellis", "trellis_rotated_mean_2bit", "trellis_headq_2bit"),
-        )
-    }
-    random = {bits: kl(f"random_{bits}bit_2.25", prompt) / kl("rdkv_2.25", prompt) for bits in (4, 16)}
-    vq, right = found["residual_vq_8"], retrieval(results)
-    facts = ", ".join(
-        f"{100 * right['shares'][name]:.0f} % of the facts found at {name.rpartition('_')[2]} bits"
-        for name in ("rdkv_2.25", "rdkv_0.4")
-        if name in right["shares"]
-    )
-    facts = f"{facts}, exact {100 * right['shares']['exact']:.0f} %"
-    rows: list[tuple[str, str, str]] = [
-        (
-            "HeadQ (2605.03562, withdrawn)",
-            "the side code removes 84 to 94 % of the excess perplexity on the strongest 2-bit rows of keys",
-            shares,
-        ),
-        (
-            "KVLinC (2510.05373)",
-            "a Hadamard rotation lowers the error of values",
-            f"KL of 2-bit values alone: {kl('v_rotated_2bit') / kl('v_per_token_2bit'):.2f} times that without",
-        ),
-        (
-            "KVLinC",
-            "linear correction adapters compensate for errors of quantized keys",
-            f"excess perplexity removed from its base: {corrections}; {at['kvlinc_key']} bits at 4k with its state, "
-            f"{at['kvlinc_base']} without",
-        ),
-        (
-            "RDKV (2605.08317)",
-            "eviction and bits are to be chosen together",
-            f"at the same bytes eviction alone has {kl('rdkv_evict_2.25', prompt) / kl('rdkv_2.25', prompt):.1f} times "
-            f"its KL, random eviction of 16-bit tokens {random[16]:.1f} times, of 4-bit tokens {random[4]:.1f} times; "
-            f"HeadQ, which keeps every token, {kl('kv_2bit', prompt) / kl('rdkv_2.25', prompt):.2f} times",
-        ),
-        (
-            "RDKV",
-            "2.48 % of the cache keep 97.81 % of the full cache's accuracy",
-            f"0.4 bits a number of the prompt, 2.5 % of 16: perplexity {100 * excess(prompt['rdkv_0.4']):+.0f} %, "
-            f"random eviction {100 * excess(prompt['random_4bit_0.4']):+.0f} %; {facts}",
-        ),
-        (
-            "residual VQ (2410.15704)",
-            "eight codebooks recover most of the performance, at 5.5 times fewer bytes than half precision",
-            f"perplexity {100 * excess(vq):+.1f} % at {16 / vq['bits']['at'][BITS_AT]:.1f} times fewer; six: "
-            f"{100 * excess(found['residual_vq_6']):+.1f} %",
-        ),
-        (
-            "residual VQ",
-            "competitive with existing quantization methods",
-            f"eight books have {kl('residual_vq_8') / kl('int4_per_token_head'):.2f} times the KL of vLLM's 4-bit type "
-            f"and {kl('residual_vq_8') / kl('kv_default'):.1f} times that of HeadQ's default, which takes fewer bits",
-        ),
-        (
-            "does HeadQ's basis gain as much under a trellis?",
-            "asked here",
-            f"whitening and metric lower the KL {factor['scalar']:.1f} times under scalar codes, "
-            f"{factor['trellis']:.1f} times under a trellis",
-        ),
-    ]
-    return markdown_table(["of", "said", "here"], [list(row) for row in rows], left=3)
+    """What abstracts say, and the same thing measured here, or that it was not."""
+    numbers, rows = Numbers(results), []
+    for of, said, measure in CLAIMS:
+        try:
+            here = measure(numbers)
+        except (KeyError, FileNotFoundError):
+            here = "not measured"
+        rows.append([of, said, here])
+    return markdown_table(["of", "said", "here"], rows, left=3)
 
 
 def plot(results: Path, path: Path) -> Path:
