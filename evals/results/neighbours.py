@@ -64,10 +64,22 @@ def against(found: Results, name: str, reference: str) -> list[float] | None:
 def ratio(results: Sequence[Results], name: str) -> str:
     """KL over the reference's: the geometric mean over recipes, and the range of their means."""
     logs = [sum(x) / len(x) for found in results if (x := against(found, name, REFERENCE)) is not None]
+    return "1" if name == REFERENCE else spread(logs)
+
+
+def spread(logs: Sequence[float]) -> str:
+    """A geometric mean, of logarithms, with the least and the most; empty where there are none.
+
+    Example:
+        >>> import math
+        >>> from headq_ao.evals.results.neighbours import spread
+        >>> spread([math.log(1), math.log(4)]), spread([math.log(2)]), spread([])
+        ('2 (1 to 4)', '2', '')
+    """
     if not logs:
         return ""
     low, mean, high = (f"{math.exp(x):.2g}" for x in (min(logs), sum(logs) / len(logs), max(logs)))
-    return mean if len(logs) == 1 or name == REFERENCE else f"{mean} ({low} to {high})"
+    return mean if len(logs) == 1 else f"{mean} ({low} to {high})"
 
 
 def table(results: Path) -> str:
@@ -142,6 +154,7 @@ def side_table(results: Path) -> str:
                     result["title"],
                     "–" if control else number(result["bits"]["at"][BITS_AT]),
                     measured(score["mean_kl"], score["mean_kl_sem"], 4),
+                    "1" if name == base else spread(against(found, name, base) or []),
                     measured(score["ppl_ratio"], score["ppl_ratio_sem"], 3),
                     "" if name == base else f"{100 * removed(result, found[base]):.0f} %",
                     *(f"{layers[key]:.3g}" for key in ("key_mse", "score_error", "attention_kl")),
@@ -149,12 +162,13 @@ def side_table(results: Path) -> str:
             )
     p = next(iter(found.values()))["protocol"]
     header = [
-        "keys, values exact", "bits at 4k", "KL (nats)", "ratio", "excess removed", "key MSE", "score error",
+        "keys, values exact", "bits at 4k", "KL (nats)", "× base", "ratio", "excess removed", "key MSE", "score error",
         "attention KL",
     ]  # fmt: skip
     note = (
         f"{next(iter(found.values()))['model']}, {p['rows']} rows of {p['row_length']} tokens of {p['text']}, prefill "
-        f"{p['prefill']}, chunks of {p['chunk']}. Excess removed: of the perplexity above the exact cache's that the "
+        f"{p['prefill']}, chunks of {p['chunk']}. × base: KL over that of the base alone, row by row, geometric mean "
+        "(lowest and highest row). Excess removed: of the perplexity above the exact cache's that the "
         "base alone has. Key MSE, score error and attention KL: means over layers and heads, each on exact inputs, of "
         "the first row."
     )
