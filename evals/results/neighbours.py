@@ -88,7 +88,7 @@ def table(results: Path) -> str:
     tables = list(columns.values())
     both = {n: r for found in reversed(tables) for n, r in found.items() if r["method"]["kind"] != "exact"}
     names = {n: r for n, r in both.items() if None not in (r.get("bits") or {}).values()}  # keys and values
-    right = retrieval(results)
+    right = retrieval(results) if (results / RETRIEVAL).is_file() else None
 
     def place(name: str) -> tuple[float, float]:
         first = next(found[name] for found in tables if name in found)
@@ -100,23 +100,30 @@ def table(results: Path) -> str:
         for found in tables:
             score = score_of(found[name]) if name in found else None
             cells.append("" if score is None else measured(score["mean_kl"], score["mean_kl_sem"], 4))
-        share = "" if name not in right["shares"] else f"{100 * right['shares'][name]:.0f} %"
-        rows.append([names[name]["title"], number(bits_of(tables, name)), *cells, share, ratio(tables, name)])
+        if right is not None:
+            cells.append("" if name not in right["shares"] else f"{100 * right['shares'][name]:.0f} %")
+        rows.append([names[name]["title"], number(bits_of(tables, name)), *cells, ratio(tables, name)])
     protocols = {name: next(iter(found.values()))["protocol"] for name, found in columns.items()}
     heads = [f"{COLUMNS[name]} ({p['rows']})" for name, p in protocols.items()]
     first = next(iter(tables[0].values()))
-    header = ["cache", "bits at 4k", *heads, "facts found", f"× {names[REFERENCE]['title'].replace('*', '')}"]
+    facts = [] if right is None else ["facts found"]
+    header = ["cache", "bits at 4k", *heads, *facts, f"× {names[REFERENCE]['title'].replace('*', '')}"]
     texts = "; ".join(
         f"{COLUMNS[name]}: {p['text']}, rows of {p['row_length']}, prefill {p['prefill']}, chunks of {p['chunk']}"
         for name, p in protocols.items()
     )
     note = (
         f"KL in nats ± standard error over rows, whose number is in brackets; {first['model']} where no other is "
-        f"named. {texts}. Token by token: greedy continuations, one token a call. Facts found: of "
-        f"{right['asked']}, over {right['tokens']} tokens; the exact cache finds "
-        f"{100 * right['shares']['exact']:.0f} %. Last column: KL over that of HeadQ's row, row by "
-        "row, geometric mean over columns (lowest and highest column)."
+        f"named. {texts}. Last column: KL over that of HeadQ's row, row by row, geometric mean over columns (lowest "
+        "and highest column)."
     )
+    if "neighbours_decode" in columns:
+        note += " Token by token: greedy continuations, one token a call."
+    if right is not None:
+        note += (
+            f" Facts found: of {right['asked']}, over {right['tokens']} tokens; the exact cache finds "
+            f"{100 * right['shares']['exact']:.0f} %."
+        )
     return markdown_table(header, rows) + "\n\n" + note
 
 
@@ -241,10 +248,15 @@ def _joint(n: Numbers) -> str:
 
 def _retention(n: Numbers) -> str:
     costs = [n.cost("neighbours_prompt", name, 0) for name in ("rdkv_2.25", "rdkv_0.4", "random_4bit_0.4")]
-    return (
+    here = (
         f"perplexity {costs[1]} with 0.4 bits of 16 an element of the prompt, {costs[2]} where random tokens stay, "
-        f"{costs[0]} with 2.25 bits; facts found in a long context: {n.facts('rdkv_0.4')} with 0.4 bits, "
-        f"{n.facts('rdkv_2.25')} with 2.25, {n.facts('exact')} with all"
+        f"{costs[0]} with 2.25 bits"
+    )
+    if not (n.results / RETRIEVAL).is_file():
+        return here
+    return here + (
+        f"; facts found in a long context: {n.facts('rdkv_0.4')} with 0.4 bits, {n.facts('rdkv_2.25')} with 2.25, "
+        f"{n.facts('exact')} with all"
     )
 
 

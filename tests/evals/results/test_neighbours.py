@@ -85,6 +85,13 @@ def test_one_row_a_method_at_its_bits(results):
     assert "of 20, over 4096 tokens; the exact cache finds 90 %" in text
 
 
+def test_without_facts(results):
+    (results / neighbours.RETRIEVAL).unlink()
+    text = neighbours.table(results)
+    assert "acts found" not in text and rows_of(text)["kv_default"][-1] == "0.5"
+    assert "0.4 bits" in neighbours.claims(results) and "facts" not in neighbours.claims(results)
+
+
 def test_side_code_and_controls(results):
     rows = rows_of(neighbours.side_table(results))
     assert rows["kivi"] == ["2.50", "0.1000 ± 0.0100", "1", "1.100 ± 0.001", "", "2", "2", "2"]
