@@ -327,7 +327,8 @@ def plot(results: Path, path: Path) -> Path:
                     elinewidth=1.1, markeredgecolor="white", markeredgewidth=0.6, linestyle="",
                 )  # fmt: skip
             axes.set(xscale="log", yscale="log", title=COLUMNS[name], xlabel="bits at 4096 tokens")
-            ticks = (1.25, 1.5, 2, 2.5, 3, 4, 5, 7)
+            ticks = (1, 1.5, 2, 2.5, 3, 4, 5)
+            axes.set_xlim(0.85, 6)
             axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
             axes.set_xticks([], minor=True)
             plain_log_ticks(axes.yaxis)
@@ -335,7 +336,7 @@ def plot(results: Path, path: Path) -> Path:
             axes.set_axis_off()
         panels[0][0].set_ylabel("KL to the exact cache (nats)")
         panels[1][0].set_ylabel("KL to the exact cache (nats)")
-        figure.legend(families.values(), families.keys(), loc="outside lower center", ncols=len(families))
+        figure.legend(families.values(), families.keys(), loc="outside lower center", ncols=4)
         return save(figure, path)
 
 
