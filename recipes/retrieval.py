@@ -32,6 +32,7 @@ examples:
   HEADQ_WIKITEXT=path/to/wikitext-2-raw python recipes/retrieval.py
   python recipes/retrieval.py --calibration bundled --contexts 2 --subjects headq turboquant_2bit
   python recipes/retrieval.py --tokens 8000 --json retrieval_8000.json
+  python recipes/retrieval.py --chunk 4096 --subjects rdkv_2.25 random_4bit_2.25 --json evictions.json
 
 Each context is prose with a fact ("The password of Clara is copper.") at every depth. It is computed once into the
 cache, in calls of 512 tokens. Each question is then fed to that cache, the likeliest of a few values that are all facts
@@ -68,6 +69,21 @@ SUBJECTS: dict[str, tuple[str, dict[str, Any]]] = {
     "headq_2bit": ("headq", {"k_bits": 2, "v_bits": 2}),
     "kivi_2bit_g64": ("kivi", {"k_bits": 2, "v_bits": 2, "k_group": 64, "v_group": 64}),
     "turboquant_2bit": ("turboquant", {"k_bits": 2, "v_bits": 2}),
+}
+DEFAULT = tuple(SUBJECTS)
+# those of recipes/neighbours*.yaml, by the names of their settings
+SUBJECTS |= {
+    "kv_mean_2": ("headq", {"mean_bits": 2.0}),
+    "trellis_headq_2bit": ("trellis", {"k_bits": 2, "v_bits": 2, "basis": "headq"}),
+    "trellis_2bit": ("trellis", {"k_bits": 2, "v_bits": 2}),
+    "residual_vq_6": ("residual_vq", {"books": 6}),
+    "kvlinc_base": ("kvlinc_base", {"residual_length": 128}),
+    "int4_per_token_head": ("int4_per_token_head", {}),
+    "turboquant_3bit_nc": ("turboquant_3bit_nc", {}),
+    "rdkv_2.25": ("rdkv", {"bits": 2.25}),
+    "rdkv_0.4": ("rdkv", {"bits": 0.4}),
+    "random_16bit_2.25": ("random_eviction", {"bits": 2.25, "kept_bits": 16}),
+    "random_4bit_2.25": ("random_eviction", {"bits": 2.25, "kept_bits": 4}),
 }
 Encode = Callable[[str], list[int]]
 
@@ -214,7 +230,9 @@ def ask(model: Any, cache: Any, question: Question) -> Tensor:
     return logits[list(question.choices)].float().log_softmax(-1).cpu()
 
 
-def answer_all(model: Any, subject: Subject, contexts: Sequence[Context], label: str, progress: bool = True) -> Answers:
+def answer_all(
+    model: Any, subject: Subject, contexts: Sequence[Context], label: str, progress: bool = True, chunk: int = CHUNK
+) -> Answers:
     """Put a cache on the model, ask everything, take it off.
 
     The exact window of a packed cache stays at least ``residual_length`` less one question long: a question can make a
@@ -233,7 +251,7 @@ def answer_all(model: Any, subject: Subject, contexts: Sequence[Context], label:
     ):
         for c, context in enumerate(contexts):
             cache = HeadQCache(model) if make_cache is None else make_cache()
-            prefill(model, cache, context.ids)
+            prefill(model, cache, context.ids, chunk)
             before = getattr(cache, "rows_read", (0, 0))
             for q, question in enumerate(context.questions):
                 logprobs = ask(model, cache, question)
@@ -302,9 +320,16 @@ def parser() -> argparse.ArgumentParser:
         "--subjects",
         nargs="+",
         choices=list(SUBJECTS),
-        default=list(SUBJECTS),
+        default=list(DEFAULT),
         metavar="NAME",
-        help=f"caches, always with the exact one; default: all of {', '.join(SUBJECTS)}",
+        help=f"caches of {', '.join(SUBJECTS)}, always with the exact one; default: {', '.join(DEFAULT)}",
+    )
+    p.add_argument(
+        "--chunk",
+        type=int,
+        default=CHUNK,
+        help="tokens of a call that reads a context; caches that leave tokens of a prompt out take the first call for "
+        "it: give them one as long as the context (default: %(default)s)",
     )
     p.add_argument("--threads", type=int, help="of the CPU (default: torch's)")
     p.add_argument("--json", type=Path, default=RESULT, help="the result (default: recipes/results/retrieval)")
@@ -324,6 +349,7 @@ def check(args: argparse.Namespace) -> None:
         ("questions", 1, args.pairs),
         ("choices", 2, args.pairs),
         ("calibration_tokens", 1, None),
+        ("chunk", 1, None),
         ("threads", 1, None),
     ):
         value = getattr(args, name)
@@ -368,7 +394,7 @@ def settings_of(args: argparse.Namespace, calibration: str, chat: bool) -> dict[
         "fact": FACT,
         "question": QUESTION,
         "chat": chat,
-        "prefill_chunk": CHUNK,
+        "prefill_chunk": args.chunk,
         "resamples": RESAMPLES,
         "guessing": 1 / args.choices,
     }
@@ -412,7 +438,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         method, options = SUBJECTS[name]
         subject = Subject(method, options, calibration)
-        answers = answer_all(model, subject, contexts, name)
+        answers = answer_all(model, subject, contexts, name, chunk=args.chunk)
         exact = answers if exact is None else exact
         config = {} if subject.kind != "headq" or subject.config is None else {"config": describe(subject.config)}
         entries[name] = summarize(answers, exact, contexts, args.seed) | subject.describe() | config

@@ -120,17 +120,24 @@ class RDKV(PerToken):
         window: last queries of the prompt that weigh tokens.
         key_share: of the budget.
         group: tokens of a channel that share a scale and a zero.
+        choices: those of :data:`~.mixed_rows.CHOICES` that it may take; (0, 16): it evicts and codes nothing.
     """
 
     def __init__(
-        self, layer: LayerContext, budget: float, later_bits: int, window: int, key_share: float, group: int
-    ) -> None:
+        self, layer: LayerContext, budget: float, later_bits: int, window: int, key_share: float, group: int,
+        choices: Sequence[int] = CHOICES,
+    ) -> None:  # fmt: skip
         super().__init__(layer, later_bits, budget)
+        if not {0} < set(choices) <= set(CHOICES):
+            raise ValueError(
+                f"choices must be 0, so that a budget can be kept, and others of {', '.join(map(str, CHOICES))}; got "
+                f"{', '.join(map(str, choices))}"
+            )
         if not 0 < key_share < 1 or window < 1 or group < 1:
             raise ValueError(
                 f"key_share must be between 0 and 1, window and group at least 1; got {key_share}, {window}, {group}"
             )
-        self.window, self.key_share, self.group = window, key_share, group
+        self.window, self.key_share, self.group, self.choices = window, key_share, group, tuple(choices)
 
     def read_prompt(
         self, q: Tensor, k: Tensor, v: Tensor, scaling: float, position: Tensor, packed: Tensor, most: int
@@ -155,14 +162,15 @@ class RDKV(PerToken):
         body = slice(self.n_sink, self.n_sink + n)
         weight = token_weights(q[:, -self.window :], k, scaling)[:, body]
         total = int(self.budget * 2 * d * n / 8) - stream_bytes(n, INDEX) - stream_bytes(d, INDEX)
-        tokens = allocate(weight, VALUE_LOSS, choice_bytes(d, d), int((1 - self.key_share) * total))
+        tokens = allocate(weight, VALUE_LOSS, choice_bytes(d, d), int((1 - self.key_share) * total), self.choices)
         channel = grouped.square().mean(1) * k[:, body].square().mean(1)
         keys, values, channels = [], [], []
         for h in range(heads):
             values.append(pack_rows(v[h, body], tokens[h], d))
             rows = k[h, body][tokens[h] > 0].T
             left = total - len(values[-1])
-            channels.append(allocate(channel[h : h + 1], KEY_LOSS, choice_bytes(rows.shape[1], self.group), left)[0])
+            sizes = choice_bytes(rows.shape[1], self.group)
+            channels.append(allocate(channel[h : h + 1], KEY_LOSS, sizes, left, self.choices)[0])
             keys.append(pack_rows(rows, channels[-1], self.group))
         return {
             "key_blob": torch.cat(keys),
@@ -226,7 +234,9 @@ def token_weights(q: Tensor, k: Tensor, scaling: float) -> Tensor:
     return avg_pool1d(pad(a[None], (reach, reach), mode="reflect"), 2 * reach + 1, 1)[0]
 
 
-def allocate(weight: Tensor, loss: Sequence[float], sizes: Sequence[int], budget: int) -> Tensor:
+def allocate(
+    weight: Tensor, loss: Sequence[float], sizes: Sequence[int], budget: int, choices: Sequence[int] = CHOICES
+) -> Tensor:
     """Which of :data:`CHOICES` each item takes, int64 ``[H, m]``: the least ``Σ w ε + λ bytes`` that fits each head's
     budget.
 
@@ -235,9 +245,12 @@ def allocate(weight: Tensor, loss: Sequence[float], sizes: Sequence[int], budget
         loss: ε of each choice.
         sizes: bytes of each choice.
         budget: bytes of a head.
+        choices: bits that an item may take.
     """
     size = torch.tensor(sizes, dtype=torch.float64, device=weight.device)
     cost = weight.double()[..., None] * torch.tensor(loss, dtype=torch.float64, device=weight.device)
+    barred = torch.tensor([bits not in choices for bits in CHOICES], device=weight.device)
+    cost = cost.masked_fill(barred, torch.inf)
 
     def at(price: Tensor) -> Tensor:
         return (cost + price[:, None, None] * size).argmin(-1)
@@ -254,10 +267,11 @@ def allocate(weight: Tensor, loss: Sequence[float], sizes: Sequence[int], budget
 @register("rdkv")
 def rdkv(
     layer: LayerContext, *, bits: float = 2.25, later_bits: int = 4, window: int = 32, key_share: float = 0.5,
-    group: int = 128,
+    group: int = 128, choices: Sequence[int] = CHOICES,
 ) -> TokenCodec:  # fmt: skip
-    """RDKV-like (2605.08317): the prompt's tokens within ``bits`` an element, later ones at ``later_bits``."""
-    return RDKV(layer, bits, later_bits, window, key_share, group)
+    """RDKV-like (2605.08317): the prompt's tokens within ``bits`` an element, later ones at ``later_bits``;
+    ``choices`` of bits that tokens and channels may take."""
+    return RDKV(layer, bits, later_bits, window, key_share, group, choices)
 
 
 @register("random_eviction")

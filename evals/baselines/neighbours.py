@@ -1,6 +1,6 @@
 """All baselines, registered: those of :mod:`~.methods`, and the systems that stand nearest to HeadQ."""
 
-from headq_ao.evals.baselines import eviction, kvlinc, methods, residual_vq, trellis, vllm_types
+from headq_ao.evals.baselines import eviction, kvlinc, methods, residual_vq, side_code, trellis, vllm_types
 
 NEIGHBOURS = tuple(
     factory.__name__
@@ -11,6 +11,7 @@ NEIGHBOURS = tuple(
         eviction.random_eviction,
         residual_vq.residual_vq,
         trellis.trellis,
+        side_code.side_code,
     )
 )
 ALL = (*methods.METHODS, *NEIGHBOURS, *vllm_types.TYPES)

@@ -33,7 +33,7 @@ BOOKS = 8
 DECAY = 0.99
 STARTS, START_SAMPLES = 4, 16384  # rounds of k-means, and on how many of the samples
 BATCH = 256  # samples of one step of the moving averages, which see each sample once
-TILE = 8192  # vectors that are compared with a codebook at a time
+TILE = 1024  # vectors that are compared with a codebook at a time: their distances stay in a processor's cache
 MOST_SAMPLES = 100_000
 EPILOG = """\
 examples:
@@ -84,18 +84,19 @@ class ResidualVQ(TokenCodec):
 
     Args:
         layer: its layer.
-        keys, values: codebooks ``[K, entries, 32]``.
+        keys, values: codebooks ``[K, entries, 32]``; no values: they stay in full precision.
 
     Raises:
         ValueError: where groups of 32 do not make up a head.
     """
 
-    def __init__(self, layer: LayerContext, keys: Tensor, values: Tensor) -> None:
+    def __init__(self, layer: LayerContext, keys: Tensor, values: Tensor | None) -> None:
         if layer.shape.head_dim % WIDTH or layer.shape.dims[0] != layer.shape.dims[1]:
             raise ValueError(f"groups of {WIDTH} coordinates must make up a head, got head_dim {layer.shape.head_dim}")
         self.rotation = layer.rotation
         self.bits = max(math.ceil(math.log2(keys.shape[1])), 1)
-        self.fixed = {"key_books": keys[None].float(), "value_books": values[None].float()}
+        books = {"key_books": keys, "value_books": values}
+        self.fixed = {name: t[None].float() for name, t in books.items() if t is not None}
 
     @property
     def count(self) -> int:
@@ -104,23 +105,23 @@ class ResidualVQ(TokenCodec):
 
     def forms(self) -> dict[str, Form]:
         """See :class:`TokenCodec`."""
-        size = stream_bytes(self.count, self.bits)
-        return {
-            f"{side}.{name}": form
-            for side in ("key", "value")
-            for name, form in (
-                ("codes", Form(side, (size,), torch.uint8)),
-                ("scale", Form(side, (), torch.float16)),
-            )
-        }
+        size, found = stream_bytes(self.count, self.bits), dict[str, Form]()
+        for side in ("key", "value"):
+            if f"{side}_books" in self.fixed:
+                found[f"{side}.codes"] = Form(side, (size,), torch.uint8)
+                found[f"{side}.scale"] = Form(side, (), torch.float16)
+            else:
+                found[f"{side}.exact"] = Form(side, (self.shape.head_dim,))
+        return found
 
     def encode(self, k: Tensor, v: Tensor, position: Tensor) -> dict[str, Tensor]:
         """See :class:`TokenCodec`."""
-        k, v = k.float(), v.float()
-        if self.rotation is not None:
-            k = self.rotation.at(k, -position)
+        k = k.float() if self.rotation is None else self.rotation.at(k.float(), -position)
         found: dict[str, Tensor] = {}
-        for side, x in (("key", k), ("value", v)):
+        for side, x in (("key", k), ("value", v.float())):
+            if f"{side}_books" not in self.fixed:
+                found[f"{side}.exact"] = v
+                continue
             scale = x.std(-1, correction=0).half()
             y = vectors(x / scale.float().clamp(min=1e-6)[..., None], side == "key")
             codes = encode(y, self.fixed[f"{side}_books"][0])
@@ -139,16 +140,19 @@ class ResidualVQ(TokenCodec):
 
     def decode_values(self, held: Held) -> Tensor:
         """See :class:`TokenCodec`."""
-        return self._decoded("value", held)
+        return self._decoded("value", held) if "value_books" in self.fixed else held["value.exact"].float()
 
 
 @register("residual_vq")
-def residual_vq(layer: LayerContext, *, books: int = BOOKS, codebooks: str | None = None) -> TokenCodec:
-    """The first ``books`` of a model's codebooks, of the file ``codebooks``; None: the one in the cache folder."""
+def residual_vq(
+    layer: LayerContext, *, books: int = BOOKS, codebooks: str | None = None, values: bool = True
+) -> TokenCodec:
+    """The first ``books`` of a model's codebooks, of the file ``codebooks``; None: the one in the cache folder.
+    Without ``values`` these stay in full precision."""
     settings, tensors = training.of_layer(CODEBOOKS, codebooks, layer.fingerprint, layer.index)
     if not 1 <= books <= settings["books"]:
         raise ValueError(f"books must be 1 to the {settings['books']} that were trained, got {books}")
-    return ResidualVQ(layer, tensors["key"][:books], tensors["value"][:books])
+    return ResidualVQ(layer, tensors["key"][:books], tensors["value"][:books] if values else None)
 
 
 def k_means(x: Tensor, entries: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

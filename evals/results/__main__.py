@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from headq_ao.evals.harness.environment import write_json
-from headq_ao.evals.results import documents
+from headq_ao.evals.results import documents, neighbours
 from headq_ao.evals.results.blocks import BLOCKS, block
 from headq_ao.evals.results.provenance import History
 
@@ -53,6 +53,7 @@ def draw(results: Path) -> None:
     from headq_ao.evals.report.write import write_report
 
     write_report(find_folders(results, []), results / "report")
+    neighbours.plot(results, results / "report" / "neighbours.png")
     for name, plot in zip(DRAWN, (plot_decode, plot_generate), strict=True):
         path = results / name
         plot(json.loads(path.read_text(encoding="utf-8")), path.with_suffix(".png"))

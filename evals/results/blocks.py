@@ -11,7 +11,7 @@ from headq_ao.evals.benchmarks import bench_decode, bench_generate, bench_mla, t
 from headq_ao.evals.gpu import report as gpu
 from headq_ao.evals.harness import table
 from headq_ao.evals.models import sweep_table
-from headq_ao.evals.results import messages, tables, versions
+from headq_ao.evals.results import messages, neighbours, tables, versions
 from headq_ao.evals.results.provenance import KERNELS, QUALITY, SPEED, History, footer, read
 from headq_ao.evals.vllm import tables as served
 
@@ -85,6 +85,10 @@ BLOCKS: dict[str, Block] = {
     "prompt_cache": one("prompt_cache/prompt_cache.json", tables.prompt_cache, SPEED),
     "retrieval": one("retrieval/retrieval.json", tables.retrieval, QUALITY),
     "decode_mode": Block("decode_mode/*.json", lambda results: tables.decode_mode(results / "decode_mode"), QUALITY),
+    **{
+        name: Block("neighbours_side/*.json" if name == "neighbours side" else "neighbours*/*.json", make, QUALITY)
+        for name, make in neighbours.BLOCKS.items()
+    },
     "routing": Block("routing/*.json", lambda results: tables.routing(results / "routing"), QUALITY),
     "latent": Block("latent/*.json", lambda results: tables.latent(results / "latent"), QUALITY),
     "shared_kv": Block("shared_kv/*.json", lambda results: tables.shared_kv(results / "shared_kv"), QUALITY),

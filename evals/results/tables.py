@@ -30,6 +30,17 @@ CACHES = {
     "headq_2bit": "HeadQ, 2 bits in every layer",
     "kivi_2bit_g64": "KIVI, 2 bits, groups of 64",
     "turboquant_2bit": "TurboQuant, 2 bits",
+    "kv_mean_2": "HeadQ, mean of 2 code bits",
+    "trellis_headq_2bit": "trellis in HeadQ's basis and metric, 2 bits",
+    "trellis_2bit": "trellis of rotated tokens, 2 bits",
+    "residual_vq_6": "residual VQ, 6 books",
+    "kvlinc_base": "KVLinC-like without its correction, 2 bits",
+    "int4_per_token_head": "vLLM's int4_per_token_head",
+    "turboquant_3bit_nc": "vLLM's turboquant_3bit_nc",
+    "rdkv_2.25": "RDKV-like, 2.25 bits",
+    "rdkv_0.4": "RDKV-like, 0.4 bits",
+    "random_16bit_2.25": "random eviction, 16-bit tokens, 2.25 bits",
+    "random_4bit_2.25": "random eviction, 4-bit tokens, 2.25 bits",
 }  # of recipes/retrieval.py
 
 

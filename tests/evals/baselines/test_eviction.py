@@ -42,6 +42,17 @@ def test_the_budget_holds_and_is_used(share):
     assert (choice.gather(1, heavy).float().mean(1) > choice.gather(1, light).float().mean(1)).all()
 
 
+def test_choices_that_are_barred_are_not_taken():
+    weight = torch.rand(2, 200, generator=torch.Generator().manual_seed(3)) ** 4
+    weight[:, :50] = 0
+    sizes = choice_bytes(64, 64)
+    budget = int(0.3 * 200 * sizes[-1])
+    choice = allocate(weight, VALUE_LOSS, sizes, budget, (0, 16))
+    assert set(choice.unique().tolist()) == {0, 4}
+    assert torch.equal((choice == 4).sum(1), torch.tensor([budget // sizes[-1]] * 2))  # the heaviest that fit
+    assert (choice.gather(1, weight.topk(budget // sizes[-1]).indices) == 4).all()
+
+
 def test_no_single_change_is_better():
     """At the same bytes no exchange of two items' choices has a smaller loss."""
     weight, loss = torch.rand(1, 30, generator=torch.Generator().manual_seed(2)), torch.tensor(VALUE_LOSS)

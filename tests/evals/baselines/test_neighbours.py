@@ -9,12 +9,17 @@ from headq_ao.evals.baselines.neighbours import ALL
 from headq_ao.evals.harness.subjects import Subject
 
 TWO = {"k_bits": 2, "v_bits": 2}
+GROUPS = TWO | {"k_group": 16, "v_group": 16}
 CASES = {
     "trellis": ("trellis", TWO),
     "trellis_1bit_values": ("trellis", {"k_bits": None, "v_bits": 1}),
     "trellis_headq": ("trellis", TWO | {"basis": "headq"}),
     "trellis_unbiased": ("trellis", {"k_bits": 4, "v_bits": None, "unbiased": False}),
     "residual_vq": ("residual_vq", {"books": 3}),
+    "residual_vq_keys": ("residual_vq", {"books": 4, "values": False}),
+    "side_code_on_trellis": ("side_code", {"base": "trellis", "base_options": TWO | {"v_bits": None}, "rank": 8}),
+    "side_code_on_groups": ("side_code", {"base": "kivi", "base_options": GROUPS, "rank": 4, "sign": -1}),
+    "side_code_matched": ("side_code", {"base": "trellis", "base_options": TWO, "rank": 8, "basis": "matched"}),
     "kvlinc_base": ("kvlinc_base", {}),
     "int4": ("int4_per_token_head", {}),
     "k8v4": ("turboquant_k8v4", {}),
@@ -119,6 +124,7 @@ def test_padding_and_order_do_not_matter(case, token_ids):
         ("trellis", TWO, 2 + 16 / 32, 2 + 16 / 32),
         ("trellis", TWO | {"basis": "headq", "k_bits": 1}, 1 + 16 / 32, 2 + 16 / 32),
         ("residual_vq", {"books": 3}, 24 / 32 + 16 / 32, 24 / 32 + 16 / 32),  # three indices of 6 bits are 3 bytes
+        ("side_code", {"base": "kivi", "base_options": GROUPS, "rank": 8}, 2 + 32 / 16 + 16 / 32, 2 + 32 / 16),
         ("kvlinc_base", {}, 2 + 32 / 128, 2 + 32 / 32),
         ("int4_per_token_head", {}, 4 + 32 / 32, 4 + 32 / 32),
         ("turboquant_k8v4", {}, (8 + 4 * EXACT) / 5, (4 + 32 / 32 + 4 * EXACT) / 5),
@@ -134,7 +140,8 @@ def test_bits_by_hand(quantized, books, token_ids, name, options, key, value):
     model(token_ids(1, 300), cache=cache)
     report = cache.bits_report()
     assert (report.key_body_bits, report.value_body_bits) == pytest.approx((key, value))
-    assert (report.key_stored_bits, report.value_stored_bits) == pytest.approx((key, value))
+    own = 8 * report.bytes.get("bases", 0) / (report.packed_rows * 2 * 2 * 32)  # steps of a side code, of keys
+    assert (report.key_stored_bits, report.value_stored_bits) == pytest.approx((key + own, value))
     assert sum(report.bytes.values()) == cache.get_memory_footprint()
 
 
@@ -146,10 +153,12 @@ def test_bits_by_hand(quantized, books, token_ids, name, options, key, value):
         ("trellis", TWO | {"basis": "whitened"}, "basis must be 'rotated' or 'headq'"),
         ("trellis", TWO | {"basis": "headq"}, "HeadQ's basis is made of a calibration"),
         ("rdkv", {"bits": 0}, "the budget must be above 0"),
+        ("rdkv", {"choices": [2, 4]}, "choices must be 0, so that a budget can be kept.*got 2, 4"),
         ("rdkv", {"later_bits": 3}, "bits of a token must be 2, 4, 8, 16, got 3"),
         ("rdkv", {"key_share": 1.0}, "key_share must be between 0 and 1"),
         ("random_eviction", {"kept_bits": 0}, "bits of a token must be"),
         ("residual_vq", {"codebooks": "nowhere.safetensors"}, "no residual vq file at"),
+        ("side_code", {"base": "trellis", "base_options": TWO}, "a side code's directions are those of a calibration"),
         ("kvlinc", {"argument": "value"}, "argument must be 'key' or 'residual'"),
         ("kvlinc", {"maps": "nowhere.safetensors"}, "no kvlinc key maps file at"),
     ],
