@@ -467,8 +467,8 @@ def headq_config(preset: str | None = None, **options: Any) -> HeadQConfig:
         preset: ``"balanced"``, the default (2.375 code bits, 2.5 with the scales at a head_dim of 64), ``"quality"``
             (2.875, 3.0) or ``"near_lossless"`` (4.0625, 4.25): mean bits shared between heads and sides by the
             calibration; without one 2, 2.5 or 4 bits in every layer. Below the default there are ``"compact"``
-            (1.875, 2.0) and ``"minimal"`` (1.375, 1.5), which cost quality and want a calibration: without one they are 2 bits,
-            and 2 for keys and 1 for values. ``"headq_paper"``: the published construction, an
+            (1.875, 2.0) and ``"minimal"`` (1.375, 1.5), which cost quality and want a calibration: without one
+            they are 2 bits, and 2 for keys and 1 for values. ``"headq_paper"``: the published construction, an
             affine 2-bit base and a query-PCA side code of its error (HeadQ, arXiv 2605.03562, withdrawn by its author).
         **options: fields of :class:`HeadQConfig`. With ``k_bits``, ``v_bits`` or a codec, all layers have the same
             bits, unless ``mean_bits`` is given too. ``cache_bytes`` and ``context_length`` take the place of a preset.

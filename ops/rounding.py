@@ -1,5 +1,5 @@
-"""Rounding: the levels of codes, and scales as they are stored, in fp16 or in a byte of three exponent and five mantissa
-bits.
+"""Rounding: the levels of codes, and scales as they are stored, in fp16 or in a byte of three exponent and five
+mantissa bits.
 
 A scale in a byte is fp16 as well: ``byte · 2^5 + 0x2C00`` are its bits, so that all arithmetic before and after it is
 the same. The 256 scales reach from 1/16 to 15.75, in steps of 1/32 to 1/64 of themselves.

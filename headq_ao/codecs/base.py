@@ -82,7 +82,8 @@ class KeyCodec(Codec):
     ``unit [.., 1]`` (:mod:`headq_ao.statistics.units`): all this is of ``k / unit``; None: of the keys as they are.
     ``own`` names the tensors that belong to the sequences of a batch: indexed with it, and charged to it.
     ``head_bits``: of the base of each KV head, where they differ; ``bits`` are then those of the first.
-    ``byte_scales``: whether scales of up to :data:`MOST_BYTE_BITS` code bits are in a byte (:mod:`headq_ao.ops.rounding`).
+    ``byte_scales``: whether scales of up to :data:`MOST_BYTE_BITS` code bits are in a byte
+    (:mod:`headq_ao.ops.rounding`).
     """
 
     mean: Tensor

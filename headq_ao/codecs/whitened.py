@@ -114,8 +114,8 @@ def prompt_whitened_codec(config: HeadQConfig, c_q: Tensor, mean: Tensor, varian
 
 
 def whitening(matrix: Tensor, power: float, rotation: Tensor, to_one: bool = False) -> tuple[Tensor, Tensor]:
-    """``C^{−τ/2} R`` and ``C^{τ/2} R`` for symmetric matrices ``[.., D, D]`` and an orthogonal ``R``; ``to_one``: by the
-    number that makes the RMS of ``x C^{−τ/2}`` 1, as scales in a byte want it."""
+    """``C^{−τ/2} R`` and ``C^{τ/2} R`` for symmetric matrices ``[.., D, D]`` and an orthogonal ``R``;
+    ``to_one``: by the number that makes the RMS of ``x C^{−τ/2}`` 1, as scales in a byte want it."""
     values, vectors = eigh(ridged(matrix, SPREAD_RIDGE))
     values, r = values.clamp(min=1e-30), rotation.to(values)
     encode, read = (

@@ -74,7 +74,8 @@ class Encoder:
             self.scale_bits != 8 or self.hessian is None or not isinstance(self.step, Tensor)
         ):
             raise ValueError(
-                f"scale_bits must be 16, or 8 with error feedback (hessian) and a tensor of steps, got {self.scale_bits}"
+                "scale_bits must be 16, or 8 with error feedback (hessian) and a tensor of steps, got "
+                f"{self.scale_bits}"
             )
         if self.group_size and m % self.group_size:
             raise ValueError(f"group_size must divide the {m} coordinates, got {self.group_size}")

@@ -52,7 +52,8 @@ def launch(
     pointers = zip(_POINTERS.split(), (y, hessian, cholesky, step, index, codes, scale), strict=True)
     args = _Args(
         matrices=own.numel(), heads=heads, batch=batch, tokens=tokens, width=width, bits=bits, unbiased=unbiased,
-        scale_bits=scale_bits, threads=torch.get_num_threads(), **{name: tensor.data_ptr() for name, tensor in pointers},
+        scale_bits=scale_bits, threads=torch.get_num_threads(),
+        **{name: tensor.data_ptr() for name, tensor in pointers},
     )  # fmt: skip
     if lib.headq_feedback_codes(ctypes.byref(args)):
         raise MemoryError(f"feedback_codes had no memory for its working set over {tokens} tokens of {width}")

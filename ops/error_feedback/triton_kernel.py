@@ -236,7 +236,8 @@ def launch(
         feedback_kernel[(in_tiles[0], len(SPREADS), batch * heads)](
             y, seen, wanted, diagonal, diagonal.expand(batch, heads, -1).stride()[:2],
             pulls, pulls[0].expand(batch, heads, -1, -1).stride()[:2], pulls.stride(0), scales, codes, kept, errors,
-            heads, BLOCKS=blocks, M_PADDED=padded, TOP=2**bits - 1, PASSES=PASSES, UNBIASED=unbiased, BYTE_SCALE=scale_bits == 8,
+            heads, BLOCKS=blocks, M_PADDED=padded, TOP=2**bits - 1, PASSES=PASSES, UNBIASED=unbiased,
+            BYTE_SCALE=scale_bits == 8,
             num_stages=1, enable_fp_fusion=True, **tile,
         )  # fmt: skip
     best = errors.argmin(0, keepdim=True)

@@ -255,7 +255,8 @@ def encoders(case):
 
 UPDATES = [
     "2 bits", "2 bits, fp16 scales", "head groups, fp16 scales", "2 bits, pages of 16",
-    "1 and 8 bits", "3 bits", "5 and 6 bits", "6 and 5 bits", "head groups", "side code", "groups of values, zeros", "unequal lengths", "wrapped", "empty", "bfloat16",
+    "1 and 8 bits", "3 bits", "5 and 6 bits", "6 and 5 bits", "head groups", "side code",
+    "groups of values, zeros", "unequal lengths", "wrapped", "empty", "bfloat16",
 ]  # fmt: skip
 
 
