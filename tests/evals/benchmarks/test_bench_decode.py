@@ -101,7 +101,7 @@ def test_packed_tokens_stand_for_what_is_checked(shape, k_bits, v_bits):
         for attend in (packed.attend(kv), packed.attend_compiled(reference.paged_attention, kv)):
             assert relative_error(attend().reshape(exact.shape), exact) < 1e-3
     elements = 2 * packed.shape.kv_heads * 96 * packed.shape.head_dim
-    assert packed.n_bytes * 8 / elements == (k_bits + v_bits) / 2 + 16 / packed.shape.head_dim
+    assert packed.n_bytes * 8 / elements == (k_bits + v_bits) / 2 + 8 / packed.shape.head_dim
 
 
 def test_tokens_repeat_beyond_what_is_encoded(monkeypatch):
@@ -136,7 +136,7 @@ def test_command_from_start_to_table(tmp_path, capsys):
     assert set(cell["methods"]) == {"k2v2", "default", "bf16", "folded", "gqa"}
     assert set(cell["speedup"]["default"]) == {"bf16", "folded", "gqa"}
     method = cell["methods"]["k2v2"]
-    assert method["bytes"] == 2 * 2 * 64 * (32 * 2 / 8 + 2)
+    assert method["bytes"] == 2 * 2 * 64 * (32 * 2 / 8 + 1)
     assert method["gbs"] == pytest.approx(method["bytes"] / method["ms"] / 1e6)
     assert method["error"] < 1e-3 < cell["methods"]["folded"]["error"] < 1e-2
 
