@@ -41,7 +41,7 @@ def by_the_docstring(y, metric, step, bits, unbiased, scale_bits):
                 e[i] = y[i] - width[i] * (codes[i] - top / 2)
         y_hat = [a - b for a, b in zip(y, e, strict=True)]
         if unbiased:
-            gain = form(y, y) / form(y, y_hat)
+            gain = form(y, y) / max(form(y, y_hat), 1e-30)
             kept = stored(scale * gain if gain > 0 else scale)
             y_hat, scale = [x * kept / scale for x in y_hat], kept
         e = [a - b for a, b in zip(y, y_hat, strict=True)]
