@@ -22,9 +22,11 @@ def unbiased_scale(scale: Tensor, y: Tensor, y_hat: Tensor) -> Tensor:
 
 
 def scale_by_gain(scale: Tensor, wanted: Tensor, got: Tensor, bits: int = 16) -> Tensor:
-    """``scale · wanted / got`` as stored; ``scale`` itself where that is not positive."""
+    """``scale · wanted / got`` as stored; ``scale`` itself where that is not positive, or is the least that a byte
+    holds: codes of a token that is smaller still have no direction that a gain could be of."""
     gain = wanted / got.clamp(min=1e-30)
-    return stored_scale(scale * torch.where(gain > 0, gain, torch.ones_like(gain)), bits)
+    usable = gain > 0 if bits == 16 else (gain > 0) & (scale > LEAST_SHORT)
+    return stored_scale(scale * torch.where(usable, gain, torch.ones_like(gain)), bits)
 
 
 def stored_scale(x: Tensor, bits: int) -> Tensor:

@@ -25,7 +25,7 @@ from headq_ao.ops.cache_update.triton_pages import (
     window_page,
 )
 from headq_ao.ops.error_feedback.reference import SPREADS
-from headq_ao.ops.error_feedback.triton_kernel import INTEGER, stored_byte, stored_half
+from headq_ao.ops.error_feedback.triton_kernel import INTEGER, LEAST_BYTE, stored_byte, stored_half
 from headq_ao.ops.page_layout import PageLayout
 from headq_ao.ops.paged_attention.triton_codes import CHUNK
 from headq_ao.ops.paged_attention.triton_heads import FIELDS, all_query_columns, form, head_table, kinds, sides
@@ -239,7 +239,8 @@ def code_kernel(
         energy = tl.sum(diagonal * y * (y + 2 * of_y)) * scale * scale  # yᵀ M y
         if tl.load(row + _UNBIASED) > 0:
             gain = energy / tl.maximum(energy - cross, 1e-30)
-            kept = _stored(scale * tl.where(gain > 0, gain, 1.0), in_byte)
+            usable = (gain > 0) & ((in_byte == 0) | (scale > LEAST_BYTE))
+            kept = _stored(scale * tl.where(usable, gain, 1.0), in_byte)
             gain = kept / scale  # the error is now y − gain · ŷ = gain · e + (1 − gain) · y
             error = gain * gain * error + (1 - gain) * (2 * gain * cross + (1 - gain) * energy)
             scale = kept

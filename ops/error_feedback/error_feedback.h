@@ -197,7 +197,9 @@ inline V remaining_error(const Quadratic& q, Work<V>& w, V energy, V& sigma) {
     V cross{};
     for (int i = 0; i < q.n; i++) cross += (w.y[i] - w.e[i]) * w.seen[i];
     V gain = energy / (cross > 1e-30f ? cross : all<V>(1e-30f));
-    V kept = stored_scale(sigma * (gain > 0.0f ? gain : all<V>(1.0f)), q.byte_scale);
+    gain = gain > 0.0f ? gain : all<V>(1.0f);
+    if (q.byte_scale) gain = sigma > 0.0625f ? gain : all<V>(1.0f);  // smaller still: its codes have no direction
+    V kept = stored_scale(sigma * gain, q.byte_scale);
     V less = 1.0f - kept / sigma, size = error - energy + 2 * cross;
     error += less * (2 * (cross - size) + less * size);
     sigma = kept;

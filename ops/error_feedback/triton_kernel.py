@@ -159,8 +159,11 @@ def feedback_kernel(
         energy = tl.load(wanted + tile * ROWS + row)
         cross *= scale
         gain = energy / tl.maximum(energy - cross, 1e-30)
-        kept = scale * tl.where(gain > 0, gain, 1.0)
-        kept = stored_byte(kept) if BYTE_SCALE else stored_half(kept)
+        gain = tl.where(gain > 0, gain, 1.0)
+        if BYTE_SCALE:
+            kept = stored_byte(scale * tl.where(scale > LEAST_BYTE, gain, 1.0))
+        else:
+            kept = stored_half(scale * gain)
         gain = kept / scale  # the error is now y − gain · ŷ = gain · e + (1 − gain) · y
         error = gain * gain * error + (1 - gain) * (2 * gain * cross + (1 - gain) * energy)
         scale = kept

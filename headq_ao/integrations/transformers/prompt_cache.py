@@ -173,16 +173,35 @@ def model_head(model: PreTrainedModel, config: HeadQConfig, ids: Tensor | None) 
     }
 
 
+def comparable(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of a config of any version that mean the same where they are equal: the version says what others are
+    where they are not written.
+
+    Example:
+        >>> from headq_ao.integrations.transformers.prompt_cache import comparable
+        >>> comparable({"k_bits": 2, "version": 1}) == comparable({"k_bits": 2, "scale_bits": 16, "version": 2})
+        True
+    """
+    unwritten = {"scale_bits": 16} if options.get("version") == 1 else {}
+    return {name: value for name, value in (unwritten | options).items() if name != "version"}
+
+
 def check_same(here: dict[str, Any], there: dict[str, Any]) -> None:
     """Raise ValueError where a file was made with another model, other weights, another config or calibration."""
     codec = there["config"].get("codec")
     if codec is not None and codec != here["config"]["codec"]:
         registry.check(codec, there["config"]["codec_options"] or {})
-    for name, what in (("fingerprint", "another model"), ("config", "another config")):
-        wrong = [k for k in here[name] if k != "weights" and here[name][k] != there[name].get(k)]
+    configs = comparable(here["config"]), comparable(there["config"])
+    for what, ours, theirs in (
+        ("another model", here["fingerprint"], there["fingerprint"]), ("another config", *configs),
+    ):  # fmt: skip
+        wrong = [k for k in ours if k != "weights" and ours[k] != theirs.get(k)]
         if wrong:
-            told = "; ".join(f"{k} is {here[name][k]!r} here and {there[name].get(k)!r} there" for k in wrong)
-            raise ValueError(f"it was made with {what}: {told}")
+            told = "; ".join(f"{k} is {ours[k]!r} here and {theirs.get(k)!r} there" for k in wrong)
+            raise ValueError(
+                f"it was made with {what}: {told}; load it into a model and with a config like those, or compute the "
+                "prompt again"
+            )
     if here["shapes"] != there["shapes"]:
         raise ValueError("it was made with other attention heads, as on another rank of a tensor-parallel model")
     if here["calibrated"] != there["calibrated"]:

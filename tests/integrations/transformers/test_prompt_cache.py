@@ -17,6 +17,7 @@ from headq_ao import HeadQCache, calibrate, headq_config, quantize_, restore_
 from headq_ao.cache.serialize import layer_to_tensors
 from headq_ao.evals.harness import inputs
 from headq_ao.files import checksum
+from headq_ao.integrations.transformers import prompt_cache
 from tests.conftest import ROOT
 
 FAST = {"epoch_tokens": 64, "residual_length": 32, "block_size": 16}
@@ -237,6 +238,28 @@ def test_another_model_is_refused(tiny, token_ids, tmp_path, index):
     message, make = list(other_models(tiny, token_ids).items())[index]
     with pytest.raises(ValueError, match=f"c' is not a usable headq_ao prompt cache: it was made with.*{message}"):
         HeadQCache.load(path, make())
+
+
+@pytest.mark.parametrize("calibrated", [False, True], ids=["uncalibrated", "calibrated"])
+def test_prompts_of_configs_of_version_1(tiny, token_ids, tmp_path, monkeypatch, calibrated):
+    """They do not say that their scales have 16 bits; models say so, be their config of that version or of this one."""
+    model, path, ids = prepared(tiny, token_ids, calibrated=calibrated, scale_bits=16), tmp_path / "c", token_ids(1, 40)
+    cache, today = filled(model, token_ids(1, 200, seed=1)), prompt_cache.model_head
+
+    def of_version_1(*given):
+        head = today(*given)
+        config = {n: x for n, x in head["config"].items() if n not in ("scale_bits", "value_weight")}
+        return head | {"config": config | {"version": 1}}
+
+    with monkeypatch.context() as patched:
+        patched.setattr(prompt_cache, "model_head", of_version_1)
+        cache.save(path)
+    found = [HeadQCache.load(path, m) for m in (model, prepared(tiny, token_ids, calibrated=calibrated, version=1))]
+    expected = continued(model, cache, ids)
+    assert all(torch.equal(continued(model, loaded, ids), expected) for loaded in found)
+    message = "another config: scale_bits is 8 here and 16 there; load it into a model .* or compute the prompt again"
+    with pytest.raises(ValueError, match=message):
+        HeadQCache.load(path, prepared(tiny, token_ids, calibrated=calibrated))
 
 
 def test_another_calibration_is_refused(tiny, token_ids, tmp_path):

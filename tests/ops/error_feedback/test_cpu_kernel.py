@@ -40,6 +40,19 @@ def test_the_kernel_equals_the_reference(case, without_kernel, shape, bits, unbi
 
 
 @pytest.mark.parametrize("kernel", [True, False], ids=["kernel", "reference"])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_tokens_below_the_least_scale_in_a_byte_keep_it(case, without_kernel, kernel, bits, tokens):
+    """Their codes point anywhere: a gain would blow them up, to the largest scale."""
+    y, metric, step = case(2, 2, tokens, 64, bits, "head")
+    small = y / y.square().mean(-1, keepdim=True).sqrt() * torch.logspace(-6, -2, tokens, dtype=y.dtype)[:, None]
+    call = feedback_codes if kernel else lambda *args, **how: without_kernel(feedback_codes, *args, **how)
+    codes, scale = call(small, metric, step, bits, scale_bits=8)
+    assert bool((scale == 1 / 16).all())
+    assert float(decoded(codes, scale, step, bits).abs().max()) <= (2**bits - 1) / 2 / 16 * float(step.max())
+
+
+@pytest.mark.parametrize("kernel", [True, False], ids=["kernel", "reference"])
 def test_rows_do_not_depend_on_their_neighbours(case, without_kernel, kernel):
     """Any cut of the tokens, any part of the batch or the heads: the same codes, bit for bit."""
     call = feedback_codes if kernel else lambda *args: without_kernel(feedback_codes, *args)

@@ -42,7 +42,7 @@ def by_the_docstring(y, metric, step, bits, unbiased, scale_bits):
         y_hat = [a - b for a, b in zip(y, e, strict=True)]
         if unbiased:
             gain = form(y, y) / max(form(y, y_hat), 1e-30)
-            kept = stored(scale * gain if gain > 0 else scale)
+            kept = stored(scale * gain if gain > 0 and (scale_bits == 16 or scale > scales[0]) else scale)
             y_hat, scale = [x * kept / scale for x in y_hat], kept
         e = [a - b for a, b in zip(y, y_hat, strict=True)]
         if best is None or form(e, e) < best[0]:
