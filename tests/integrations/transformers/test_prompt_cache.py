@@ -254,9 +254,9 @@ def test_prompts_of_configs_of_version_1(tiny, token_ids, tmp_path, monkeypatch,
     with monkeypatch.context() as patched:
         patched.setattr(prompt_cache, "model_head", of_version_1)
         cache.save(path)
-    found = [HeadQCache.load(path, m) for m in (model, prepared(tiny, token_ids, calibrated=calibrated, version=1))]
     expected = continued(model, cache, ids)
-    assert all(torch.equal(continued(model, loaded, ids), expected) for loaded in found)
+    for reader in (model, prepared(tiny, token_ids, calibrated=calibrated, version=1)):
+        assert torch.equal(continued(reader, HeadQCache.load(path, reader), ids), expected)
     message = "another config: scale_bits is 8 here and 16 there; load it into a model .* or compute the prompt again"
     with pytest.raises(ValueError, match=message):
         HeadQCache.load(path, prepared(tiny, token_ids, calibrated=calibrated))
