@@ -9,11 +9,15 @@ import sys
 
 
 def pages_of_rank(worker):
-    """Of the first layer: KV heads, and bytes of a packed page."""
+    """Of the first layer: KV heads, bytes of a packed page, and those that a rank keeps for one."""
     layers = worker.vllm_config.compilation_config.static_forward_context
     layer = next(x for name, x in sorted(layers.items()) if name.endswith("self_attn.attn"))
     pages = layer.impl.pages
-    return {"kv_heads": layer.num_kv_heads, "page_bytes": pages.layout.bytes_of_page(0, pages.kv.window_k.dtype)}
+    dtype = pages.kv.window_k.dtype
+    return {
+        "kv_heads": layer.num_kv_heads, "page_bytes": pages.layout.bytes_of_page(layer.impl.n_sink, dtype),
+        "kept": layer.impl.page_bytes(pages.layout.page_tokens, dtype),
+    }  # fmt: skip
 
 
 def main(model, calibration, ranks):

@@ -27,5 +27,7 @@ def test_two_ranks_hold_half_of_the_heads_each_and_say_what_one_says(tiny):
     one, two = found
     assert two["tokens"] == one["tokens"]
     assert [rank["kv_heads"] for rank in two["ranks"]] == [1, 1]
-    sizes = {rank["page_bytes"] for rank in two["ranks"]}
-    assert len(sizes) == 1 and 2 * sizes.pop() == one["ranks"][0]["page_bytes"]
+    kept = {rank["kept"] for rank in two["ranks"]}
+    own = [rank["page_bytes"] for rank in two["ranks"]]
+    assert kept == {max(own)} and sum(own) == one["ranks"][0]["page_bytes"] == one["ranks"][0]["kept"]
+    assert len(set(own)) == 2, "heads of different bits: the case that counts"

@@ -109,7 +109,9 @@ def _with_window(made: Callable[..., None]) -> Callable[..., None]:
         config = get_current_vllm_config()
         ours, impl = settings(config), self.impl
         rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-        impl.codec, impl.n_sink = ours.codec(layer_number(self.layer_name), rank, size), ours.config.n_sink
+        layer = layer_number(self.layer_name)
+        impl.codec, impl.n_sink = ours.codec(layer, rank, size), ours.config.n_sink
+        impl.page_bytes = functools.partial(ours.page_bytes, layer, size)
         if impl.codec.kv_heads != self.num_kv_heads or self.head_size != self.head_size_v:
             raise ValueError(
                 f"HeadQ's calibration is of {impl.codec.kv_heads} KV heads in {self.layer_name}, which has "
@@ -137,7 +139,7 @@ def _packed_spec(before: Callable[..., Any]) -> Callable[..., Any]:
                 f"--block-size must divide the {frame.tokens} tokens of a segment of HeadQ's keys, got {tokens}; leave "
                 "it out"
             )
-        size = impl.codec.layout(tokens).bytes_of_page(impl.n_sink, self.kv_cache_torch_dtype)
+        size = impl.page_bytes(tokens, self.kv_cache_torch_dtype)
         return dataclasses.replace(
             spec, block_size=tokens, num_head_slots=1, dtype=torch.uint8, state_content_bytes=-(-size // tokens)
         )

@@ -81,6 +81,14 @@ class Settings:
             bits=self.bits[layer], rotation=self.rotations[layer], positions=self.positions,
         ).start(1, torch.float32)  # fmt: skip
 
+    def page_bytes(self, layer: int, ranks: int, tokens: int, dtype: torch.dtype) -> int:
+        """What a page of ``tokens`` of a layer takes, sinks of that dtype included: on the one of ``ranks`` ranks whose
+        heads have the most bits, for an engine's pages are of one size on all of them."""
+        held = self.shapes[layer].n_kv_heads // ranks
+        codecs = (self._start(layer, slice(rank * held, (rank + 1) * held)) for rank in range(ranks))
+        layouts = (dataclasses.replace(codec, kv_heads=held).layout(tokens) for codec in codecs)
+        return max(layout.bytes_of_page(self.config.n_sink, dtype) for layout in layouts)
+
     def bytes_of_token(self) -> float:
         """What a packed token takes in all layers, its codes and scales."""
         pages = (self._start(i, slice(None)).layout(UNIT) for i in range(len(self.shapes)))
