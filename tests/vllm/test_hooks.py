@@ -76,8 +76,10 @@ class Spec:
 
 def layer(backend=HeadQBackend, frame=None):
     layout = PageLayout(64, 32, 32, (GroupLayout(0, 2, Side((2,) * 32), Side((2,))),))
-    codec = SimpleNamespace(frame=frame, layout=lambda tokens: dataclasses.replace(layout, page_tokens=tokens))
-    impl = SimpleNamespace(codec=codec, n_sink=4)
+    impl = SimpleNamespace(
+        codec=SimpleNamespace(frame=frame),
+        page_bytes=lambda tokens, dtype: dataclasses.replace(layout, page_tokens=tokens).bytes_of_page(4, dtype),
+    )
     return SimpleNamespace(attn_backend=backend, impl=impl, kv_cache_torch_dtype=torch.bfloat16), layout
 
 

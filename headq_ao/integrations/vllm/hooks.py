@@ -6,6 +6,7 @@ replaced here, and act only where the backend is chosen.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
