@@ -9,15 +9,16 @@ import sys
 
 
 def pages_of_rank(worker):
-    """Of the first layer: KV heads, bytes of a packed page, and those that a rank keeps for one."""
+    """KV heads of a layer; of each layer the bytes of a packed page, and those that a rank keeps for one."""
     layers = worker.vllm_config.compilation_config.static_forward_context
-    layer = next(x for name, x in sorted(layers.items()) if name.endswith("self_attn.attn"))
-    pages = layer.impl.pages
-    dtype = pages.kv.window_k.dtype
+    own = [x for name, x in sorted(layers.items()) if name.endswith("self_attn.attn")]
+    dtype = own[0].impl.pages.kv.window_k.dtype
+    layouts = [(layer.impl, layer.impl.pages.layout) for layer in own]
     return {
-        "kv_heads": layer.num_kv_heads, "page_bytes": pages.layout.bytes_of_page(layer.impl.n_sink, dtype),
-        "kept": layer.impl.page_bytes(pages.layout.page_tokens, dtype),
-    }  # fmt: skip
+        "kv_heads": own[0].num_kv_heads,
+        "page_bytes": [layout.bytes_of_page(impl.n_sink, dtype) for impl, layout in layouts],
+        "kept": [impl.page_bytes(layout.page_tokens, dtype) for impl, layout in layouts],
+    }
 
 
 def main(model, calibration, ranks):
