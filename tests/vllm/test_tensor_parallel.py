@@ -29,5 +29,6 @@ def test_two_ranks_hold_half_of_the_heads_each_and_say_what_one_says(tiny):
     assert [rank["kv_heads"] for rank in two["ranks"]] == [1, 1]
     first, second = (rank["page_bytes"] for rank in two["ranks"])
     assert [rank["kept"] for rank in two["ranks"]] == [[*map(max, first, second)]] * 2
-    assert [a + b for a, b in zip(first, second, strict=True)] == one["ranks"][0]["page_bytes"] == one["ranks"][0]["kept"]
+    whole = one["ranks"][0]
+    assert [a + b for a, b in zip(first, second, strict=True)] == whole["page_bytes"] == whole["kept"]
     assert first != second, "heads of different bits: the case that counts"
