@@ -101,7 +101,8 @@ def test_keys_in_the_frame_of_their_segment_in_an_engines_pages(target):
     found = {kernel.name: table.resources(kernel, chip) for kernel in kernels}
     assert len(found) == 5 and all(each["binary_bytes"] > 1000 for each in found.values())
     assert all(each["spills"] == 0 for name, each in found.items() if name != "split_kernel")
-    assert found["split_kernel"]["warps_per_processor"] >= LEAST_WARPS
+    least = 6 if target == "gfx942" else LEAST_WARPS  # as a scale in a byte leaves registers there
+    assert found["split_kernel"]["warps_per_processor"] >= least
 
 
 @pytest.mark.parametrize("page", [32, 64])
