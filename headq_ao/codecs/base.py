@@ -304,7 +304,8 @@ class ValueCodec(Codec):
             return read
         bits_of_heads = self.head_bits or (self.bits,)
         steps = [GAUSSIAN_STEP[bits] if self.scale_bits_of(bits) == 8 else 1.0 for bits in bits_of_heads]
-        return read * torch.tensor(steps, dtype=read.dtype, device=read.device)[:, None, None]
+        # made on its device: a sequence's own readers are made in each step, which must not wait for a copy
+        return read * torch.cat([read.new_full((1, 1, 1), step) for step in steps])
 
     @property
     def own(self) -> frozenset[str]:

@@ -150,10 +150,8 @@ def _side(
             raise ValueError("a side that is coded needs an encoder, got None")
         return _Side(form=EXACT, dim=dim)  # nothing is written there
     side = _Side.from_buffer_copy(_encoder(encoder, batch, heads)[0])
-    if side.base + side.side != (dim if values else len(form.bits)) or (encoder.bits[0], encoder.scale_bits) != (
-        form.bits[0],
-        form.scale_bits,
-    ):
+    stored = (encoder.bits[0], encoder.scale_bits) == (form.bits[0], form.scale_bits)
+    if not stored or side.base + side.side != (dim if values else len(form.bits)):
         raise ValueError(
             f"an encoder of {encoder.bits} and scales of {encoder.scale_bits} bits does not fit pages of {form.spec}"
         )

@@ -62,11 +62,8 @@ def _table(layout: PageLayout, places: tuple[tuple[int, ...], ...], device: torc
     for group in layout.split(places):  # type: ignore[arg-type]  # it deals them out, whatever they are
         for head in range(group.layout.heads):
             row = [forms.index((group.layout.keys, group.layout.values))]
-            forms_of = group.layout.keys, group.layout.values
-            for side, form, planes in zip(
-                (group.keys, group.values), forms_of, (KEY_PLANES, VALUE_PLANES), strict=True
-            ):
-                row += _fields(side, form, planes, head)
+            row += _fields(group.keys, group.layout.keys, KEY_PLANES, head)
+            row += _fields(group.values, group.layout.values, VALUE_PLANES, head)
             rows.append(row)
     table = torch.tensor(rows, dtype=torch.int64, device="cpu")
     misplaced = [x for x in table[:, 1:].flatten().tolist() if x % ALIGNED]

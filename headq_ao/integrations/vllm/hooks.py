@@ -112,7 +112,7 @@ def _with_window(made: Callable[..., None]) -> Callable[..., None]:
         rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
         layer = layer_number(self.layer_name)
         impl.codec, impl.n_sink = ours.codec(layer, rank, size), ours.config.n_sink
-        impl.page_bytes = functools.partial(ours.page_bytes, layer, size)
+        impl.page_bytes = functools.partial(ours.page_bytes, impl.codec, layer, rank, size)
         if impl.codec.kv_heads != self.num_kv_heads or self.head_size != self.head_size_v:
             raise ValueError(
                 f"HeadQ's calibration is of {impl.codec.kv_heads} KV heads in {self.layer_name}, which has "

@@ -69,11 +69,13 @@ class Settings:
                 f"HeadQ cannot divide {shape.n_kv_heads} KV heads among {size} tensor-parallel ranks; use a size that "
                 "divides them"
             )
-        held = shape.n_kv_heads // size
-        codec = self._start(layer, slice(rank * held, (rank + 1) * held))
-        codec = dataclasses.replace(codec, kv_heads=held)
+        codec = self._part(layer, rank, size)
         codec.put_together()
         return codec
+
+    def _part(self, layer: int, rank: int, size: int) -> PlaneCodec:
+        held = self.shapes[layer].n_kv_heads // size
+        return dataclasses.replace(self._start(layer, slice(rank * held, (rank + 1) * held)), kv_heads=held)
 
     def _start(self, layer: int, heads: slice) -> PlaneCodec:
         return LayerCodec(
@@ -81,13 +83,11 @@ class Settings:
             bits=self.bits[layer], rotation=self.rotations[layer], positions=self.positions,
         ).start(1, torch.float32)  # fmt: skip
 
-    def page_bytes(self, layer: int, ranks: int, tokens: int, dtype: torch.dtype) -> int:
-        """What a page of ``tokens`` of a layer takes, sinks of that dtype included: on the one of ``ranks`` ranks whose
-        heads have the most bits, for an engine's pages are of one size on all of them."""
-        held = self.shapes[layer].n_kv_heads // ranks
-        codecs = (self._start(layer, slice(rank * held, (rank + 1) * held)) for rank in range(ranks))
-        layouts = (dataclasses.replace(codec, kv_heads=held).layout(tokens) for codec in codecs)
-        return max(layout.bytes_of_page(self.config.n_sink, dtype) for layout in layouts)
+    def page_bytes(self, codec: PlaneCodec, layer: int, rank: int, size: int, tokens: int, dtype: torch.dtype) -> int:
+        """What a page of ``tokens`` of a layer takes, sinks of that dtype included: on the one of ``size`` ranks whose
+        heads have the most bits, for an engine's pages are of one size on all of them; ``codec``: of this rank."""
+        others = (self._part(layer, other, size) for other in range(size) if other != rank)
+        return max(c.layout(tokens).bytes_of_page(self.config.n_sink, dtype) for c in (codec, *others))
 
     def bytes_of_token(self) -> float:
         """What a packed token takes in all layers, its codes and scales."""
