@@ -20,7 +20,8 @@ def test_demo(tmp_path, capsys):
     exact, plain, headq = result["caches"]
     assert exact["bytes"] == 320 * 2 * 30 * 3 * 64 * 4  # K and V, layers, heads, head_dim, float32
     assert abs(exact["score"]["mean_kl"]) < 1e-5
-    assert (plain["body_bits"], headq["body_bits"]) == (2.25, 2.5)
+    assert plain["body_bits"] == 2.25
+    assert 2.49 < headq["body_bits"] <= 2.5  # a budget is spent in steps of a head's bit, never exceeded
     assert 0 < headq["score"]["mean_kl"] < plain["score"]["mean_kl"]
     assert headq["bytes"] < exact["bytes"] / 2
     assert all(cache["continuation"] and cache["ms_per_token"] > 0 for cache in result["caches"])
