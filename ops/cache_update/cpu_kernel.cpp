@@ -34,7 +34,7 @@ struct Side {
   Plane plane[3];
   Numbers scale, zero;
   Tokens exact;
-  Matrix encode, mean, unit, steps, hessian, cholesky, read, side_encode, side_step;  // read: transposed, [base, dim]
+  Matrix encode, mean, unit, steps, hessian, ldl, read, side_encode, side_step;  // read: transposed, [base, dim]
 };
 
 struct Rows { char* data; int64_t row, parts, part, bytes; };  // of a row: parts of so many bytes; row and part: strides in bytes
@@ -256,7 +256,7 @@ void into_frame(const Args& a, int64_t j, float* x, float* work) {
 }
 
 inline Quadratic quadratic(const Side& s, const float* steps, int64_t b, int64_t h) {
-  return {of(s.hessian, b, h), of(s.cholesky, b, h), steps, s.base, float((1 << s.bits) - 1), s.unbiased != 0, s.byte_scale != 0};
+  return {of(s.hessian, b, h), of(s.ldl, b, h), steps, s.base, float((1 << s.bits) - 1), s.unbiased != 0, s.byte_scale != 0};
 }
 
 // Body tokens [from, to) of one sequence and head into their pages.
