@@ -103,32 +103,35 @@ inline void products(int columns, const float* m, int64_t stride, const V* x, in
   for (int c = 0; c < columns; c++) products<1>(m + c, stride, x, count, sum + c);
 }
 
-// y = x M of one token, x [rows], M [rows, columns]; each sum runs over the rows in order.
-inline void transform(const float* x, const float* m, int rows, int columns, float* y) {
+// The columns from c on, WIDTH vectors of them, of y = x M for T tokens.
+template <int T, int WIDTH>
+inline void transform_columns(const float* x, const float* m, int rows, int columns, int c, float* y) {
+  V16 s[T][WIDTH] = {}, v[WIDTH];
+  for (int k = 0; k < rows; k++) {
+    std::memcpy(v, m + int64_t(k) * columns + c, sizeof v);
+    for (int t = 0; t < T; t++)
+      for (int i = 0; i < WIDTH; i++) s[t][i] += x[int64_t(t) * rows + k] * v[i];
+  }
+  for (int t = 0; t < T; t++) std::memcpy(y + int64_t(t) * columns + c, s[t], sizeof s[t]);
+}
+
+template <int T>
+inline void transform_tokens(const float* x, const float* m, int rows, int columns, float* y) {
   int c = 0;
-  for (; c + 4 * TILE <= columns; c += 4 * TILE) {
-    V16 s[4] = {};
-    for (int k = 0; k < rows; k++)
-      for (int i = 0; i < 4; i++) {
-        V16 v;
-        std::memcpy(&v, m + int64_t(k) * columns + c + i * TILE, sizeof v);
-        s[i] += x[k] * v;
-      }
-    std::memcpy(y + c, s, sizeof s);
-  }
-  for (; c + TILE <= columns; c += TILE) {
-    V16 s{}, v;
-    for (int k = 0; k < rows; k++) {
-      std::memcpy(&v, m + int64_t(k) * columns + c, sizeof v);
-      s += x[k] * v;
+  for (; c + 4 * TILE <= columns; c += 4 * TILE) transform_columns<T, 4>(x, m, rows, columns, c, y);
+  for (; c + TILE <= columns; c += TILE) transform_columns<T, 1>(x, m, rows, columns, c, y);
+  for (; c < columns; c++)
+    for (int t = 0; t < T; t++) {
+      float s = 0;
+      for (int k = 0; k < rows; k++) s += x[int64_t(t) * rows + k] * m[int64_t(k) * columns + c];
+      y[int64_t(t) * columns + c] = s;
     }
-    std::memcpy(y + c, &s, sizeof s);
-  }
-  for (; c < columns; c++) {
-    float s = 0;
-    for (int k = 0; k < rows; k++) s += x[k] * m[int64_t(k) * columns + c];
-    y[c] = s;
-  }
+}
+
+// y = x M of tokens, x [tokens, rows], M [rows, columns]; each sum runs over the rows in order.
+inline void transform(const float* x, const float* m, int tokens, int rows, int columns, float* y) {
+  for (; tokens >= 4; tokens -= 4, x += int64_t(4) * rows, y += int64_t(4) * columns) transform_tokens<4>(x, m, rows, columns, y);
+  for (; tokens > 0; tokens--, x += rows, y += columns) transform_tokens<1>(x, m, rows, columns, y);
 }
 
 // x' M y of each lane.
@@ -146,12 +149,10 @@ inline V quadratic_form(const float* m, int n, const V* x, const V* y, V* produc
 
 template <class V>
 struct Work {
-  std::vector<V> y, seen, e, code;  // seen: M y
-  std::vector<V> kept[KEPT];        // errors at the scales to be improved
-  V error;                          // of the last sweep but those of descent: e' M e
-  explicit Work(int n) : y(n), seen(n), e(n), code(n) {
-    for (auto& x : kept) x.resize(n);
-  }
+  std::vector<V> y, seen, code, errors;  // seen: M y; errors: at each scale that is tried
+  V* e = nullptr;                        // those at work, in one of them: y - y_hat
+  V error;                               // of the last sweep but those of descent: e' M e
+  explicit Work(int n) : y(n), seen(n), code(n), errors(int64_t(n) * TRIES) {}
 };
 
 // Sequential rounding, in which the errors so far correct the next coordinate, a pass of coordinate descent, in which all
@@ -194,7 +195,7 @@ inline void sweep(const Quadratic* q, Work<V>* const* w, const V* sigma) {
     const int here = std::min(BLOCK, n - first);
     for (int k = 0; k < K; k++) {
       m[k] = (SWEEP == DESCEND ? q[k].hessian : q[k].factor) + first;
-      products(here, m[k], n, w[k]->e.data(), SWEEP == DESCEND ? n : first, part[k]);
+      products(here, m[k], n, w[k]->e, SWEEP == DESCEND ? n : first, part[k]);
     }
     if (here == BLOCK) {
 #pragma GCC unroll 8
@@ -241,53 +242,69 @@ inline V rms_of(const Quadratic& q, const Work<V>& w) {
   return rms;
 }
 
-inline uint8_t code_of(float c, float top) { return c >= 0 && c <= top ? uint8_t(c) : 0; }  // a non-finite token has none
-
-// The errors at one more scale, among those of the least: in the first place that they are less than, and what stood
-// there in the next.
+// A non-finite token has none.
 template <class V>
-inline void keep_least(int n, V error, V sigma, V* e, V* kept_error, V* kept_sigma, std::vector<V>* kept_e) {
-  for (int place = 0; place < KEPT; place++) {
-    const auto less = error < kept_error[place];
-    const auto exchange = [&](V& kept, V& now) {
-      const V out = less ? kept : now;
-      kept = less ? now : kept;
-      now = out;
-    };
-    exchange(kept_error[place], error);
-    exchange(kept_sigma[place], sigma);
-    for (int i = 0; i < n; i++) exchange(kept_e[place][i], e[i]);
-  }
+inline V code_of(V c, float top) {
+  c = c >= 0.0f ? c : V{};
+  return c <= top ? c : V{};
 }
 
 // Up to 16 tokens of one head, one to a lane: y [tokens, n] to codes [tokens, n] and sigma [tokens]. Two scales go side by
 // side.
 inline void round_tile(const Quadratic& q, Work<V16>* const* w, const float* y, int tokens, uint8_t* codes, float* sigma) {
   static_assert(TRIES % 2 == 0 && KEPT == 2);
+  typedef int32_t I16 __attribute__((vector_size(64)));
+  typedef uint8_t B16 __attribute__((vector_size(TILE)));
+  const int n = q.n;
   const Quadratic same[2] = {q, q};
-  V16 energy{}, kept_error[2], kept_sigma[2], tried[2], error[2];
-  for (int i = 0; i < q.n; i++)
-    for (int l = 0; l < TILE; l++) w[0]->y[i][l] = l < tokens ? y[int64_t(l) * q.n + i] : 0.0f;
+  V16 energy{}, tried[TRIES], error[2], least[KEPT], kept[KEPT];
+  I16 at[KEPT];
+  float* in_lanes = (float*)w[0]->y.data();
+  std::fill_n(in_lanes, int64_t(n) * TILE, 0.0f);
+  for (int l = 0; l < tokens; l++)
+    for (int i = 0; i < n; i++) in_lanes[i * TILE + l] = y[int64_t(l) * n + i];
   const V16 rms = rms_of(q, *w[0]);
-  if (q.unbiased) energy = quadratic_form(q.hessian, q.n, w[0]->y.data(), w[0]->y.data(), w[0]->seen.data());
+  if (q.unbiased) energy = quadratic_form(q.hessian, n, w[0]->y.data(), w[0]->y.data(), w[0]->seen.data());
   w[1]->y = w[0]->y, w[1]->seen = w[0]->seen;
+  for (int k = 0; k < KEPT; k++) least[k] = all<V16>(std::numeric_limits<float>::infinity()), at[k] = I16{};
   for (int s = 0; s < TRIES; s += 2) {
-    for (int k = 0; k < 2; k++) tried[k] = stored_scale(rms * SPREADS[s + k], q.byte_scale);
-    sweep<V16, 2, ELIMINATE>(same, w, tried);
-    for (int k = 0; k < 2 && s == 0; k++) {  // what a token without a finite error has
-      kept_error[k] = all<V16>(std::numeric_limits<float>::infinity()), kept_sigma[k] = tried[0];
-      w[0]->kept[k] = w[0]->e;
+    for (int k = 0; k < 2; k++) {
+      w[k]->e = w[0]->errors.data() + int64_t(s + k) * n;
+      tried[s + k] = stored_scale(rms * SPREADS[s + k], q.byte_scale);
     }
-    for (int k = 0; k < 2; k++) keep_least(q.n, w[k]->error, tried[k], w[k]->e.data(), kept_error, kept_sigma, w[0]->kept);
+    sweep<V16, 2, ELIMINATE>(same, w, tried + s);
+    for (int k = 0; k < 2; k++) {
+      const V16 x = w[k]->error;
+      const auto first = x < least[0], second = x < least[1];
+      at[1] = first ? at[0] : second ? at[0] * 0 + (s + k) : at[1];
+      least[1] = first ? least[0] : second ? x : least[1];
+      at[0] = first ? at[0] * 0 + (s + k) : at[0];
+      least[0] = first ? x : least[0];
+    }
   }
-  for (int k = 0; k < 2; k++) w[k]->e.swap(w[0]->kept[k]);
-  descend<V16, 2>(same, w, kept_sigma);
-  for (int k = 0; k < 2; k++) error[k] = remaining_error(q, *w[k], energy, kept_sigma[k]);
-  for (int l = 0; l < tokens; l++) {
-    const int best = error[1][l] < error[0][l];
-    sigma[l] = kept_sigma[best][l];
-    for (int i = 0; i < q.n; i++) codes[int64_t(l) * q.n + i] = code_of(w[best]->code[i][l], q.top);
+  for (int k = 0; k < KEPT; k++) {
+    w[k]->e = w[1]->errors.data() + int64_t(k) * n;
+    std::copy_n(w[0]->errors.data(), n, w[k]->e);
+    kept[k] = tried[0];
+    for (int s = 1; s < TRIES; s++) {
+      const auto here = at[k] == s;
+      const V16* from = w[0]->errors.data() + int64_t(s) * n;
+      kept[k] = here ? tried[s] : kept[k];
+      for (int i = 0; i < n; i++) w[k]->e[i] = here ? from[i] : w[k]->e[i];
+    }
   }
+  descend<V16, 2>(same, w, kept);
+  for (int k = 0; k < 2; k++) error[k] = remaining_error(q, *w[k], energy, kept[k]);
+  const auto better = error[1] < error[0];
+  const V16 scale = better ? kept[1] : kept[0];
+  std::memcpy(sigma, &scale, tokens * sizeof(float));
+  uint8_t* bytes = (uint8_t*)w[0]->seen.data();
+  for (int i = 0; i < n; i++) {
+    const B16 code = __builtin_convertvector(__builtin_convertvector(code_of(better ? w[1]->code[i] : w[0]->code[i], q.top), I16), B16);
+    std::memcpy(bytes + i * TILE, &code, TILE);
+  }
+  for (int l = 0; l < tokens; l++)
+    for (int i = 0; i < n; i++) codes[int64_t(l) * n + i] = bytes[i * TILE + l];
 }
 
 // Few tokens: what a lane holds is one scale of one token. K heads of the same width go side by side.
@@ -325,6 +342,7 @@ inline void round_few(
   const int n = q[0].n;
   V tried[K], energy[K] = {};
   for (int k = 0; k < K; k++) {
+    w[k]->e = w[k]->errors.data();
     V spread = all<V>(1.0f);
     alignas(64) float f[lanes<V>];
     for (int i = 0; i < n; i++) {
@@ -335,7 +353,7 @@ inline void round_few(
     tried[k] = stored_scale(rms_of(q[k], *w[k]) * spread, q[k].byte_scale);
     if (!q[k].unbiased) continue;
     float* seen = (float*)w[k]->code.data();  // M y of each token
-    for (int t = 0; t < tokens; t++) transform(y[k] + int64_t(t) * n, q[k].hessian, n, n, seen + int64_t(t) * n);
+    transform(y[k], q[k].hessian, tokens, n, n, seen);
     for (int i = 0; i < n; i++) {
       for (int l = 0; l < lanes<V>; l++) f[l] = seen[int64_t(std::min(l / TRIES, tokens - 1)) * n + i];
       std::memcpy(&w[k]->seen[i], f, sizeof f);
@@ -347,12 +365,13 @@ inline void round_few(
   descend<V, K>(q, w, tried);
   for (int k = 0; k < K; k++) {
     const V error = remaining_error(q[k], *w[k], energy[k], tried[k]);
+    for (int i = 0; i < n; i++) w[k]->code[i] = code_of(w[k]->code[i], q[k].top);
     for (int t = 0; t < tokens; t++) {
       int best = t * TRIES;
       for (int l = best + 1; l < t * TRIES + KEPT; l++) best = error[l] < error[best] ? l : best;
       sigma[k][t] = tried[k][best];
       const float* code = (const float*)w[k]->code.data() + best;
-      for (int i = 0; i < n; i++) codes[k][int64_t(t) * n + i] = code_of(code[int64_t(i) * lanes<V>], q[k].top);
+      for (int i = 0; i < n; i++) codes[k][int64_t(t) * n + i] = uint8_t(code[int64_t(i) * lanes<V>]);
     }
   }
 }
