@@ -83,7 +83,7 @@ inline uint8_t byte_of_scale(float x) {
 // How the tokens of one head are rounded.
 struct Quadratic {
   const float *hessian, *factor;  // [n, n]; of ldl_factor
-  const float* step;                // [n]
+  const float* step;              // [n]
   int n;
   float top;
   bool unbiased, byte_scale;
@@ -169,7 +169,9 @@ inline void round_coordinate(const Quadratic& q, const float* m, Work<V>& w, V s
   const V before = w.e[i];
   V change = before;
   if (SWEEP != MEASURE) {
-    const V width = sigma * q.step[i], pull = SWEEP == DESCEND ? part[r] / diagonal - before : part[r];
+    // a coordinate that is not seen has no pull and keeps its code
+    const float seen = std::max(diagonal, std::numeric_limits<float>::min());
+    const V width = sigma * q.step[i], pull = SWEEP == DESCEND ? part[r] / seen - before : part[r];
     V c = nearest((w.y[i] + pull) / width + q.top / 2);
     c = c > 0.0f ? c : V{};
     c = c < q.top ? c : all<V>(q.top);

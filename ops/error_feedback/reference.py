@@ -14,6 +14,7 @@ from headq_ao.ops.rounding import scale_by_gain, stored_scale
 SPREADS = (0.7, 0.78, 0.86, 0.94, 1.02, 1.1, 1.18, 1.26)  # scales that are tried, in units of the token's RMS
 KEPT = 2  # of them, those of the least error so far, are improved by coordinate descent
 PASSES = 2  # of it
+ROUNDING = 32  # in units of fp32's and of the trace: how far below zero sums leave eigenvalues (measured: 15)
 
 
 def feedback_codes(
@@ -62,7 +63,8 @@ def coordinate_descent(y: Tensor, hessian: Tensor, delta: Tensor, highest: int, 
     """One pass: each code moves to where the error of all the others wants it."""
     codes, error = codes.clone(), y - delta * (codes - highest / 2)
     for i in range(y.shape[-1]):
-        pull = (error @ hessian[..., :, i, None]).squeeze(-1) / hessian[..., i, i].unsqueeze(-1)
+        diagonal = hessian[..., i, i].unsqueeze(-1).clamp(min=torch.finfo(torch.float32).tiny)  # no pull on the unseen
+        pull = (error @ hessian[..., :, i, None]).squeeze(-1) / diagonal
         target = y[..., i] - error[..., i] + pull
         codes[..., i] = (target / delta[..., i] + highest / 2).round().clamp(0, highest)
         error[..., i] = y[..., i] - delta[..., i] * (codes[..., i] - highest / 2)
@@ -76,9 +78,10 @@ def quadratic_form(x: Tensor, hessian: Tensor, y: Tensor) -> Tensor:
 
 def ldl_factor(hessian: Tensor) -> Tensor:
     """``H = N D Nᵀ``, ``N`` upper triangular with a diagonal of ones: ``N`` above the diagonal and ``D`` on it, zeros
-    below; in fp64, with 1e-7 of the mean diagonal added to ``H``.
+    below; made in fp64 with 1e-7 of the mean diagonal added to ``H``, or as much as covers rounding where that has left
+    a singular ``H`` with negative eigenvalues; in ``H``'s dtype, at least fp32.
 
-    The identity where rounding or non-finite entries left no positive definite matrix: its head must not fail others.
+    The identity where ``H`` is not semidefinite, or not finite: its head must not fail others.
 
     Example:
         >>> import torch
@@ -88,8 +91,11 @@ def ldl_factor(hessian: Tensor) -> Tensor:
     """
     m = hessian.double().nan_to_num(0.0, 0.0, 0.0)
     diagonal = m.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp(min=1e-30)
-    one = torch.eye(m.shape[-1], dtype=m.dtype, device=m.device)
-    lower, failed = torch.linalg.cholesky_ex((m + 1e-7 * diagonal * one).flip(-1, -2))
-    upper = torch.where((failed > 0)[..., None, None], one, lower.flip(-1, -2))  # a triangle R, H = R Rᵀ
+    one = upper = torch.eye(m.shape[-1], dtype=m.dtype, device=m.device)
+    dtype = torch.promote_types(hessian.dtype, torch.float32)
+    rounding = max(torch.finfo(hessian.dtype).eps, ROUNDING * torch.finfo(torch.float32).eps)
+    for ridge in (rounding * m.shape[-1], 1e-7):  # the least that does
+        lower, failed = torch.linalg.cholesky_ex((m + ridge * diagonal * one).flip(-1, -2))
+        upper = torch.where((failed > 0)[..., None, None], upper, lower.flip(-1, -2))  # a triangle R, H = R Rᵀ
     root = upper.diagonal(dim1=-2, dim2=-1)
-    return ((upper / root[..., None, :]).triu(1) + torch.diag_embed(root.square())).to(hessian.dtype).contiguous()
+    return ((upper / root[..., None, :]).triu(1) + torch.diag_embed(root.square())).to(dtype).contiguous()

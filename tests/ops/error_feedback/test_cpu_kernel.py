@@ -39,6 +39,46 @@ def test_the_kernel_equals_the_reference(case, without_kernel, shape, bits, unbi
     assert bool((ours < 1.5 * theirs + 1e-6).all())
 
 
+@pytest.mark.skipif(cpu_kernel.library() is None, reason="no compiler")
+@pytest.mark.parametrize("unbiased", [False, True])
+@pytest.mark.parametrize("width", [16, 40, 64])
+def test_the_kernel_equals_the_reference_under_a_singular_metric(case, without_kernel, randn, width, unbiased):
+    """What elimination leaves is measured by the factor here and by the metric there."""
+    y, _, step = case(1, 4, 100, width)
+    seen = randn(1, 4, width, width // 4, dtype=torch.float32)
+    metric = seen @ seen.mT
+    codes, scale = feedback_codes(y, metric, step, 2, unbiased=unbiased)
+    want, sigma = without_kernel(feedback_codes, y, metric, step, 2, unbiased=unbiased)
+    assert ((codes == want).all(-1) & (scale == sigma)).double().mean() > 0.97
+    ours, theirs = (seen_error(y, decoded(c, s, step, 2), metric).sum() for c, s in ((codes, scale), (want, sigma)))
+    assert float(ours) < 1.002 * float(theirs)
+
+
+@pytest.mark.parametrize("kernel", [True, False], ids=["kernel", "reference"])
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_coordinates_that_are_not_seen(case, without_kernel, kernel, tokens):
+    """Their codes are the nearest, and those of others are as good as without them."""
+    call = feedback_codes if kernel else lambda *args, **how: without_kernel(feedback_codes, *args, **how)
+    y, metric, step = case(2, 2, tokens, 24, 3)
+    metric[..., ::3, :] = metric[..., :, ::3] = 0
+    codes, scale = call(y, metric, step, 3, unbiased=False)
+    e = y.double() - decoded(codes, scale, step, 3)
+    nearest = (y.double() / (scale.double()[..., None] * step.double().unsqueeze(-2)) + 3.5).round().clamp(0, 7)
+    assert torch.equal(codes[..., ::3].double(), nearest[..., ::3])
+    plain = y.double() - decoded(nearest, scale, step, 3)
+    assert float(((e @ metric.double()) * e).sum()) < 0.9 * float(((plain @ metric.double()) * plain).sum())
+
+
+@pytest.mark.parametrize("kernel", [True, False], ids=["kernel", "reference"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_metric_in_low_precision_is_read_as_it_is(case, without_kernel, kernel, dtype):
+    call = feedback_codes if kernel else lambda *args: without_kernel(feedback_codes, *args)
+    y, metric, step = case(1, 2, 40, 32)
+    metric = metric.to(dtype)
+    got, want = call(y, metric, step, 2), call(y, metric.float(), step, 2)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 @pytest.mark.parametrize("kernel", [True, False], ids=["kernel", "reference"])
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 @pytest.mark.parametrize("tokens", [1, 40])

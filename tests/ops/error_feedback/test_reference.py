@@ -179,6 +179,26 @@ def test_ldl_factor(case):
     torch.testing.assert_close((n * d[..., None, :]) @ n.mT, metric, rtol=0, atol=1e-5 * float(metric.abs().max()))
 
 
+@pytest.mark.parametrize("tokens", [0, 4000])
+@pytest.mark.parametrize("width", [16, 64, 256])
+def test_ldl_factor_of_a_singular_matrix(randn, width, tokens):
+    """Whose rounding leaves eigenvalues below zero: a factor of it, not the identity."""
+    seen = randn(1, 4, width, width // 4, dtype=torch.float32)
+    if tokens:
+        seen = seen @ randn(1, 4, width // 4, tokens, dtype=torch.float32)
+    metric = seen @ seen.mT
+    assert float(torch.linalg.eigvalsh(metric.double()).amin()) < 0
+    packed = reference.ldl_factor(metric).double()
+    n, d = packed.triu(1) + torch.eye(width, dtype=torch.float64), packed.diagonal(dim1=-2, dim2=-1)
+    trace = metric.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    assert float((((n * d[..., None, :]) @ n.mT - metric) / trace).abs().max()) < 1e-5
+
+
+def test_ldl_factor_of_an_indefinite_matrix_is_the_identity():
+    metric = torch.tensor([[1.0, 2.0], [2.0, 1.0]])[None, None]
+    assert torch.equal(reference.ldl_factor(metric)[0, 0], torch.eye(2))
+
+
 def test_more_work_is_no_worse(case):
     """What each part brings: elimination over nearest codes, descent over elimination, scales, two of them over one."""
     y, metric, step = case(1, 2, 200, 32, dtype=torch.float64)
