@@ -45,6 +45,15 @@ def test_padding_may_hold_anything():
         engine.call(q, k, v, [Span(0, 60), Span(19, 50)])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_finite_tokens_whose_sum_is_not_are_taken(dtype):
+    engine = make("calibrated")
+    q, k, v = (x.to(dtype) for x in stream(2, 60))
+    v[:, :, 20:40] = torch.finfo(dtype).max
+    engine.call(q, k, v)
+    assert engine.lengths.totals() == [60, 60]
+
+
 def test_unchecked_tokens_are_taken_as_they_are():
     engine = Engine.make({"check_finite": False}, True)
     q, k, v = stream(1, 100)
