@@ -29,7 +29,8 @@ def feedback_codes(
     tried = torch.stack([stored_scale(rms * spread, scale_bits) for spread in spreads])  # [spreads, B, H, T, 1]
 
     def decoded(codes: Tensor, scale: Tensor) -> Tensor:
-        return scale * step.unsqueeze(-2) * (codes - highest / 2)
+        y_hat: Tensor = scale * step.unsqueeze(-2) * (codes - highest / 2)
+        return y_hat
 
     rounded = torch.stack([sequential_round(y, factor, scale * step.unsqueeze(-2), highest) for scale in tried])
     left = [y - decoded(codes, scale) for codes, scale in zip(rounded, tried, strict=True)]
