@@ -134,7 +134,7 @@ def feedback_kernel(
             p = tl.load(pulls + b * BLOCK + m[:, None] * M + j[None, :], mask=before, other=0.0)
             pull = _add_product(tl.reshape(pull, [ROWS, M_PADDED]), _from_columns(e), tl.trans(p), TF32)
             pull = tl.reshape(pull, [ROWS, M_PADDED // BLOCK, BLOCK])
-        tl.debug_barrier()  # codes are written anew below
+        tl.debug_barrier()  # codes are written again below
     for _ in range(0, tl.maximum(DESCENTS, 1)):
         for b in range(0, BLOCKS):
             p = pulls + b * BLOCK
