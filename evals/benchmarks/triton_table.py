@@ -33,6 +33,7 @@ from headq_ao.ops.page_layout import KNOWN_FORMS, PageLayout
 
 RESULT = Path(__file__).resolve().parents[2] / "recipes" / "results" / "triton" / "aot.json"
 COLUMNS, WINDOW, SINKS = 128, 100, 4  # a cache that is compiled for; the binary does not depend on them
+QUERY_BLOCK = 256  # queries of a chunk that is compiled for
 PAGE = 32  # tokens, as caches have them by default; it does depend on that
 
 
@@ -148,6 +149,29 @@ def decode_kernels(
     with compiling(target) as kernels:
         triton_kernel.launch(q, 1.0, replace(paged_cache(case, page_tokens), softcap=softcap), readers, splits=8)
     return kernels[0], kernels[1], kernels[2]
+
+
+def prefill_kernels(
+    case: Case, target: str, page_tokens: int = PAGE, softcap: float | None = None, framed: bool = False,
+    dtype: torch.dtype = torch.bfloat16, new: int = QUERY_BLOCK,
+) -> list[Any]:  # fmt: skip
+    """The compiled kernels of ``paged_attention`` of ``new`` queries over packed tokens, the window and their own
+    tokens: tokens unpacked, all read, splits joined."""
+    from headq_ao.ops.paged_attention import triton_kernel
+    from headq_ao.ops.types import Readers, SegmentFrame
+
+    d, hkv = case.head_dim, case.kv_heads
+    frame = SegmentFrame(torch.zeros(8, 2, d), torch.zeros(d, dtype=torch.int32), 512) if framed else None
+    readers = Readers(torch.zeros(1, 1, hkv, d, d + 3), torch.zeros(1, hkv, d, d), torch.zeros(1, hkv, d), frame)
+    q, k = (torch.zeros(1, heads, new, d, dtype=dtype) for heads in (case.heads, hkv))
+    KNOWN_FORMS.clear()
+    kv = paged_cache(case, page_tokens)
+    kv = replace(
+        kv, softcap=softcap, new_k=k, new_v=k, window_k=kv.window_k.to(dtype), window_v=kv.window_v.to(dtype)
+    )
+    with compiling(target) as kernels:
+        triton_kernel.launch(q, 1.0, kv, readers, splits=1)
+    return kernels
 
 
 def update_kernels(case: Case, target: str, page_tokens: int = PAGE) -> list[Any]:

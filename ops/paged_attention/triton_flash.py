@@ -98,45 +98,24 @@ def _run(
 
 
 @triton.jit
-def _ring(
-    sums, x, window, in_pages, in_window, n_sink, ring, first, last, scale, softcap, b, h,
+def _newest(
+    sums, x, window, pages, b, h, n_sink, ring, begin, end, first, last, live, scale, softcap,
     KEY_D: tl.constexpr, KEY_PADDED: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, TILE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The running sums and sinks and newest tokens in a ring: a slot holds the newest body token that belongs there."""
-    k, k_strides, v, v_strides = window
-    newest = in_window - n_sink - 1
-    for tile in tl.range(0, tl.cdiv(n_sink + ring, TILE), num_stages=1):
-        slot = tile * TILE + tl.arange(0, TILE)
-        back = (newest - (slot - n_sink)) % ring
-        body = newest - tl.where(back < 0, back + ring, back)
-        sink = slot < n_sink
-        p = tl.where(sink, slot, body + n_sink)
-        here = (slot < n_sink + ring) & tl.where(sink, slot < in_window, (body >= in_pages) & (body >= 0))
-        i = slot.to(tl.int64)
-        key = _rows(k + b * k_strides[0] + h * k_strides[1], i * k_strides[2], here, KEY_D, KEY_PADDED)
-        value = _rows(v + b * v_strides[0] + h * v_strides[1], i * v_strides[2], here, D, D_PADDED)
-        seen = here[None, :] & (p[None, :] >= first[:, None]) & (p[None, :] < last[:, None])
-        sums = _absorb(sums, x, key, value, seen, scale, softcap, PRECISION)
-    return sums
-
-
-@triton.jit
-def _pages(
-    sums, x, window, window_table, size, begin, end, first, last, live, scale, softcap, h,
-    KEY_D: tl.constexpr, KEY_PADDED: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, TILE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The running sums and tokens ``begin ≤ p < end`` in an engine's pages in full precision."""
+    """The running sums and tokens ``begin ≤ p < end`` of the window: in a ring, or in an engine's ``pages``, their block
+    table and size."""
     k, k_strides, v, v_strides = window
     begin, end = _seen_range(first, last, live, begin, end)
     for p0 in tl.range(begin, end, TILE, num_stages=1):
         p = p0 + tl.arange(0, TILE)
         here = p < end
-        page = tl.load(window_table + p // size, mask=here, other=0).to(tl.int64)
-        i = p % size
-        key = _rows(k + h * k_strides[1], page * k_strides[0] + i * k_strides[2], here, KEY_D, KEY_PADDED)
-        value = _rows(v + h * v_strides[1], page * v_strides[0] + i * v_strides[2], here, D, D_PADDED)
+        if pages is None:
+            lead, i = b, n_sink + (p - n_sink) % ring
+        else:
+            lead, i = tl.load(pages[0] + p // pages[1], mask=here, other=0).to(tl.int64), p % pages[1]
+        key = _rows(k + h * k_strides[1], lead * k_strides[0] + i * k_strides[2], here, KEY_D, KEY_PADDED)
+        value = _rows(v + h * v_strides[1], lead * v_strides[0] + i * v_strides[2], here, D, D_PADDED)
         seen = here[None, :] & (p[None, :] >= first[:, None]) & (p[None, :] < last[:, None])
         sums = _absorb(sums, x, key, value, seen, scale, softcap, PRECISION)
     return sums
@@ -150,28 +129,25 @@ def _in_full(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The running sums and all that queries read in full precision: sinks, window and the call's own tokens."""
-    behind = first
     if owned is None:
-        sums = _ring(
-            sums, x, window, in_pages, in_window, n_sink, ring, first, last, scale, softcap, b, h,
-            KEY_D, KEY_PADDED, D, D_PADDED, TILE, PRECISION,
-        )  # fmt: skip
+        sinks, lead, pages, behind = window, b, None, first
+        oldest = tl.maximum(in_pages, in_window - n_sink - ring) + n_sink
     else:
-        window_table, window_stride, size, sinks = owned
-        behind = tl.maximum(behind, n_sink)
+        sinks, lead, pages = owned[3], tl.load(table).to(tl.int64), (owned[0] + b * owned[1], owned[2])
+        oldest = tl.maximum(in_pages, n_sink)
+        behind = tl.maximum(first, n_sink)
         if recent is not None:
-            behind = tl.maximum(behind, codes_end(last, in_pages, recent).to(tl.int32))
-        first_page = tl.load(table).to(tl.int64)
-        of_sinks = first_page * sinks[1][0] + h * sinks[1][1], first_page * sinks[3][0] + h * sinks[3][1]
-        sums = _run(
-            sums, x, sinks[0] + of_sinks[0], sinks[1][2], sinks[2] + of_sinks[1], sinks[3][2], 0,
-            0, tl.minimum(n_sink, in_window), first, last, live, scale, softcap,
-            KEY_D, KEY_PADDED, D, D_PADDED, TILE, PRECISION,
-        )  # fmt: skip
-        sums = _pages(
-            sums, x, window, window_table + b * window_stride, size, tl.maximum(in_pages, n_sink), in_window, behind,
-            last, live, scale, softcap, h, KEY_D, KEY_PADDED, D, D_PADDED, TILE, PRECISION,
-        )  # fmt: skip
+            behind = tl.maximum(behind, codes_end(last, in_pages, recent))
+    k, k_strides, v, v_strides = sinks
+    sums = _run(
+        sums, x, k + lead * k_strides[0] + h * k_strides[1], k_strides[2], v + lead * v_strides[0] + h * v_strides[1],
+        v_strides[2], 0, 0, tl.minimum(n_sink, in_window), first, last, live, scale, softcap,
+        KEY_D, KEY_PADDED, D, D_PADDED, TILE, PRECISION,
+    )  # fmt: skip
+    sums = _newest(
+        sums, x, window, pages, b, h, n_sink, ring, oldest, in_window, behind, last, live, scale, softcap,
+        KEY_D, KEY_PADDED, D, D_PADDED, TILE, PRECISION,
+    )  # fmt: skip
     if new_tokens is not None:
         k, k_strides, v, v_strides = new_tokens
         k += b * k_strides[0] + h * k_strides[1]
@@ -192,16 +168,16 @@ def _in_full(
 
 
 @triton.jit(
-    do_not_specialize=["tile_first", "tile_tokens", "closing", "table_columns", "recent", "n_sink", "ring", "sliding",
+    do_not_specialize=["tile_first", "tile_tokens", "table_columns", "recent", "n_sink", "ring", "sliding",
                        "kv_heads", "new", "rows"],
     do_not_specialize_on_alignment=["table", "packed", "held", "total", "low", "high", "new_start"],
 )  # fmt: skip
 def flash_kernel(
-    q, q_strides, scaling, rows_k, rows_v, tile_first, tile_tokens, closing, window, owned, table, table_stride,
+    q, q_strides, scaling, rows_k, rows_v, tile_first, tile_tokens, window, owned, table, table_stride,
     table_columns, new_tokens, new_start, packed, recent, held, total, low, high, n_sink, ring, sliding, softcap, out,
     out_lse, kv_heads, new, rows,
     KEY_D: tl.constexpr, KEY_PADDED: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, ROWS: tl.constexpr,
-    TILE: tl.constexpr, P: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    TILE: tl.constexpr, P: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, CLOSING: tl.constexpr,
 ):  # fmt: skip
     """Attention over one split: ``out [splits, B·Hq·S, D]`` fp32 and ``log2 Σ e^s`` alike, -inf where a row sees
     nothing of it, all in the model's basis.
@@ -219,53 +195,64 @@ def flash_kernel(
     h = tl.program_id(2).to(tl.int64) % kv_heads
     row = block * ROWS + tl.arange(0, ROWS)
     live = row < rows
-    in_pages, in_window = tl.load(packed + b), tl.load(held + b).to(tl.int32)
+    in_pages, in_window = tl.load(packed + b).to(tl.int32), tl.load(held + b).to(tl.int32)
+    ended = tl.load(total + b).to(tl.int32)
     first, last = visible(b, row % new, live, new, low, high, total, sliding)
-    last = tl.minimum(last, tl.load(total + b))
+    first, last = first.to(tl.int32), tl.minimum(last, ended).to(tl.int32)
 
     # which body tokens the rows see as codes, and this split's share of those that there are rows of
-    count = coded(total + b, in_pages, recent)
-    oldest = oldest_token(count, table_columns, 0, P, False)
+    count = coded(total + b, in_pages, recent).to(tl.int32)
     code_last = last
     if recent is not None:
         code_last = tl.minimum(last, codes_end(last, in_pages, recent))
     from_oldest = oldest_token(count, table_columns, n_sink, P, BY_POSITION)
-    code_first = tl.maximum(body_token(first, n_sink, BY_POSITION), from_oldest).to(tl.int32)
-    code_last = tl.minimum(body_token(code_last, n_sink, BY_POSITION), count).to(tl.int32)
-    offset = (oldest + tile_first).to(tl.int32)
+    code_first = tl.maximum(body_token(first, n_sink, BY_POSITION), from_oldest)
+    code_last = tl.minimum(body_token(code_last, n_sink, BY_POSITION), count)
+    offset = oldest_token(count, table_columns, 0, P, False) + tile_first
     begin, end = _seen_range(code_first, code_last, live, offset, offset + tile_tokens)
     share = tl.cdiv(tl.cdiv(end - begin, TILE), splits) * TILE
     begin = tl.minimum(begin + split * share, end)
     end = tl.minimum(begin + share, end)
 
-    completes = (closing != 0) & (split == splits - 1)
-    if (begin < end) | completes | (tile_first == 0):
+    if (begin < end) | CLOSING | (tile_first == 0):
         e = tl.arange(0, KEY_PADDED)
         d = tl.arange(0, D_PADDED)
         head = h * (rows // new) + row // new
         at = q + b * q_strides[0] + head[:, None] * q_strides[1] + (row % new)[:, None] * q_strides[2] + e[None, :]
         x = tl.load(at, mask=live[:, None] & (e < KEY_D)[None, :], other=0.0).to(DTYPE)
+        scale = scaling * LOG2E
+        sums = (
+            tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32),
+            tl.zeros([ROWS, D_PADDED], tl.float32),
+        )  # fmt: skip
+        if CLOSING:
+            sums = _in_full(
+                sums, x, window, owned, table + b * table_stride, new_tokens, new_start, in_pages, recent,
+                in_window, ended, n_sink, ring, first, last, live, scale, softcap, b, h,
+                KEY_D, KEY_PADDED, D, D_PADDED, TILE, PRECISION,
+            )  # fmt: skip
+        else:
+            of_head = tl.program_id(2).to(tl.int64) * tile_tokens
+            sums = _run(
+                sums, x, rows_k + of_head * KEY_D, KEY_D, rows_v + of_head * D, D, offset, begin, end, code_first,
+                code_last, live, scale, softcap, KEY_D, KEY_PADDED, D, D_PADDED, TILE, PRECISION,
+            )  # fmt: skip
+        top, mass, acc = sums
+        some = tl.where(mass == 0, 1.0, mass)
+        found = tl.where(mass == 0, float("-inf"), top + tl.log2(some))
+        acc /= some[:, None]
         line = (split.to(tl.int64) * tl.num_programs(2) + tl.program_id(2)) * rows + row
         to = out + line[:, None] * D + d[None, :]
         to_mask = live[:, None] & (d < D)[None, :]
-        goes_on = live & (row * 0 < tile_first)
-        top = tl.load(out_lse + line, mask=goes_on, other=float("-inf"))
-        total_mass = tl.where(top == float("-inf"), 0.0, 1.0)
-        acc = tl.load(to, mask=to_mask & goes_on[:, None], other=0.0)
-        scale = scaling * LOG2E
-        sums = (top, total_mass, acc)
-        of_head = tl.program_id(2).to(tl.int64) * tile_tokens
-        sums = _run(
-            sums, x, rows_k + of_head * KEY_D, KEY_D, rows_v + of_head * D, D, offset, begin, end, code_first,
-            code_last, live, scale, softcap, KEY_D, KEY_PADDED, D, D_PADDED, TILE, PRECISION,
-        )  # fmt: skip
-        if completes:
-            sums = _in_full(
-                sums, x, window, owned, table + b * table_stride, new_tokens, new_start, in_pages.to(tl.int32), recent,
-                in_window, tl.load(total + b).to(tl.int32), n_sink, ring, first.to(tl.int32), last.to(tl.int32), live,
-                scale, softcap, b, h, KEY_D, KEY_PADDED, D, D_PADDED, TILE, PRECISION,
-            )  # fmt: skip
-        top, total_mass, acc = sums
-        some = tl.where(total_mass == 0, 1.0, total_mass)
-        tl.store(to, acc / some[:, None], mask=to_mask)
-        tl.store(out_lse + line, tl.where(total_mass == 0, float("-inf"), top + tl.log2(some)), mask=live)
+        if tile_first > 0 or CLOSING:  # on with what there is
+            before = tl.load(out_lse + line, mask=live, other=float("-inf"))
+            highest = tl.maximum(before, found)
+            highest = tl.where(highest == float("-inf"), 0.0, highest)
+            of_before, of_found = tl.exp2(before - highest), tl.exp2(found - highest)
+            both = of_before + of_found
+            some = tl.where(both == 0, 1.0, both)
+            acc *= (of_found / some)[:, None]
+            acc += tl.load(to, mask=to_mask, other=0.0) * (of_before / some)[:, None]
+            found = tl.where(both == 0, float("-inf"), highest + tl.log2(some))
+        tl.store(to, acc, mask=to_mask)
+        tl.store(out_lse + line, found, mask=live)

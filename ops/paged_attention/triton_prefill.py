@@ -56,21 +56,22 @@ def parts(
     lse = torch.empty(splits, lines, dtype=torch.float32, device=device)
     low, high = (None, None) if visible is None else (visible.low.contiguous(), visible.high.contiguous())
     owned, ring = in_full(kv)
-    unpack = functools.partial(
-        _unpack, kv, readers, layout, None if low is None else low.amin(1), sliding, new, k, v,
-        precision if dtype == torch.float32 or backend != "cuda" else "tf32",
-    )  # fmt: skip
-    window = tokens(kv.window_k, kv.window_v)
+    exact = precision if dtype == torch.float32 or backend != "cuda" else "tf32"
     fresh = None if kv.new_k is None else tokens(kv.new_k, kv.new_v)
+
+    def flash(grid: tuple[int, int, int], first: int, closing: bool) -> None:
+        flash_kernel[grid](
+            q, q.stride()[:3], scaling, k, v, first, tile, tokens(kv.window_k, kv.window_v), owned, kv.table,
+            kv.table.stride(0), columns, fresh, kv.new_start, kv.packed, kv.recent, kv.held, kv.total, low, high,
+            kv.n_sink, ring, sliding, kv.softcap, out, lse, hkv, new, rows,
+            P=layout.page_tokens, DTYPE=DTYPES[dtype], PRECISION=precision, CLOSING=closing, **constants, **options,
+        )  # fmt: skip
+
     with torch.cuda.device_of(q):
         for i in range(count):
-            unpack(i * tile)
-            flash_kernel[(blocks, splits, batch * hkv)](
-                q, q.stride()[:3], scaling, k, v, i * tile, tile, int(i == count - 1), window, owned, kv.table,
-                kv.table.stride(0), columns, fresh, kv.new_start, kv.packed, kv.recent, kv.held, kv.total, low, high,
-                kv.n_sink, ring, sliding, kv.softcap, out, lse, hkv, new, rows,
-                P=layout.page_tokens, DTYPE=DTYPES[dtype], PRECISION=precision, **constants, **options,
-            )  # fmt: skip
+            _unpack(kv, readers, layout, None if low is None else low.amin(1), sliding, new, k, v, exact, i * tile)
+            flash((blocks, splits, batch * hkv), i * tile, False)
+        flash((blocks, 1, batch * hkv), 0, True)
     return out, lse
 
 
@@ -96,7 +97,7 @@ def _unpack(
         KINDS=kinds(layout.known_forms), SEGMENTS=len(query_map) if kv.segment is not None else 1,
         M=query_map.shape[-1] - 3, KEY_D=layout.key_dim, KEY_PADDED=padded(layout.key_dim), D=layout.value_dim,
         D_PADDED=padded(layout.value_dim), P=layout.page_tokens, SLOTS=slots, BY_POSITION=kv.window_table is not None,
-        PRECISION=precision, num_warps=4, num_stages=1, enable_fp_fusion=True,
+        PRECISION=precision, num_warps=8, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -119,11 +120,12 @@ def specialization(
     """What :func:`flash_kernel` is compiled for, its launch options, and how many of its programs a processor holds."""
     key_padded, d_padded = padded(key_dim), padded(value_dim)
     wide = max(key_padded, d_padded) > 128
-    half = itemsize == 2
+    if itemsize == 2:
+        block, tile, warps = 64 if wide or rows <= 64 else 128, 64 if backend == "cuda" else 32, 8
+    else:
+        block, tile, warps = 32 if wide else 64, 32, 4 if wide else 8
     constants = {
-        "KEY_D": key_dim, "KEY_PADDED": key_padded, "D": value_dim, "D_PADDED": d_padded,
-        "ROWS": 128 if half and rows > 64 else 64,
-        "TILE": 64 if half and not wide else 32,
+        "KEY_D": key_dim, "KEY_PADDED": key_padded, "D": value_dim, "D_PADDED": d_padded, "ROWS": block, "TILE": tile,
     }  # fmt: skip
-    options = {"num_warps": 8 if constants["ROWS"] == 128 else 4, "num_stages": 2, "enable_fp_fusion": True}
-    return constants, options, 1
+    stages = {"cuda": 2 if wide or itemsize == 4 else 3}.get(backend, 1)
+    return constants, {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}, 1

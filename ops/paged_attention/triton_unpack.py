@@ -9,7 +9,7 @@ mapped nor turned, for whatever segments, and all that is read afterwards are pl
 import triton
 import triton.language as tl
 
-from headq_ao.ops.paged_attention.triton_codes import CHUNK, piece
+from headq_ao.ops.paged_attention.triton_codes import CHUNK
 from headq_ao.ops.paged_attention.triton_heads import FIELDS as _FIELDS
 from headq_ao.ops.paged_attention.triton_heads import form, sides
 from headq_ao.ops.paged_attention.triton_packed import lookup, number, oldest_token
@@ -40,15 +40,15 @@ def _mapped_keys(
     at = weights + e[None, :] * row_stride
     rows = tl.zeros([page.shape[0], e.shape[0]], tl.float32)
     for i in tl.static_range(len(CHUNKS)):
-        WIDTH: tl.constexpr = CHUNKS[i][1]
         base, stride = planes[CHUNKS[i][0]], strides[CHUNKS[i][0]]
         byte = _chunk_bytes(base, stride, page, inside, here, CHUNKS[i][2], CHUNKS[i][3], CHUNKS[i][4])
-        for p in tl.static_range(8 // WIDTH):
+        for p in range(0, 8 // CHUNKS[i][1]):
             column = tl.load(columns + p * CHUNK + tl.arange(0, CHUNK))
             weight = tl.load(at + (column & 0xFFFF)[:, None], mask=(column >= 0)[:, None] & given, other=0.0)
-            weight = weight * (1 << ((column >> 16) & 7)).to(tl.float32)[:, None] * 2.0 ** (-p * WIDTH)
-            rows += product_fp32(piece(byte, p * WIDTH, WIDTH, False).to(tl.float32), weight, PRECISION)
-        columns += CHUNK * (8 // WIDTH)
+            weight *= (1 << ((column >> 16) & 7)).to(tl.float32)[:, None]
+            code = ((byte >> (p * CHUNKS[i][1])) & (2 ** CHUNKS[i][1] - 1)).to(tl.float32)
+            rows += product_fp32(code, weight, PRECISION)
+        columns += CHUNK * (8 // CHUNKS[i][1])
     row = weights + e * row_stride
     rows = (rows + tl.load(row + M, mask=e < KEY_D, other=0.0)[None, :]) * sigma[:, None]
     if zero is not None:
@@ -78,20 +78,20 @@ def _keys(
     for g in range(0, SEGMENTS):
         if tl.max((here & (mine == g)).to(tl.int32), 0) > 0:
             weights = query_map + g * map_strides[0]
-            found = _mapped_keys(
-                planes, strides, page, inside, here, sigma, m, columns, weights, map_strides[3], e,
-                CHUNKS, M, KEY_D, PRECISION,
-            )  # fmt: skip
-            if frame is not None:
-                angles, partner, tokens, count = frame
-                angles += tl.minimum(t // tokens, count - 1).to(tl.int64)[:, None] * (2 * KEY_D) + e[None, :]
-                given = here[:, None] & (e < KEY_D)[None, :]
-                of_other = tl.load(angles + KEY_D, mask=given, other=0.0)
-                found *= tl.load(angles, mask=given, other=0.0)
-                found -= of_other * _mapped_keys(
-                    planes, strides, page, inside, here, sigma, m, columns, weights, map_strides[3],
-                    tl.load(partner + e, mask=e < KEY_D, other=KEY_D), CHUNKS, M, KEY_D, PRECISION,
+            found = tl.zeros([page.shape[0], KEY_PADDED], tl.float32)
+            for turn in range(0, 1 if frame is None else 2):
+                of = e
+                if frame is not None:
+                    of = tl.where(turn == 0, e, tl.load(frame[1] + e, mask=e < KEY_D, other=KEY_D))
+                mapped = _mapped_keys(
+                    planes, strides, page, inside, here, sigma, m, columns, weights, map_strides[3], of,
+                    CHUNKS, M, KEY_D, PRECISION,
                 )  # fmt: skip
+                if frame is not None:  # R_s of what was read in the frame: each coordinate, then the other of its pair
+                    at = tl.minimum(t // frame[2], frame[3] - 1).to(tl.int64) * (2 * KEY_D) + turn * KEY_D
+                    given = here[:, None] & (e < KEY_D)[None, :]
+                    mapped *= tl.load(frame[0] + at[:, None] + e[None, :], mask=given, other=0.0) * (1 - 2 * turn)
+                found += mapped
             rows = tl.where((mine == g)[:, None], found, rows)
     return rows
 
@@ -106,11 +106,10 @@ def _stored_values(
     given = here[:, None] & (d < D)[None, :]
     code = tl.zeros([page.shape[0], d.shape[0]], tl.int32)
     for i in tl.static_range(len(WIDTHS)):
-        WIDTH: tl.constexpr = WIDTHS[i]
-        GRANULE: tl.constexpr = 32 // WIDTH  # tokens
-        token = page.to(tl.int64) * strides[i] + (inside // GRANULE * (D * 4) + inside % 4)
+        token = page.to(tl.int64) * strides[i] + (inside // (32 // WIDTHS[i]) * (D * 4) + inside % 4)
         byte = tl.load((planes[i] + token)[:, None] + (d * 4)[None, :], mask=given, other=0).to(tl.int32)
-        code += ((byte >> (inside % GRANULE // 4 * WIDTH)[:, None]) & (2**WIDTH - 1)) << (WIDTHS[0] * i)
+        at_bit = inside % (32 // WIDTHS[i]) // 4 * WIDTHS[i]
+        code += ((byte >> at_bit[:, None]) & (2 ** WIDTHS[i] - 1)) << (WIDTHS[0] * i)
     column = d // (D // GROUPS)
     at = inside[:, None] * GROUPS + column[None, :]
     a = number(scale, scale_stride, page[:, None], at, given)
@@ -136,7 +135,7 @@ def _values(
     else:
         STEP: tl.constexpr = min(BLOCK, D_PADDED)
         rows = tl.zeros([page.shape[0], D_PADDED], tl.float32)
-        for first in tl.static_range(0, D_PADDED, STEP):
+        for first in range(0, D_PADDED, STEP):
             d = first + tl.arange(0, STEP)
             stored = _stored_values(values, page, inside, here, d, BITS, WIDTHS, GROUPS, ZERO, D)
             at = read + e[None, :] * read_strides[2] + d[:, None] * read_strides[3]
@@ -181,8 +180,8 @@ def unpack_kernel(
     if not BY_POSITION:
         seen_from -= n_sink
     if (t0 < held) & (t0 + SLOTS > seen_from):
-        columns_of = (table + b * table_stride, table_columns, (oldest // P // table_columns * table_columns).to(tl.int32))
-        page = lookup(columns_of, t, here, P)
+        whole = (oldest // P // table_columns * table_columns).to(tl.int32)  # rounds of the block table
+        page = lookup((table + b * table_stride, table_columns, whole), t, here, P)
         inside = t % P
         line = (tl.program_id(1).to(tl.int64) * tokens + tl.program_id(0) * SLOTS + slot)[:, None]
         kind = tl.load(heads + h * FIELDS)
