@@ -123,7 +123,7 @@ def _newest(
 
 @triton.jit
 def _in_full(
-    sums, x, window, owned, table, new_tokens, new_start, in_pages, recent, in_window, end, n_sink, ring, first, last,
+    sums, x, window, owned, table, new_tokens, new_slots, new_start, in_pages, recent, in_window, end, n_sink, ring, first, last,
     live, scale, softcap, b, h,
     KEY_D: tl.constexpr, KEY_PADDED: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, TILE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -155,6 +155,7 @@ def _in_full(
         offset = in_window
         if new_start is not None:
             offset -= tl.load(new_start + b).to(tl.int32)
+        end = tl.minimum(end, offset + new_slots)
         if owned is not None:  # the sinks among them
             sums = _run(
                 sums, x, k, k_strides[2], v, v_strides[2], offset, in_window, tl.minimum(end, n_sink), first, last,
@@ -169,12 +170,12 @@ def _in_full(
 
 @triton.jit(
     do_not_specialize=["tile_first", "tile_tokens", "table_columns", "recent", "n_sink", "ring", "sliding",
-                       "kv_heads", "new", "rows"],
+                       "new_slots", "kv_heads", "new", "rows"],
     do_not_specialize_on_alignment=["table", "packed", "held", "total", "low", "high", "new_start"],
 )  # fmt: skip
 def flash_kernel(
     q, q_strides, scaling, rows_k, rows_v, tile_first, tile_tokens, window, owned, table, table_stride,
-    table_columns, new_tokens, new_start, packed, recent, held, total, low, high, n_sink, ring, sliding, softcap, out,
+    table_columns, new_tokens, new_slots, new_start, packed, recent, held, total, low, high, n_sink, ring, sliding, softcap, out,
     out_lse, kv_heads, new, rows,
     KEY_D: tl.constexpr, KEY_PADDED: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, ROWS: tl.constexpr,
     TILE: tl.constexpr, P: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, CLOSING: tl.constexpr,
@@ -227,8 +228,8 @@ def flash_kernel(
         )  # fmt: skip
         if CLOSING:
             sums = _in_full(
-                sums, x, window, owned, table + b * table_stride, new_tokens, new_start, in_pages, recent,
-                in_window, ended, n_sink, ring, first, last, live, scale, softcap, b, h,
+                sums, x, window, owned, table + b * table_stride, new_tokens, new_slots, new_start, in_pages,
+                recent, in_window, ended, n_sink, ring, first, last, live, scale, softcap, b, h,
                 KEY_D, KEY_PADDED, D, D_PADDED, TILE, PRECISION,
             )  # fmt: skip
         else:

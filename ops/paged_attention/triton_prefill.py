@@ -62,7 +62,7 @@ def parts(
     def flash(grid: tuple[int, int, int], first: int, closing: bool) -> None:
         flash_kernel[grid](
             q, q.stride()[:3], scaling, k, v, first, tile, tokens(kv.window_k, kv.window_v), owned, kv.table,
-            kv.table.stride(0), columns, fresh, kv.new_start, kv.packed, kv.recent, kv.held, kv.total, low, high,
+            kv.table.stride(0), columns, fresh, 0 if fresh is None else fresh[0].shape[2], kv.new_start, kv.packed, kv.recent, kv.held, kv.total, low, high,
             kv.n_sink, ring, sliding, kv.softcap, out, lse, hkv, new, rows,
             P=layout.page_tokens, DTYPE=DTYPES[dtype], PRECISION=precision, CLOSING=closing, **constants, **options,
         )  # fmt: skip
@@ -122,8 +122,8 @@ def specialization(
     wide = max(key_padded, d_padded) > 128
     if itemsize == 2:
         block, tile, warps = 64 if wide or rows <= 64 else 128, 64 if backend == "cuda" else 32, 8
-    else:
-        block, tile, warps = 32 if wide else 64, 32, 4 if wide else 8
+    else:  # products in three parts, each with its operands
+        block, tile, warps = 32, 32, 8
     constants = {
         "KEY_D": key_dim, "KEY_PADDED": key_padded, "D": value_dim, "D_PADDED": d_padded, "ROWS": block, "TILE": tile,
     }  # fmt: skip
