@@ -166,9 +166,7 @@ def prefill_kernels(
     q, k = (torch.zeros(1, heads, new, d, dtype=dtype) for heads in (case.heads, hkv))
     KNOWN_FORMS.clear()
     kv = paged_cache(case, page_tokens)
-    kv = replace(
-        kv, softcap=softcap, new_k=k, new_v=k, window_k=kv.window_k.to(dtype), window_v=kv.window_v.to(dtype)
-    )
+    kv = replace(kv, softcap=softcap, new_k=k, new_v=k, window_k=kv.window_k.to(dtype), window_v=kv.window_v.to(dtype))
     with compiling(target) as kernels:
         triton_kernel.launch(q, 1.0, kv, readers, splits=1)
     return kernels

@@ -58,5 +58,4 @@ def tokens(k: Tensor | None, v: Tensor | None) -> tuple[Any, ...]:
 
 def padded(size: int) -> int:
     """The least whole power of two that a kernel takes so many coordinates in."""
-    return max(16, triton.next_power_of_2(size))
-
+    return max(16, 1 << (size - 1).bit_length())

@@ -1,10 +1,10 @@
 """Triton: attention of many queries over rows in half precision, as flash attention reads them.
 
 One program owns one KV head of one sequence, one block of its ``g·S`` query rows and one split of the tokens that
-:mod:`headq_ao.ops.paged_attention.triton_unpack` left as rows; that of the last split goes on with the window and the
-call's own tokens, all under one running softmax. Products have operands as the model has them and fp32 sums. Tiles that
-all rows see whole, nearly all, are read without masks. More tokens than there are rows for are read by launches one
-after the other, each of which goes on where the one before it ended.
+:mod:`headq_ao.ops.paged_attention.triton_unpack` left as rows, or what is in full precision: sinks, window and the
+call's own tokens. Products have operands as the model has them, and fp32 sums. Tiles that all rows see whole, nearly
+all, are read without masks. More tokens than there are rows for are read by launches one after the other, each of which
+adds to what the one before it found.
 """
 
 import triton
@@ -42,7 +42,8 @@ def _rows(base, at, here, N: tl.constexpr, PADDED: tl.constexpr):
 
 @triton.jit
 def _absorb(sums, x, key, value, seen, scale, softcap, PRECISION: tl.constexpr):
-    """The running maximum, ``Σ 2^(s − M)`` and ``Σ 2^(s − M) v`` with one tile of tokens; ``seen`` None: by all rows."""
+    """The running maximum, ``Σ 2^(s − M)`` and ``Σ 2^(s − M) v`` with one tile of tokens; ``seen`` None: all rows
+    see it."""
     top, total, acc = sums
     s = tl.zeros([x.shape[0], key.shape[0]], tl.float32)
     s = capped(_product(x, tl.trans(key.to(x.dtype)), s, PRECISION) * scale, softcap)
@@ -103,8 +104,8 @@ def _newest(
     KEY_D: tl.constexpr, KEY_PADDED: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, TILE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The running sums and tokens ``begin ≤ p < end`` of the window: in a ring, or in an engine's ``pages``, their block
-    table and size."""
+    """The running sums and tokens ``begin ≤ p < end`` of the window: in a ring, or in an engine's ``pages``, their
+    block table and size."""
     k, k_strides, v, v_strides = window
     begin, end = _seen_range(first, last, live, begin, end)
     for p0 in tl.range(begin, end, TILE, num_stages=1):
@@ -123,8 +124,8 @@ def _newest(
 
 @triton.jit
 def _in_full(
-    sums, x, window, owned, table, new_tokens, new_slots, new_start, in_pages, recent, in_window, end, n_sink, ring, first, last,
-    live, scale, softcap, b, h,
+    sums, x, window, owned, table, new_tokens, new_slots, new_start, in_pages, recent, in_window, end, n_sink, ring,
+    first, last, live, scale, softcap, b, h,
     KEY_D: tl.constexpr, KEY_PADDED: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, TILE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -175,8 +176,8 @@ def _in_full(
 )  # fmt: skip
 def flash_kernel(
     q, q_strides, scaling, rows_k, rows_v, tile_first, tile_tokens, window, owned, table, table_stride,
-    table_columns, new_tokens, new_slots, new_start, packed, recent, held, total, low, high, n_sink, ring, sliding, softcap, out,
-    out_lse, kv_heads, new, rows,
+    table_columns, new_tokens, new_slots, new_start, packed, recent, held, total, low, high, n_sink, ring, sliding,
+    softcap, out, out_lse, kv_heads, new, rows,
     KEY_D: tl.constexpr, KEY_PADDED: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, ROWS: tl.constexpr,
     TILE: tl.constexpr, P: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, CLOSING: tl.constexpr,
 ):  # fmt: skip
@@ -184,9 +185,9 @@ def flash_kernel(
     nothing of it, all in the model's basis.
 
     ``rows_k``, ``rows_v``: :func:`unpack_kernel`'s, of the body tokens from number ``tile_first`` on of those that a
-    block table holds; from the second such launch on the results go on with what is there. With ``closing`` the last
-    split goes on with what is in full precision. ``DTYPE``: of the products' operands. The others are those of
-    :func:`headq_ao.ops.paged_attention.triton_packed.split_kernel`. Grid: blocks of rows, splits, heads.
+    block table holds; from the second such launch on results are added to those that are there. With ``CLOSING``, one
+    split, what is in full precision is added to them instead. ``DTYPE``: of the products' operands. The others are
+    those of :func:`headq_ao.ops.paged_attention.triton_packed.split_kernel`. Grid: blocks of rows, splits, heads.
     """
     BY_POSITION: tl.constexpr = owned is not None
     # those that see most begin first

@@ -2,8 +2,8 @@
 
 For few queries split-KV flash-decoding in three launches, for heads of any mix of bits: the query is mapped; splits of
 the packed tokens, of the window and of the call's own tokens are read; all are joined. For many queries packed tokens
-are unpacked first (:mod:`headq_ao.ops.paged_attention.triton_prefill`). Grids depend on shapes alone, lengths and ranges
-are read on the device: a launch waits for nothing and can be captured.
+are unpacked first (:mod:`headq_ao.ops.paged_attention.triton_prefill`). Grids depend on shapes alone, lengths and
+ranges are read on the device: a launch waits for nothing and can be captured.
 """
 
 import functools
@@ -19,12 +19,14 @@ from headq_ao.ops.page_layout import PageLayout
 from headq_ao.ops.paged_attention import triton_prefill
 from headq_ao.ops.paged_attention.triton_arguments import (
     backend,
-    dense_indices,
     in_full,
     padded,
     split_count,
     strides_of_shared,
     tokens,
+)
+from headq_ao.ops.paged_attention.triton_arguments import (
+    dense_indices as dense_indices,
 )
 from headq_ao.ops.paged_attention.triton_codes import CHUNK_BYTES
 from headq_ao.ops.paged_attention.triton_heads import Form, all_query_columns, head_table, kinds

@@ -1,8 +1,9 @@
 """``paged_attention`` of many queries on CUDA and HIP: packed tokens are unpacked once, and read by flash attention.
 
-Reading codes costs each block of query rows their unpacking, and each segment's frame a mapping of all queries. From
-some dozens of queries on, rows in half precision are cheaper: they are written once for all blocks, in the model's
-basis, for as many tokens at a time as :data:`ROWS_BYTES` hold. Two launches for each such tile; grids depend on shapes
+A kernel that reads codes unpacks them again for each block of query rows, and maps all queries for each segment's
+frame: of 4096 queries with four heads to a KV head and segments of 512 tokens, 128 times, and an eighth of all
+products. Here rows are written once for all blocks, in the model's basis and dtype, for as many tokens at a time as
+:data:`ROWS_BYTES` hold. Two launches for each such tile and one for what is in full precision; grids depend on shapes
 alone, lengths and ranges are read on the device.
 """
 
@@ -40,15 +41,16 @@ def parts(
     """Attention ``[splits, B·Hq·S, D]`` and ``log2 Σ e^s [splits, B·Hq·S]``, fp32, of the queries ``q [B, Hq, S, D]``,
     in the model's basis, to be joined.
 
-    ``precision``: of products in fp32.
+    ``precision``: of products in fp32; those that unpack to bf16 need no more than a mantissa of ten bits.
     """
     assert readers.query_map is not None
     layout, (batch, heads, new, _), device = PageLayout.parse(kv.layout), q.shape, q.device
-    kv, forms, hkv = dense_indices(kv), layout.known_forms, layout.kv_heads
+    kv, hkv = dense_indices(kv), layout.kv_heads
     dtype = q.dtype if q.dtype == kv.window_k.dtype else torch.float32
     rows, lines, columns = heads // hkv * new, batch * heads * new, kv.table.shape[1]
     constants, options, held = specialization(layout.key_dim, layout.value_dim, dtype.itemsize, rows, backend)
-    tile, count = tiling(columns * layout.page_tokens, batch * hkv * (layout.key_dim + layout.value_dim) * dtype.itemsize)
+    token_bytes = batch * hkv * (layout.key_dim + layout.value_dim) * dtype.itemsize
+    tile, count = tiling(columns * layout.page_tokens, token_bytes)
     blocks = triton.cdiv(rows, constants["ROWS"])
     splits = splits or split_count(tile, blocks * batch * hkv, held, device)
     k, v = (torch.empty(batch, hkv, tile, d, dtype=dtype, device=device) for d in (layout.key_dim, layout.value_dim))
@@ -56,14 +58,14 @@ def parts(
     lse = torch.empty(splits, lines, dtype=torch.float32, device=device)
     low, high = (None, None) if visible is None else (visible.low.contiguous(), visible.high.contiguous())
     owned, ring = in_full(kv)
-    exact = precision if dtype == torch.float32 or backend != "cuda" else "tf32"
+    exact = "tf32" if dtype == torch.bfloat16 and backend == "cuda" else precision
     fresh = None if kv.new_k is None else tokens(kv.new_k, kv.new_v)
 
     def flash(grid: tuple[int, int, int], first: int, closing: bool) -> None:
         flash_kernel[grid](
             q, q.stride()[:3], scaling, k, v, first, tile, tokens(kv.window_k, kv.window_v), owned, kv.table,
-            kv.table.stride(0), columns, fresh, 0 if fresh is None else fresh[0].shape[2], kv.new_start, kv.packed, kv.recent, kv.held, kv.total, low, high,
-            kv.n_sink, ring, sliding, kv.softcap, out, lse, hkv, new, rows,
+            kv.table.stride(0), columns, fresh, 0 if fresh is None else fresh[0].shape[2], kv.new_start, kv.packed,
+            kv.recent, kv.held, kv.total, low, high, kv.n_sink, ring, sliding, kv.softcap, out, lse, hkv, new, rows,
             P=layout.page_tokens, DTYPE=DTYPES[dtype], PRECISION=precision, CLOSING=closing, **constants, **options,
         )  # fmt: skip
 

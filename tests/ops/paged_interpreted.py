@@ -99,7 +99,9 @@ CASES = {
 
 
 CHUNKS = {
-    "mixed bits": Case(heads=((1, 2, 2), (2, 4, 3)), dim=32, new=40, packed=(150, 40), held=(172, 62), total=(212, 102)),
+    "mixed bits": Case(
+        heads=((1, 2, 2), (2, 4, 3)), dim=32, new=40, packed=(150, 40), held=(172, 62), total=(212, 102)
+    ),
     "fp16 scales, side code": Case(dim=80, side=16, scale_bits=16, group=1, new=33, total=(203,)),
     "1 and 8 bits": Case(heads=((1, 1, 8),), dim=16, new=34, total=(204,)),
     "6 and 5 bits": Case(heads=((1, 6, 5),), dim=48, page=64, columns=3, new=40, total=(210,), group=3),
