@@ -22,14 +22,14 @@ def result_table(folder: Path) -> str:
 
 
 def layers_table(result: dict[str, Any]) -> str:
-    """Decode attention of one layer."""
+    """Decode attention of one layer, and chunks over packed tokens."""
     head = [
         "heads, bits", "batch × tokens", "packed, µs", *(f"{x}, µs" for x in BASELINES.values()), "times as fast",
         "packed / bf16 GB/s",
     ]  # fmt: skip
     rows = []
     for r in result["rows"]:
-        if "mix" in r:
+        if "batch" not in r or "mix" in r:
             continue
         us = r["microseconds"]
         rows.append([
@@ -39,9 +39,25 @@ def layers_table(result: dict[str, Any]) -> str:
         ])  # fmt: skip
     mixes = "".join(
         f"\n\nHeads of {'/'.join(map(str, r['mix']))} bits, {r['batch']} × {r['slots']:,} tokens: "
-        f"{r['over_uniform']:.2f} × the time of 2 bits." for r in result["rows"] if "mix" in r
+        f"{r['over_uniform']:.2f} × the time of 2 bits." for r in result["rows"] if "over_uniform" in r
     )  # fmt: skip
-    return markdown_table(head, rows) + mixes
+    return markdown_table(head, rows) + mixes + chunks_table([r for r in result["rows"] if "over_flash" in r])
+
+
+def chunks_table(rows: list[dict[str, Any]]) -> str:
+    """Chunks of new tokens over packed ones, behind an empty line; nothing where none was timed."""
+    if not rows:
+        return ""
+    head = ["heads, bits", "new over packed", "packed, µs", "mixed bits, µs", "flash attention, µs", "over flash"]
+    made = []
+    for r in rows:
+        us = r["microseconds"]
+        made.append([
+            f"{r['heads']}/{r['kv_heads']}/{r['head_dim']}, {r['k_bits']}/{r['v_bits']}",
+            f"{r['new']:,} over {r['packed']:,}", *(f"{us[name]:.0f}" for name in ("chunk", "mixed", "flash")),
+            f"{r['over_flash']:.2f}",
+        ])  # fmt: skip
+    return "\n\n" + markdown_table(head, made)
 
 
 def steps_table(result: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ import torch
 
 from headq_ao.evals.benchmarks.triton_table import Case
 from headq_ao.evals.gpu import __main__ as gpu
-from headq_ao.evals.gpu import coding, layers, steps
+from headq_ao.evals.gpu import chunks, coding, layers, report, steps
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[3]
@@ -27,6 +27,7 @@ def test_the_checks_pass_on_the_cpu():
     """The same functions that guard the timings, over the CPU's operators."""
     assert max(layers.output_errors(Case(4, 2, 64, 2, 2), 1, 96, CPU)) <= layers.OUTPUT_ERROR
     assert max(layers.output_errors(Case(4, 1, 32, 3, 3), 2, 96, CPU)) <= layers.OUTPUT_ERROR
+    assert chunks.error(Case(4, 2, 32, 2, 2), CPU, (2, 3)) <= layers.BF16_ERROR
     assert coding.same_rows(16, CPU) >= coding.SAME_ROWS
 
 
@@ -35,6 +36,10 @@ def test_wrong_results_are_not_timed(monkeypatch):
     monkeypatch.setattr(layers, "compare", lambda *_: pytest.fail("timed"))
     with pytest.raises(RuntimeError, match=r"differs from the reference by 0\.1"):
         layers.measure(gpu.CASES, gpu.CELLS, 1, CPU, None)
+    monkeypatch.setattr(chunks, "error", lambda *_: 0.1)
+    monkeypatch.setattr(chunks, "compare", lambda *_: pytest.fail("timed"))
+    with pytest.raises(RuntimeError, match=r"a chunk differs from the reference by 0\.1"):
+        chunks.measure(gpu.CASES, gpu.CHUNKS, 1, CPU, None)
     monkeypatch.setattr(coding, "same_rows", lambda *_: 0.5)
     with pytest.raises(RuntimeError, match=r"only 50\.0%"):
         coding.measure((64,), 8, 1, 100, CPU, 1, None)
@@ -52,8 +57,12 @@ def test_dry_run(tmp_path):
     assert found.keys() == {"steps", "layers"} and all(result["complete"] for result in found.values())
     (step,) = found["steps"]["rows"]
     assert step["batch"] == 1 and step["kl"] < 1e-3 and step["packed"]["ms"] > 0
-    layer, mix = found["layers"]["rows"]
+    layer, mix, chunk = found["layers"]["rows"]
     assert layer["times_as_fast"] > 0 and mix["mix"] == [2, 3]
+    assert (chunk["new"], chunk["packed"]) == (40, 160) and chunk["over_flash"] > 0
+    assert max(found["layers"]["chunk_errors"].values()) <= layers.BF16_ERROR
+    table = report.chunks_table([chunk])
+    assert "| 4/2/32, 2/2 |" in table and "| 40 over 160 |" in table and not report.chunks_table([])
 
 
 def test_a_stage_that_takes_too_long_is_cut(tmp_path, capfd):
