@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from headq_ao.evals.baselines import trellis_kernel
-from headq_ao.ops import unit_factor
+from headq_ao.ops import ldl_factor
 
 WINDOW = 8  # bits that a level is looked up by: 256 states
 ROWS = 1024  # rows that go through the trellis together
@@ -37,9 +37,8 @@ class Metric:
     @classmethod
     def of(cls, hessian: Tensor) -> "Metric":
         """From H ``[D, D]``."""
-        factor = unit_factor(hessian)
-        inverse = torch.linalg.solve_triangular(factor.double(), hessian.double(), upper=True)
-        return cls(factor.float(), inverse.diagonal().float().clamp(min=0.0))
+        packed = ldl_factor(hessian).float()
+        return cls(packed.triu(1) + torch.eye(len(packed), device=packed.device), packed.diagonal().contiguous())
 
 
 def states(symbols: Tensor, bits: int, window: int = WINDOW) -> Tensor:

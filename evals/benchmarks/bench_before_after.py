@@ -38,7 +38,7 @@ from transformers import (
 )
 
 CONTEXTS = (1024, 4096, 8192)
-CELLS = ("step", "spread", "beams", "memory", "calls", "compile")
+CELLS = ("step", "spread", "beams", "memory", "calls", "compile", "prefill")
 QUICK = {"contexts": [512, 1024], "layers": 4, "steps": 32, "spread_steps": 64, "runs": 2, "growth": 32, "long": 2048}
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TINY, SMOLLM2 = "tiny", "smollm2"
@@ -47,6 +47,7 @@ VOCABULARY = 512  # of the tiny model and of the one that has a single layer
 WARM = 10  # steps after a prefill, before anything is timed
 TURN = 4  # steps before the next cache has its turn
 BEAMS, REPEATS, REORDERINGS = 8, 16, 15
+TURNS = {"dense": ("after", "dense"), "before": ("before", "packed"), "after": ("after", "packed")}
 CALL_STEPS = 40  # more than a block of the old cache
 CALIBRATION_TOKENS = 2048
 NLL_LIMIT = 0.1  # nats a token between the two sides; measured: 0.01
@@ -63,6 +64,7 @@ cells:
   memory   growth of resident memory in one prefill and in later steps, each cache in a process of its own
   calls    Python calls of our code in a decoding step, by sys.setprofile
   compile  the side "after" alone: compiled decoding against the compiled StaticCache
+  prefill  a prompt in one call, fp32 and bf16, against DynamicCache (sdpa), the median of several
 
 A side compares best with the other at the same mean number of full-precision tokens: --before-residual and
 --after-residual set residual_length of each.
@@ -157,6 +159,13 @@ class Side:
     def _step(self, model: str, kind: str, cache: Any, token: Tensor) -> Tensor:
         logits: Tensor = self.models[model][kind](token, cache=cache, logits_to_keep=1).logits
         return logits
+
+    @torch.no_grad()
+    def prefill(self, model: str, kind: str, context: int) -> float:
+        """Milliseconds of a prompt in one call."""
+        self.prepare(model)
+        ids = self._text(model, context)
+        return timed(lambda: self._prefilled(model, kind, ids))
 
     @torch.no_grad()
     def steps(self, model: str, kind: str, number: int) -> list[float]:
@@ -421,15 +430,25 @@ class Run:
 
     def step(self, model: str, context: int) -> None:
         """Steps of all three caches in turns."""
-        turns = {"dense": ("after", "dense"), "before": ("before", "packed"), "after": ("after", "packed")}
-        times: dict[str, list[float]] = {name: [] for name in turns}
+        times: dict[str, list[float]] = {name: [] for name in TURNS}
         for _ in range(self.settings.steps // TURN):
-            for name, (side, kind) in turns.items():
+            for name, (side, kind) in TURNS.items():
                 times[name] += self.sides[side].ask("steps", model=model, kind=kind, number=TURN)
         self.raw[f"step, {model}, {context}"] = times
         for name, of in (("median", statistics.median), ("mean", statistics.fmean)):
             found = {k: of(x) for k, x in times.items()}
             self.row(f"step, {model}, {context:,} tokens, {name}", "ms", **found)
+
+    def prefill(self, model: str, context: int) -> None:
+        """Prompts through all three caches in turns, the first of each not counted."""
+        rounds = []
+        for i in range(1 + self.settings.runs):
+            ask = {name: self.sides[side].ask for name, (side, _) in TURNS.items()}
+            times = {n: ask[n]("prefill", model=model, kind=kind, context=context) for n, (_, kind) in TURNS.items()}
+            rounds += [times] if i else []
+        self.raw[f"prefill, {model}, {context}"] = rounds
+        middle = {name: statistics.median(times[name] for times in rounds) for name in TURNS}
+        self.row(f"prefill, {model}, {context:,} tokens", "ms", **middle)
 
     def spread(self, context: int) -> None:
         """The slowest step over the median one."""
@@ -520,6 +539,9 @@ class Run:
                 yield
         for context in contexts if "compile" in only else ():
             self.compile(context)
+            yield
+        for model, context in itertools.product((MODEL, HALF), contexts) if "prefill" in only else ():
+            self.prefill(model, context)
             yield
 
     def context(self, context: int, middle: int) -> None:

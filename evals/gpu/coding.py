@@ -30,7 +30,7 @@ def same_rows(width: int, device: torch.device, rows: int = 256) -> float:
     """Share of rows whose codes and scale ``feedback_codes`` gives as the reference does."""
     y, hessian, step = drawn(width, device, rows)
     codes, scale = feedback_codes(y, hessian, step, 2)
-    factor = reference.unit_factor(hessian)
+    factor = reference.ldl_factor(hessian)
     expected, expected_scale = reference.feedback_codes(y, hessian, factor, step, 2, SPREADS, PASSES, True)
     return float(((codes == expected).all(-1) & (scale == expected_scale)).float().mean())
 
@@ -49,8 +49,8 @@ def measure(
         if same < SAME_ROWS:
             raise RuntimeError(f"only {same:.1%} of the rows of {each} are coded as by the reference")
         y, hessian, step = drawn(each, device, rows)
-        factor = reference.unit_factor(hessian)  # which a codec keeps
-        code = partial(feedback_codes, y, hessian, step, 2, cholesky=factor)
+        factor = reference.ldl_factor(hessian)  # which a codec keeps
+        code = partial(feedback_codes, y, hessian, step, 2, ldl=factor)
         result.add(coding=each, tokens=4 * rows, same_rows=same, microseconds=microseconds([code], repeats, device))
     result.add(**prefill(layers, context, device, head_dim))
 

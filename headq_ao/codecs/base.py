@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Self, TypeVar
 import torch
 from torch import Tensor
 
-from headq_ao.ops import Encoder, quantize, unit_factor
+from headq_ao.ops import Encoder, ldl_factor, quantize
 from headq_ao.ops.rounding import highest_codes
 from headq_ao.ops.types import SegmentFrame
 
@@ -137,7 +137,7 @@ class KeyCodec(Codec):
         side = self.side_encode is not None
         return Encoder(
             encode, self.bits, self.step if self.symmetric else None, mean=self.mean, unit=self.unit,
-            hessian=self.error_hessian(), cholesky=self.factor, read=self.reader if side else None,
+            hessian=self.error_hessian(), ldl=self.factor, read=self.reader if side else None,
             side_encode=self.side_encode, side_step=self.side_step, unbiased=unbiased, scale_bits=self.scale_bits,
             frame=frame,
         )  # fmt: skip
@@ -171,8 +171,8 @@ class KeyCodec(Codec):
 
     @functools.cached_property
     def factor(self) -> Tensor | None:
-        """:func:`headq_ao.ops.unit_factor` of the hessian, kept: it takes as long as the codes of a block."""
-        return None if self.hessian is None else unit_factor(self.hessian)
+        """:func:`headq_ao.ops.ldl_factor` of the hessian, kept: it takes as long as the codes of a block."""
+        return None if self.hessian is None else ldl_factor(self.hessian)
 
     @property
     def reader(self) -> Tensor:
@@ -278,7 +278,7 @@ class ValueCodec(Codec):
             step = self.encode.new_full((1, 1, self.encode.shape[-1]), self.step)
         return Encoder(
             self.encode, (self.bits,), step, groups, mean=self.mean, unit=self.unit, hessian=self.hessian,
-            cholesky=self.factor, unbiased=self.unbiased, scale_bits=self.scale_bits,
+            ldl=self.factor, unbiased=self.unbiased, scale_bits=self.scale_bits,
         )  # fmt: skip
 
     @property
@@ -293,8 +293,8 @@ class ValueCodec(Codec):
 
     @functools.cached_property
     def factor(self) -> Tensor | None:
-        """:func:`headq_ao.ops.unit_factor` of the hessian, kept."""
-        return None if self.hessian is None else unit_factor(self.hessian)
+        """:func:`headq_ao.ops.ldl_factor` of the hessian, kept."""
+        return None if self.hessian is None else ldl_factor(self.hessian)
 
     @property
     def reader(self) -> Tensor:

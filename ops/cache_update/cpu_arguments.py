@@ -17,7 +17,7 @@ from headq_ao.ops.types import PagedKV
 DTYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 EXACT, FEEDBACK, NEAREST, AFFINE, SHARED = range(5)
 _P, _I64, _I32, _F32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
-_MATRICES = "encode mean unit steps hessian cholesky read side_encode side_step"
+_MATRICES = "encode mean unit steps hessian ldl read side_encode side_step"
 
 
 def _fields(names: str, kind: type) -> tuple[tuple[str, type], ...]:
@@ -220,7 +220,7 @@ def _encoder_form(encoder: Encoder) -> tuple[_Side, list[Tensor]]:
     )  # fmt: skip
     given: dict[str, tuple[Tensor | float | None, int]] = {
         "encode": (encoder.encode, 2), "mean": (encoder.mean, 1), "unit": (encoder.unit, 1),
-        "steps": (encoder.step, 1), "hessian": (encoder.hessian, 2), "cholesky": (encoder.factor, 2),
+        "steps": (encoder.step, 1), "hessian": (encoder.hessian, 2), "ldl": (encoder.factor, 2),
         "read": (None if encoder.read is None else encoder.read.transpose(-1, -2), 2),
         "side_encode": (encoder.side_encode, 2), "side_step": (encoder.side_step, 1),
     }  # fmt: skip

@@ -34,7 +34,7 @@ struct Side {
   Plane plane[3];
   Numbers scale, zero;
   Tokens exact;
-  Matrix encode, mean, unit, steps, hessian, cholesky, read, side_encode, side_step;  // read: transposed, [base, dim]
+  Matrix encode, mean, unit, steps, hessian, ldl, read, side_encode, side_step;  // read: transposed, [base, dim]
 };
 
 struct Rows { char* data; int64_t row, parts, part, bytes; };  // of a row: parts of so many bytes; row and part: strides in bytes
@@ -192,9 +192,9 @@ void side_code(const Side& s, int64_t b, int64_t h, float* x, float* y, uint8_t*
     const float top = float((1 << s.coordinate_bits[i]) - 1);
     y[i] = s.form == AFFINE ? zero + scale * codes[i] : scale * (s.folded ? 1.0f : steps[i]) * (codes[i] - top / 2);
   }
-  transform(y, of(s.read, b, h), s.base, s.dim, decoded);
+  transform(y, of(s.read, b, h), 1, s.base, s.dim, decoded);
   for (int i = 0; i < s.dim; i++) x[i] -= decoded[i];
-  transform(x, of(s.side_encode, b, h), s.dim, s.side, decoded);
+  transform(x, of(s.side_encode, b, h), 1, s.dim, s.side, decoded);
   for (int i = 0; i < s.side; i++) {
     const float top = float((1 << s.coordinate_bits[s.base + i]) - 1);
     codes[s.base + i] = uint8_t(nearest_code(decoded[i] / (scale * side_step[i]) + top / 2, top));
@@ -250,13 +250,16 @@ inline const char* source(const Args& a, int side, int64_t b, int64_t head, int6
 // A key of body token j into the frame of its segment, in fp64: other builds then find the same numbers.
 void into_frame(const Args& a, int64_t j, float* x, float* work) {
   const int64_t frame = std::min<int64_t>(j / a.frame_tokens, a.frames - 1);
-  const float *c = a.frame + frame * 2 * a.dim[0], *d = c + a.dim[0];
-  std::copy_n(x, a.dim[0], work);
-  for (int i = 0; i < a.dim[0]; i++) x[i] = float(double(work[i]) * c[i] + double(work[a.partner[i]]) * d[i]);
+  const int n = a.dim[0];
+  const float *c = a.frame + frame * 2 * n, *d = c + n;
+  const int32_t* partner = a.partner;
+  std::copy_n(x, n, work);
+#pragma omp simd
+  for (int i = 0; i < n; i++) x[i] = float(double(work[i]) * c[i] + double(work[partner[i]]) * d[i]);
 }
 
 inline Quadratic quadratic(const Side& s, const float* steps, int64_t b, int64_t h) {
-  return {of(s.hessian, b, h), of(s.cholesky, b, h), steps, s.base, float((1 << s.bits) - 1), s.unbiased != 0, s.byte_scale != 0};
+  return {of(s.hessian, b, h), of(s.ldl, b, h), steps, s.base, float((1 << s.bits) - 1), s.unbiased != 0, s.byte_scale != 0};
 }
 
 // Body tokens [from, to) of one sequence and head into their pages.
@@ -281,8 +284,8 @@ void pack(const Args& a, const Group& group, int64_t b, int64_t h, int64_t from,
         for (int i = 0; i < s.dim; i++) x[i] /= *of(s.unit, b, h);
       if (const float* mean = of(s.mean, b, h))
         for (int i = 0; i < s.dim; i++) x[i] -= mean[i];
-      transform(x, of(s.encode, b, h), s.dim, s.base, w.y[k].data() + int64_t(t) * s.base);
     }
+    if (s.form != EXACT) transform(w.x[k].data(), of(s.encode, b, h), n, s.dim, s.base, w.y[k].data());
     if (s.form == FEEDBACK) {
       const float* steps = of(s.steps, b, h);
       if (s.folded) {

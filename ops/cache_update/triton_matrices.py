@@ -4,10 +4,11 @@ Heads of different bits have rows of one form, so that one launch codes them all
 long as the encoder's tensors are there. With ``y_i / step_i`` for ``y_i``, ``M_ij = step_i H_ij step_j``, matrices
 padded to ``[D, M]``, and ``P`` and the pulls as in :mod:`headq_ao.ops.error_feedback.triton_kernel`:
 
-    ``numbers [32], mean [D], step [M], diagonal [M], encode [D, M], inner [2, M, 16], outer [2, M, M]``
+    ``numbers [32], mean [D], step [M], diagonal [M], pivot [M], encode [D, M], inner [2, M, 16], outer [2, M, M]``
 
-``outer[k, j]`` is what an error of coordinate ``j`` adds to all pulls in sweep ``k`` (0: the
-elimination, 1: a descent) and ``inner[k, i, j % 16]`` what it adds to coordinate ``i > j`` of its own block of 16.
+``diagonal`` is that of ``M``, ``pivot`` the ``D`` of ``M = N D Nᵀ``. ``outer[k, j]`` is what an error of coordinate
+``j`` adds to all pulls in sweep ``k`` (0: the elimination, 1: a descent) and ``inner[k, i, j % 16]`` what it adds to
+coordinate ``i > j`` of its own block of 16.
 """
 
 import functools
@@ -40,10 +41,10 @@ class Shape(NamedTuple):
 
     @property
     def parts(self) -> tuple[int, ...]:
-        """First numbers of mean, step, diagonal, encode, inner, outer; and the size of a row."""
+        """First numbers of mean, step, diagonal, pivot, encode, inner, outer; and the size of a row."""
         d, m = self
         found = [NUMBERS]
-        for size in (d, m, m, d * m, 2 * m * BLOCK, 2 * m * m):
+        for size in (d, m, m, m, d * m, 2 * m * BLOCK, 2 * m * m):
             found.append(found[-1] + size)
         return tuple(found)
 
@@ -127,6 +128,7 @@ def _rows(encoder: Encoder, heads: int, shape: Shape) -> Tensor:
         "mean": pad(0 * ones((1, dim)) if encoder.mean is None else encoder.mean[0].double(), (0, spare_dim)),
         "step": pad(step, (0, spare), value=1.0),
         "diagonal": pad(diagonal, (0, spare)),
+        "pivot": pad(feedback.diagonal(dim1=-2, dim2=-1) * step.square(), (0, spare)),
         "encode": pad(encode, (0, spare, 0, spare_dim)),
         "inner": inner,
         "outer": outer,

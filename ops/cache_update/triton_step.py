@@ -1,7 +1,8 @@
 """The Triton kernels of a decoding step's ``cache_update``: two launches, whatever bits the heads have.
 
-One program of a single warp codes one token of one side of one head at one of the five scales, since what counts is
-how long a token takes: there are as many programs as a device has processors. The recursion over coordinates is that
+One program of a single warp codes one token of one side of one head at one of the scales, since what counts is how
+long a token takes: there are as many programs as a device has processors. Each descends from its scale, for none
+knows yet whether it is one of the best. The recursion over coordinates is that
 of :mod:`headq_ao.ops.error_feedback.triton_kernel`, in scalars. The second launch puts the best of the codes into the
 pages, and the call's tokens into the window: nothing reads the window then.
 """
@@ -24,7 +25,7 @@ from headq_ao.ops.cache_update.triton_pages import (
     put_value_piece,
     window_page,
 )
-from headq_ao.ops.error_feedback.reference import SPREADS
+from headq_ao.ops.error_feedback.reference import KEPT, SPREADS
 from headq_ao.ops.error_feedback.triton_kernel import INTEGER, LEAST_BYTE, stored_byte, stored_half
 from headq_ao.ops.page_layout import PageLayout
 from headq_ao.ops.paged_attention.triton_codes import CHUNK
@@ -33,7 +34,8 @@ from headq_ao.ops.types import PagedKV, SegmentFrame
 
 MOST = 16  # tokens that leave at once; more are coded in bulk
 BLOCK, _FIELDS = tl.constexpr(triton_matrices.BLOCK), tl.constexpr(FIELDS)
-_SPREADS = tl.constexpr(len(SPREADS))
+_SPREADS, _KEPT = tl.constexpr(len(SPREADS)), tl.constexpr(KEPT)
+_FOUND = tl.constexpr(3)  # of one scale: what is stored, the error, the error of elimination
 _UNIT, _FACTOR, _TOP, _SWEEPS, _UNBIASED, _WIDTH, _BYTE_SCALE, _FIRST_SPREAD = (
     tl.constexpr(getattr(triton_matrices, name))
     for name in ("UNIT", "FACTOR", "TOP", "SWEEPS", "UNBIASED", "WIDTH", "BYTE_SCALE", "FIRST_SPREAD")
@@ -76,7 +78,7 @@ def _transformed(x, dim, row, angles, partner, rotated, PARTS: tl.constexpr, D: 
     ROWS: tl.constexpr = min(D, 2048 // M)
     d, m = tl.arange(0, ROWS), tl.arange(0, M)
     unit = tl.load(row + _UNIT)
-    encode = row + PARTS[3] + d[:, None] * M + m[None, :]
+    encode = row + PARTS[4] + d[:, None] * M + m[None, :]
     total, tile = tl.zeros([ROWS, M], tl.float32), tl.load(encode)
     for first in range(0, D, ROWS):
         following = tl.load(encode + tl.minimum(first + ROWS, D - ROWS) * M)
@@ -102,9 +104,10 @@ def _pair(x):
 
 @triton.jit
 def _rounded(v, own, inner, top):
-    """One block's codes, plus :data:`INTEGER`, and errors: coordinate after coordinate, in scalars."""
+    """One block's codes, plus :data:`INTEGER`, errors, and distances to where each coordinate should be: coordinate
+    after coordinate, in scalars."""
     j = tl.arange(0, BLOCK)
-    e, found = (), ()
+    e, found, missed = (), (), ()
     for i in tl.static_range(BLOCK):
         if i % 2 == 0:
             v_i, v_next = _pair(v + i)
@@ -119,7 +122,8 @@ def _rounded(v, own, inner, top):
         c = tl.minimum(tl.maximum(target, 0.0), top) + INTEGER
         e = e + (v_i - (c - INTEGER),)
         found = found + (c,)
-    return found, e
+        missed = missed + (target - (c - INTEGER),)
+    return found, e, missed
 
 
 @triton.jit
@@ -132,22 +136,23 @@ def _tile(row, step, blocks, PARTS: tl.constexpr, M: tl.constexpr):
     at = block[:, None] * BLOCK + j[None, :]
     outer = ()
     for i in tl.static_range(BLOCK):
-        outer = outer + (tl.load(row + PARTS[5] + (k * M + b * BLOCK + i) * M + at),)
-    inner = tl.load(row + PARTS[4] + (k * M + b * BLOCK) * BLOCK + tl.arange(0, 32) * 8)
+        outer = outer + (tl.load(row + PARTS[6] + (k * M + b * BLOCK + i) * M + at),)
+    inner = tl.load(row + PARTS[5] + (k * M + b * BLOCK) * BLOCK + tl.arange(0, 32) * 8)
     return outer, inner
 
 
 @triton.jit
 def _swept(v, codes, row, top, PARTS: tl.constexpr, M: tl.constexpr):
     """All sweeps over the coordinates of ``v = y / (σ · step) + c0``: writes codes, gives ``Σ_{j>i} M_ij x_j / M_ii``
-    of ``x = e`` and of ``x = y``, ``[M / 16, 16]`` each.
+    of ``x = e`` and of ``x = y``, ``[M / 16, 16]`` each, and ``eᵀ M e`` after the first.
 
-    Its third result means nothing; it is there so that what was loaded ahead is not thought to be of no use.
+    Its fourth result means nothing; it is there so that what was loaded ahead is not thought to be of no use.
     """
     block = tl.arange(0, M // BLOCK)
     blocks = (tl.load(row + _WIDTH).to(tl.int32) + BLOCK - 1) // BLOCK
     steps = blocks * tl.load(row + _SWEEPS).to(tl.int32)
     pull, of_y = tl.zeros([M // BLOCK, BLOCK], tl.float32), tl.zeros([M // BLOCK, BLOCK], tl.float32)
+    first = 0.0
     outer, near = _tile(row, 0, blocks, PARTS, M)
     for step in range(0, steps):
         b = step % blocks
@@ -157,8 +162,8 @@ def _swept(v, codes, row, top, PARTS: tl.constexpr, M: tl.constexpr):
         here = (block == b)[:, None]
         own = tl.sum(tl.where(here, pull, 0.0), 0)
         pull = tl.where(here, 0.0, pull)
-        inner = row + PARTS[4] + (tl.minimum(step // blocks, 1) * M + b * BLOCK) * BLOCK
-        found, e = _rounded(v + b * BLOCK, own, inner, top)
+        inner = row + PARTS[5] + (tl.minimum(step // blocks, 1) * M + b * BLOCK) * BLOCK
+        found, e, missed = _rounded(v + b * BLOCK, own, inner, top)
         if M > 128:
             outer, next_near = _tile(row, step, blocks, PARTS, M)
         for k in tl.static_range(BLOCK):
@@ -168,13 +173,14 @@ def _swept(v, codes, row, top, PARTS: tl.constexpr, M: tl.constexpr):
             for k in tl.static_range(BLOCK):
                 y = tl.load(v + b * BLOCK + k) - top / 2
                 of_y += y * outer[k]
+                first += tl.load(row + PARTS[3] + b * BLOCK + k) * missed[k] * missed[k]
         for k in tl.static_range(0, BLOCK, 4):
             word = 0
             for l in tl.static_range(4):
                 word |= (found[k + l].to(tl.int32, bitcast=True) & 255) << 8 * l
             tl.store(codes + (b * BLOCK + k) // 4, word, mask=step >= steps - blocks)
         outer, near = next_outer, near + next_near
-    return pull, of_y, tl.sum(near)
+    return pull, of_y, first, tl.sum(near)
 
 
 @triton.jit(
@@ -189,20 +195,20 @@ def code_kernel(
     """Codes of body tokens from ``packed`` on, from the window or the call's own, at all scales.
 
     ``rows`` of :func:`headq_ao.ops.cache_update.triton_matrices.matrices`; for each head, token, side and scale
-    ``scratch [.., M]`` fp32, ``codes [.., M]`` uint8 and ``found [.., 2]`` fp32, the scale to be
-    stored and the error. ``owned``: tables of an engine's pages, ``ring`` then tokens of a page. Grid: heads, tokens
-    and sides, scales.
+    ``scratch [.., M]`` fp32, ``codes [.., M]`` uint8 and ``found [.., 3]`` fp32, the scale to be stored, the error, and
+    that of elimination alone. ``owned``: tables of an engine's pages, ``ring`` then tokens of a page. Grid: heads,
+    tokens and sides, scales.
     """
     b = tl.program_id(0).to(tl.int64) // heads
     h = tl.program_id(0).to(tl.int64) % heads
     side = tl.program_id(1) % 2
-    row = rows + (side * heads + h) * PARTS[6]
+    row = rows + (side * heads + h) * PARTS[7]
     j = tl.load(packed + b) + tl.program_id(1) // 2
     out = (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * _SPREADS + tl.program_id(2)
     spread = tl.load(row + _FIRST_SPREAD + tl.program_id(2))
-    found += 2 * out
+    found += _FOUND * out
     if (j < tl.load(packed_after + b)) & (spread > 0):
-        _prefetch(row + PARTS[3], PARTS[6] - PARTS[3], PTX)
+        _prefetch(row + PARTS[4], PARTS[7] - PARTS[4], PTX)
         number = j + body_start - tl.load(held + b)
         in_ring = number < 0
         if start is not None:
@@ -227,7 +233,8 @@ def code_kernel(
         tl.store(scratch + m, y / tl.load(row + PARTS[1] + m) / scale + top / 2)
         tl.debug_barrier()  # other threads than those that wrote it may read it
         near = tl.sum(tl.load(scratch + m))
-        pull, of_y, also = _swept(scratch, words, row, top, PARTS, M)
+        pull, of_y, first, also = _swept(scratch, words, row, top, PARTS, M)
+        tl.store(found + 2, first * scale * scale)
         tl.debug_barrier()
         at = tl.arange(0, M // BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
         live = at < tl.load(row + _WIDTH).to(tl.int32)
@@ -249,6 +256,7 @@ def code_kernel(
         tl.store(scratch, near + also)
     else:
         tl.store(found + 1, float("inf"))
+        tl.store(found + 2, float("inf"))
 
 
 @triton.jit
@@ -279,14 +287,20 @@ def _put_value(codes, scale, values, page, inside, WIDTHS: tl.constexpr, D: tl.c
 
 @triton.jit
 def _best(found, out):
-    """Of the five scales that of the least error: its number, and what is stored."""
-    best, least = 0, tl.load(found + out * (2 * _SPREADS) + 1)
-    for i in tl.static_range(1, _SPREADS):
-        error = tl.load(found + out * (2 * _SPREADS) + 2 * i + 1)
-        best = tl.where(error < least, i, best)
-        least = tl.minimum(error, least)
-    out = out * _SPREADS + best
-    return out, tl.load(found + 2 * out)
+    """Of the two scales that elimination leaves the least error at, that of the least error after descent: its number,
+    and what is stored."""
+    tl.static_assert(_KEPT == 2)
+    found += out * (_FOUND * _SPREADS)
+    best, second, least, next_least = 0, 0, float("inf"), float("inf")
+    for i in tl.static_range(_SPREADS):
+        first = tl.load(found + _FOUND * i + 2)
+        less, between = first < least, (first >= least) & (first < next_least)
+        second = tl.where(less, best, tl.where(between, i, second))
+        next_least = tl.where(less, least, tl.where(between, first, next_least))
+        best, least = tl.where(less, i, best), tl.where(less, first, least)
+    if tl.load(found + _FOUND * second + 1) < tl.load(found + _FOUND * best + 1):
+        best = second
+    return out * _SPREADS + best, tl.load(found + _FOUND * best)
 
 
 @triton.jit
@@ -417,7 +431,7 @@ class Step:
         return (
             like.new_empty(programs, self.width),
             like.new_empty(programs, self.width, dtype=torch.uint8),
-            like.new_empty(programs, 2),
+            like.new_empty(programs, _FOUND.value),
         )
 
 

@@ -40,9 +40,9 @@ def quantize(x: Tensor, encoder: Encoder) -> tuple[Tensor, Tensor, Tensor | None
 
 
 def _with_kernels(
-    y: Tensor, hessian: Tensor, cholesky: Tensor, step: Tensor, bits: int, unbiased: bool, scale_bits: int
+    y: Tensor, hessian: Tensor, ldl: Tensor, step: Tensor, bits: int, unbiased: bool, scale_bits: int
 ) -> tuple[Tensor, Tensor]:
-    return feedback_codes(y, hessian, step, bits, cholesky=cholesky, unbiased=unbiased, scale_bits=scale_bits)
+    return feedback_codes(y, hessian, step, bits, ldl=ldl, unbiased=unbiased, scale_bits=scale_bits)
 
 
 @torch.library.custom_op("headq::quantize", mutates_args=())

@@ -7,19 +7,19 @@ from torch import Tensor
 
 from headq_ao.ops.encode.types import Encoder
 from headq_ao.ops.error_feedback import reference as error_feedback
-from headq_ao.ops.error_feedback.reference import PASSES, SPREADS
+from headq_ao.ops.error_feedback.reference import KEPT, PASSES, SPREADS
 from headq_ao.ops.rounding import half, half_signed, highest_codes, unbiased_scale
 
-# of y, hessian, its Cholesky factor, step, bits, unbiased, bits of the scale: codes and σ with error feedback
+# of y, hessian, its LDL factor, step, bits, unbiased, bits of the scale: codes and σ with error feedback
 Feedback = Callable[[Tensor, Tensor, Tensor, Tensor, int, bool, int], tuple[Tensor, Tensor]]
 Quantized = tuple[Tensor, Tensor, Tensor | None]
 
 
 def pure_feedback(
-    y: Tensor, hessian: Tensor, cholesky: Tensor, step: Tensor, bits: int, unbiased: bool, scale_bits: int
+    y: Tensor, hessian: Tensor, ldl: Tensor, step: Tensor, bits: int, unbiased: bool, scale_bits: int
 ) -> tuple[Tensor, Tensor]:
     """:func:`headq_ao.ops.feedback_codes` by its reference, whatever the device."""
-    return error_feedback.feedback_codes(y, hessian, cholesky, step, bits, SPREADS, PASSES, unbiased, scale_bits)
+    return error_feedback.feedback_codes(y, hessian, ldl, step, bits, SPREADS, KEPT, PASSES, unbiased, scale_bits)
 
 
 def quantize(x: Tensor, encoder: Encoder, feedback: Feedback = pure_feedback) -> Quantized:

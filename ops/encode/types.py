@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
-from headq_ao.ops.error_feedback.reference import unit_factor
+from headq_ao.ops.error_feedback.reference import ldl_factor
 from headq_ao.ops.layout import PIECES
 from headq_ao.ops.types import SegmentFrame
 
-TENSORS = ("encode", "mean", "unit", "step", "hessian", "cholesky", "read", "side_encode", "side_step")
+TENSORS = ("encode", "mean", "unit", "step", "hessian", "ldl", "read", "side_encode", "side_step")
 FRAME = ("table", "partner")  # of :class:`SegmentFrame`
 
 
@@ -35,7 +35,7 @@ class Encoder:
         group_size: coordinates that share a scale; 0: all.
         mean, unit: ``[B or 1, h or 1, D]`` and ``[.., 1]``, or None.
         hessian: ``[B or 1, h or 1, M0, M0]``, what an error of ``y`` costs.
-        cholesky: :func:`headq_ao.ops.unit_factor` of ``hessian``, where the caller has it.
+        ldl: :func:`headq_ao.ops.ldl_factor` of ``hessian``, where the caller has it.
         read, side_encode, side_step: ``[.., D, M0]``, ``[.., D, R]``, ``[.., R]``: with a side code.
         unbiased: store the scale that makes ``⟨y, ŷ⟩ = ‖y‖²`` (``yᵀ H ŷ = yᵀ H y``); symmetric codes only.
         scale_bits: that the scale is rounded to, 16, or with error feedback 8 (:mod:`headq_ao.ops.rounding`).
@@ -50,7 +50,7 @@ class Encoder:
     mean: Tensor | None = None
     unit: Tensor | None = None
     hessian: Tensor | None = None
-    cholesky: Tensor | None = None
+    ldl: Tensor | None = None
     read: Tensor | None = None
     side_encode: Tensor | None = None
     side_step: Tensor | None = None
@@ -84,7 +84,7 @@ class Encoder:
         if r and self.groups(m) != 1:
             raise ValueError("a side code needs one scale per token")
         trailing = {
-            "mean": (d,), "unit": (1,), "step": (m,), "hessian": (m, m), "cholesky": (m, m), "read": (d, m),
+            "mean": (d,), "unit": (1,), "step": (m,), "hessian": (m, m), "ldl": (m, m), "read": (d, m),
             "side_encode": (d, r), "side_step": (r,),
         }  # fmt: skip
         for name, shape in trailing.items():
@@ -111,15 +111,15 @@ class Encoder:
 
     @functools.cached_property
     def factor(self) -> Tensor | None:
-        """``cholesky``, made once where it was not given."""
-        return self.cholesky if self.cholesky is not None or self.hessian is None else unit_factor(self.hessian)
+        """``ldl``, made once where it was not given."""
+        return self.ldl if self.ldl is not None or self.hessian is None else ldl_factor(self.hessian)
 
     @functools.cached_property
     def flat(self) -> tuple[list[Tensor], str]:
         """Its tensors, and a text with the rest: how it passes through an operator's schema."""
         held = {name: x for name in TENSORS if isinstance(x := getattr(self, name), Tensor)}
         if self.factor is not None:
-            held["cholesky"] = self.factor
+            held["ldl"] = self.factor
         step = "" if self.step is None or isinstance(self.step, Tensor) else repr(float(self.step))
         bits = "+".join(map(str, self.bits))
         tokens = 0

@@ -11,7 +11,7 @@ constexpr int64_t UNIT = 2 * headq::TILE;  // tokens that a thread takes at a ti
 struct Args {
   int32_t matrices, heads, batch, tokens, width, bits, unbiased, scale_bits, threads;
   const float *y;                  // [batch, heads, tokens, width]
-  const float *hessian, *cholesky; // [matrices, width, width]
+  const float *hessian, *ldl; // [matrices, width, width]
   const float *step;               // [matrices, width]
   const int32_t *matrix;           // [batch * heads], which matrix each head of each sequence uses
   uint8_t *codes;                  // [batch, heads, tokens, width]
@@ -40,7 +40,7 @@ extern "C" int headq_feedback_codes(const Args* args) {
     for (int64_t item = 0; item < work; item++) {
       if (!scratch) continue;
       const int64_t head = item / units, first = item % units * UNIT, m = a.matrix[head];
-      const headq::Quadratic q{a.hessian + m * n * n, a.cholesky + m * n * n, a.step + m * n, a.width,
+      const headq::Quadratic q{a.hessian + m * n * n, a.ldl + m * n * n, a.step + m * n, a.width,
                                float((1 << a.bits) - 1), a.unbiased != 0, a.scale_bits == 8};
       const int64_t at = head * a.tokens + first;
       headq::round_tokens(q, *scratch, a.y + at * n, int(std::min<int64_t>(UNIT, a.tokens - first)), a.codes + at * n,

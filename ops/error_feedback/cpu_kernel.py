@@ -11,7 +11,7 @@ from headq_ao.ops import cpu_build
 
 _P, _I32 = ctypes.c_void_p, ctypes.c_int32
 _INTS = "matrices heads batch tokens width bits unbiased scale_bits threads"
-_POINTERS = "y hessian cholesky step matrix codes scale"
+_POINTERS = "y hessian ldl step matrix codes scale"
 
 
 class _Args(ctypes.Structure):
@@ -30,7 +30,7 @@ def library() -> ctypes.CDLL | None:
 def launch(
     y: Tensor,
     hessian: Tensor,
-    cholesky: Tensor,
+    ldl: Tensor,
     step: Tensor,
     bits: int,
     unbiased: bool,
@@ -45,11 +45,11 @@ def launch(
     own = hessian.shape[:2]
     index = _matrix_of(own, batch, heads)
     hessian = hessian.float().contiguous()
-    cholesky = cholesky.float().contiguous()
+    ldl = ldl.float().contiguous()
     step = step.float().expand(*own, width).contiguous()
     codes = torch.empty(y.shape, dtype=torch.uint8, device="cpu")
     scale = torch.empty(y.shape[:-1], dtype=torch.float32, device="cpu")
-    pointers = zip(_POINTERS.split(), (y, hessian, cholesky, step, index, codes, scale), strict=True)
+    pointers = zip(_POINTERS.split(), (y, hessian, ldl, step, index, codes, scale), strict=True)
     args = _Args(
         matrices=own.numel(), heads=heads, batch=batch, tokens=tokens, width=width, bits=bits, unbiased=unbiased,
         scale_bits=scale_bits, threads=torch.get_num_threads(),

@@ -19,9 +19,10 @@ typedef float V8 __attribute__((vector_size(32)));
 
 constexpr int TILE = 16;   // tokens that go side by side
 constexpr int BLOCK = 8;   // coordinates whose products with an error share its load
-constexpr int TRIES = 5;   // scales that are tried
-constexpr int PASSES = 2;  // of coordinate descent
-constexpr float SPREADS[TRIES] = {0.7f, 0.85f, 1.0f, 1.15f, 1.3f};  // in units of the token's RMS
+constexpr int TRIES = 8;   // scales that are tried
+constexpr int KEPT = 2;    // of them that are improved by coordinate descent
+constexpr int PASSES = 2;  // of it
+constexpr float SPREADS[TRIES] = {0.7f, 0.78f, 0.86f, 0.94f, 1.02f, 1.1f, 1.18f, 1.26f};  // in units of the token's RMS
 
 template <class V>
 constexpr int lanes = int(sizeof(V) / sizeof(float));
@@ -81,7 +82,7 @@ inline uint8_t byte_of_scale(float x) {
 
 // How the tokens of one head are rounded.
 struct Quadratic {
-  const float *hessian, *cholesky;  // [n, n]
+  const float *hessian, *factor;  // [n, n]; of ldl_factor
   const float* step;                // [n]
   int n;
   float top;
@@ -102,32 +103,35 @@ inline void products(int columns, const float* m, int64_t stride, const V* x, in
   for (int c = 0; c < columns; c++) products<1>(m + c, stride, x, count, sum + c);
 }
 
-// y = x M of one token, x [rows], M [rows, columns]; each sum runs over the rows in order.
-inline void transform(const float* x, const float* m, int rows, int columns, float* y) {
+// The columns from c on, WIDTH vectors of them, of y = x M for T tokens.
+template <int T, int WIDTH>
+inline void transform_columns(const float* x, const float* m, int rows, int columns, int c, float* y) {
+  V16 s[T][WIDTH] = {}, v[WIDTH];
+  for (int k = 0; k < rows; k++) {
+    std::memcpy(v, m + int64_t(k) * columns + c, sizeof v);
+    for (int t = 0; t < T; t++)
+      for (int i = 0; i < WIDTH; i++) s[t][i] += x[int64_t(t) * rows + k] * v[i];
+  }
+  for (int t = 0; t < T; t++) std::memcpy(y + int64_t(t) * columns + c, s[t], sizeof s[t]);
+}
+
+template <int T>
+inline void transform_tokens(const float* x, const float* m, int rows, int columns, float* y) {
   int c = 0;
-  for (; c + 4 * TILE <= columns; c += 4 * TILE) {
-    V16 s[4] = {};
-    for (int k = 0; k < rows; k++)
-      for (int i = 0; i < 4; i++) {
-        V16 v;
-        std::memcpy(&v, m + int64_t(k) * columns + c + i * TILE, sizeof v);
-        s[i] += x[k] * v;
-      }
-    std::memcpy(y + c, s, sizeof s);
-  }
-  for (; c + TILE <= columns; c += TILE) {
-    V16 s{}, v;
-    for (int k = 0; k < rows; k++) {
-      std::memcpy(&v, m + int64_t(k) * columns + c, sizeof v);
-      s += x[k] * v;
+  for (; c + 4 * TILE <= columns; c += 4 * TILE) transform_columns<T, 4>(x, m, rows, columns, c, y);
+  for (; c + TILE <= columns; c += TILE) transform_columns<T, 1>(x, m, rows, columns, c, y);
+  for (; c < columns; c++)
+    for (int t = 0; t < T; t++) {
+      float s = 0;
+      for (int k = 0; k < rows; k++) s += x[int64_t(t) * rows + k] * m[int64_t(k) * columns + c];
+      y[int64_t(t) * columns + c] = s;
     }
-    std::memcpy(y + c, &s, sizeof s);
-  }
-  for (; c < columns; c++) {
-    float s = 0;
-    for (int k = 0; k < rows; k++) s += x[k] * m[int64_t(k) * columns + c];
-    y[c] = s;
-  }
+}
+
+// y = x M of tokens, x [tokens, rows], M [rows, columns]; each sum runs over the rows in order.
+inline void transform(const float* x, const float* m, int tokens, int rows, int columns, float* y) {
+  for (; tokens >= 4; tokens -= 4, x += int64_t(4) * rows, y += int64_t(4) * columns) transform_tokens<4>(x, m, rows, columns, y);
+  for (; tokens > 0; tokens--, x += rows, y += columns) transform_tokens<1>(x, m, rows, columns, y);
 }
 
 // x' M y of each lane.
@@ -145,54 +149,76 @@ inline V quadratic_form(const float* m, int n, const V* x, const V* y, V* produc
 
 template <class V>
 struct Work {
-  std::vector<V> y, seen, e, code, best;  // seen: M y
-  explicit Work(int n) : y(n), seen(n), e(n), code(n), best(n) {}
+  std::vector<V> y, seen, code, errors;  // seen: M y; errors: at each scale that is tried
+  V* e = nullptr;                        // those at work, in one of them: y - y_hat
+  V error;                               // of the last sweep but those of descent: e' M e
+  explicit Work(int n) : y(n), seen(n), code(n), errors(int64_t(n) * TRIES) {}
 };
 
+// Sequential rounding, in which the errors so far correct the next coordinate, a pass of coordinate descent, in which all
+// errors do, or what the errors cost as they are. With H = N D N': e' H e = sum of D_i (e_i + sum over j < i of N_ji e_j)^2.
+enum Sweep { ELIMINATE, DESCEND, MEASURE };
+
 // One coordinate: its code, and the error that it leaves, which corrects the rest of its block.
-template <class V, bool DESCENT>
+template <class V, Sweep SWEEP>
 inline void round_coordinate(const Quadratic& q, const float* m, Work<V>& w, V sigma, V* part, int first, int r, int here) {
   const int i = first + r;
-  const V width = sigma * q.step[i], before = DESCENT ? w.e[i] : V{};
-  const V pull = DESCENT ? part[r] / m[int64_t(i) * q.n + r] - before : part[r];
-  V c = nearest((w.y[i] + pull) / width + q.top / 2);
-  c = c > 0.0f ? c : V{};
-  c = c < q.top ? c : all<V>(q.top);
-  w.code[i] = c;
-  w.e[i] = w.y[i] - width * (c - q.top / 2);
-  const V change = w.e[i] - before;
+  const float diagonal = m[int64_t(i) * q.n + r];
+  const V before = w.e[i];
+  V change = before;
+  if (SWEEP != MEASURE) {
+    const V width = sigma * q.step[i], pull = SWEEP == DESCEND ? part[r] / diagonal - before : part[r];
+    V c = nearest((w.y[i] + pull) / width + q.top / 2);
+    c = c > 0.0f ? c : V{};
+    c = c < q.top ? c : all<V>(q.top);
+    if (SWEEP == DESCEND) w.code[i] = c;
+    change = w.e[i] = w.y[i] - width * (c - q.top / 2);
+  }
+  if (SWEEP == DESCEND) {
+    change -= before;
+  } else {
+    const V all_of_it = change + part[r];
+    w.error += diagonal * (all_of_it * all_of_it);
+  }
   for (int later = r + 1; later < here; later++) part[later] += m[int64_t(i) * q.n + later] * change;
 }
 
-// Sequential rounding, in which the errors so far correct the next coordinate, or a pass of coordinate descent, in which
-// all errors do. Sums over whole blocks first, and what changes within the block one coordinate at a time. K heads go
-// side by side: a coordinate waits for the one before it, and meanwhile the other head's is computed.
-template <class V, int K, bool DESCENT>
+// Sums over whole blocks first, and what changes within the block one coordinate at a time. K heads go side by side: a
+// coordinate waits for the one before it, and meanwhile the other head's is computed.
+template <class V, int K, Sweep SWEEP>
 inline void sweep(const Quadratic* q, Work<V>* const* w, const V* sigma) {
   const int n = q[0].n;
   V part[K][BLOCK];
   const float* m[K];
+  for (int k = 0; k < K && SWEEP != DESCEND; k++) w[k]->error = V{};
   for (int first = 0; first < n; first += BLOCK) {
     const int here = std::min(BLOCK, n - first);
     for (int k = 0; k < K; k++) {
-      m[k] = (DESCENT ? q[k].hessian : q[k].cholesky) + first;
-      products(here, m[k], n, w[k]->e.data(), DESCENT ? n : first, part[k]);
+      m[k] = (SWEEP == DESCEND ? q[k].hessian : q[k].factor) + first;
+      products(here, m[k], n, w[k]->e, SWEEP == DESCEND ? n : first, part[k]);
     }
     if (here == BLOCK) {
 #pragma GCC unroll 8
       for (int r = 0; r < BLOCK; r++)
-        for (int k = 0; k < K; k++) round_coordinate<V, DESCENT>(q[k], m[k], *w[k], sigma[k], part[k], first, r, BLOCK);
+        for (int k = 0; k < K; k++) round_coordinate<V, SWEEP>(q[k], m[k], *w[k], sigma[k], part[k], first, r, BLOCK);
     } else {
       for (int r = 0; r < here; r++)
-        for (int k = 0; k < K; k++) round_coordinate<V, DESCENT>(q[k], m[k], *w[k], sigma[k], part[k], first, r, here);
+        for (int k = 0; k < K; k++) round_coordinate<V, SWEEP>(q[k], m[k], *w[k], sigma[k], part[k], first, r, here);
     }
   }
 }
 
+// Codes at the scales sigma, from the errors of sequential rounding; what they leave is measured.
+template <class V, int K>
+inline void descend(const Quadratic* q, Work<V>* const* w, const V* sigma) {
+  for (int pass = 0; pass < PASSES; pass++) sweep<V, K, DESCEND>(q, w, sigma);
+  sweep<V, K, MEASURE>(q, w, sigma);
+}
+
 // The scale that is stored, and the error that is left.
 template <class V>
-inline V remaining_error(const Quadratic& q, Work<V>& w, V energy, V& sigma) {
-  V error = quadratic_form(q.hessian, q.n, w.e.data(), w.e.data());
+inline V remaining_error(const Quadratic& q, const Work<V>& w, V energy, V& sigma) {
+  V error = w.error;
   if (q.unbiased) {  // the gain that makes y' M y_hat = y' M y, and the error e + (1 - gain) y_hat that it leaves
     V cross{};
     for (int i = 0; i < q.n; i++) cross += (w.y[i] - w.e[i]) * w.seen[i];
@@ -216,47 +242,99 @@ inline V rms_of(const Quadratic& q, const Work<V>& w) {
   return rms;
 }
 
-inline uint8_t code_of(float c, float top) { return c >= 0 && c <= top ? uint8_t(c) : 0; }  // a non-finite token has none
+// A non-finite token has none.
+template <class V>
+inline V code_of(V c, float top) {
+  c = c >= 0.0f ? c : V{};
+  return c <= top ? c : V{};
+}
 
-// K times up to 16 tokens of one head, one to a lane: y [tokens, n] to codes [tokens, n] and sigma [tokens].
-template <int K>
-inline void round_tiles(const Quadratic& q, Work<V16>* const* w, const float* y, int tokens, uint8_t* codes, float* sigma) {
+// Up to 16 tokens of one head, one to a lane: y [tokens, n] to codes [tokens, n] and sigma [tokens]. Two scales go side by
+// side.
+inline void round_tile(const Quadratic& q, Work<V16>* const* w, const float* y, int tokens, uint8_t* codes, float* sigma) {
+  static_assert(TRIES % 2 == 0 && KEPT == 2);
+  typedef int32_t I16 __attribute__((vector_size(64)));
+  typedef uint8_t B16 __attribute__((vector_size(TILE)));
+  const int n = q.n;
   const Quadratic same[2] = {q, q};
-  V16 energy[K] = {}, best_error[K] = {}, best_sigma[K] = {}, rms[K], tried[K];
-  for (int k = 0; k < K; k++) {
-    const float* from = y + int64_t(k) * TILE * q.n;
-    for (int i = 0; i < q.n; i++)
-      for (int l = 0; l < TILE; l++) w[k]->y[i][l] = k * TILE + l < tokens ? from[int64_t(l) * q.n + i] : 0.0f;
-    rms[k] = rms_of(q, *w[k]);
-    if (q.unbiased) energy[k] = quadratic_form(q.hessian, q.n, w[k]->y.data(), w[k]->y.data(), w[k]->seen.data());
-  }
-  for (int s = 0; s < TRIES; s++) {
-    for (int k = 0; k < K; k++) tried[k] = stored_scale(rms[k] * SPREADS[s], q.byte_scale);
-    sweep<V16, K, false>(same, w, tried);
-    for (int pass = 0; pass < PASSES; pass++) sweep<V16, K, true>(same, w, tried);
-    for (int k = 0; k < K; k++) {
-      const V16 error = remaining_error(q, *w[k], energy[k], tried[k]);
-      if (s == 0) {
-        best_error[k] = error, best_sigma[k] = tried[k];
-        std::copy(w[k]->code.begin(), w[k]->code.end(), w[k]->best.begin());
-        continue;
-      }
-      const auto better = error < best_error[k];
-      best_error[k] = better ? error : best_error[k];
-      best_sigma[k] = better ? tried[k] : best_sigma[k];
-      for (int i = 0; i < q.n; i++) w[k]->best[i] = better ? w[k]->code[i] : w[k]->best[i];
+  V16 energy{}, tried[TRIES], error[2], least[KEPT], kept[KEPT];
+  I16 at[KEPT];
+  float* in_lanes = (float*)w[0]->y.data();
+  std::fill_n(in_lanes, int64_t(n) * TILE, 0.0f);
+  for (int l = 0; l < tokens; l++)
+    for (int i = 0; i < n; i++) in_lanes[i * TILE + l] = y[int64_t(l) * n + i];
+  const V16 rms = rms_of(q, *w[0]);
+  if (q.unbiased) energy = quadratic_form(q.hessian, n, w[0]->y.data(), w[0]->y.data(), w[0]->seen.data());
+  w[1]->y = w[0]->y, w[1]->seen = w[0]->seen;
+  for (int k = 0; k < KEPT; k++) least[k] = all<V16>(std::numeric_limits<float>::infinity()), at[k] = I16{};
+  for (int s = 0; s < TRIES; s += 2) {
+    for (int k = 0; k < 2; k++) {
+      w[k]->e = w[0]->errors.data() + int64_t(s + k) * n;
+      tried[s + k] = stored_scale(rms * SPREADS[s + k], q.byte_scale);
+    }
+    sweep<V16, 2, ELIMINATE>(same, w, tried + s);
+    for (int k = 0; k < 2; k++) {
+      const V16 x = w[k]->error;
+      const auto first = x < least[0], second = x < least[1];
+      at[1] = first ? at[0] : second ? at[0] * 0 + (s + k) : at[1];
+      least[1] = first ? least[0] : second ? x : least[1];
+      at[0] = first ? at[0] * 0 + (s + k) : at[0];
+      least[0] = first ? x : least[0];
     }
   }
-  for (int t = 0; t < tokens; t++) {
-    const int k = t / TILE, l = t % TILE;
-    sigma[t] = best_sigma[k][l];
-    for (int i = 0; i < q.n; i++) codes[int64_t(t) * q.n + i] = code_of(w[k]->best[i][l], q.top);
+  for (int k = 0; k < KEPT; k++) {
+    w[k]->e = w[1]->errors.data() + int64_t(k) * n;
+    std::copy_n(w[0]->errors.data(), n, w[k]->e);
+    kept[k] = tried[0];
+    for (int s = 1; s < TRIES; s++) {
+      const auto here = at[k] == s;
+      const V16* from = w[0]->errors.data() + int64_t(s) * n;
+      kept[k] = here ? tried[s] : kept[k];
+      for (int i = 0; i < n; i++) w[k]->e[i] = here ? from[i] : w[k]->e[i];
+    }
   }
+  descend<V16, 2>(same, w, kept);
+  for (int k = 0; k < 2; k++) error[k] = remaining_error(q, *w[k], energy, kept[k]);
+  const auto better = error[1] < error[0];
+  const V16 scale = better ? kept[1] : kept[0];
+  std::memcpy(sigma, &scale, tokens * sizeof(float));
+  uint8_t* bytes = (uint8_t*)w[0]->seen.data();
+  for (int i = 0; i < n; i++) {
+    const B16 code = __builtin_convertvector(__builtin_convertvector(code_of(better ? w[1]->code[i] : w[0]->code[i], q.top), I16), B16);
+    std::memcpy(bytes + i * TILE, &code, TILE);
+  }
+  for (int l = 0; l < tokens; l++)
+    for (int i = 0; i < n; i++) codes[int64_t(l) * n + i] = bytes[i * TILE + l];
 }
 
 // Few tokens: what a lane holds is one scale of one token. K heads of the same width go side by side.
 template <class V>
 constexpr int few = lanes<V> / TRIES;
+
+// Of each token the KEPT scales of the least error, into the first of its lanes (and what its other lanes hold is not
+// looked at).
+template <class V>
+inline void keep_few(Work<V>& w, int n, V& sigma) {
+  int from[lanes<V>];
+  for (int l = 0; l < lanes<V>; l++) from[l] = l / TRIES * TRIES;
+  for (int first = 0; first + TRIES <= lanes<V>; first += TRIES) {
+    float least[KEPT];
+    std::fill_n(least, KEPT, std::numeric_limits<float>::infinity());
+    for (int l = first; l < first + TRIES; l++) {
+      float x = w.error[l];
+      for (int slot = 0, at = l; slot < KEPT; slot++)
+        if (x < least[slot]) std::swap(x, least[slot]), std::swap(at, from[first + slot]);
+    }
+  }
+  const V scale = sigma;
+  for (int l = 0; l < lanes<V>; l++) sigma[l] = scale[from[l]];
+  for (int i = 0; i < n; i++) {
+    alignas(64) float f[lanes<V>], to[lanes<V>];
+    std::memcpy(f, &w.e[i], sizeof f);
+    for (int l = 0; l < lanes<V>; l++) to[l] = f[from[l]];
+    std::memcpy(&w.e[i], to, sizeof to);
+  }
+}
 
 template <class V, int K>
 inline void round_few(
@@ -264,6 +342,7 @@ inline void round_few(
   const int n = q[0].n;
   V tried[K], energy[K] = {};
   for (int k = 0; k < K; k++) {
+    w[k]->e = w[k]->errors.data();
     V spread = all<V>(1.0f);
     alignas(64) float f[lanes<V>];
     for (int i = 0; i < n; i++) {
@@ -273,24 +352,26 @@ inline void round_few(
     for (int l = 0; l < lanes<V>; l++) spread[l] = SPREADS[l % TRIES];
     tried[k] = stored_scale(rms_of(q[k], *w[k]) * spread, q[k].byte_scale);
     if (!q[k].unbiased) continue;
-    float* seen = (float*)w[k]->best.data();  // M y of each token
-    for (int t = 0; t < tokens; t++) transform(y[k] + int64_t(t) * n, q[k].hessian, n, n, seen + int64_t(t) * n);
+    float* seen = (float*)w[k]->code.data();  // M y of each token
+    transform(y[k], q[k].hessian, tokens, n, n, seen);
     for (int i = 0; i < n; i++) {
       for (int l = 0; l < lanes<V>; l++) f[l] = seen[int64_t(std::min(l / TRIES, tokens - 1)) * n + i];
       std::memcpy(&w[k]->seen[i], f, sizeof f);
       energy[k] += w[k]->seen[i] * w[k]->y[i];
     }
   }
-  sweep<V, K, false>(q, w, tried);
-  for (int pass = 0; pass < PASSES; pass++) sweep<V, K, true>(q, w, tried);
+  sweep<V, K, ELIMINATE>(q, w, tried);
+  for (int k = 0; k < K; k++) keep_few(*w[k], n, tried[k]);
+  descend<V, K>(q, w, tried);
   for (int k = 0; k < K; k++) {
     const V error = remaining_error(q[k], *w[k], energy[k], tried[k]);
+    for (int i = 0; i < n; i++) w[k]->code[i] = code_of(w[k]->code[i], q[k].top);
     for (int t = 0; t < tokens; t++) {
       int best = t * TRIES;
-      for (int l = best + 1; l < (t + 1) * TRIES; l++) best = error[l] < error[best] ? l : best;
+      for (int l = best + 1; l < t * TRIES + KEPT; l++) best = error[l] < error[best] ? l : best;
       sigma[k][t] = tried[k][best];
       const float* code = (const float*)w[k]->code.data() + best;
-      for (int i = 0; i < n; i++) codes[k][int64_t(t) * n + i] = code_of(code[int64_t(i) * lanes<V>], q[k].top);
+      for (int i = 0; i < n; i++) codes[k][int64_t(t) * n + i] = uint8_t(code[int64_t(i) * lanes<V>]);
     }
   }
 }
@@ -302,31 +383,32 @@ struct Scratch {
   explicit Scratch(int n) : wide{Work<V16>(n), Work<V16>(n)}, narrow{Work<V8>(n), Work<V8>(n)} {}
 };
 
-constexpr int TILE_FROM = 13;  // that many tokens take no longer as a whole tile than three at a time
+constexpr int TILE_FROM = 7;  // that many tokens take no longer as a whole tile than four at a time
 
 // Any number of tokens of one head.
 inline void round_tokens(const Quadratic& q, Scratch& s, const float* y, int tokens, uint8_t* codes, float* sigma) {
+  Work<V16>* wide[2] = {&s.wide[0], &s.wide[1]};
+  Work<V8>* narrow = s.narrow;
   for (int done = 0; done < tokens;) {
     int here = tokens - done;
     const float* from = y + int64_t(done) * q.n;
     uint8_t* to = codes + int64_t(done) * q.n;
     float* scale = sigma + done;
     if (here >= TILE_FROM) {
-      here = std::min(here, 2 * TILE);
-      Work<V16>* w[2] = {&s.wide[0], &s.wide[1]};
-      if (here >= TILE + TILE_FROM) {  // two tiles side by side
-        round_tiles<2>(q, w, from, here, to, scale);
-      } else {
-        here = std::min(here, TILE);
-        round_tiles<1>(q, w, from, here, to, scale);
-      }
+      here = std::min(here, TILE);
+      round_tile(q, wide, from, here, to, scale);
     } else if (here == 1) {
-      Work<V8>* w = s.narrow;
-      round_few<V8, 1>(&q, &w, &from, 1, &to, &scale);
-    } else {
-      here = std::min(here, few<V16>);
-      Work<V16>* w = s.wide;
-      round_few<V16, 1>(&q, &w, &from, here, &to, &scale);
+      round_few<V8, 1>(&q, &narrow, &from, 1, &to, &scale);
+    } else if (here <= few<V16>) {
+      round_few<V16, 1>(&q, wide, &from, here, &to, &scale);
+    } else {  // two of them side by side
+      const Quadratic same[2] = {q, q};
+      constexpr int half = few<V16>;
+      here = std::min(here, 2 * half);
+      const float* y2[2] = {from, from + int64_t(here - half) * q.n};
+      uint8_t* codes2[2] = {to, to + int64_t(here - half) * q.n};
+      float* scale2[2] = {scale, scale + here - half};
+      round_few<V16, 2>(same, wide, y2, half, codes2, scale2);
     }
     done += here;
   }

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from headq_ao.ops.dispatch import direct, kernels
 from headq_ao.ops.error_feedback import reference
-from headq_ao.ops.error_feedback.reference import PASSES, SPREADS
+from headq_ao.ops.error_feedback.reference import KEPT, PASSES, SPREADS
 from headq_ao.ops.layout import PIECES
 from headq_ao.ops.rounding import SCALE_BITS
 
@@ -16,7 +16,7 @@ def feedback_codes(
     step: Tensor,
     bits: int,
     *,
-    cholesky: Tensor | None = None,
+    ldl: Tensor | None = None,
     unbiased: bool = True,
     scale_bits: int = 16,
 ) -> tuple[Tensor, Tensor]:
@@ -26,15 +26,16 @@ def feedback_codes(
     a key's error is ``E[(q·e)²] = eᵀ C_q e``. With ``H = N D Nᵀ``, ``N`` unit upper triangular,
     ``eᵀ H e = Σ_i D_i (e_i + Σ_{j<i} N_ji e_j)²``: coordinates are rounded in order, each to
     ``y_i + Σ_{j<i} N_ji e_j``, so that it makes up for the errors before it (as GPTQ, arXiv 2210.17323, does for
-    weights; Babai's nearest plane); then every code is moved by coordinate descent, twice. Five scales around the
-    token's RMS are tried and the best is kept. No bit is added and a reader need not know ``H``.
+    weights; Babai's nearest plane), at eight scales around the token's RMS. At the two scales of the least error every
+    code is then moved by coordinate descent, twice, and the better is kept. No bit is added and a reader need not know
+    ``H``.
 
     Args:
         y: tokens ``[B, H, T, M]``, any float dtype.
         hessian: symmetric, positive semidefinite ``[B or 1, H or 1, M, M]``; its scale does not matter.
         step: ``[B or 1, H or 1, M]``, level distance in units of σ.
         bits: of every coordinate, 1 to 6 or 8.
-        cholesky: ``N``, :func:`headq_ao.ops.unit_factor` of ``hessian``, where the caller has it.
+        ldl: ``N`` and ``D``, :func:`headq_ao.ops.ldl_factor` of ``hessian``, where the caller has it.
         unbiased: store the σ that makes ``yᵀ H ŷ = yᵀ H y``.
         scale_bits: that σ is rounded to, 16 (fp16) or 8 (:mod:`headq_ao.ops.rounding`: 1/16 to 15.75).
 
@@ -62,24 +63,24 @@ def feedback_codes(
         raise ValueError(f"hessian must be [B or 1, H or 1, {m}, {m}] for tokens of {m}, got {tuple(hessian.shape)}")
     if step.ndim != 3 or step.shape[-1] != m:
         raise ValueError(f"step must be [B or 1, H or 1, {m}] for tokens of {m}, got {tuple(step.shape)}")
-    if cholesky is None:
-        cholesky = reference.unit_factor(hessian)
-    elif cholesky.shape != hessian.shape:
-        raise ValueError(f"cholesky must be of hessian's shape {tuple(hessian.shape)}, got {tuple(cholesky.shape)}")
+    if ldl is None:
+        ldl = reference.ldl_factor(hessian)
+    elif ldl.shape != hessian.shape:
+        raise ValueError(f"ldl must be of hessian's shape {tuple(hessian.shape)}, got {tuple(ldl.shape)}")
     run = _feedback_codes if direct(y) else _operator
-    return run(y, hessian, cholesky, step, bits, unbiased, scale_bits)
+    return run(y, hessian, ldl, step, bits, unbiased, scale_bits)
 
 
 def _feedback_codes(
-    y: Tensor, hessian: Tensor, cholesky: Tensor, step: Tensor, bits: int, unbiased: bool, scale_bits: int
+    y: Tensor, hessian: Tensor, ldl: Tensor, step: Tensor, bits: int, unbiased: bool, scale_bits: int
 ) -> tuple[Tensor, Tensor]:
     """By the device's kernel where it serves, else by the reference."""
     module = kernels("feedback_codes", y.device.type)
     made: tuple[Tensor, Tensor] | None = None
     if module is not None:
-        made = module.launch(y, hessian, cholesky, step, bits, unbiased, scale_bits)
+        made = module.launch(y, hessian, ldl, step, bits, unbiased, scale_bits)
     if made is None:
-        return reference.feedback_codes(y, hessian, cholesky, step, bits, SPREADS, PASSES, unbiased, scale_bits)
+        return reference.feedback_codes(y, hessian, ldl, step, bits, SPREADS, KEPT, PASSES, unbiased, scale_bits)
     return made
 
 
@@ -88,6 +89,6 @@ _operator = torch.library.custom_op("headq::feedback_codes", _feedback_codes, mu
 
 @_operator.register_fake
 def _(
-    y: Tensor, hessian: Tensor, cholesky: Tensor, step: Tensor, bits: int, unbiased: bool, scale_bits: int
+    y: Tensor, hessian: Tensor, ldl: Tensor, step: Tensor, bits: int, unbiased: bool, scale_bits: int
 ) -> tuple[Tensor, Tensor]:
     return y.new_empty(y.shape, dtype=torch.uint8), y.new_empty(y.shape[:-1], dtype=torch.float16)

@@ -12,7 +12,8 @@ As in GPTQ (arXiv 2210.17323), a block ``b`` of coordinates is rounded first and
 with ``P = L`` for coordinates ``i`` after the block, which this sweep rounds next, and ``P = U`` for ``i < j``, which
 the next one does: a matrix product onto its accumulators. Only ``Σ L_ij e_j`` over the earlier ``j`` of the same block
 is left to a recursion, in the registers of the thread that has the row. After the last sweep ``pull_i`` is
-``Σ_{j>i} M_ij e_j / M_ii``, hence ``eᵀ M e = Σ_i M_ii e_i (e_i + 2 pull_i)``.
+``Σ_{j>i} M_ij e_j / M_ii``, hence ``eᵀ M e = Σ_i M_ii e_i (e_i + 2 pull_i)``. One launch eliminates at all scales,
+a second one descends from the codes of the best.
 """
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from headq_ao.ops.dispatch import WIDEST
-from headq_ao.ops.error_feedback.reference import PASSES, SPREADS
+from headq_ao.ops.error_feedback.reference import KEPT, PASSES, SPREADS
 from headq_ao.ops.rounding import LEAST_SHORT, MOST_SHORT, stored_scale
 
 BLOCK = tl.constexpr(16)  # coordinates whose errors enter the sums together
@@ -94,15 +95,16 @@ def _add_product(total, x, y, TF32: tl.constexpr):
 def feedback_kernel(
     y, seen, wanted, diagonal, diagonal_strides, pulls, pull_strides, pull_size, scales, codes, kept_scales, errors,
     heads,
-    BLOCKS: tl.constexpr, M_PADDED: tl.constexpr, ROWS: tl.constexpr, TOP: tl.constexpr, PASSES: tl.constexpr,
+    BLOCKS: tl.constexpr, M_PADDED: tl.constexpr, ROWS: tl.constexpr, TOP: tl.constexpr, DESCENTS: tl.constexpr,
     UNBIASED: tl.constexpr, BYTE_SCALE: tl.constexpr, TF32: tl.constexpr,
 ):  # fmt: skip
-    """Codes and error of a tile of rows at one scale.
+    """Codes and error of a tile of rows at one scale: by elimination, or after ``DESCENTS`` from the codes there.
 
     ``y``, ``seen = M y`` ``[B·H, tiles, M, ROWS]`` and ``wanted = yᵀ M y`` ``[B·H, tiles, ROWS]`` fp32, with
     ``M`` = 16 · BLOCKS; ``diagonal [B or 1, H or 1, M]`` of the metric, ``pulls [2, B or 1, H or 1, M_PADDED, M]`` of
     the elimination and the descents; ``scales``, ``kept_scales``, ``errors`` ``[spreads, B·H, tiles, ROWS]`` fp32,
-    ``codes [spreads, B·H, tiles, M / 4, ROWS]`` int32, a byte each. Grid: tiles, spreads, heads.
+    ``codes [spreads, B·H, tiles, M / 4, ROWS]`` int32, a byte each; ``spreads``: those of this launch. Grid: tiles,
+    spreads, heads.
     """
     M: tl.constexpr = BLOCKS * BLOCK
     head = tl.program_id(2).to(tl.int64)
@@ -121,9 +123,21 @@ def feedback_kernel(
     block = tl.arange(0, M_PADDED // BLOCK)
 
     pull = tl.zeros([ROWS, M_PADDED // BLOCK, BLOCK], tl.float32)
-    for k in range(0, PASSES + 1):
+    if DESCENTS > 0:
+        pulls += pull_size
         for b in range(0, BLOCKS):
-            p = pulls + tl.minimum(k, 1) * pull_size + b * BLOCK
+            e = ()
+            for i in tl.static_range(BLOCK):
+                c = tl.load(codes + (b * BLOCK + i) // 4 * ROWS) >> 8 * (i % 4) & 255
+                e = e + (tl.load(y + (b * BLOCK + i) * ROWS) * levels + TOP / 2 - c.to(tl.float32),)
+            before = (m < b * BLOCK)[:, None] | ((m // BLOCK == b)[:, None] & ((m % BLOCK)[:, None] < j[None, :]))
+            p = tl.load(pulls + b * BLOCK + m[:, None] * M + j[None, :], mask=before, other=0.0)
+            pull = _add_product(tl.reshape(pull, [ROWS, M_PADDED]), _from_columns(e), tl.trans(p), TF32)
+            pull = tl.reshape(pull, [ROWS, M_PADDED // BLOCK, BLOCK])
+        tl.debug_barrier()  # codes are written anew below
+    for _ in range(0, tl.maximum(DESCENTS, 1)):
+        for b in range(0, BLOCKS):
+            p = pulls + b * BLOCK
             here = (block == b).to(tl.float32)[None, :, None]
             own = _columns(tl.sum(pull * here, 1))
             e, word = (), tl.zeros([ROWS], tl.int32)  # the block's errors; four codes
@@ -190,7 +204,7 @@ def tiling(padded: int) -> dict[str, int]:
 
 def in_levels(hessian: Tensor, factor: Tensor, step: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``M`` for errors in levels, ``[.., M, M]``, its diagonal, and what errors add to the pulls of the elimination and
-    of the descents, ``[2, .., M, M]``; of a ``factor`` as :func:`headq_ao.ops.unit_factor` gives it."""
+    of the descents, ``[2, .., M, M]``; of a ``factor`` as :func:`headq_ao.ops.ldl_factor` gives it."""
     hessian = hessian * step[..., None] * step[..., None, :]
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)
     descent = hessian / diagonal.clamp(min=torch.finfo(torch.float32).tiny)[..., None]  # no pull on what is not seen
@@ -227,23 +241,35 @@ def launch(
     metric, diagonal = pad(metric, (0, spare, 0, spare)), pad(diagonal, (0, spare)).contiguous()
 
     rms = pad(y.square().mean(-1).sqrt(), (0, spare_rows))
-    scales = stored_scale(torch.stack([rms * spread for spread in SPREADS]), scale_bits)  # [spreads, B, H, T]
+    tried = stored_scale(torch.stack([rms * spread for spread in SPREADS]), scale_bits)  # [spreads, B, H, T]
     y = pad(y / step[..., None, :], (0, spare, 0, spare_rows))
     seen = y @ metric
     wanted = (seen * y).sum(-1)
     y, seen = (x.unflatten(-2, in_tiles).transpose(-1, -2).contiguous() for x in (y, seen))
     words = (batch, heads, in_tiles[0], 4 * blocks, in_tiles[1])  # of four codes
+
+    def run(scales: Tensor, codes: Tensor, descents: int) -> tuple[Tensor, Tensor]:
+        """Errors and the scales to be stored."""
+        kept, errors = torch.empty_like(scales), torch.empty_like(scales)
+        with torch.cuda.device_of(y):
+            feedback_kernel[(in_tiles[0], len(scales), batch * heads)](
+                y, seen, wanted, diagonal, diagonal.expand(batch, heads, -1).stride()[:2],
+                pulls, pulls[0].expand(batch, heads, -1, -1).stride()[:2], pulls.stride(0), scales, codes, kept, errors,
+                heads, BLOCKS=blocks, M_PADDED=padded, TOP=2**bits - 1, DESCENTS=descents,
+                UNBIASED=unbiased and descents > 0,
+                BYTE_SCALE=scale_bits == 8, num_stages=1, enable_fp_fusion=True, **tile,
+            )  # fmt: skip
+        return errors, kept
+
+    def of_best(best: Tensor) -> Tensor:
+        """``codes`` of the scales ``best [n, B, H, T]``."""
+        return codes.take_along_dim(best.unflatten(-1, in_tiles).unsqueeze(-2), 0)
+
     codes = torch.empty(len(SPREADS), *words, dtype=torch.int32, device=y.device)
-    kept, errors = torch.empty_like(scales), torch.empty_like(scales)
-    with torch.cuda.device_of(y):
-        feedback_kernel[(in_tiles[0], len(SPREADS), batch * heads)](
-            y, seen, wanted, diagonal, diagonal.expand(batch, heads, -1).stride()[:2],
-            pulls, pulls[0].expand(batch, heads, -1, -1).stride()[:2], pulls.stride(0), scales, codes, kept, errors,
-            heads, BLOCKS=blocks, M_PADDED=padded, TOP=2**bits - 1, PASSES=PASSES, UNBIASED=unbiased,
-            BYTE_SCALE=scale_bits == 8,
-            num_stages=1, enable_fp_fusion=True, **tile,
-        )  # fmt: skip
+    best = run(tried, codes, 0)[0].sort(dim=0, stable=True).indices[:KEPT]
+    codes = of_best(best).contiguous()
+    errors, kept = run(tried.take_along_dim(best, 0).contiguous(), codes, PASSES)
     best = errors.argmin(0, keepdim=True)
-    codes = codes.take_along_dim(best.unflatten(-1, in_tiles).unsqueeze(-2), 0)[0]
-    codes = codes.transpose(-1, -2).contiguous().view(torch.uint8).flatten(2, 3)[:, :, :rows, :width].contiguous()
+    codes = of_best(best)[0].transpose(-1, -2).contiguous().view(torch.uint8)
+    codes = codes.flatten(2, 3)[:, :, :rows, :width].contiguous()
     return codes, kept.take_along_dim(best, 0)[0, :, :, :rows].half()

@@ -58,10 +58,10 @@ def test_no_feedback_codes_of_no_rows():
 
 def feedback_as_the_reference(y, metric, step, bits, unbiased, scale_bits=16):
     y, metric, step = (x.to(DEVICE) for x in (y, metric, step))
-    given = (y, metric, reference.unit_factor(metric), step, bits)
+    given = (y, metric, reference.ldl_factor(metric), step, bits)
     codes, scale = triton_kernel.launch(*given, unbiased, scale_bits)
     expected, expected_scale = reference.feedback_codes(
-        *given, reference.SPREADS, reference.PASSES, unbiased, scale_bits
+        *given, reference.SPREADS, reference.KEPT, reference.PASSES, unbiased, scale_bits
     )
 
     def error(codes, scale):

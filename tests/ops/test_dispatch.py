@@ -85,6 +85,6 @@ def test_feedback_codes_is_traced_for_a_gpu():
     """One opaque operator with known shapes, on the tokens' device."""
     with FakeTensorMode():
         y, hessian, step = (torch.empty(size, device="cuda") for size in ((1, 2, 5, 16), (1, 2, 16, 16), (1, 2, 16)))
-        codes, scale = feedback_codes(y, hessian, step, 2, cholesky=hessian)
+        codes, scale = feedback_codes(y, hessian, step, 2, ldl=hessian)
     assert codes.shape == (1, 2, 5, 16) and scale.shape == (1, 2, 5)
     assert codes.device.type == scale.device.type == "cuda"

@@ -13,9 +13,9 @@ from headq_ao.ops import (
     cpu_build,
     dispatch,
     feedback_codes,
+    ldl_factor,
     paged_attention,
     quantize,
-    unit_factor,
 )
 from headq_ao.ops.cache_update import reference as of_update
 from headq_ao.ops.cache_update.encoders import coders
@@ -85,7 +85,7 @@ def test_every_reference_is_run_here():
 def test_references_run_without_kernels(randn, orthogonal, broken_kernels, base):
     keys, values = (encoder_of(randn, orthogonal, base, keys) for keys in (True, False))
     y, metric, step = randn(B, H, 5, D), metric_of(randn), torch.ones(1, 1, D)
-    spelled = (unit_factor(metric), step, BITS, of_feedback.SPREADS, of_feedback.PASSES, True)
+    spelled = (ldl_factor(metric), step, BITS, of_feedback.SPREADS, of_feedback.KEPT, of_feedback.PASSES, True)
     codes, scale = of_feedback.feedback_codes(y, metric, *spelled)
     assert codes.shape == y.shape and scale.shape == y.shape[:3]
     kv, k, v, packed, readers = cache_of(randn, keys, values)

@@ -39,11 +39,14 @@ def test_what_cannot_be_measured(arguments, message, capsys):
 def test_one_version_on_both_sides(tmp_path, capsys):
     """Equal bytes and equal calls; cells have their rows."""
     path = tmp_path / "result.json"
-    assert bench.main([*TINY, "--only", "step,spread,beams,calls", "--json", str(path)]) == 0
+    assert bench.main([*TINY, "--only", "step,spread,beams,calls,prefill", "--json", str(path)]) == 0
     result = json.loads(path.read_text(encoding="utf-8"))
     assert result["complete"] and result["sides"]["before"] == result["sides"]["after"]
     rows = {row["cell"]: row for row in result["rows"]}
-    assert rows.keys() >= {"step, model, 256 tokens, median", "step, layer, 256 tokens, mean", "cache, 256 tokens"}
+    assert rows.keys() >= {
+        "step, model, 256 tokens, median", "step, layer, 256 tokens, mean", "cache, 256 tokens",
+        "prefill, model, 256 tokens", "prefill, model in bf16, 256 tokens",
+    }  # fmt: skip
     exact = [row for name, row in rows.items() if row["unit"] in ("calls", "files") or name.startswith("cache")]
     assert len(exact) == 6 and all(row["before"] == row["after"] > 0 for row in exact)
     assert rows["cache, 256 tokens"]["dense"] > rows["cache, 256 tokens"]["after"]

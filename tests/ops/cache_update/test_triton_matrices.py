@@ -54,7 +54,7 @@ def test_what_a_row_holds(name, unit):
     line = iter(rows.double())
     for encoder, heads in [(e, g.heads) for side in s.encoders for e, g in zip(side, s.layout.groups, strict=True)]:
         for h in range(heads):
-            numbers, mean, step, diagonal, encode, inner, outer = parts_of(next(line), shape)
+            numbers, mean, step, diagonal, pivot, encode, inner, outer = parts_of(next(line), shape)
             number = encoder.step if isinstance(encoder.step, float) else None
             feedback = encoder.hessian is not None
             assert float(numbers[UNIT]) == (float(encoder.unit[0, h, 0]) if unit else 1.0)
@@ -72,6 +72,8 @@ def test_what_a_row_holds(name, unit):
             torch.testing.assert_close(step[:48], widths, rtol=1e-6, atol=1e-6)
             _, want, pulls = in_levels(encoder.hessian[0, h].double(), encoder.factor[0, h].double(), widths)
             torch.testing.assert_close(diagonal[:48], want, rtol=1e-5, atol=1e-5)
+            of_factor = encoder.factor[0, h].double().diagonal() * widths.square()
+            torch.testing.assert_close(pivot[:48], of_factor, rtol=1e-5, atol=1e-5)
             inner, outer = inner.view(2, 64, BLOCK), outer.view(2, 64, 64)
             found = outer.transpose(1, 2).clone()  # [k, i, j]: what an error of j adds to i
             for i in range(48):

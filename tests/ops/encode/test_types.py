@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from headq_ao.ops import Encoder, quantize, unit_factor
+from headq_ao.ops import Encoder, ldl_factor, quantize
 from tests.ops.encode.encoders import encoder_of, run
 from tests.ops.frames import some_frame
 
@@ -70,9 +70,9 @@ def test_what_an_encoder_says_of_itself(case):
 def test_the_factor_is_made_once_or_taken_as_it_is_given(case):
     encoder = encoder_of(case(True, feedback=True))
     assert encoder.factor is encoder.factor
-    torch.testing.assert_close(encoder.factor, unit_factor(encoder.hessian))
+    torch.testing.assert_close(encoder.factor, ldl_factor(encoder.hessian))
     given = torch.eye(16, dtype=torch.float64).expand(1, 2, 16, 16)
-    other = dataclasses.replace(encoder, cholesky=given)
+    other = dataclasses.replace(encoder, ldl=given)
     assert torch.equal(other.factor, given)
     assert torch.equal(Encoder.of_flat(*other.flat).factor, given)
 

@@ -26,7 +26,7 @@ def test_float64_rows_are_coded_in_float64(case, without_kernel):
 def test_opcheck(case, shape, dtype):
     *size, own = shape
     y, metric, step = case(*size, own=own)
-    args = (metric, reference.unit_factor(metric), step, 2, True, 16)
+    args = (metric, reference.ldl_factor(metric), step, 2, True, 16)
     torch.library.opcheck(torch.ops.headq.feedback_codes.default, (y.to(dtype), *args))
     view = y.transpose(1, 2).contiguous().transpose(1, 2)
     dense, strided = feedback_codes(y, metric, step, 2), feedback_codes(view, metric.mT, step, 2)

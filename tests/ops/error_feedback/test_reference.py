@@ -9,16 +9,16 @@ import torch
 from headq_ao.codecs.base import GAUSSIAN_STEP
 from headq_ao.ops import feedback_codes
 from headq_ao.ops.error_feedback import reference
-from headq_ao.ops.error_feedback.op import PASSES, SPREADS
+from headq_ao.ops.error_feedback.op import KEPT, PASSES, SPREADS
 from tests.ops.error_feedback.rows import BITS, decoded, seen_error
 
 op = importlib.import_module("headq_ao.ops.error_feedback.op")
 
 
 def by_the_docstring(y, metric, step, bits, unbiased, scale_bits):
-    """One row ``[M]`` in Python numbers: elimination, two descents, five scales, the best kept."""
+    """One row ``[M]`` in Python numbers: elimination at eight scales, two descents at the best two, the better kept."""
     m, top = len(y), 2**bits - 1
-    factor = reference.unit_factor(metric[None, None])[0, 0].tolist()
+    factor = reference.ldl_factor(metric[None, None])[0, 0].tolist()
     y, metric, step = y.tolist(), metric.tolist(), step.tolist()
     half = lambda x: float(torch.tensor(min(max(x, 2.0**-24), 65504.0), dtype=torch.float64).half())  # noqa: E731
     scales = [2.0 ** (i // 32 - 4) * (1 + i % 32 / 32) for i in range(256)]
@@ -27,13 +27,15 @@ def by_the_docstring(y, metric, step, bits, unbiased, scale_bits):
     stored = half if scale_bits == 16 else byte
     form = lambda a, b: sum(a[i] * metric[i][j] * b[j] for i in range(m) for j in range(m))  # noqa: E731
     nearest = lambda x, width: min(max(round(x / width + top / 2), 0), top)  # noqa: E731
-    rms, best = (sum(x * x for x in y) / m) ** 0.5, None
-    for spread in (0.7, 0.85, 1.0, 1.15, 1.3):
+    rms, rounded, best = (sum(x * x for x in y) / m) ** 0.5, [], None
+    for spread in (0.7, 0.78, 0.86, 0.94, 1.02, 1.1, 1.18, 1.26):
         scale = stored(rms * spread)
         width, codes, e = [scale * s for s in step], [0] * m, [0.0] * m
         for i in range(m):
             codes[i] = nearest(y[i] + sum(factor[j][i] * e[j] for j in range(i)), width[i])
             e[i] = y[i] - width[i] * (codes[i] - top / 2)
+        rounded.append((form(e, e), scale, width, codes, e))
+    for _, scale, width, codes, e in sorted(rounded, key=lambda x: x[0])[:2]:
         for _ in range(2):
             for i in range(m):
                 others = sum(metric[i][j] * e[j] for j in range(m) if j != i)
@@ -80,7 +82,7 @@ def test_near_the_optimum_and_better_than_nearest(randn, bits, width, strength):
     plain = seen_error(y, decoded(nearest, scale, step, bits), metric)
     assert bool((error >= least - 1e-9).all())
     assert bool((error <= plain + 1e-9).all()), "never worse than the nearest codes of the same scale"
-    assert error.mean() < 1.1 * least.mean()
+    assert error.mean() < 1.15 * least.mean()
     assert (error <= least + 1e-9).double().mean() > 0.6
     assert plain.mean() > (1.02 if strength < 1 else 1.3) * error.mean()
 
@@ -88,7 +90,7 @@ def test_near_the_optimum_and_better_than_nearest(randn, bits, width, strength):
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("unbiased", [False, True])
 def test_an_identity_metric_gives_the_nearest_codes(case, bits, unbiased):
-    """Whose scale is the best of the five, and nothing else."""
+    """Whose scale is the best of all, and nothing else."""
     y, _, step = case(1, 2, 32, 24, bits, dtype=torch.float64)
     metric = 7 * torch.eye(24, dtype=torch.float64)[None, None]
     codes, scale = feedback_codes(y, metric, step, bits, unbiased=unbiased)
@@ -97,15 +99,19 @@ def test_an_identity_metric_gives_the_nearest_codes(case, bits, unbiased):
     for spread in SPREADS:
         sigma = (rms * spread).half().double()
         nearest = (y / (sigma * step.unsqueeze(-2)) + top / 2).round().clamp(0, top)
+        y_hat = decoded(nearest, sigma[..., 0], step, bits)
+        first = seen_error(y, y_hat, metric)
         if unbiased:
-            y_hat = decoded(nearest, sigma[..., 0], step, bits)
             sigma = (sigma * (y * y).sum(-1, keepdim=True) / (y * y_hat).sum(-1, keepdim=True)).half().double()
-        found.append((seen_error(y, decoded(nearest, sigma[..., 0], step, bits), metric), nearest, sigma[..., 0]))
-    best = torch.stack([error for error, _, _ in found]).argmin(0)
+        error = seen_error(y, decoded(nearest, sigma[..., 0], step, bits), metric)
+        found.append((error, nearest, sigma[..., 0], first))
+    errors, firsts = (torch.stack([x[i] for x in found]) for i in (0, 3))
+    kept = firsts.sort(dim=0, stable=True).indices[:KEPT]
+    best = kept.gather(0, errors.gather(0, kept).argmin(0, keepdim=True))[0]
     for i in range(len(SPREADS)):
         assert torch.equal(codes[best == i], found[i][1][best == i].to(torch.uint8))
         assert torch.equal(scale[best == i].double(), found[i][2][best == i])
-    assert len(best.unique()) > 1 or (bits == 1 and unbiased)  # two levels at their best scale: all five agree
+    assert len(best.unique()) > 1
 
 
 def test_the_size_of_a_metric_does_not_matter(case):
@@ -164,26 +170,26 @@ def test_a_non_finite_metric_poisons_its_head_alone(case):
     assert int(codes.max()) <= 3
 
 
-def test_unit_factor(case):
+def test_ldl_factor(case):
     _, metric, _ = case(2, 3, 1, 24, own="both", dtype=torch.float64)
-    n = reference.unit_factor(metric)
-    torch.testing.assert_close(n.triu(), n)
-    torch.testing.assert_close(n.diagonal(dim1=-2, dim2=-1), torch.ones(2, 3, 24, dtype=torch.float64))
-    inverse = torch.linalg.inv(n)
-    d = inverse @ metric @ inverse.mT
-    off = d - torch.diag_embed(d.diagonal(dim1=-2, dim2=-1))
-    assert float(off.abs().max()) < 1e-5 * float(metric.abs().max())
+    packed = reference.ldl_factor(metric)
+    torch.testing.assert_close(packed.triu(), packed)
+    n, d = packed.triu(1) + torch.eye(24, dtype=torch.float64), packed.diagonal(dim1=-2, dim2=-1)
+    assert bool((d > 0).all())
+    torch.testing.assert_close((n * d[..., None, :]) @ n.mT, metric, rtol=0, atol=1e-5 * float(metric.abs().max()))
 
 
-def test_more_tries_are_no_worse(case):
-    """What each part brings: elimination over nearest codes, descent over elimination, five scales over one."""
+def test_more_work_is_no_worse(case):
+    """What each part brings: elimination over nearest codes, descent over elimination, scales, two of them over one."""
     y, metric, step = case(1, 2, 200, 32, dtype=torch.float64)
 
-    def error(metric_used, spreads, passes):
-        feedback = reference.unit_factor(metric_used)
-        codes, scale = reference.feedback_codes(y, metric_used, feedback, step, 2, spreads, passes, False)
+    def error(metric_used, spreads, kept, passes):
+        feedback = reference.ldl_factor(metric_used)
+        codes, scale = reference.feedback_codes(y, metric_used, feedback, step, 2, spreads, kept, passes, False)
         return float(seen_error(y, decoded(codes, scale, step, 2), metric).mean())
 
-    nearest = error(torch.eye(32, dtype=torch.float64)[None, None], (1.0,), 0)
-    eliminated, descended = (error(metric, (1.0,), passes) for passes in (0, PASSES))
-    assert error(metric, SPREADS, PASSES) < descended < eliminated < 0.7 * nearest
+    nearest = error(torch.eye(32, dtype=torch.float64)[None, None], (1.0,), 1, 0)
+    eliminated, descended = (error(metric, (1.0,), 1, passes) for passes in (0, PASSES))
+    one, two, every = (error(metric, SPREADS, kept, PASSES) for kept in (1, KEPT, len(SPREADS)))
+    assert every < two < one < descended < eliminated < 0.7 * nearest
+    assert two < 0.97 * one

@@ -15,7 +15,7 @@ from headq_ao.ops.error_feedback.triton_kernel import in_levels, launch, tiling
 def test_errors_in_levels_cost_what_errors_do(case):
     """``eᵀ H e`` of ``e = step · l``; a factor scaled alike, and pulls as the reference sums them."""
     y, metric, step = case(2, 2, 9, 16, own="both", dtype=torch.float64)
-    factor = reference.unit_factor(metric)
+    factor = reference.ldl_factor(metric)
     in_steps, diagonal, (elimination, descent) = in_levels(metric, factor, step)
     level = y / step.unsqueeze(-2)
     torch.testing.assert_close(reference.quadratic_form(level, in_steps, level), reference.quadratic_form(y, metric, y))
@@ -37,7 +37,7 @@ def test_what_is_not_seen_does_not_pull():
 def test_what_needs_no_launch(case):
     """fp64 goes to the reference; no rows are no work."""
     y, metric, step = case(1, 2, 4, 16, dtype=torch.float64)
-    factor = reference.unit_factor(metric)
+    factor = reference.ldl_factor(metric)
     assert launch(y, metric, factor, step, 2, True) is None
     codes, scale = launch(y[:, :, :0].float(), metric, factor, step, 2, True)
     assert codes.shape == (1, 2, 0, 16) and codes.dtype == torch.uint8
