@@ -5,6 +5,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -142,6 +143,17 @@ def test_keys_in_the_frame_of_their_segment_in_an_engines_pages(target):
     assert all(each["spills"] == 0 for name, each in found.items() if name != "split_kernel")
     least = 6 if target == "gfx942" else LEAST_WARPS  # as a scale in a byte leaves registers there
     assert found["split_kernel"]["warps_per_processor"] >= least
+
+
+def test_the_dense_baseline_compiles(monkeypatch):
+    """The kernel over bf16 rows that decoding is timed against."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
+    q, k = (torch.zeros(1, heads, n, 128, dtype=torch.bfloat16) for heads, n in ((8, 1), (2, 1000)))
+    with table.compiling("sm_90") as kernels:
+        from headq_ao.evals.gpu.dense import bf16_attention
+
+        bf16_attention(q, k, k)
+    assert len(kernels) == 2 and all(table.resources(k, table.CHIPS["sm_90"])["spills"] == 0 for k in kernels)
 
 
 @pytest.mark.parametrize("page", [32, 64])
