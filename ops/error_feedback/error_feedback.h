@@ -106,13 +106,15 @@ inline void products(int columns, const float* m, int64_t stride, const V* x, in
 // The columns from c on, WIDTH vectors of them, of y = x M for T tokens.
 template <int T, int WIDTH>
 inline void transform_columns(const float* x, const float* m, int rows, int columns, int c, float* y) {
-  V16 s[T][WIDTH] = {}, v[WIDTH];
-  for (int k = 0; k < rows; k++) {
-    std::memcpy(v, m + int64_t(k) * columns + c, sizeof v);
-    for (int t = 0; t < T; t++)
-      for (int i = 0; i < WIDTH; i++) s[t][i] += x[int64_t(t) * rows + k] * v[i];
-  }
-  for (int t = 0; t < T; t++) std::memcpy(y + int64_t(t) * columns + c, s[t], sizeof s[t]);
+  V16 s[T][WIDTH] = {};
+  for (int k = 0; k < rows; k++)
+    for (int i = 0; i < WIDTH; i++) {
+      V16 v;
+      std::memcpy(&v, m + int64_t(k) * columns + c + i * TILE, sizeof v);
+      for (int t = 0; t < T; t++) s[t][i] += x[int64_t(t) * rows + k] * v;
+    }
+  for (int t = 0; t < T; t++)
+    for (int i = 0; i < WIDTH; i++) std::memcpy(y + int64_t(t) * columns + c + i * TILE, &s[t][i], sizeof(V16));
 }
 
 template <int T>
