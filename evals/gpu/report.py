@@ -6,12 +6,13 @@ from typing import Any
 
 from headq_ao.evals.harness.table import markdown_table
 
+COUNTED = {"registers": "registers", "shared_bytes": "shared bytes", "occupancy_percent": "occupancy, %"}
 BASELINES = {"bf16": "bf16 Triton", "gqa": "SDPA enable_gqa"}
 
 
 def result_table(folder: Path) -> str:
     """The tables of the stages whose results lie in ``folder``, each with where it was measured."""
-    made = {"layers": layers_table, "steps": steps_table}
+    made = {"layers": layers_table, "steps": steps_table, "profile": profile_table}
     parts = []
     for stage, table in made.items():
         path = folder / f"{stage}.json"
@@ -72,6 +73,24 @@ def steps_table(result: dict[str, Any]) -> str:
             f"{dense['cache_bytes'] / 1e6:.0f} → {ours['cache_bytes'] / 1e6:.0f}",
         ])  # fmt: skip
     return markdown_table(head, rows)
+
+
+def profile_table(result: dict[str, Any], most: int = 6) -> str:
+    """The kernels of the packed cache that take longest in each phase, beside what all take over the dense one."""
+    whole = {(r["cache"], r["phase"]): r["microseconds"] for r in result["rows"]}
+    rows = []
+    for r in result["rows"]:
+        if r["cache"] != "packed":
+            continue
+        phase, total = r["phase"], r["microseconds"]
+        over = f"{phase}, {total / whole['dense', phase]:.2f} × dense"
+        for name, of in list(r["kernels"].items())[:most]:
+            rows.append([
+                over, name[:40].replace("|", " "), f"{of['launches']:.0f}", f"{of['microseconds']:.0f}",
+                f"{of['microseconds'] / total:.0%}", *(f"{of[x]:.0f}" if x in of else "" for x in COUNTED),
+            ])  # fmt: skip
+            over = ""
+    return markdown_table(["phase", "kernel", "launches", "µs", "share", *COUNTED.values()], rows)
 
 
 def measured(result: dict[str, Any]) -> str:
