@@ -181,7 +181,7 @@ def prefill_row(case: Case, target: str) -> dict[str, Any]:
     from headq_ao.ops.paged_attention.triton_prefill import specialization
 
     chip, of_group = CHIPS[target], case.heads // case.kv_heads
-    unpacking, reading, closing, _ = prefill_kernels(case, target, framed=True)
+    unpacking, reading, closing = prefill_kernels(case, target, framed=True)
     constants, _, _ = specialization(case.head_dim, case.head_dim, 2, of_group * QUERY_BLOCK, chip.backend)
     rows, tokens = constants["ROWS"], constants["TILE"]
     instructions = loop_instructions(reading, chip) * reading.metadata.num_warps

@@ -220,7 +220,9 @@ def flash_kernel(
         e = tl.arange(0, KEY_PADDED)
         d = tl.arange(0, D_PADDED)
         head = h * (rows // new) + row // new
-        at = q + b * q_strides[0] + head[:, None] * q_strides[1] + (row % new)[:, None] * q_strides[2] + e[None, :]
+        at = (
+            q + b * q_strides[0] + (head * q_strides[1] + (row % new).to(tl.int64) * q_strides[2])[:, None] + e[None, :]
+        )
         x = tl.load(at, mask=live[:, None] & (e < KEY_D)[None, :], other=0.0).to(DTYPE)
         scale = scaling * LOG2E
         sums = (

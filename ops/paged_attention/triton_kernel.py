@@ -7,6 +7,7 @@ ranges are read on the device: a launch waits for nothing and can be captured.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from headq_ao.ops.dispatch import WIDEST
 from headq_ao.ops.page_layout import PageLayout
-from headq_ao.ops.paged_attention import triton_prefill
+from headq_ao.ops.paged_attention import tiled, triton_prefill
 from headq_ao.ops.paged_attention.triton_arguments import (
     backend,
     in_full,
@@ -32,7 +33,7 @@ from headq_ao.ops.paged_attention.triton_codes import CHUNK_BYTES
 from headq_ao.ops.paged_attention.triton_heads import Form, all_query_columns, head_table, kinds
 from headq_ao.ops.paged_attention.triton_join import join_kernel, map_kernel
 from headq_ao.ops.paged_attention.triton_packed import split_kernel
-from headq_ao.ops.types import PagedKV, Readers, Visible
+from headq_ao.ops.types import PagedKV, Readers, Visible, visible_positions
 
 if TYPE_CHECKING:
     from headq_ao.ops.requests import Requests
@@ -58,18 +59,32 @@ def launch(
     layout, (batch, heads, new, _) = PageLayout.parse(kv.layout), q.shape
     if not _served(q, kv, layout, readers):
         return None
+    q = q if q.stride(3) == 1 else q.contiguous()
+    if new > QUERIES and q.numel():
+        return _chunk(q, scaling, kv, readers, visible, sliding, reads, splits)
     out = torch.empty(batch, heads, new, layout.value_dim, dtype=torch.float32, device=q.device)
     lse = torch.empty(batch, heads, new, dtype=torch.float32, device=q.device)
-    if not lse.numel():
-        return out, lse
-    q = q if q.stride(3) == 1 else q.contiguous()
-    if new > QUERIES:
-        target = backend()
-        given = q, scaling, kv, readers, visible, sliding, splits, target, PRECISION[target]
-        _join(*triton_prefill.parts(*given), 0, kv, None, visible, sliding, out, lse, None, new, reads, target)
-    else:
+    if lse.numel():
         _launch(q, new, q.stride()[:3], scaling, kv, readers, visible, sliding, reads, splits, out, lse, None)
     return out, lse
+
+
+def _chunk(
+    q: Tensor, scaling: float, kv: PagedKV, readers: Readers, visible: Visible | None, sliding: int,
+    reads: Tensor | None, splits: int | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """:func:`launch` for many queries. One split, as where they fill the device, needs no joining."""
+    layout, (batch, heads, new, _), target = PageLayout.parse(kv.layout), q.shape, backend()
+    parts = triton_prefill.parts(q, scaling, kv, readers, visible, sliding, splits, target, PRECISION[target])
+    if len(parts[1]) > 1:
+        out = torch.empty(batch, heads, new, layout.value_dim, dtype=torch.float32, device=q.device)
+        lse = torch.empty(batch, heads, new, dtype=torch.float32, device=q.device)
+        _join(*parts, 0, kv, None, visible, sliding, out, lse, None, new, reads, target)
+        return out, lse
+    if reads is not None:
+        shown = visible_positions(kv.total, new, sliding) if visible is None else visible
+        tiled.count(kv, shown, layout, reads)
+    return parts[0].view(batch, heads, new, -1), parts[1].mul_(math.log(2)).view(batch, heads, new)
 
 
 def _launch(
