@@ -12,6 +12,7 @@ import torch
 from headq_ao.ops import dispatch
 from headq_ao.ops.cache_update.reference import cache_update
 from headq_ao.ops.encode.types import Encoder
+from headq_ao.ops.error_feedback.reference import SPREADS
 from headq_ao.ops.paged_attention.reference import paged_attention
 from headq_ao.ops.requests import LayerPages, Requests
 from headq_ao.ops.types import PagedKV, Readers, SegmentFrame, Visible
@@ -236,7 +237,7 @@ def test_an_engines_step_with_kernels_does_not_wait(new, frame, launches, monkey
         pages.step(q, k, k, torch.empty_like(q), 0.1, requests)
     few = [(3, max(new))] if max(new) <= 16 else [(1, 16), (2, 16)]
     heads, group = pages.layout.kv_heads, 2
-    assert grids["code"] == [(n * heads, 2 * most, 5) for n, most in few]
+    assert grids["code"] == [(n * heads, 2 * most, len(SPREADS)) for n, most in few]
     assert grids["finish"] == [(n * heads, 2, 1 + most) for n, most in few]
     assert grids["leaving"] == grids["append"] == ([] if max(new) <= 16 else [(heads, 40)])
     tiles = [1 - (-(23 + most) // 16) for _, most in few]
