@@ -33,6 +33,7 @@ from headq_ao.ops.page_layout import KNOWN_FORMS, PageLayout
 
 RESULT = Path(__file__).resolve().parents[2] / "recipes" / "results" / "triton" / "aot.json"
 COLUMNS, WINDOW, SINKS = 128, 100, 4  # a cache that is compiled for; the binary does not depend on them
+QUERY_BLOCK = 256  # queries of a chunk that is compiled for
 PAGE = 32  # tokens, as caches have them by default; it does depend on that
 
 
@@ -95,7 +96,10 @@ CASES = (
     Case(32, 8, 128, 3, 3),
     Case(32, 8, 128, 4, 4),
 )
+PREFILLED = CASES[:3]  # one of each head size: what is unpacked does not depend on bits
 SCALE = 8  # bits of a scale
+# in a disassembled kernel: an instruction of CUDA, matrix instructions of CUDA and of AMD
+INSTRUCTION, PRODUCT, MFMA = r"\s*/\*[0-9a-f]+\*/", r"\b(?:H\w*|UTC\w*)MMA\b", r"v_mfma"
 WIDTHS = (64, 128, 256)  # of the rows that feedback_codes is compiled for
 
 
@@ -148,6 +152,46 @@ def decode_kernels(
     with compiling(target) as kernels:
         triton_kernel.launch(q, 1.0, replace(paged_cache(case, page_tokens), softcap=softcap), readers, splits=8)
     return kernels[0], kernels[1], kernels[2]
+
+
+def prefill_kernels(
+    case: Case, target: str, page_tokens: int = PAGE, softcap: float | None = None, framed: bool = False,
+    dtype: torch.dtype = torch.bfloat16, new: int = QUERY_BLOCK,
+) -> list[Any]:  # fmt: skip
+    """The compiled kernels of ``paged_attention`` of ``new`` queries over packed tokens, the window and their own
+    tokens: tokens unpacked, all read, splits joined."""
+    from headq_ao.ops.paged_attention import triton_kernel
+    from headq_ao.ops.types import Readers, SegmentFrame
+
+    d, hkv = case.head_dim, case.kv_heads
+    frame = SegmentFrame(torch.zeros(8, 2, d), torch.zeros(d, dtype=torch.int32), 512) if framed else None
+    readers = Readers(torch.zeros(1, 1, hkv, d, d + 3), torch.zeros(1, hkv, d, d), torch.zeros(1, hkv, d), frame)
+    q, k = (torch.zeros(1, heads, new, d, dtype=dtype) for heads in (case.heads, hkv))
+    KNOWN_FORMS.clear()
+    kv = paged_cache(case, page_tokens)
+    kv = replace(kv, softcap=softcap, new_k=k, new_v=k, window_k=kv.window_k.to(dtype), window_v=kv.window_v.to(dtype))
+    with compiling(target) as kernels:
+        triton_kernel.launch(q, 1.0, kv, readers, splits=1)
+    return kernels
+
+
+def prefill_row(case: Case, target: str) -> dict[str, Any]:
+    """What the kernels of a chunk in bf16 need; of the loop over whole tiles, warp instructions and what starting them
+    takes of the time of the tile's products."""
+    from headq_ao.ops.paged_attention.triton_prefill import specialization
+
+    chip, of_group = CHIPS[target], case.heads // case.kv_heads
+    unpacking, reading, closing = prefill_kernels(case, target, framed=True)
+    constants, _, _ = specialization(case.head_dim, case.head_dim, 2, of_group * QUERY_BLOCK, chip.backend)
+    rows, tokens = constants["ROWS"], constants["TILE"]
+    instructions = loop_instructions(reading, chip) * reading.metadata.num_warps
+    products = 4 * rows * tokens * case.head_dim / (chip.flops / chip.processors / chip.clock)  # clocks
+    return {
+        "target": target, "head_dim": case.head_dim, "bits": case.k_bits, "rows": rows, "tokens": tokens,
+        **resources(reading, chip), "instructions": instructions,
+        "issue_over_products": instructions / chip.issue / products,
+        "unpack": resources(unpacking, chip), "closing": resources(closing, chip),
+    }  # fmt: skip
 
 
 def update_kernels(case: Case, target: str, page_tokens: int = PAGE) -> list[Any]:
@@ -251,7 +295,8 @@ def resources(kernel: Any, chip: Chip) -> dict[str, int]:
         registers, spills = int(found[1]), len(re.findall(r"\b(?:LDL|STL)\b", disassembled(binary, "nvdisasm", "-c")))
     warps, shared = kernel.metadata.num_warps, kernel.metadata.shared
     block = -(-registers // 8) * 8 * chip.warp * warps
-    most = min(chip.registers // block, chip.shared // (shared + 1024), chip.waves // warps)
+    kept = 1024 if chip.backend == "cuda" else 0  # of shared memory by the system, for each program
+    most = min(chip.registers // block, chip.shared // max(shared + kept, 1), chip.waves // warps)
     return {
         "registers": registers,
         "spills": spills,
@@ -278,22 +323,40 @@ def loop_instructions(kernel: Any, chip: Chip) -> int:
 
     On AMD vector and matrix instructions count; scalar and memory ones are issued beside them.
     """
+    counted = r"\s+v_" if chip.backend == "hip" else INSTRUCTION
+    return min((sum(bool(re.match(counted, x)) for x in body) for body in product_loops(kernel, chip)), default=0)
+
+
+def loop_spills(kernel: Any, chip: Chip) -> tuple[int, int]:
+    """Of the same loop: instructions that spill or read back what was spilled, and matrix instructions."""
+    hip = chip.backend == "hip"
+    counted, spill = (r"\s+v_", r"\bscratch_") if hip else (INSTRUCTION, r"\b(?:LDL|STL)\b")
+    bodies = product_loops(kernel, chip)
+    if not bodies:
+        return 0, 0
+    body = min(bodies, key=lambda lines: sum(bool(re.match(counted, x)) for x in lines))
+    product = MFMA if hip else PRODUCT
+    return sum(bool(re.search(spill, x)) for x in body), sum(bool(re.search(product, x)) for x in body)
+
+
+def product_loops(kernel: Any, chip: Chip) -> list[list[str]]:
+    """The lines of each loop that has matrix products."""
     if chip.backend == "hip":
         lines = kernel.asm["amdgcn"].splitlines()
-        label, jump, product, counted = r"(\.LBB\w+):", r"\s*s_c?branch\w*\s+(\.LBB\w+)", r"v_mfma", r"\s+v_"
+        label, jump, product = r"(\.LBB\w+):", r"\s*s_c?branch\w*\s+(\.LBB\w+)", MFMA
     else:
         lines = disassembled(kernel.asm["cubin"], "nvdisasm", "-c").splitlines()
-        label, jump, product, counted = r"\s*(\.L\w+):", r".*\bBRA\b.*?(\.L\w+)", r"\bH\w*MMA\b", r"\s*/\*[0-9a-f]+\*/"
+        label, jump, product = r"\s*(\.L\w+):", r".*\bBRA\b.*?(\.L\w+)", PRODUCT
     labels: dict[str, int] = {}
-    spans = []
+    found = []
     for i, line in enumerate(lines):
-        if found := re.match(label, line):
-            labels[found[1]] = i
-        elif (found := re.match(jump, line)) and found[1] in labels:
-            body = lines[labels[found[1]] : i + 1]
+        if at := re.match(label, line):
+            labels[at[1]] = i
+        elif (to := re.match(jump, line)) and to[1] in labels:
+            body = lines[labels[to[1]] : i + 1]
             if any(re.search(product, x) for x in body):
-                spans.append(sum(bool(re.match(counted, x)) for x in body))
-    return min(spans, default=0)
+                found.append(body)
+    return found
 
 
 def roofline(case: Case, instructions: float, chip: Chip) -> dict[str, Any]:
@@ -317,7 +380,7 @@ def roofline(case: Case, instructions: float, chip: Chip) -> dict[str, Any]:
 
 def measure(targets: Sequence[str] = tuple(CHIPS)) -> dict[str, Any]:
     """Compile all cases for the targets: what becomes the result file, without the environment."""
-    decode, feedback = [], []
+    decode, prefill, feedback = [], [], []
     for target in targets:
         chip = CHIPS[target]
         for case in CASES:
@@ -331,9 +394,13 @@ def measure(targets: Sequence[str] = tuple(CHIPS)) -> dict[str, Any]:
                 | {"roofline": roofline(case, instructions, chip), "map": resources(mapping, chip)}
                 | {"join": resources(join, chip)}
             )
+        prefill += [prefill_row(case, target) for case in PREFILLED]
         feedback += [{"target": target, "width": w, **resources(feedback_kernel(w, target), chip)} for w in WIDTHS]
     chips = {t: vars(CHIPS[t]) for t in targets}
-    return {"chips": chips, "page_tokens": PAGE, "decode_attention": decode, "feedback_codes": feedback}
+    return {
+        "chips": chips, "page_tokens": PAGE, "decode_attention": decode, "prefill_attention": prefill,
+        "feedback_codes": feedback,
+    }  # fmt: skip
 
 
 def result_table(result: dict[str, Any]) -> str:
@@ -350,6 +417,11 @@ def result_table(result: dict[str, Any]) -> str:
             f"| decode {name} {_resources(row)} | {row['bytes_per_token']} | {row['instructions_per_token']:.1f} | "
             f"{roof['bound']} | {roof['over_bf16']:.1f} | {roof['byte_ratio']:.1f} |"
         )
+    for row in result["prefill_attention"]:
+        name = f"heads of {row['head_dim']}, {row['rows']} rows × {row['tokens']} tokens"
+        each = row["instructions"] / row["tokens"]
+        lines.append(f"| prefill {name} {_resources(row)} | | {each:.0f} | {bound_of(row)} | | |")
+        lines.append(f"| unpack {row['bits']} bits, heads of {row['head_dim']} {_resources(row, 'unpack')} | | | | | |")
     lines += [f"| encode, rows of {row['width']} {_resources(row)} | | | | | |" for row in result["feedback_codes"]]
     chips = "; ".join(
         f"{t} {c['name']} {c['bandwidth'] / 1e12:.2f} TB/s, {c['processors']} × {c['issue']} instructions × "
@@ -361,16 +433,24 @@ def result_table(result: dict[str, Any]) -> str:
         f"\n\nCompiled ahead of time with Triton {versions['triton']} for pages of {result['page_tokens']} tokens; "
         "nothing was timed. Registers are a thread's, shared memory is in bytes. Bytes and instructions (of a warp; on "
         "AMD vector instructions of a wave of 64) are "
-        "those of one cached token of one KV head. Roofline over bf16: the lowest of memory, issue and matrix limits "
+        "those of one cached token of one KV head, in a chunk for a block of query rows; what unpacks has keys in the "
+        "frame of their segment. Roofline over bf16: the lowest of memory, issue and matrix limits "
         "over bf16 keys and values read at full bandwidth, an upper bound. Peak numbers of the vendors: "
         f"{chips}; B200's clock is inferred from its dense rate. "
         "`python -m headq_ao.evals.benchmarks.triton_table`."
     )
 
 
-def _resources(row: dict[str, Any]) -> str:
-    names = ("target", "registers", "spills", "shared_bytes", "warps_per_processor")
-    return "".join(f"| {row[name]} " for name in names).rstrip()
+def bound_of(row: dict[str, Any]) -> str:
+    """What limits a chunk's loop: its products, or starting its instructions, and by how much."""
+    ratio = row["issue_over_products"]
+    return "matrix" if ratio <= 1 else f"issue, {ratio:.1f} × matrix"
+
+
+def _resources(row: dict[str, Any], part: str | None = None) -> str:
+    names = ("registers", "spills", "shared_bytes", "warps_per_processor")
+    of = row if part is None else row[part]
+    return "".join(f"| {x} " for x in (row["target"], *(of[name] for name in names))).rstrip()
 
 
 def parser() -> argparse.ArgumentParser:

@@ -26,11 +26,14 @@ TESTS = [
 STAGES = {
     "tests": (120, "tests of kernels and of quantized models"),
     "steps": (150, "steps of a 32-layer model of 8B shape under CUDA graphs, over StaticCache"),
-    "layers": (120, "decode attention of one layer, over SDPA and a bf16 kernel"),
+    "layers": (180, "attention of one layer: decoding over SDPA and a bf16 kernel, a chunk over flash attention"),
     "coding": (90, "coding of tokens and prefill"),
+    "profile": (120, "kernels of a whole model's prompt, chunk and step, by name"),
 }
 CASES = (Case(32, 8, 128, 2, 2), Case(9, 3, 64, 2, 2), Case(8, 1, 256, 2, 2))
 CELLS = ((1, 4096), (1, 32768), (16, 32768), (1, 131072))
+CHUNKS = ((256, 28672), (4096, 28672))  # new tokens, and packed ones before them
+PROFILED_LAYERS = 8  # all are alike
 BYTES_PER_TOKEN = 131072  # of the 8B shape's dense cache
 EPILOG = """\
 Each stage runs in a process of its own under its time limit and writes OUT/STAGE.json after every row, so that a cut
@@ -113,10 +116,18 @@ def run(stage: str, args: argparse.Namespace) -> int:
         cells = ((1, 84),) if dry else fitting(device)  # each step of it packs a token
         steps.measure(cells, 1 if dry else args.layers, args.repeats, device, result, 32 if dry else 128)
     elif stage == "layers":
-        from headq_ao.evals.gpu import layers
+        from headq_ao.evals.gpu import chunks, layers
 
         cases = (Case(4, 2, 32, 2, 2),) if dry else CASES
         layers.measure(cases, ((1, 64),) if dry else CELLS, args.repeats, device, result)
+        chunks.measure(cases, ((40, 160),) if dry else CHUNKS, args.repeats, device, result)
+    elif stage == "profile":
+        from headq_ao.evals.gpu import profiles
+
+        if dry:
+            profiles.measure(84, 40, 1, device, result, 32)
+        else:
+            profiles.measure(8192, 2048, PROFILED_LAYERS, device, result)
     else:
         from headq_ao.evals.gpu import coding
 

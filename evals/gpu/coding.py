@@ -13,7 +13,7 @@ from headq_ao.evals.gpu import steps
 from headq_ao.evals.gpu.timing import Result, kernel_times, microseconds
 from headq_ao.ops import feedback_codes
 from headq_ao.ops.error_feedback import reference
-from headq_ao.ops.error_feedback.reference import PASSES, SPREADS
+from headq_ao.ops.error_feedback.reference import KEPT, PASSES, SPREADS
 
 SAME_ROWS = 0.98  # of feedback_codes: a tie may fall either way
 
@@ -31,7 +31,7 @@ def same_rows(width: int, device: torch.device, rows: int = 256) -> float:
     y, hessian, step = drawn(width, device, rows)
     codes, scale = feedback_codes(y, hessian, step, 2)
     factor = reference.ldl_factor(hessian)
-    expected, expected_scale = reference.feedback_codes(y, hessian, factor, step, 2, SPREADS, PASSES, True)
+    expected, expected_scale = reference.feedback_codes(y, hessian, factor, step, 2, SPREADS, KEPT, PASSES, True)
     return float(((codes == expected).all(-1) & (scale == expected_scale)).float().mean())
 
 

@@ -50,8 +50,11 @@ def _join_kernel(parts, part_lse, out, lines, splits, D: tl.constexpr, BLOCK: tl
     """``BLOCK`` coordinates of one query row, over all splits."""
     line = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    lse = _joined_lse(part_lse, line, lines, splits, SPLITS)
-    tl.store(out + line * D + d, _joined(parts, part_lse, lse, line, lines, splits, d, D, SPLITS), mask=d < D)
+    parts += line * D
+    part_lse += line
+    lse = _joined_lse(part_lse, lines, splits, SPLITS)
+    joined, _ = _joined(parts, part_lse, lse, lines, 0, splits, d, D, SPLITS)
+    tl.store(out + line * D + d, joined, mask=d < D)
 
 
 def bf16_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

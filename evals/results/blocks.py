@@ -96,7 +96,7 @@ BLOCKS: dict[str, Block] = {
     "decode": one("bench/decode.json", bench_decode.result_table, SPEED),
     "generate": one("bench/generate.json", bench_generate.result_table, SPEED),
     "mla": one("bench/mla.json", bench_mla.result_table, (*QUALITY, *SPEED)),
-    "gpu": Block("gpu/[ls]*.json", lambda results: gpu.result_table(results / "gpu"), KERNELS),
+    "gpu": Block("gpu/[lps]*.json", lambda results: gpu.result_table(results / "gpu"), KERNELS),
     "vllm": Block(
         "vllm/*.json",
         lambda results: served.tables(served.read(results / "vllm")),

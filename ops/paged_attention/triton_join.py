@@ -163,12 +163,14 @@ def join_kernel(
             seen = tl.maximum(seen - tl.maximum(body_token(first, n_sink, BY_POSITION), oldest), 0)
             in_window = tl.load(held + b)
             first, last = tl.maximum(first, 0), tl.minimum(last, end)
-            sinks = tl.maximum(tl.minimum(tl.minimum(last, in_window), n_sink) - first, 0)
+            sinks = tl.maximum(tl.minimum(last, n_sink) - first, 0)
+            fresh = tl.maximum(tl.maximum(first, in_window), n_sink)
             if BY_POSITION:
                 oldest = tl.maximum(in_pages, n_sink)
+                fresh = tl.maximum(fresh, oldest)
             else:
                 oldest = tl.maximum(in_pages, in_window - n_sink - ring) + n_sink  # of the body tokens in the ring
             body = tl.maximum(tl.minimum(last, in_window) - tl.maximum(first, oldest), 0)
-            fresh = tl.maximum(last - tl.maximum(first, in_window), 0)
+            fresh = tl.maximum(last - fresh, 0)
             tl.atomic_add(reads, seen, mask=line // new % heads == 0)
             tl.atomic_add(reads + 1, seen + sinks + body + fresh, mask=line // new % heads == 0)

@@ -1,13 +1,14 @@
 """The Triton kernels behind ``paged_attention`` on CUDA and HIP: their launch.
 
-Split-KV flash-decoding in three launches, for heads of any mix of bits: the query is mapped; splits of the packed
-tokens, of the window and of the call's own tokens are read; all are joined. Grids depend on shapes alone, lengths and
+For few queries split-KV flash-decoding in three launches, for heads of any mix of bits: the query is mapped; splits of
+the packed tokens, of the window and of the call's own tokens are read; all are joined. For many queries packed tokens
+are unpacked first (:mod:`headq_ao.ops.paged_attention.triton_prefill`). Grids depend on shapes alone, lengths and
 ranges are read on the device: a launch waits for nothing and can be captured.
 """
 
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,18 +17,29 @@ from torch import Tensor
 
 from headq_ao.ops.dispatch import WIDEST
 from headq_ao.ops.page_layout import PageLayout
+from headq_ao.ops.paged_attention import tiled, triton_prefill
+from headq_ao.ops.paged_attention.triton_arguments import (
+    backend,
+    in_full,
+    padded,
+    split_count,
+    strides_of_shared,
+    tokens,
+)
+from headq_ao.ops.paged_attention.triton_arguments import (
+    dense_indices as dense_indices,
+)
 from headq_ao.ops.paged_attention.triton_codes import CHUNK_BYTES
 from headq_ao.ops.paged_attention.triton_heads import Form, all_query_columns, head_table, kinds
 from headq_ao.ops.paged_attention.triton_join import join_kernel, map_kernel
 from headq_ao.ops.paged_attention.triton_packed import split_kernel
-from headq_ao.ops.types import PagedKV, Readers, Visible
+from headq_ao.ops.types import PagedKV, Readers, Visible, visible_positions
 
 if TYPE_CHECKING:
     from headq_ao.ops.requests import Requests
 
 LONGEST_TILE = 128  # tokens
-QUERIES = 32  # of one sequence that the kernels take; more go to matrix products over unpacked tiles
-MOST_SPLITS, LEAST_TOKENS = 512, 128  # of a split
+QUERIES = 32  # of one sequence that read codes; more read what was unpacked for them
 COLUMNS, BLOCK = 32, 64  # coordinates that one program maps the query to, and that one program joins
 PRECISION = {"cuda": "tf32x3", "hip": "ieee", "interpreter": "interpreter"}  # of products in fp32
 STAGES = {"cuda": 3, "hip": 1, "interpreter": 1}
@@ -39,7 +51,7 @@ def launch(
     reads: Tensor | None = None, splits: int | None = None,
 ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
     """:func:`headq_ao.ops.paged_attention.reference.paged_attention`, or None where the kernels do not serve: fp64, a
-    side that is not coded, more than :data:`QUERIES` queries.
+    side that is not coded, wide heads.
 
     ``reads`` ``[2]`` int64: packed tokens and all tokens that each query saw are added. ``splits`` cuts the pages of a
     sequence for more programs; None chooses it from the block table's width and the device.
@@ -47,12 +59,32 @@ def launch(
     layout, (batch, heads, new, _) = PageLayout.parse(kv.layout), q.shape
     if not _served(q, kv, layout, readers):
         return None
+    q = q if q.stride(3) == 1 else q.contiguous()
+    if new > QUERIES and q.numel():
+        return _chunk(q, scaling, kv, readers, visible, sliding, reads, splits)
     out = torch.empty(batch, heads, new, layout.value_dim, dtype=torch.float32, device=q.device)
     lse = torch.empty(batch, heads, new, dtype=torch.float32, device=q.device)
     if lse.numel():
-        q = q if q.stride(3) == 1 else q.contiguous()
         _launch(q, new, q.stride()[:3], scaling, kv, readers, visible, sliding, reads, splits, out, lse, None)
     return out, lse
+
+
+def _chunk(
+    q: Tensor, scaling: float, kv: PagedKV, readers: Readers, visible: Visible | None, sliding: int,
+    reads: Tensor | None, splits: int | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """:func:`launch` for many queries. One split, as where they fill the device, needs no joining."""
+    layout, (batch, heads, new, _), target = PageLayout.parse(kv.layout), q.shape, backend()
+    parts = triton_prefill.parts(q, scaling, kv, readers, visible, sliding, splits, target, PRECISION[target])
+    if len(parts[1]) > 1:
+        out = torch.empty(batch, heads, new, layout.value_dim, dtype=torch.float32, device=q.device)
+        lse = torch.empty(batch, heads, new, dtype=torch.float32, device=q.device)
+        _join(*parts, 0, kv, None, visible, sliding, out, lse, None, new, reads, target)
+        return out, lse
+    if reads is not None:
+        shown = visible_positions(kv.total, new, sliding) if visible is None else visible
+        tiled.count(kv, shown, layout, reads)
+    return parts[0].view(batch, heads, new, -1), parts[1].mul_(math.log(2)).view(batch, heads, new)
 
 
 def _launch(
@@ -75,25 +107,24 @@ def _launch(
     forms = layout.known_forms
     constants, options, resident = specialization(layout, forms, rows, kv.window_k.element_size(), target)
     programs = batch * layout.kv_heads * triton.cdiv(rows, constants["ROWS"])
-    tokens = kv.table.shape[1] * layout.page_tokens
-    splits = splits or split_count(tokens, programs * segments, resident, device)
-    owned, ring = _owned(kv)
+    length = kv.table.shape[1] * layout.page_tokens
+    splits = splits or split_count(length, programs * segments, resident, device)
+    owned, ring = in_full(kv)
     new_slots = 0 if kv.new_k is None else kv.new_k.shape[2]
     tile, packed_parts = constants["TILE"], splits * segments
     slots = [kv.n_sink + ring, new_slots] if owned is None else [kv.n_sink, ring, new_slots]
     parts = packed_parts + sum(triton.cdiv(n, tile) for n in slots)
     frame, frames = readers.frame, 1
     if frame is not None:
-        frames = min(triton.cdiv(tokens, frame.tokens) + 1, len(frame.table))
+        frames = min(triton.cdiv(length, frame.tokens) + 1, len(frame.table))
         of_frame = frame.table, frame.partner, frame.tokens, len(frame.table)
     mapped = torch.empty(frames * segments, lines, m + 3, dtype=torch.float32, device=device)
     part_out = torch.empty(parts, lines, dim, dtype=torch.float32, device=device)
     part_lse = torch.empty(parts, lines, dtype=torch.float32, device=device)
-    key_padded = max(16, triton.next_power_of_2(key_dim))
-    sizes = {"M": m, "KEY_D": key_dim, "KEY_PADDED": key_padded, "PRECISION": PRECISION[target]}
+    sizes = {"M": m, "KEY_D": key_dim, "KEY_PADDED": padded(key_dim), "PRECISION": PRECISION[target]}
     with torch.cuda.device_of(q):
         map_kernel[(batch * layout.kv_heads, triton.cdiv(m + 3, COLUMNS) * triton.cdiv(rows, 16), frames * segments)](
-            q, q_strides, start, scaling, query_map, _shared(query_map.stride()[:4], query_map.shape), mapped,
+            q, q_strides, start, scaling, query_map, strides_of_shared(query_map, 4), mapped,
             None if frame is None else of_frame, kv.packed, kv.recent, kv.total, kv.table.shape[1], layout.kv_heads,
             new, rows,
             P=layout.page_tokens, SEGMENTS=segments, COLUMNS=COLUMNS, num_warps=4, enable_fp_fusion=True, **sizes,
@@ -101,22 +132,38 @@ def _launch(
         split_kernel[(batch * layout.kv_heads, parts, triton.cdiv(rows, constants["ROWS"]))](
             mapped, all_query_columns(forms, device), head_table(layout, kv.pages), kv.table, kv.table.stride(0),
             kv.table.shape[1], kv.segment if segments > 1 else None, None if frame is None else of_frame[2:], q,
-            q_strides, start, scaling, _tokens(kv.window_k, kv.window_v), owned,
-            None if kv.new_k is None else _tokens(kv.new_k, kv.new_v), kv.new_start, kv.packed, kv.recent, kv.held,
+            q_strides, start, scaling, tokens(kv.window_k, kv.window_v), owned,
+            None if kv.new_k is None else tokens(kv.new_k, kv.new_v), kv.new_start, kv.packed, kv.recent, kv.held,
             kv.total, low, high, kv.n_sink, ring, sliding, kv.softcap, part_out, part_lse, layout.kv_heads, new, rows,
             splits, new_slots, SEGMENTS=segments, **sizes, **constants, **options,
         )  # fmt: skip
+    _join(part_out, part_lse, packed_parts, kv, readers, visible, sliding, out, lse, start, new, reads, target)
+
+
+def _join(
+    part_out: Tensor, part_lse: Tensor, coded_parts: int, kv: PagedKV, readers: Readers | None,
+    visible: Visible | None, sliding: int, out: Tensor, lse: Tensor | None, start: Tensor | None, new: int,
+    reads: Tensor | None, target: str,
+) -> None:  # fmt: skip
+    """The parts ``[parts, B·Hq·S, D]`` into ``out`` and ``lse``: ``coded_parts`` of them, the first, in the values'
+    basis, the others in the model's."""
+    layout, kv = PageLayout.parse(kv.layout), dense_indices(kv)
+    batch, dim, (parts, lines) = len(kv.table), layout.value_dim, part_lse.shape
+    heads, width = lines // (batch * new), padded(dim)
+    low, high = (None, None) if visible is None else (visible.low.contiguous(), visible.high.contiguous())
+    read = mean = None
+    if readers is not None:
         read = None if readers.read is None else readers.read.expand(batch, layout.kv_heads, -1, -1)
         mean = None if readers.mean is None else readers.mean.expand(batch, layout.kv_heads, -1)
-        padded = constants["D_PADDED"]
-        # registers: by itself ptxas stops at 96 where it then spills
-        joining = {"maxnreg": 128 if padded <= 128 else 255} if target == "cuda" else {}
-        join_kernel[(lines, triton.cdiv(dim, min(BLOCK, padded)))](
+    # registers: by itself ptxas stops at 96 where it then spills
+    joining = {"maxnreg": 128 if width <= 128 else 255} if target == "cuda" else {}
+    with torch.cuda.device_of(part_out):
+        join_kernel[(lines, triton.cdiv(dim, min(BLOCK, width)))](
             part_out, part_lse, kv.packed, kv.recent, kv.held, kv.total, low, high, read,
             None if read is None else read.stride(), mean, None if mean is None else mean.stride(), out, start, lse,
-            reads, heads, heads // layout.kv_heads, new, lines, packed_parts, parts, kv.n_sink, sliding,
-            kv.table.shape[1], ring, D=dim, D_PADDED=padded, BLOCK=min(BLOCK, padded), P=layout.page_tokens,
-            SPLITS=4096 // padded, BY_POSITION=owned is not None, num_warps=4, enable_fp_fusion=True,
+            reads, heads, heads // layout.kv_heads, new, lines, coded_parts, parts, kv.n_sink, sliding,
+            kv.table.shape[1], in_full(kv)[1], D=dim, D_PADDED=width, BLOCK=min(BLOCK, width), P=layout.page_tokens,
+            SPLITS=4096 // width, BY_POSITION=kv.window_table is not None, num_warps=4, enable_fp_fusion=True,
             **joining,
         )  # fmt: skip
 
@@ -133,9 +180,7 @@ def plan(
     def attend(q: Tensor, scaling: float) -> Tensor:
         found = launch(q, scaling, kv, readers, None, sliding, reads)
         if found is None:
-            raise ValueError(
-                f"a plan is for at most {QUERIES} queries in {WINDOW_DTYPES}, got {tuple(q.shape)} {q.dtype}"
-            )
+            raise ValueError(f"a plan is for queries in {WINDOW_DTYPES}, got {tuple(q.shape)} {q.dtype}")
         return found[0]
 
     return attend
@@ -166,39 +211,14 @@ class OwnedPlan:
         )  # fmt: skip
 
 
-def _owned(kv: PagedKV) -> tuple[tuple[Any, ...] | None, int]:
-    """What :func:`split_kernel` takes as ``owned``, and the most tokens of the window that a sequence reads."""
-    size, table = kv.window_k.shape[2], kv.window_table
-    if table is None:
-        return None, size - kv.n_sink
-    newest = table.shape[1] * size if kv.newest is None else min(kv.newest, table.shape[1] * size)
-    sinks = (kv.sink_k, kv.sink_v) if kv.n_sink else (kv.window_k, kv.window_v)  # none: nobody looks there
-    return (table, table.stride(0), size, _tokens(*sinks)), newest
-
-
 def _served(q: Tensor, kv: PagedKV, layout: PageLayout, readers: Readers) -> bool:
-    """Segments must be whole tiles of a program, whatever the values' bits; tokens that are read as codes by some
-    queries, in full precision by others, are in pages."""
+    """Segments must be whole tiles of a program, whatever the values' bits; tokens that few queries read as codes, or
+    in full precision, by their distance, are in pages."""
     coded = all(g.keys.bits and g.values.bits for g in layout.groups)
     coded = coded and (readers.frame is None or readers.frame.tokens % LONGEST_TILE == 0)
-    coded = coded and (kv.recent is None or kv.new_k is None)
+    coded = coded and (kv.recent is None or kv.new_k is None or q.shape[2] > QUERIES)
     coded = coded and max(layout.key_dim, layout.value_dim) <= WIDEST["cuda"]
-    return coded and q.shape[2] <= QUERIES and q.dtype in WINDOW_DTYPES and kv.window_k.dtype in WINDOW_DTYPES
-
-
-def dense_indices(kv: PagedKV) -> PagedKV:
-    """The cache with lengths, block table and segments as kernels read them: contiguous."""
-    names = ("table", "segment", "packed", "held", "total", "new_start", "window_table")
-    given = ((n, getattr(kv, n)) for n in names)
-    copies = {name: x.contiguous() for name, x in given if x is not None and not x.is_contiguous()}
-    return replace(kv, **copies) if copies else kv
-
-
-def backend() -> str:
-    """What a launch compiles for: "cuda", "hip" or Triton's "interpreter"."""
-    if triton.knobs.runtime.interpret:
-        return "interpreter"
-    return str(triton.runtime.driver.active.get_current_target().backend)
+    return coded and q.dtype in WINDOW_DTYPES and kv.window_k.dtype in WINDOW_DTYPES
 
 
 @functools.lru_cache(maxsize=256)
@@ -212,13 +232,13 @@ def specialization(
     registers suffice, for it waits for no other; on CUDA threads make do with as many as 65536 leave to each of the
     warps that are held.
     """
-    kind_of, dim, padded = kinds(forms), layout.value_dim, triton.next_power_of_2(layout.value_dim)
+    kind_of, dim = kinds(forms), layout.value_dim
     columns = max(sum(CHUNK_BYTES * (8 // width) for _, width, *_ in kind[0]) for kind in kind_of)
     two_planes = any(len(kind[4]) == 2 for kind in kind_of)
     constants = {
         "KINDS": kind_of,
         "D": dim,
-        "D_PADDED": max(16, padded),
+        "D_PADDED": padded(dim),
         "ROWS": 16 if backend == "hip" or (rows > 8 and columns <= 192) else 8,
         "PTX": backend == "cuda",
         "P": layout.page_tokens,
@@ -230,21 +250,3 @@ def specialization(
     if backend == "cuda":
         options["maxnreg"] = min(65536 // (32 * held) // 8 * 8, 255)
     return constants, options, held // warps
-
-
-def split_count(tokens: int, programs: int, held: int, device: torch.device) -> int:
-    """Splits with which the programs just fill the device, all at once: a second round would wait for the first."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    return max(1, min(processors * held // max(programs, 1), tokens // LEAST_TOKENS, MOST_SPLITS))
-
-
-def _shared(strides: tuple[int, ...], shape: Sequence[int]) -> tuple[int, ...]:
-    """Strides by which all index a dimension of one."""
-    return tuple(0 if n == 1 else stride for stride, n in zip(strides, shape, strict=False))
-
-
-def _tokens(k: Tensor | None, v: Tensor | None) -> tuple[Any, ...]:
-    """Keys and values ``[B, H, n, D]``, each followed by its strides of batch, head and token."""
-    assert k is not None and v is not None
-    k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (k, v))
-    return k, k.stride()[:3], v, v.stride()[:3]

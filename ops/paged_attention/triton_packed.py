@@ -53,7 +53,7 @@ def body_token(position, n_sink, BY_POSITION: tl.constexpr):
 
 
 @triton.jit
-def _lookup(table, t, here, P: tl.constexpr):
+def lookup(table, t, here, P: tl.constexpr):
     """The physical page of tokens ``t``; the null page where they are not ``here``. ``table``: a sequence's columns,
     how many, and which logical page lies in the first; those that are read lie in no more than two rounds."""
     columns, count, origin = table
@@ -67,18 +67,18 @@ def _look_up(table, t0, begin, end, P: tl.constexpr, SLOTS: tl.constexpr, PARTS:
     """The pages of tokens ``begin ≤ t < end`` of the tile that begins at ``t0``: of whole pages each once, else of each
     token, and of each quarter."""
     if P % SLOTS == 0:
-        pages = (_lookup(table, t0, t0 < end, P),)
+        pages = (lookup(table, t0, t0 < end, P),)
     elif SLOTS % P == 0:
         pages = ()
         for i in tl.static_range(SLOTS // P):
             t = t0 + i * P
-            pages = pages + (_lookup(table, t, (t + P > begin) & (t < end), P),)
+            pages = pages + (lookup(table, t, (t + P > begin) & (t < end), P),)
     else:
         t = t0 + tl.arange(0, SLOTS)
         quarter = t0 + tl.arange(0, 16) // 4 * (4 * PARTS)
         pages = (
-            _lookup(table, t, (t >= begin) & (t < end), P),
-            _lookup(table, quarter, (quarter + 4 * PARTS > begin) & (quarter < end), P),
+            lookup(table, t, (t >= begin) & (t < end), P),
+            lookup(table, quarter, (quarter + 4 * PARTS > begin) & (quarter < end), P),
         )
     return pages
 
@@ -101,7 +101,7 @@ def _spread(pages, P: tl.constexpr, SLOTS: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _number(x, stride, page, inside, here):
+def number(x, stride, page, inside, here):
     """A number for each token ``inside`` its page, fp32; where it is not ``here`` one that is finite."""
     number = tl.load(x + page.to(tl.int64) * stride + inside, mask=here, other=0)
     if x.dtype.element_ty == tl.uint8:
@@ -118,10 +118,10 @@ def _scales(
     """Scales of the keys of a tile, and of its values where one serves a token."""
     page, _ = _spread(pages, P, SLOTS, PARTS)
     t = t0 + tl.arange(0, SLOTS)
-    sigma = _number(keys[2], keys[3], page, t % P, t < end)
+    sigma = number(keys[2], keys[3], page, t % P, t < end)
     a = sigma
     if GROUPS == 1:
-        a = _number(values[2], values[3], page, t % P, t < end)
+        a = number(values[2], values[3], page, t % P, t < end)
     return sigma, a
 
 
@@ -202,10 +202,10 @@ def _group_values(
         here = here & (slot < end)[None, :]
     page = page + slot * 0  # one for each token
     inside = (d // (D // GROUPS))[:, None] + (slot % P)[None, :] * GROUPS
-    a = _number(scale, scale_stride, page[None, :], inside, here)
+    a = number(scale, scale_stride, page[None, :], inside, here)
     values = (codes - (2**BITS - 1) / 2) * a.to(tl.float16)  # the difference is exact
     if zero is not None:
-        z = _number(zero, zero_stride, page[None, :], inside, here) + a * ((2**BITS - 1) / 2)
+        z = number(zero, zero_stride, page[None, :], inside, here) + a * ((2**BITS - 1) / 2)
         values += z.to(tl.float16)
     return values
 
@@ -297,15 +297,15 @@ def _masked_tile(
     if some:
         planes, strides, scale, scale_stride, zero, zero_stride = keys
         inside = t % P
-        sigma = _number(scale, scale_stride, page, inside, here)
+        sigma = number(scale, scale_stride, page, inside, here)
         a, z = sigma, None
         if GROUPS == 1:
-            a = _number(values[2], values[3], page, inside, here)
+            a = number(values[2], values[3], page, inside, here)
             if values[4] is not None:
-                z = _number(values[4], values[5], page, inside, here)
+                z = number(values[4], values[5], page, inside, here)
         s = _scores(page, t0, slot, here, queries, planes, strides, slope, offset, sigma, CHUNKS, P, SLOTS, ROWS, PTX)
         if zero is not None:
-            s += lift[None, :] * _number(zero, zero_stride, page, inside, here)[:, None]
+            s += lift[None, :] * number(zero, zero_stride, page, inside, here)[:, None]
         if mean is not None:
             s += mean[None, :]
         s = capped(s, softcap)
@@ -376,12 +376,12 @@ def _read(
         s = _scores(page, t0, slot, None, queries, planes, strides, slope, offset, sigma, CHUNKS, P, SLOTS, ROWS, PTX)
         inside = (t0 + slot) % P
         if zero is not None:
-            s += lift[None, :] * _number(zero, zero_stride, page, inside, slot >= 0)[:, None]
+            s += lift[None, :] * number(zero, zero_stride, page, inside, slot >= 0)[:, None]
         if MEAN:
             s += mean[None, :]  # type: ignore[index]
         s = capped(s, softcap)
         if GROUPS == 1 and values[4] is not None:
-            z = _number(values[4], values[5], page, inside, slot >= 0)
+            z = number(values[4], values[5], page, inside, slot >= 0)
         sums = _absorb(
             sums, s, a, z, value_page, t0, None, values,
             HEADROOM, VALUE_BITS, VALUE_WIDTHS, PARTS, D, D_PADDED, GROUPS, P, PTX,

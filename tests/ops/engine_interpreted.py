@@ -78,6 +78,20 @@ CASES = {
         frame=some_frame(32, 128, paired=False), zero=True,
     ),
     "frames and segments": Owned(dim=32, frame=some_frame(32, 128), segments=2, each=True, dtype=torch.bfloat16),
+    "a chunk": Owned(heads=MIXED, dim=32, packed=(150, 40), held=(172, 62), total=(212, 102), new=40),
+    "a chunk, recent": Owned(
+        recent=20, heads=MIXED, new=40, packed=(150, 40, 0), held=(170, 60, 2), total=(210, 100, 42), dim=32, columns=7
+    ),
+    "a chunk, recent, all in pages": Owned(
+        recent=20, new=40, packed=(150, 40), held=(210, 100), total=(210, 100), dim=32, columns=7, new_tokens=False
+    ),
+    "a chunk, recent, sliding, frames": Owned(
+        recent=10, sliding=90, new=40, packed=(410,), held=(420,), total=(460,), columns=15, dim=32, size=8,
+        frame=some_frame(32, 128),
+    ),
+    "a chunk, no sinks, given": Owned(
+        sinks=0, given=True, new=40, packed=(150, 40), held=(170, 60), total=(210, 100), dim=16, size=8, zero=True
+    ),
 }  # fmt: skip
 
 

@@ -64,7 +64,7 @@ def test_no_operator_asks_for_the_device_itself():
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
         if asks.search(line)
     ]
-    known = ("paged_attention/triton_kernel.py", "paged_attention/new_tokens.py", "paged_attention/tiles.py")
+    known = ("paged_attention/triton_arguments.py", "paged_attention/new_tokens.py", "paged_attention/tiles.py")
     assert [where for where in found if not where.startswith(known)] == []
 
 

@@ -106,20 +106,23 @@ def launches(monkeypatch):
     attention, update = (
         importlib.import_module(f"headq_ao.ops.{name}.triton_kernel") for name in ("paged_attention", "cache_update")
     )
+    prefill = importlib.import_module("headq_ao.ops.paged_attention.triton_prefill")
     of_attention, of_update = ("map", "split", "join"), ("leaving", "keys", "values", "append")
-    made = {name: Launches() for name in of_attention + of_update}
-    for module, names in ((attention, of_attention), (update, of_update)):
+    of_prefill = ("unpack", "flash")
+    made = {name: Launches() for name in of_attention + of_update + of_prefill}
+    for module, names in ((attention, of_attention), (update, of_update), (prefill, of_prefill)):
         for name in names:
             monkeypatch.setattr(module, f"{name}_kernel", made[name])
     columns = lambda forms, device: torch.empty(64, dtype=torch.int32, device=device)  # noqa: E731
-    monkeypatch.setattr(attention, "all_query_columns", columns)
+    for module in (attention, prefill):
+        monkeypatch.setattr(module, "all_query_columns", columns)
     monkeypatch.setattr(update, "query_columns", columns)
     table = lambda layout, pages: torch.empty(layout.kv_heads, 19, dtype=torch.int64, device=pages[0].device)  # noqa: E731
     step = update.triton_step
     for name in ("code", "finish"):
         made[name] = Launches()
         monkeypatch.setattr(step, f"{name}_kernel", made[name])
-    for module in (attention, step):
+    for module in (attention, prefill, step):
         monkeypatch.setattr(module, "head_table", table)
     monkeypatch.setattr(step, "all_query_columns", columns)
     monkeypatch.setattr(step, "with_ptx", lambda: True)
@@ -146,6 +149,33 @@ def test_a_step_with_kernels_does_not_wait(name, launches):
     assert grids["leaving"] == grids["append"] == [(batch * kv_heads, case.new)]
     assert all([grid[0] for grid in grids[name]] == [batch * kv_heads] for name in ("map", "split"))
     assert grids["join"] == [(batch * heads * case.new, -(-case.dim // 64))]
+
+
+CHUNKS = {
+    "calibrated": replace(CASES["calibrated"], new=100, total=(272, 162)),
+    "given": Case(new=40, total=(210,), given=True),
+    "frames": Case(new=40, total=(210,), frame=some_frame(64, 128), dtype=torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("name", CHUNKS)
+def test_a_chunk_with_kernels_does_not_wait(name, launches, monkeypatch):
+    """Two launches for each tile of unpacked tokens, one for the others; one split is the result."""
+    case, (update, attend, grids) = CHUNKS[name], launches
+    prefill = importlib.import_module("headq_ao.ops.paged_attention.triton_prefill")
+    monkeypatch.setattr(prefill, "ROWS_BYTES", 1)
+    real = arguments(case)
+    with fake_cuda():
+        out, lse = step(case, *fake(real), update, attend)
+    batch, kv_heads = len(case.packed), case.layout().kv_heads
+    heads, dim, pairs = kv_heads * case.group, case.dim, batch * kv_heads
+    tiles = -(-case.columns * case.page // prefill.GRANULE)
+    rows = 128 if case.dtype == torch.bfloat16 and case.group * case.new > 64 else 32
+    blocks = -(-case.group * case.new // rows)
+    assert out.shape == (batch, heads, case.new, dim) and lse.shape == out.shape[:3]
+    assert not grids["split"] and not grids["join"]
+    assert grids["unpack"] == [(-(-prefill.GRANULE // 64), pairs, 2)] * tiles
+    assert grids["flash"] == [(blocks, 1, pairs)] * (tiles + 1)
 
 
 def engine(monkeypatch, kernels, frame=None):
@@ -197,7 +227,7 @@ def test_an_engines_step_by_operators_does_not_wait(new, frame, monkeypatch):
 @pytest.mark.parametrize("frame", [None, some_frame(32, 128)], ids=["no frame", "frame"])
 @pytest.mark.parametrize("new", [(1, 1, 1), (1, 3, 2), (1, 40, 2, 16)])
 def test_an_engines_step_with_kernels_does_not_wait(new, frame, launches, monkeypatch):
-    """Five launches where each request has one token, whatever the lengths; long chunks by themselves."""
+    """Five launches where each request has one token, whatever the lengths; a long chunk by itself, unpacked first."""
     *_, grids = launches
     layer, of = engine(monkeypatch, True, frame)
     with fake_cuda():
@@ -212,7 +242,11 @@ def test_an_engines_step_with_kernels_does_not_wait(new, frame, launches, monkey
     assert grids["leaving"] == grids["append"] == ([] if max(new) <= 16 else [(heads, 40)])
     tiles = [1 - (-(23 + most) // 16) for _, most in few]
     assert [grid[:2] for grid in grids["split"]] == [(n * heads, 1 + t) for (n, _), t in zip(few, tiles, strict=True)]
-    assert grids["join"] == [(n * heads * group * most, 1) for n, most in few]
+    chunks = [n for n in new if n > 16]
+    assert grids["unpack"] == [(256 // 64, heads, 2)] * len(chunks)  # five pages, in whole granules
+    assert grids["flash"] == [(-(-group * n // 32), splits, heads) for n in chunks for splits in (2, 1)]
+    joined = [(1, new[0])] if not chunks else [(1, 16), *((1, n) for n in chunks), (2, 16)]
+    assert grids["join"] == [(n * heads * group * most, 1) for n, most in (few if not chunks else joined)]
 
 
 @pytest.mark.parametrize(

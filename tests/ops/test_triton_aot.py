@@ -2,8 +2,10 @@
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -44,6 +46,44 @@ def test_paged_attention(target, case, page):
     assert 6 < per_token < 6 + 0.06 * case.head_dim * (case.k_bits + case.v_bits)
     roof = table.roofline(case, per_token, chip)
     assert 1.49 < roof["over_bf16"] <= roof["byte_ratio"]
+
+
+@pytest.mark.parametrize("case", table.PREFILLED, ids=str)
+@pytest.mark.parametrize("target", table.CHIPS)
+def test_a_chunk(target, case):
+    """Products of operands in half precision alone; nothing is spilled where it is read again and again, and of heads
+    of up to 128 next to nothing at all; a processor holds eight warps, two for each of its schedulers."""
+    chip = table.CHIPS[target]
+    for framed in (False, True):
+        unpacking, reading, closing = table.prefill_kernels(case, target, framed=framed)
+        names = [kernel.name for kernel in (unpacking, reading, closing)]
+        assert names == ["unpack_kernel", "flash_kernel", "flash_kernel"]
+        of_unpacking = table.resources(unpacking, chip)
+        assert of_unpacking["spills"] == 0 and of_unpacking["shared_bytes"] <= 48 << 10
+        assert of_unpacking["warps_per_processor"] >= LEAST_WARPS
+    for kernel in (reading, closing):
+        found = table.resources(kernel, chip)
+        assert found["warps_per_processor"] >= LEAST_WARPS and found["shared_bytes"] <= chip.shared
+        assert found["spills"] <= (20 if case.head_dim <= 128 else 128)
+        spilled, products = table.loop_spills(kernel, chip)
+        assert spilled == 0 and products > 0
+        code = (
+            kernel.asm["amdgcn"] if chip.backend == "hip" else table.disassembled(kernel.asm["cubin"], "nvdisasm", "-c")
+        )
+        assert "TF32" not in code and not re.search(r"v_mfma_f32_\w+_f32", code)
+    row = table.prefill_row(case, target)
+    assert 0 < row["issue_over_products"] < (2 if case.head_dim >= 128 else 4)
+
+
+@pytest.mark.parametrize("options", [{"dtype": torch.float16, "softcap": 30.0}, {"dtype": torch.float32}, {"new": 34}])
+@pytest.mark.parametrize("target", table.CHIPS)
+def test_other_chunks(target, options):
+    """A softcap, fp32 models and few queries of small heads spill nothing where it counts."""
+    chip = table.CHIPS[target]
+    for kernel in table.prefill_kernels(table.CASES[1], target, **options):
+        found = table.resources(kernel, chip)
+        assert found["spills"] <= 40 and found["warps_per_processor"] >= LEAST_WARPS
+        assert kernel.name == "unpack_kernel" or table.loop_spills(kernel, chip)[0] == 0
 
 
 @pytest.mark.parametrize("case", SOFTCAPPED, ids=str)
@@ -105,6 +145,17 @@ def test_keys_in_the_frame_of_their_segment_in_an_engines_pages(target):
     assert found["split_kernel"]["warps_per_processor"] >= least
 
 
+def test_the_dense_baseline_compiles(monkeypatch):
+    """The kernel over bf16 rows that decoding is timed against."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
+    q, k = (torch.zeros(1, heads, n, 128, dtype=torch.bfloat16) for heads, n in ((8, 1), (2, 1000)))
+    with table.compiling("sm_90") as kernels:
+        from headq_ao.evals.gpu.dense import bf16_attention
+
+        bf16_attention(q, k, k)
+    assert len(kernels) == 2 and all(table.resources(k, table.CHIPS["sm_90"])["spills"] == 0 for k in kernels)
+
+
 @pytest.mark.parametrize("page", [32, 64])
 def test_loads_of_planes_are_pipelined(page):
     """Pages are looked up a tile ahead, so that loads that depend on them can be: two tiles wait beside this one."""
@@ -140,4 +191,6 @@ def test_the_stored_result_is_whole():
     result = json.loads(table.RESULT.read_text(encoding="utf-8"))
     assert len(result["decode_attention"]) == len(table.CASES) * len(table.CHIPS)
     assert all(row["spills"] == 0 for row in result["decode_attention"] + result["feedback_codes"])
+    assert len(result["prefill_attention"]) == len(table.PREFILLED) * len(table.CHIPS)
+    assert table.result_table(result).count("| prefill ") == len(result["prefill_attention"])
     assert table.result_table(result).count("| decode ") == len(result["decode_attention"])
