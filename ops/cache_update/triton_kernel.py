@@ -30,8 +30,8 @@ from headq_ao.ops.cache_update.triton_pages import (
 from headq_ao.ops.dispatch import WIDEST
 from headq_ao.ops.layout import PIECES
 from headq_ao.ops.page_layout import PagedTokens, PageLayout
+from headq_ao.ops.paged_attention.triton_arguments import dense_indices
 from headq_ao.ops.paged_attention.triton_codes import CHUNK, key_chunks, query_columns
-from headq_ao.ops.paged_attention.triton_kernel import dense_indices
 from headq_ao.ops.types import PagedKV, SegmentFrame
 
 if TYPE_CHECKING:

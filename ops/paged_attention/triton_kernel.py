@@ -20,14 +20,12 @@ from headq_ao.ops.page_layout import PageLayout
 from headq_ao.ops.paged_attention import tiled, triton_prefill
 from headq_ao.ops.paged_attention.triton_arguments import (
     backend,
+    dense_indices,
     in_full,
     padded,
     split_count,
     strides_of_shared,
     tokens,
-)
-from headq_ao.ops.paged_attention.triton_arguments import (
-    dense_indices as dense_indices,
 )
 from headq_ao.ops.paged_attention.triton_codes import CHUNK_BYTES
 from headq_ao.ops.paged_attention.triton_heads import Form, all_query_columns, head_table, kinds
