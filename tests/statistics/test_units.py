@@ -72,13 +72,13 @@ def errors(case, by_k, by_v, dtype=torch.float32):
 
 @pytest.mark.parametrize("case", CASES)
 def test_errors_are_those_of_factor_1(case):
-    """Up to what a last bit changes: an eigenvector, the tie of a code."""
+    """Up to what a last bit changes: an eigenvector, the tie of two scales of a token that a query looks at most."""
     logits, out = errors(case, 1.0, 1.0)
     for factor in FACTORS:
         for by_k, by_v in ((factor, 1.0), (1.0, factor), (factor, 1 / factor)):
             of_logits, of_out = errors(case, by_k, by_v)
             assert of_logits == pytest.approx(logits, rel=0.04), (by_k, by_v)
-            assert of_out == pytest.approx(out, rel=0.08), (by_k, by_v)
+            assert of_out == pytest.approx(out, rel=0.15), (by_k, by_v)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
