@@ -120,7 +120,7 @@ def test_codecs_are_the_old_ones_and_codes_are_better(key):
     for codec, expected in zip(codecs, ABOUT["codecs"][key], strict=True):
         assert_same_codec(make_v0.codec_tensors(codec), expected)
     errors = torch.cat([*errors_of_first_layer(model, key).values()])
-    assert float(errors.max()) < 1.05 and float(errors.mean()) < 1.01, errors
+    assert float(errors.max()) < 1.1 and float(errors.mean()) < 1.03, errors
 
 
 def test_the_checkpoint_brings_config_calibration_and_a_cache_that_decodes():

@@ -78,7 +78,7 @@ def test_errors_are_those_of_factor_1(case):
         for by_k, by_v in ((factor, 1.0), (1.0, factor), (factor, 1 / factor)):
             of_logits, of_out = errors(case, by_k, by_v)
             assert of_logits == pytest.approx(logits, rel=0.04), (by_k, by_v)
-            assert of_out == pytest.approx(out, rel=0.15), (by_k, by_v)
+            assert of_out == pytest.approx(out, rel=0.25), (by_k, by_v)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
