@@ -443,8 +443,9 @@ class Run:
         """Prompts through all three caches in turns, the first of each not counted."""
         rounds = []
         for i in range(1 + self.settings.runs):
-            ask = {name: self.sides[side].ask for name, (side, _) in TURNS.items()}
-            times = {n: ask[n]("prefill", model=model, kind=kind, context=context) for n, (_, kind) in TURNS.items()}
+            times = {}
+            for name, (side, kind) in TURNS.items():
+                times[name] = self.sides[side].ask("prefill", model=model, kind=kind, context=context)
             rounds += [times] if i else []
         self.raw[f"prefill, {model}, {context}"] = rounds
         middle = {name: statistics.median(times[name] for times in rounds) for name in TURNS}

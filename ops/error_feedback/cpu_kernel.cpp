@@ -11,7 +11,7 @@ constexpr int64_t UNIT = 2 * headq::TILE;  // tokens that a thread takes at a ti
 struct Args {
   int32_t matrices, heads, batch, tokens, width, bits, unbiased, scale_bits, threads;
   const float *y;                  // [batch, heads, tokens, width]
-  const float *hessian, *ldl; // [matrices, width, width]
+  const float *hessian, *ldl;      // [matrices, width, width]
   const float *step;               // [matrices, width]
   const int32_t *matrix;           // [batch * heads], which matrix each head of each sequence uses
   uint8_t *codes;                  // [batch, heads, tokens, width]

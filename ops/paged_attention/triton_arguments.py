@@ -7,7 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
-from headq_ao.ops.types import PagedKV
+from headq_ao.ops.types import PagedKV, Readers, SegmentFrame, Visible
 
 MOST_SPLITS, LEAST_TOKENS = 512, 128  # of a split
 
@@ -54,6 +54,31 @@ def tokens(k: Tensor | None, v: Tensor | None) -> tuple[Any, ...]:
     assert k is not None and v is not None
     k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (k, v))
     return k, k.stride()[:3], v, v.stride()[:3]
+
+
+def ranges(visible: Visible | None) -> tuple[Tensor | None, Tensor | None]:
+    """Which positions queries see, as kernels read them; None where the lengths say it."""
+    return (None, None) if visible is None else (visible.low.contiguous(), visible.high.contiguous())
+
+
+def of_keys(readers: Readers) -> Tensor:
+    """The query map with the columns of a row side by side."""
+    assert readers.query_map is not None
+    return readers.query_map if readers.query_map.stride(4) == 1 else readers.query_map.contiguous()
+
+
+def of_values(readers: Readers | None, batch: int, kv_heads: int) -> tuple[Any, ...]:
+    """How values are read out of their own basis, each with its strides; None where they are in the model's."""
+    read = mean = None
+    if readers is not None:
+        read = None if readers.read is None else readers.read.expand(batch, kv_heads, -1, -1)
+        mean = None if readers.mean is None else readers.mean.expand(batch, kv_heads, -1)
+    return read, None if read is None else read.stride(), mean, None if mean is None else mean.stride()
+
+
+def of_frame(frame: SegmentFrame | None) -> tuple[Any, ...] | None:
+    """The table of a frame, which coordinates turn together, tokens of a segment, and how many segments there are."""
+    return None if frame is None else (frame.table, frame.partner, frame.tokens, len(frame.table))
 
 
 def padded(size: int) -> int:

@@ -22,7 +22,11 @@ from headq_ao.ops.paged_attention.triton_arguments import (
     backend,
     dense_indices,
     in_full,
+    of_frame,
+    of_keys,
+    of_values,
     padded,
+    ranges,
     split_count,
     strides_of_shared,
     tokens,
@@ -73,6 +77,7 @@ def _chunk(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """:func:`launch` for many queries. One split, as where they fill the device, needs no joining."""
     layout, (batch, heads, new, _), target = PageLayout.parse(kv.layout), q.shape, backend()
+    kv = dense_indices(kv)
     parts = triton_prefill.parts(q, scaling, kv, readers, visible, sliding, splits, target, PRECISION[target])
     if len(parts[1]) > 1:
         out = torch.empty(batch, heads, new, layout.value_dim, dtype=torch.float32, device=q.device)
@@ -95,11 +100,9 @@ def _launch(
     ``q_strides``: of batch, head and token. With ``start [B + 1]`` queries ``q`` and results ``out`` are
     ``[T, Hq, D]``, those of a sequence one after the other, ``new`` at most.
     """
-    assert readers.query_map is not None
     layout, batch, heads, device = PageLayout.parse(kv.layout), len(kv.table), q.shape[1], q.device
     dim, key_dim, kv = layout.value_dim, layout.key_dim, dense_indices(kv)
-    query_map = readers.query_map if readers.query_map.stride(4) == 1 else readers.query_map.contiguous()
-    low, high = (None, None) if visible is None else (visible.low.contiguous(), visible.high.contiguous())
+    query_map, (low, high) = of_keys(readers), ranges(visible)
     segments, m = (len(query_map) if kv.segment is not None else 1), query_map.shape[-1] - 3
     rows, lines, target = heads // layout.kv_heads * new, batch * heads * new, backend()
     forms = layout.known_forms
@@ -112,10 +115,9 @@ def _launch(
     tile, packed_parts = constants["TILE"], splits * segments
     slots = [kv.n_sink + ring, new_slots] if owned is None else [kv.n_sink, ring, new_slots]
     parts = packed_parts + sum(triton.cdiv(n, tile) for n in slots)
-    frame, frames = readers.frame, 1
+    frame, frames = of_frame(readers.frame), 1
     if frame is not None:
-        frames = min(triton.cdiv(length, frame.tokens) + 1, len(frame.table))
-        of_frame = frame.table, frame.partner, frame.tokens, len(frame.table)
+        frames = min(triton.cdiv(length, frame[2]) + 1, frame[3])
     mapped = torch.empty(frames * segments, lines, m + 3, dtype=torch.float32, device=device)
     part_out = torch.empty(parts, lines, dim, dtype=torch.float32, device=device)
     part_lse = torch.empty(parts, lines, dtype=torch.float32, device=device)
@@ -123,13 +125,13 @@ def _launch(
     with torch.cuda.device_of(q):
         map_kernel[(batch * layout.kv_heads, triton.cdiv(m + 3, COLUMNS) * triton.cdiv(rows, 16), frames * segments)](
             q, q_strides, start, scaling, query_map, strides_of_shared(query_map, 4), mapped,
-            None if frame is None else of_frame, kv.packed, kv.recent, kv.total, kv.table.shape[1], layout.kv_heads,
+            frame, kv.packed, kv.recent, kv.total, kv.table.shape[1], layout.kv_heads,
             new, rows,
             P=layout.page_tokens, SEGMENTS=segments, COLUMNS=COLUMNS, num_warps=4, enable_fp_fusion=True, **sizes,
         )  # fmt: skip
         split_kernel[(batch * layout.kv_heads, parts, triton.cdiv(rows, constants["ROWS"]))](
             mapped, all_query_columns(forms, device), head_table(layout, kv.pages), kv.table, kv.table.stride(0),
-            kv.table.shape[1], kv.segment if segments > 1 else None, None if frame is None else of_frame[2:], q,
+            kv.table.shape[1], kv.segment if segments > 1 else None, None if frame is None else frame[2:], q,
             q_strides, start, scaling, tokens(kv.window_k, kv.window_v), owned,
             None if kv.new_k is None else tokens(kv.new_k, kv.new_v), kv.new_start, kv.packed, kv.recent, kv.held,
             kv.total, low, high, kv.n_sink, ring, sliding, kv.softcap, part_out, part_lse, layout.kv_heads, new, rows,
@@ -144,24 +146,19 @@ def _join(
     reads: Tensor | None, target: str,
 ) -> None:  # fmt: skip
     """The parts ``[parts, B·Hq·S, D]`` into ``out`` and ``lse``: ``coded_parts`` of them, the first, in the values'
-    basis, the others in the model's."""
-    layout, kv = PageLayout.parse(kv.layout), dense_indices(kv)
+    basis, the others in the model's. ``kv``: of :func:`dense_indices`."""
+    layout = PageLayout.parse(kv.layout)
     batch, dim, (parts, lines) = len(kv.table), layout.value_dim, part_lse.shape
     heads, width = lines // (batch * new), padded(dim)
-    low, high = (None, None) if visible is None else (visible.low.contiguous(), visible.high.contiguous())
-    read = mean = None
-    if readers is not None:
-        read = None if readers.read is None else readers.read.expand(batch, layout.kv_heads, -1, -1)
-        mean = None if readers.mean is None else readers.mean.expand(batch, layout.kv_heads, -1)
     # registers: by itself ptxas stops at 96 where it then spills
     joining = {"maxnreg": 128 if width <= 128 else 255} if target == "cuda" else {}
     with torch.cuda.device_of(part_out):
         join_kernel[(lines, triton.cdiv(dim, min(BLOCK, width)))](
-            part_out, part_lse, kv.packed, kv.recent, kv.held, kv.total, low, high, read,
-            None if read is None else read.stride(), mean, None if mean is None else mean.stride(), out, start, lse,
-            reads, heads, heads // layout.kv_heads, new, lines, coded_parts, parts, kv.n_sink, sliding,
-            kv.table.shape[1], in_full(kv)[1], D=dim, D_PADDED=width, BLOCK=min(BLOCK, width), P=layout.page_tokens,
-            SPLITS=4096 // width, BY_POSITION=kv.window_table is not None, num_warps=4, enable_fp_fusion=True,
+            part_out, part_lse, kv.packed, kv.recent, kv.held, kv.total, *ranges(visible),
+            *of_values(readers, batch, layout.kv_heads), out, start, lse, reads, heads, heads // layout.kv_heads, new,
+            lines, coded_parts, parts, kv.n_sink, sliding, kv.table.shape[1], in_full(kv)[1],
+            D=dim, D_PADDED=width, BLOCK=min(BLOCK, width), P=layout.page_tokens, SPLITS=4096 // width,
+            BY_POSITION=kv.window_table is not None, num_warps=4, enable_fp_fusion=True,
             **joining,
         )  # fmt: skip
 

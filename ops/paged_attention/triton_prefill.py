@@ -17,9 +17,12 @@ from torch import Tensor
 
 from headq_ao.ops.page_layout import PageLayout
 from headq_ao.ops.paged_attention.triton_arguments import (
-    dense_indices,
     in_full,
+    of_frame,
+    of_keys,
+    of_values,
     padded,
+    ranges,
     split_count,
     strides_of_shared,
     tokens,
@@ -39,13 +42,12 @@ def parts(
     splits: int | None, backend: str, precision: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention ``[splits, B·Hq·S, D]`` and ``log2 Σ e^s [splits, B·Hq·S]``, fp32, of the queries ``q [B, Hq, S, D]``,
-    in the model's basis, to be joined.
+    in the model's basis, to be joined; ``kv``: of :func:`headq_ao.ops.paged_attention.triton_arguments.dense_indices`.
 
     ``precision``: of products in fp32; those that unpack to bf16 need no more than a mantissa of ten bits.
     """
-    assert readers.query_map is not None
     layout, (batch, heads, new, _), device = PageLayout.parse(kv.layout), q.shape, q.device
-    kv, hkv = dense_indices(kv), layout.kv_heads
+    hkv = layout.kv_heads
     dtype = q.dtype if q.dtype == kv.window_k.dtype else torch.float32
     rows, lines, columns = heads // hkv * new, batch * heads * new, kv.table.shape[1]
     constants, options, held = specialization(layout.key_dim, layout.value_dim, dtype.itemsize, rows, backend)
@@ -56,10 +58,25 @@ def parts(
     k, v = (torch.empty(batch, hkv, tile, d, dtype=dtype, device=device) for d in (layout.key_dim, layout.value_dim))
     out = torch.empty(splits, lines, layout.value_dim, dtype=torch.float32, device=device)
     lse = torch.empty(splits, lines, dtype=torch.float32, device=device)
-    low, high = (None, None) if visible is None else (visible.low.contiguous(), visible.high.contiguous())
+    low, high = ranges(visible)
+    lowest = None if low is None else low.amin(1)
     owned, ring = in_full(kv)
     exact = "tf32" if dtype == torch.bfloat16 and backend == "cuda" else precision
+    query_map, (read, read_strides, mean, mean_strides) = of_keys(readers), of_values(readers, batch, hkv)
+    slots = 64 if max(layout.key_dim, layout.value_dim) <= 128 else 32
     fresh = None if kv.new_k is None else tokens(kv.new_k, kv.new_v)
+
+    def unpack(first: int) -> None:
+        unpack_kernel[(triton.cdiv(tile, slots), batch * hkv, 2)](
+            head_table(layout, kv.pages), all_query_columns(layout.known_forms, device), query_map,
+            strides_of_shared(query_map, 4), read, read_strides, mean, mean_strides, of_frame(readers.frame), kv.table,
+            kv.table.stride(0), columns, kv.segment if len(query_map) > 1 else None, kv.packed, kv.recent, kv.total,
+            lowest, sliding, kv.n_sink, new, k, v, hkv, first, tile,
+            KINDS=kinds(layout.known_forms), SEGMENTS=len(query_map) if kv.segment is not None else 1,
+            M=query_map.shape[-1] - 3, KEY_D=layout.key_dim, KEY_PADDED=padded(layout.key_dim), D=layout.value_dim,
+            D_PADDED=padded(layout.value_dim), P=layout.page_tokens, SLOTS=slots,
+            BY_POSITION=kv.window_table is not None, PRECISION=exact, num_warps=8, num_stages=1, enable_fp_fusion=True,
+        )  # fmt: skip
 
     def flash(grid: tuple[int, int, int], first: int, closing: bool) -> None:
         flash_kernel[grid](
@@ -71,36 +88,10 @@ def parts(
 
     with torch.cuda.device_of(q):
         for i in range(count):
-            _unpack(kv, readers, layout, None if low is None else low.amin(1), sliding, new, k, v, exact, i * tile)
+            unpack(i * tile)
             flash((blocks, splits, batch * hkv), i * tile, False)
         flash((blocks, 1, batch * hkv), 0, True)
     return out, lse
-
-
-def _unpack(
-    kv: PagedKV, readers: Readers, layout: PageLayout, lowest: Tensor | None, sliding: int, new: int, k: Tensor,
-    v: Tensor, precision: str, first: int,
-) -> None:  # fmt: skip
-    """Rows of the body tokens from number ``first`` on into ``k`` and ``v``."""
-    assert readers.query_map is not None
-    batch, hkv, tile, _ = k.shape
-    query_map = readers.query_map if readers.query_map.stride(4) == 1 else readers.query_map.contiguous()
-    read = None if readers.read is None else readers.read.expand(batch, hkv, -1, -1)
-    mean = None if readers.mean is None else readers.mean.expand(batch, hkv, -1)
-    frame = readers.frame
-    slots = 64 if max(layout.key_dim, layout.value_dim) <= 128 else 32
-    unpack_kernel[(triton.cdiv(tile, slots), batch * hkv, 2)](
-        head_table(layout, kv.pages), all_query_columns(layout.known_forms, k.device), query_map,
-        strides_of_shared(query_map, 4), read, None if read is None else read.stride(), mean,
-        None if mean is None else mean.stride(),
-        None if frame is None else (frame.table, frame.partner, frame.tokens, len(frame.table)), kv.table,
-        kv.table.stride(0), kv.table.shape[1], kv.segment if len(query_map) > 1 else None, kv.packed, kv.recent,
-        kv.total, lowest, sliding, kv.n_sink, new, k, v, hkv, first, tile,
-        KINDS=kinds(layout.known_forms), SEGMENTS=len(query_map) if kv.segment is not None else 1,
-        M=query_map.shape[-1] - 3, KEY_D=layout.key_dim, KEY_PADDED=padded(layout.key_dim), D=layout.value_dim,
-        D_PADDED=padded(layout.value_dim), P=layout.page_tokens, SLOTS=slots, BY_POSITION=kv.window_table is not None,
-        PRECISION=precision, num_warps=8, num_stages=1, enable_fp_fusion=True,
-    )  # fmt: skip
 
 
 def tiling(length: int, token_bytes: int) -> tuple[int, int]:

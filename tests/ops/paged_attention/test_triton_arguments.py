@@ -12,11 +12,17 @@ from headq_ao.ops.paged_attention.triton_arguments import (
     MOST_SPLITS,
     dense_indices,
     in_full,
+    of_frame,
+    of_keys,
+    of_values,
     padded,
+    ranges,
     split_count,
     strides_of_shared,
     tokens,
 )
+from headq_ao.ops.types import Readers, Visible
+from tests.ops.frames import some_frame
 from tests.ops.paged_cases import Case, make
 
 CUDA = torch.device("cuda")
@@ -69,3 +75,20 @@ def test_strides_and_rows():
     k, k_strides, v, v_strides = tokens(x, x.transpose(2, 3).contiguous().transpose(2, 3))
     assert k is x and k_strides == (32, 32, 8) and v.stride(3) == 1 and v_strides == (32, 32, 8)
     assert [padded(n) for n in (8, 16, 80, 128)] == [16, 16, 128, 128]
+
+
+def test_readers_and_ranges():
+    """As they come where they lie as kernels read them; one head's readout serves all, without a copy."""
+    query_map, read, mean = torch.zeros(1, 1, 2, 8, 11), torch.ones(1, 1, 8, 8), torch.ones(1, 2, 8)
+    frame = some_frame(8, 32)
+    assert of_keys(Readers(query_map, None, None)) is query_map
+    turned = of_keys(Readers(query_map.mT.contiguous().mT, None, None))
+    assert turned.stride(4) == 1 and torch.equal(turned, query_map)
+    found, strides, of_mean, mean_strides = of_values(Readers(query_map, read, mean), 3, 2)
+    assert found.shape == (3, 2, 8, 8) and found.data_ptr() == read.data_ptr() and strides == (0, 0, 8, 1)
+    assert of_mean.shape == (3, 2, 8) and mean_strides == (0, 8, 1)
+    assert of_values(None, 3, 2) == of_values(Readers(query_map, None, None), 3, 2) == (None,) * 4
+    assert of_frame(None) is None and of_frame(frame) == (frame.table, frame.partner, frame.tokens, len(frame.table))
+    low, high = (torch.arange(8).view(4, 2).T for _ in range(2))
+    assert ranges(None) == (None, None)
+    assert all(x.is_contiguous() and torch.equal(x, low) for x in ranges(Visible(low, high)))
