@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from headq_ao.calibration.artifact import differences
-from headq_ao.calibration.observers import RECORDER
+from headq_ao.calibration.observers import RECORDER, AttentionObserver
 from headq_ao.evals.harness import inputs
 from headq_ao.evals.harness.environment import environment
 from headq_ao.files import FileKind
@@ -29,7 +29,7 @@ from headq_ao.ops.cpu_build import cache_folder
 
 
 @dataclass
-class Seen:
+class Seen(AttentionObserver):
     """What the attention of each layer reads of a text, in half precision.
 
     Attributes:

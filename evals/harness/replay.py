@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from headq_ao.cache.layer import PackedLayer
-from headq_ao.calibration.observers import RECORDER
+from headq_ao.calibration.observers import RECORDER, AttentionObserver
 from headq_ao.integrations.transformers.attention import NAME
 from headq_ao.integrations.transformers.own_config import OwnConfigs
 
@@ -34,7 +34,7 @@ def each_layer(model: Any, ids: Tensor, receive: Callable[[int, Tensor, Tensor, 
     With or without HeadQ on the model, which is left as it was; nothing is kept between layers.
     """
     configs = OwnConfigs(model)
-    token = RECORDER.set(_Listener(receive))  # type: ignore[arg-type]
+    token = RECORDER.set(_Listener(receive))
     try:
         model.set_attn_implementation(NAME)
         model(input_ids=ids.to(model.device), use_cache=False, logits_to_keep=1)
@@ -43,13 +43,13 @@ def each_layer(model: Any, ids: Tensor, receive: Callable[[int, Tensor, Tensor, 
         configs.put_back(model)
 
 
-class _Listener:
+class _Listener(AttentionObserver):
     """What the attention function calls on dense calls."""
 
     def __init__(self, receive: Callable[[int, Tensor, Tensor, Tensor], None]) -> None:
         self.receive = receive
 
-    def record(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None) -> None:
+    def record(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *given: Any) -> None:
         """One layer's states."""
         self.receive(layer, q, k, v)
 

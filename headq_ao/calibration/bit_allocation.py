@@ -49,33 +49,9 @@ def output_errors(
     Returns:
         ``[Hkv, 2, 4]``, keys then values, and ``[Hkv]``.
     """
-    tokens, units, all_moments = k.shape[2] // WHOLE * WHOLE, [moments.unit(side) for side in "kv"], moments
-    moments = moments.in_units()
-    of_rows = None if readout is None else joint_metric(all_moments, readout).to(k.device)
-    k_unit, v_unit = (None if unit is None else unit.to(k.device) for unit in units)
+    tokens = k.shape[2] // WHOLE * WHOLE
     q, k, v = (x[:, :, :tokens].float() for x in (q, k, v))
-    (k_mean, k_outer), (v_mean, v_outer), c_q = (
-        *((x.to(k.device)[None] for x in moments.shrunk(side)) for side in "kv"), moments.shrunk_c_q.to(k.device)[None]
-    )  # fmt: skip
-    segment = torch.zeros(tokens, dtype=torch.int64, device=k.device)
-    coded = k
-    if frame is not None:
-        segment = frame.of(torch.arange(tokens, device=k.device) - n_sink)
-        coded = frame.into(k, segment)
-    keys, values = [], []
-    for bits in PROFILED_BITS:
-        config = HeadQConfig(k_bits=bits, v_bits=bits)
-        added = None if of_rows is None else config.readout_weight * of_rows
-        codec = whitened_codec(config, c_q, k_mean, centred_moment(k_mean, k_outer), frame is not None, added)
-        codec = dataclasses.replace(codec, unit=k_unit)
-        error = codec.dequantize(*codec.quantize(coded, config.unbiased_scale)) - coded
-        keys.append(error if frame is None else frame.into(error, segment, back=True))
-        if readout is not None:
-            values.append(error)
-            continue
-        of_values = whitened_value_codec(config, v_mean, v_outer)
-        of_values = of_values if v_unit is None else of_values.in_unit(v_unit)
-        values.append(of_values.dequantize(*of_values.quantize(v)) - v)
+    keys, values = coding_errors(moments, k, v, n_sink=n_sink, frame=frame, readout=readout)
     errors, energy = k.new_zeros(k.shape[1], 2, len(PROFILED_BITS)), k.new_zeros(k.shape[1])
 
     def read(weights: Tensor, rows: Tensor) -> Tensor:
@@ -95,6 +71,42 @@ def output_errors(
             for side, (weights, rows) in enumerate(((moved, v), (a * packed, dv))):
                 errors[:, side, i] += (shown * read(weights, rows)).square().sum((0, 2, 3, 4))
     return errors.cpu(), energy.cpu()
+
+
+def coding_errors(
+    moments: LayerMoments, k: Tensor, v: Tensor, *, n_sink: int, frame: SegmentFrame | None = None,
+    readout: Readout | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
+    """``k̂ − k`` and ``v̂ − v`` of a sequence at each of :data:`PROFILED_BITS`, shaped as they are; arguments as in
+    :func:`output_errors`, ``k`` and ``v`` fp32 and whole granules long."""
+    tokens, units, all_moments = k.shape[2], [moments.unit(side) for side in "kv"], moments
+    moments = moments.in_units()
+    of_rows = None if readout is None else joint_metric(all_moments, readout).to(k.device)
+    k_unit, v_unit = (None if unit is None else unit.to(k.device) for unit in units)
+    (k_mean, k_outer), (v_mean, v_outer), c_k = (
+        *((x.to(k.device)[None] for x in moments.shrunk(side)) for side in "kv"), moments.key_metric.to(k.device)[None]
+    )  # fmt: skip
+    c_v = None if moments.value_metric is None else moments.value_metric.to(k.device)
+    segment = torch.zeros(tokens, dtype=torch.int64, device=k.device)
+    coded = k
+    if frame is not None:
+        segment = frame.of(torch.arange(tokens, device=k.device) - n_sink)
+        coded = frame.into(k, segment)
+    keys, values = [], []
+    for bits in PROFILED_BITS:
+        config = HeadQConfig(k_bits=bits, v_bits=bits)
+        added = None if of_rows is None else config.readout_weight * of_rows
+        codec = whitened_codec(config, c_k, k_mean, centred_moment(k_mean, k_outer), frame is not None, added)
+        codec = dataclasses.replace(codec, unit=k_unit)
+        error = codec.dequantize(*codec.quantize(coded, config.unbiased_scale)) - coded
+        keys.append(error if frame is None else frame.into(error, segment, back=True))
+        if readout is not None:
+            values.append(error)
+            continue
+        of_values = whitened_value_codec(config, v_mean, v_outer, c_v)
+        of_values = of_values if v_unit is None else of_values.in_unit(v_unit)
+        values.append(of_values.dequantize(*of_values.quantize(v)) - v)
+    return keys, values
 
 
 def head_bits(config: HeadQConfig, calibration: Calibration | None, shapes: Sequence[LayerShape]) -> list[HeadBits]:

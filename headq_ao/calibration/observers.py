@@ -2,7 +2,7 @@
 
 import contextvars
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,20 +18,25 @@ Frames = Sequence[SegmentFrame | None]  # of each layer
 IMPORTANCE_EVERY = 4  # every fourth query serves for the weights that attention gives
 
 
-class AttentionObserver(Protocol):
-    """Sees what each layer's attention reads."""
+class AttentionObserver:
+    """Sees what each layer's attention reads, and what comes out."""
 
     def record(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None,
         sinks: Tensor | None = None, softcap: float | None = None,
     ) -> None:  # fmt: skip
         """One layer's ``[B, H, T, D]`` states of a call."""
+        raise NotImplementedError
+
+    def attended(self, layer: int, out: Tensor) -> Tensor:
+        """The layer's output ``[B, T, Hq, Dv]``, right after :meth:`record`; what is returned goes on in its place."""
+        return out
 
 
 RECORDER: contextvars.ContextVar[AttentionObserver | None] = contextvars.ContextVar("headq_recorder", default=None)
 
 
-class Recorder:
+class Recorder(AttentionObserver):
     """Collects what attention reads during one calibration; found through a context variable, so threads are apart.
 
     ``sharing``: layers that read the keys and values of others, and of which; statistics are of all readers where
@@ -122,7 +127,7 @@ def queries_by_segment(q: Tensor, weight: Tensor, kv_heads: int, frame: SegmentF
     return outer
 
 
-class Profiler:
+class Profiler(AttentionObserver):
     """Measures what coded keys and values change in the output of every layer, on one sequence; ``measured`` is called
     after each layer."""
 

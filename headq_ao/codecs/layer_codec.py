@@ -360,7 +360,7 @@ def _key_codec(config: HeadQConfig, moments: LayerMoments, readout: Tensor | Non
     mean, outer = moments.shrunk("k")
     covariance = centred_moment(mean, outer)
     base = whitened_codec(
-        config, moments.shrunk_c_q[None], mean[None], covariance[None], bool(moments.segment_tokens), readout
+        config, moments.key_metric[None], mean[None], covariance[None], bool(moments.segment_tokens), readout
     )
     return with_side_code(config, base, moments.shrunk_c_q[None], rows)
 
@@ -373,5 +373,5 @@ def value_codec(config: HeadQConfig, shape: LayerShape, moments: LayerMoments | 
     if config.value_codec == "affine":
         codec = rotated_value_codec(config, shape.dims[1])
     else:
-        codec = whitened_value_codec(config, *(x[None] for x in moments.shrunk("v")))
+        codec = whitened_value_codec(config, *(x[None] for x in moments.shrunk("v")), moments.value_metric)
     return codec if unit is None else codec.in_unit(unit)

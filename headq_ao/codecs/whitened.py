@@ -15,6 +15,7 @@ from headq_ao.statistics.moments import LayerMoments
 
 CALIBRATED_RIDGE = 1.0  # of the mean eigenvalue of a calibration's C_q: other prompts have other queries
 FRAMED_RIDGE = 0.5  # of one in the frame of segments: measured, KL 4 % (calibrated elsewhere) to 23 % lower than with 1
+VALUE_RIDGE = 0.5  # of the mean eigenvalue of a calibration's Fisher information of values
 PROMPT_RIDGE = 0.1  # of the mean eigenvalue of a prompt's own C_q
 SPREAD_RIDGE = 1e-4  # of the mean eigenvalue of a covariance
 QUERY_RANK = 16  # directions of a prompt's own C_q that are kept
@@ -46,7 +47,7 @@ def whitened_codec(
 
     Args:
         config: what to build.
-        c_q: ``C_q``, ``[B or 1, Hkv, D, D]``.
+        c_q: ``C_q``, or what else an error of a key costs, ``[B or 1, Hkv, D, D]``.
         mean, covariance: of the keys, ``[B or 1, Hkv, D]`` and ``[B or 1, Hkv, D, D]``.
         framed: whether these are in the frame of segments.
         readout: what is added to ``C_q`` where the keys are values too (:func:`readout_metric`); None: nothing.
@@ -127,15 +128,19 @@ def whitening(matrix: Tensor, power: float, rotation: Tensor, to_one: bool = Fal
     return encode.to(matrix.dtype), read.to(matrix.dtype)
 
 
-def whitened_value_codec(config: HeadQConfig, mean: Tensor, outer: Tensor) -> ValueCodec:
+def whitened_value_codec(
+    config: HeadQConfig, mean: Tensor, outer: Tensor, metric: Tensor | None = None
+) -> ValueCodec:  # fmt: skip
     """Equal bits for each coordinate of ``y = (v − mean) C_v^{−τ/2} R``, rounded with error feedback for a small
-    ``‖v − v̂‖²``; statistics weighted by A², as attention reads values.
+    ``(v − v̂)ᵀ M (v − v̂)``; statistics weighted by A², as attention reads values.
 
     Args:
         config: what to build.
         mean, outer: of the values, ``[1, Hkv, D]`` and their second moment ``[1, Hkv, D, D]``.
+        metric: ``M [Hkv, D, D]``; None: the identity.
     """
     base, in_bytes = rotated_value_codec(config, mean.shape[-1]), config.byte_scales("v")
     encode, read = whitening(centred_moment(mean, outer), config.whitening, base.read, in_bytes)
-    hessian = read.transpose(-1, -2) @ read if config.error_feedback else None
+    seen = read if metric is None else ridged(metric[None], VALUE_RIDGE) @ read
+    hessian = read.transpose(-1, -2) @ seen if config.error_feedback else None
     return dataclasses.replace(base, encode=encode, read=read, mean=mean, hessian=hessian, byte_scales=in_bytes)

@@ -17,6 +17,7 @@ SEGMENT_TOKENS = 256  # twice as many for models of more positions than that: a 
 LONG = 2**15
 PLENTY, MOST_PLENTY = 12, 900  # effective tokens per coordinate of a head, and at most, that leave no doubt
 PROFILE = ("errors", "energy")
+FISHER = ("k_fisher", "v_fisher", "loss")
 PROFILED_BITS = (1, 2, 3, 4)
 
 
@@ -27,13 +28,14 @@ def segment_tokens(positions: int) -> int:
 
 def tensor_shapes(heads: int, head_dim: int, rows: int, value_dim: int | None = None) -> dict[str, tuple[int, ...]]:
     """The shape of each tensor of :class:`LayerMoments`; ``value_dim``: where it is another."""
-    profile = {"errors": (heads, 2, len(PROFILED_BITS)), "energy": (heads,)}
+    profile: dict[str, tuple[int, ...]] = {"errors": (heads, 2, len(PROFILED_BITS)), "energy": (heads,)}
+    profile["loss"] = profile["errors"]
     found: dict[str, tuple[int, ...]] = {}
     for name in TENSORS:
         d = value_dim if name[0] == "v" and value_dim is not None else head_dim
         kinds = {"outer": (heads, d, d), "sum": (heads, d), "seen": (heads,), "rows": (rows, heads, d)}
         found[name] = kinds[name.rpartition("_")[2]]
-    return found | profile
+    return found | profile | {f"{side}_fisher": found[f"{side}_outer"] for side in "kv"}
 
 
 @dataclass(eq=False)
@@ -52,6 +54,9 @@ class LayerMoments:
     (``q_outer``, which has no weights: in that of their own); 0: as the model has them.
     ``errors [Hkv, 2, 4]`` and ``energy [Hkv]``, where measured: what 1 to 4 bits of keys and of values change in the
     output (:func:`headq_ao.calibration.bit_allocation.output_errors`).
+    ``k_fisher [Hkv, D, D]``, ``v_fisher`` = Σ g gᵀ with ``g`` the gradient of the log-likelihood of tokens drawn from the
+    model by a cached key or value (:mod:`headq_ao.statistics.fisher`), and ``loss [Hkv, 2, 4]``, what 1 to 4 bits cost
+    by them, where measured.
     """
 
     tokens: int
@@ -73,6 +78,9 @@ class LayerMoments:
     energy: Tensor | None = None
     effective: int | None = None
     segment_tokens: int = 0
+    k_fisher: Tensor | None = None
+    v_fisher: Tensor | None = None
+    loss: Tensor | None = None
 
     @property
     def c_q(self) -> Tensor:
@@ -121,6 +129,24 @@ class LayerMoments:
         return self._shrunk(self.weighted_c_q)
 
     @property
+    def key_metric(self) -> Tensor:
+        """What an error of a key costs, ``eᵀ M e``, ``[Hkv, D, D]``: the Fisher information, of mean eigenvalue 1;
+        :attr:`shrunk_c_q`, what the scores alone show, where it was not measured or no query reads the head."""
+        return self.shrunk_c_q if self.k_fisher is None else self._fisher(self.k_fisher, self.shrunk_c_q)
+
+    @property
+    def value_metric(self) -> Tensor | None:
+        """What an error of a value costs, alike; None, which is the identity, where it was not measured."""
+        if self.v_fisher is None:
+            return None
+        return self._fisher(self.v_fisher, torch.eye(self.v_fisher.shape[-1], dtype=self.v_fisher.dtype, device=self.v_fisher.device))
+
+    def _fisher(self, outer: Tensor, unread: Tensor) -> Tensor:
+        """Its mean eigenvalue brought to 1 and shrunk alike; ``unread`` of heads that nobody reads."""
+        size = outer.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+        return torch.where(size > 0, self._shrunk(outer / size.clamp(min=1e-30)), unread)
+
+    @property
     def doubt(self) -> float:
         """How far what was measured gives way to what is known without, ``λ = 1 / (1 + (n / D)³)`` of ``n`` effective
         tokens: 1 for none, 0.2 % at what a calibration needs; 0 from :data:`PLENTY` on, or where nobody counted."""
@@ -137,9 +163,12 @@ class LayerMoments:
         return (1 - self.doubt) * matrix + self.doubt * even
 
     def relative_errors(self, side: int) -> list[list[float]]:
-        """Share of the layer's energy that 1, 2, 3 and 4 bits of the keys (0) or the values (1) of each head change."""
+        """What 1, 2, 3 and 4 bits of the keys (0) or the values (1) of each head change: their share of the layer's
+        energy; where ``loss`` is known, the geometric mean of that and of their cost by the Fisher information, which
+        looks through all layers but to first order alone, and by a sample."""
         assert self.errors is not None and self.energy is not None
-        return (self.errors[:, side] / self.energy.sum().clamp(min=1e-30)).tolist()
+        found = self.errors[:, side] / self.energy.sum().clamp(min=1e-30)
+        return (found if self.loss is None else (found * self.loss[:, side]).sqrt()).tolist()
 
     def unit(self, side: str) -> Tensor | None:
         """The unit of ``"q"``, ``"k"`` or ``"v"`` of each head, ``[1, Hkv, 1]``; None where all are 1."""
@@ -159,7 +188,7 @@ class LayerMoments:
 
     def tensors(self) -> dict[str, Tensor]:
         """Its tensors by field name."""
-        return {name: x for name in (*TENSORS, *PROFILE) if (x := getattr(self, name)) is not None}
+        return {name: x for name in (*TENSORS, *PROFILE, *FISHER) if (x := getattr(self, name)) is not None}
 
     def check(self, layer: int) -> None:
         """Raise ValueError, naming ``layer``, where counts or shapes do not fit together or a number is not finite."""
@@ -167,6 +196,8 @@ class LayerMoments:
         shapes = tensor_shapes(heads, head_dim, self.k_rows.shape[0], self.v_sum.shape[-1])
         if (self.errors is None) != (self.energy is None):
             raise ValueError(f"layer {layer}: errors and energy must come together")
+        if len({getattr(self, name) is None for name in FISHER}) > 1:
+            raise ValueError(f"layer {layer}: {', '.join(FISHER)} must come together")
         for name in ("tokens", "groups"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"layer {layer}: {name} must be a whole number of at least 1")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from headq_ao import HeadQCache, calibrate, headq_config, quantize_
-from headq_ao.calibration.observers import RECORDER
+from headq_ao.calibration.observers import RECORDER, AttentionObserver
 from headq_ao.calibration.rope import rope_shift, rotation_of
 from headq_ao.integrations.config_only.shapes import layer_shapes
 from headq_ao.integrations.transformers.attention import NAME
@@ -30,7 +30,7 @@ ROTARY = [
 ]  # fmt: skip
 
 
-class Heard:
+class Heard(AttentionObserver):
     """Queries and keys of the first layer."""
 
     def record(self, layer, q, k, v, scaling, window):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -12,9 +13,18 @@ from transformers import PreTrainedModel
 
 from headq_ao.calibration.artifact import Calibration
 from headq_ao.calibration.bit_allocation import WHOLE
-from headq_ao.calibration.observers import RECORDER, Profiler, Recorder
+from headq_ao.calibration.gradients import GradientRecorder
+from headq_ao.calibration.observers import RECORDER, Frames, Profiler, Recorder
 from headq_ao.calibration.rope import rotation_of
-from headq_ao.calibration.text import SURPRISE, counted_tokens, effective_tokens, profiled_row, read_batches, surprises
+from headq_ao.calibration.text import (
+    PROFILED_TOKENS,
+    SURPRISE,
+    counted_tokens,
+    effective_tokens,
+    profiled_row,
+    read_batches,
+    surprises,
+)
 from headq_ao.integrations.config_only.shapes import layer_shapes, shared_places
 from headq_ao.integrations.transformers import latent
 from headq_ao.integrations.transformers.fallback import recording_cache
@@ -33,6 +43,7 @@ from headq_ao.statistics.moments import LayerMoments, segment_tokens
 from headq_ao.user_warning import warn
 
 CONTEXT_LENGTH = 4096
+GRADIENT_TOKENS = 4096  # at most, of which gradients are taken
 Readers = Literal["all", "own"]
 
 
@@ -49,13 +60,16 @@ def calibrate(
     progress: bool = True,
     source: str | None = None,
     readers: Readers = "all",
+    gradients: bool = True,
 ) -> Calibration:
     """Collect the statistics that HeadQ derives its bases from.
 
     Per layer and KV head: ``Σ q qᵀ`` over the query heads that read it, ``Σ k``, ``Σ k kᵀ``, ``Σ v``, ``Σ v vᵀ`` after
     QK-norm and RoPE, the same weighted by what attention sees of each row (:mod:`headq_ao.statistics.importance`), and
-    a uniform sample of ``n_rows`` keys. Then one sequence shows what coded keys and values change in each layer's
-    output, for ``mean_bits``; rows that are all short are joined for that. The model is left as it was.
+    a uniform sample of ``n_rows`` keys. Then a backward pass over up to 4096 of the tokens gives the Fisher information
+    of keys and values (:mod:`headq_ao.statistics.fisher`): what their errors cost the model's predictions, and so the
+    metric that codes are chosen in. Last, one sequence shows what coded keys and values change in each layer's output,
+    for ``mean_bits``; rows that are all short are joined for that. The model is left as it was.
 
     Rotary embeddings turn keys and queries with their position, though attention sees differences of positions only:
     a basis made at positions below 1024 fits badly at 4096. So keys are taken into the frame of their segment
@@ -87,6 +101,10 @@ def calibrate(
         source: where the text is from, kept in ``meta``.
         readers: where layers read the keys and values of another (Gemma 3n, Gemma 4), whose queries the bases are
             derived from: of ``"all"`` that read them or, as a control, of its ``"own"`` layer alone.
+        gradients: take the backward pass: about four times the time of the forward pass and the memory of training on
+            1024 tokens without gradients of weights. Without it, and where a model has none (offloaded or quantized
+            weights without a backward, which a warning names; latents; a cache that is dequantized), errors of keys are
+            judged by the scores, those of values by the attention output.
 
     Returns:
         A :class:`Calibration` on the CPU.
@@ -150,6 +168,11 @@ def calibrate(
             effective, sum(int(c[n_sink:].sum()) for c, good in zip(counted, text, strict=True) if not good)
         )
         moments = [dataclasses.replace(layer.moments(), effective=effective) for layer in recorder.layers]
+        if gradients and not own_attention and not any(map(latent.is_latent, serving.modules)):
+            only = sharing if pooled else {}
+            moments = with_gradients(
+                model, serving, moments, rows, counted, starts, frames, only, n_sink, seed, progress
+            )
         profiled, counts = profiled_row(rows, counted)
         if len(profiled) >= n_sink + WHOLE and not own_attention:
             with tqdm(total=len(moments), desc="sensitivity", unit="layer", disable=not progress) as bar:
@@ -167,6 +190,7 @@ def calibrate(
         "tokens": sum(map(len, rows)),
         "effective_tokens": effective,
         "context_length": context,
+        "gradients": all(layer.loss is not None for layer in moments),
         "source": source,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -177,6 +201,42 @@ def calibrate(
         noise = f" ({text.count(False)} of {len(text)} rows are no text to this model)" if not all(text) else ""
         warn(f"HeadQ: {made.shortage()}; quantize_ will not use it{noise}")
     return made
+
+
+def with_gradients(
+    model: PreTrainedModel, serving: Serving, moments: list[LayerMoments], rows: Sequence[Tensor],
+    counted: Sequence[Tensor], starts: Tensor, frames: Frames, sharing: dict[int, int], n_sink: int, seed: int,
+    progress: bool,
+) -> list[LayerMoments]:  # fmt: skip
+    """The moments with the Fisher information of keys and values, of at most :data:`GRADIENT_TOKENS` tokens; as they
+    are, and a warning, where the model has no gradients."""
+    recorder, device = GradientRecorder(moments, n_sink, seed, serving.places, frames, sharing), execution_device(model)
+    pieces = [
+        (row[at : at + PROFILED_TOKENS], counts[at : at + PROFILED_TOKENS], int(start) + at)
+        for row, counts, start in zip(rows, counted, starts, strict=True)
+        for at in range(0, len(row), PROFILED_TOKENS)
+        if min(len(row) - at, PROFILED_TOKENS) >= n_sink + WHOLE
+    ]
+    ends = itertools.accumulate(len(piece) for piece, *_ in pieces)
+    pieces = [piece for piece, end in zip(pieces, ends, strict=True) if end <= GRADIENT_TOKENS]
+    before = RECORDER.get()
+    RECORDER.set(recorder)
+    try:
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise RuntimeError("some of its weights are offloaded")
+        for piece, counts, start in tqdm(pieces, desc="gradients", unit="row", disable=not progress):
+            at = torch.arange(start, start + len(piece), device=device)[None] if start else None
+            recorder.run(model, piece.to(device), counts, **({} if at is None else {"position_ids": at}))
+    except (RuntimeError, NotImplementedError) as error:
+        warn(
+            f"HeadQ: no gradients of this model ({str(error).splitlines()[0]}); errors of keys are judged by the scores "
+            "and those of values by the attention output, which takes about a fifth more error at equal bits. "
+            "gradients=False says so without this warning"
+        )
+        return moments
+    finally:
+        RECORDER.set(before)
+    return recorder.measured()
 
 
 def layer_frames(model: PreTrainedModel, serving: Serving) -> list[SegmentFrame | None]:

@@ -270,6 +270,8 @@ def headq_attention(
                 "the model is in train mode and gradients are wanted" if module.training else bypassed, number
             )
         out = attention.dense(module, query, key, value, attention_mask, scaling, *dense)
+        if recorder is not None:
+            out = recorder.attended(module.layer_idx, out)  # type: ignore[arg-type]
         given = attention_mask, scale, is_causal, sinks, softcap
         return out, attention.exact_weights(query, key, *given) if weights else None
     assert isinstance(value, QuantizedKV)

@@ -1,0 +1,149 @@
+"""Fisher information of cached rows: a backward pass through the model, seen from its attention."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from headq_ao.ambient import neutral_modes
+from headq_ao.calibration.bit_allocation import WHOLE, coding_errors
+from headq_ao.calibration.observers import AttentionObserver, Frames
+from headq_ao.statistics.fisher import row_gradients
+from headq_ao.statistics.moments import FISHER, LayerMoments
+
+HALF_SCALE = 128.0  # of the likelihood where gradients are fp16, whose least numbers are large
+
+
+class Read(NamedTuple):
+    """What one layer's attention read in a call, and how."""
+
+    states: tuple[Tensor, Tensor, Tensor]
+    given: dict[str, Any]
+
+
+class GradientRecorder(AttentionObserver):
+    """Adds up ``Σ g gᵀ`` over the rows of each layer's cache, ``g`` the gradient of the log-likelihood of tokens that are
+    drawn from the model itself (:mod:`headq_ao.statistics.fisher`), and what coded rows cost by it, ``Σ (g·e)²``.
+
+    Args:
+        moments: of the layers that store keys and values, from which the codecs come.
+        n_sink: first tokens that do not count.
+        seed: of the draws.
+        places: of the layers among all; None: as they come.
+        frames: of each layer's keys.
+        sharing: layers that read the keys and values of others, and of which: what all readers show of a row adds up.
+    """
+
+    def __init__(
+        self, moments: Sequence[LayerMoments], n_sink: int, seed: int, places: Sequence[int] | None = None,
+        frames: Frames | None = None, sharing: Mapping[int, int] | None = None,
+    ) -> None:  # fmt: skip
+        self.moments, self.frames = moments, [None] * len(moments) if frames is None else frames
+        self.numbers = {place: i for i, place in enumerate(range(len(moments)) if places is None else places)}
+        self.numbers |= {reader: self.numbers[place] for reader, place in (sharing or {}).items()}
+        self.n_sink, self.seed = n_sink, seed
+        self.anchor = torch.zeros((), dtype=torch.float32, device="cpu", requires_grad=True)
+        self.read: dict[int, Read] = {}
+        self.found: dict[int, list[Tensor]] = {}  # gradients of the current sequence's keys and values, and these
+        self.sums: dict[int, list[Tensor]] = {}
+
+    def record(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None,
+        sinks: Tensor | None = None, softcap: float | None = None,
+    ) -> None:  # fmt: skip
+        """See :class:`AttentionObserver`."""
+        given = {"scaling": scaling, "window": window, "sinks": sinks, "softcap": softcap}
+        self.read[layer] = Read((q.detach(), k.detach(), v.detach()), given)
+
+    def attended(self, layer: int, out: Tensor) -> Tensor:
+        """The output ``[B, T, Hq, Dv]`` of a layer, as it is; its gradient comes to :meth:`take`."""
+        watched: Tensor = _Watched.apply(out, self.anchor, self, layer)
+        return watched
+
+    def take(self, layer: int, grad: Tensor) -> None:
+        """The gradient ``[B, T, Hq, Dv]`` by a layer's output."""
+        states, given = self.read.pop(layer)
+        new = row_gradients(grad.transpose(1, 2), *states, n_sink=self.n_sink, **given)
+        there = self.found.get(self.numbers[layer])
+        self.found[self.numbers[layer]] = [*new, *states[1:]] if there is None else [
+            a + b for a, b in zip(there, new, strict=False)
+        ] + there[2:]  # fmt: skip
+
+    def run(self, model: Any, row: Tensor, counted: Tensor, **given: Any) -> None:
+        """Fold one sequence.
+
+        Args:
+            model: whose attention shows this observer what it reads.
+            row: ids ``[T]``.
+            counted: ``[T]``, which tokens count.
+            given: further arguments of the model's call.
+
+        Raises:
+            RuntimeError: where the model has no gradients, or they are not finite.
+        """
+        with torch.inference_mode(False), torch.enable_grad():
+            logits = model(input_ids=row[None], use_cache=False, **given).logits
+            with neutral_modes():
+                by_logits = self._score(logits.detach(), counted)
+            try:
+                torch.autograd.grad(logits, self.anchor, by_logits)
+            finally:
+                found, self.read, self.found = self.found, {}, {}
+        for number, of_layer in found.items():
+            self._fold(number, of_layer, counted)
+
+    def _score(self, logits: Tensor, counted: Tensor) -> Tensor:
+        """``∂ log p(y) / ∂ logits`` for a drawn ``y`` of each token, ``[1, T, V]``."""
+        p = logits[0].float().softmax(-1)
+        generator = torch.Generator(p.device).manual_seed(self.seed)
+        drawn = torch.multinomial(p, 1, generator=generator)
+        self.seed += 1
+        by_logits = p.neg_().scatter_add_(1, drawn, torch.ones_like(drawn, dtype=p.dtype))
+        by_logits *= counted.to(p.device)[:, None] * (HALF_SCALE if logits.dtype == torch.float16 else 1.0)
+        return by_logits[None].to(logits.dtype)
+
+    @torch.no_grad()
+    def _fold(self, number: int, of_layer: Sequence[Tensor], counted: Tensor) -> None:
+        by_k, by_v, k, v = of_layer
+        whole, frame = k.shape[2] // WHOLE * WHOLE, self.frames[number]
+        shown = counted.to(k.device)
+        by_k, by_v = (x * shown[:, None] for x in (by_k, by_v))
+        k, v = (x[:, :, :whole].float() for x in (k, v))
+        errors = coding_errors(self.moments[number], k, v, n_sink=self.n_sink, frame=frame)
+        loss = torch.stack([
+            torch.stack([(by[:, :, :whole] * e).double().sum(-1).square().sum((0, 2)) for e in side], -1)
+            for by, side in zip((by_k, by_v), errors, strict=True)
+        ], 1)  # fmt: skip
+        if frame is not None:
+            by_k = frame.into(by_k, frame.of(torch.arange(by_k.shape[2], device=k.device) - self.n_sink))
+        new = [torch.einsum("bhtd,bhte->hde", x, x).cpu() for x in (by_k.double(), by_v.double())] + [loss.cpu()]
+        if not all(bool(torch.isfinite(x).all()) for x in new):
+            raise RuntimeError("gradients are not finite")
+        there = self.sums.get(number)
+        self.sums[number] = new if there is None else [a + b for a, b in zip(there, new, strict=True)]
+
+    def measured(self) -> list[LayerMoments]:
+        """The moments, with what was measured; those that nothing came of as they are."""
+        return [
+            dataclasses.replace(m, **dict(zip(FISHER, (x.float() for x in self.sums[i]), strict=True)))
+            if i in self.sums else m
+            for i, m in enumerate(self.moments)
+        ]  # fmt: skip
+
+
+class _Watched(torch.autograd.Function):
+    """A tensor as it is, whose gradient is shown; ``anchor`` makes it want one."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, anchor: Tensor, recorder: GradientRecorder, layer: int) -> Tensor:
+        ctx.to = recorder, layer
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+        recorder, layer = ctx.to
+        with neutral_modes():
+            recorder.take(layer, grad)
+        return grad, torch.zeros((), dtype=torch.float32, device="cpu"), None, None
