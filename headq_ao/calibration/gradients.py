@@ -24,8 +24,8 @@ class Read(NamedTuple):
 
 
 class GradientRecorder(AttentionObserver):
-    """Adds up ``Σ g gᵀ`` over the rows of each layer's cache, ``g`` the gradient of the log-likelihood of tokens that are
-    drawn from the model itself (:mod:`headq_ao.statistics.fisher`), and what coded rows cost by it, ``Σ (g·e)²``.
+    """Adds up ``Σ g gᵀ`` over the rows of each layer's cache, ``g`` the gradient of the log-likelihood of tokens that
+    are drawn from the model itself (:mod:`headq_ao.statistics.fisher`), and what coded rows cost by it, ``Σ (g·e)²``.
 
     Args:
         moments: of the layers that store keys and values, from which the codecs come.
@@ -55,10 +55,13 @@ class GradientRecorder(AttentionObserver):
     ) -> None:  # fmt: skip
         """See :class:`AttentionObserver`."""
         given = {"scaling": scaling, "window": window, "sinks": sinks, "softcap": softcap}
-        self.read[layer] = Read((q.detach(), k.detach(), v.detach()), given)
+        if layer in self.numbers:
+            self.read[layer] = Read((q.detach(), k.detach(), v.detach()), given)
 
     def attended(self, layer: int, out: Tensor) -> Tensor:
         """The output ``[B, T, Hq, Dv]`` of a layer, as it is; its gradient comes to :meth:`take`."""
+        if layer not in self.numbers:
+            return out
         watched: Tensor = _Watched.apply(out, self.anchor, self, layer)
         return watched
 
@@ -71,7 +74,7 @@ class GradientRecorder(AttentionObserver):
             a + b for a, b in zip(there, new, strict=False)
         ] + there[2:]  # fmt: skip
 
-    def run(self, model: Any, row: Tensor, counted: Tensor, **given: Any) -> None:
+    def run(self, model: Any, row: Tensor, counted: Tensor, **given: Tensor) -> None:
         """Fold one sequence.
 
         Args:
@@ -84,6 +87,7 @@ class GradientRecorder(AttentionObserver):
             RuntimeError: where the model has no gradients, or they are not finite.
         """
         with torch.inference_mode(False), torch.enable_grad():
+            row, given = row.clone(), {name: x.clone() for name, x in given.items()}  # no tensors of inference mode
             logits = model(input_ids=row[None], use_cache=False, **given).logits
             with neutral_modes():
                 by_logits = self._score(logits.detach(), counted)

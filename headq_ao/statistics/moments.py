@@ -54,9 +54,9 @@ class LayerMoments:
     (``q_outer``, which has no weights: in that of their own); 0: as the model has them.
     ``errors [Hkv, 2, 4]`` and ``energy [Hkv]``, where measured: what 1 to 4 bits of keys and of values change in the
     output (:func:`headq_ao.calibration.bit_allocation.output_errors`).
-    ``k_fisher [Hkv, D, D]``, ``v_fisher`` = Σ g gᵀ with ``g`` the gradient of the log-likelihood of tokens drawn from the
-    model by a cached key or value (:mod:`headq_ao.statistics.fisher`), and ``loss [Hkv, 2, 4]``, what 1 to 4 bits cost
-    by them, where measured.
+    ``k_fisher [Hkv, D, D]``, ``v_fisher`` = Σ g gᵀ with ``g`` the gradient of the log-likelihood of tokens drawn from
+    the model by a cached key or value (:mod:`headq_ao.statistics.fisher`), and ``loss [Hkv, 2, 4]`` = Σ (g·e)² of what
+    1 to 4 bits leave, where measured.
     """
 
     tokens: int
@@ -139,7 +139,9 @@ class LayerMoments:
         """What an error of a value costs, alike; None, which is the identity, where it was not measured."""
         if self.v_fisher is None:
             return None
-        return self._fisher(self.v_fisher, torch.eye(self.v_fisher.shape[-1], dtype=self.v_fisher.dtype, device=self.v_fisher.device))
+        return self._fisher(
+            self.v_fisher, torch.eye(self.v_fisher.shape[-1], dtype=self.v_fisher.dtype, device=self.v_fisher.device)
+        )
 
     def _fisher(self, outer: Tensor, unread: Tensor) -> Tensor:
         """Its mean eigenvalue brought to 1 and shrunk alike; ``unread`` of heads that nobody reads."""

@@ -27,6 +27,7 @@ from headq_ao.codecs.whitened import whitened_codec, whitened_value_codec
 from headq_ao.evals.harness import inputs
 from headq_ao.files import checksum
 from headq_ao.integrations.config_only.shapes import layer_shapes
+from headq_ao.statistics.moments import FISHER
 from tests.conftest import load_recipe
 
 recipe = load_recipe("calibration_size")
@@ -180,6 +181,7 @@ def as_version_3(path):
     with safetensors.safe_open(path, "pt") as f:
         head = json.loads(f.metadata()["headq_calibration"])
     tensors = safetensors.torch.load_file(path)
+    tensors = {name: x for name, x in tensors.items() if name.partition(".")[2] not in FISHER}
     head = {**head, "version": 3, "layers": [{k: x[k] for k in ("tokens", "groups")} for x in head["layers"]]}
     text = json.dumps(head)
     safetensors.torch.save_file(tensors, path, {"headq_calibration": text, "headq_sha256": checksum(text, tensors)})

@@ -229,8 +229,8 @@ def with_gradients(
             recorder.run(model, piece.to(device), counts, **({} if at is None else {"position_ids": at}))
     except (RuntimeError, NotImplementedError) as error:
         warn(
-            f"HeadQ: no gradients of this model ({str(error).splitlines()[0]}); errors of keys are judged by the scores "
-            "and those of values by the attention output, which takes about a fifth more error at equal bits. "
+            f"HeadQ: no gradients of this model ({str(error).splitlines()[0]}); errors of keys are judged by the "
+            "scores and those of values by the attention output, which is some per cent worse at equal bits. "
             "gradients=False says so without this warning"
         )
         return moments
