@@ -13,7 +13,7 @@ from headq_ao.calibration.observers import AttentionObserver, Frames
 from headq_ao.statistics.fisher import row_gradients
 from headq_ao.statistics.moments import FISHER, LayerMoments
 
-HALF_SCALE = 128.0  # of the likelihood where gradients are fp16, whose least numbers are large
+HALF_SCALE = 128.0  # of directions where gradients are fp16, whose least numbers are large
 
 
 class Read(NamedTuple):
@@ -24,13 +24,16 @@ class Read(NamedTuple):
 
 
 class GradientRecorder(AttentionObserver):
-    """Adds up ``Σ g gᵀ`` over the rows of each layer's cache, ``g`` the gradient of the log-likelihood of tokens that
-    are drawn from the model itself (:mod:`headq_ao.statistics.fisher`), and what coded rows cost by it, ``Σ (g·e)²``.
+    """Adds up ``Σ g gᵀ`` over the rows of each layer's cache, with gradients ``g`` whose second moment is the Fisher
+    information (:mod:`headq_ao.statistics.fisher`), and what coded rows cost by them, ``Σ (g·e)²``.
+
+    ``g`` is of one random direction of each token's logits that has the covariance ``diag(p) − p pᵀ`` of the score of a
+    drawn token, but the same size whatever ``p`` is: sums over a few thousand tokens then vary less.
 
     Args:
         moments: of the layers that store keys and values, from which the codecs come.
         n_sink: first tokens that do not count.
-        seed: of the draws.
+        seed: of the directions.
         places: of the layers among all; None: as they come.
         frames: of each layer's keys.
         sharing: layers that read the keys and values of others, and of which: what all readers show of a row adds up.
@@ -90,23 +93,24 @@ class GradientRecorder(AttentionObserver):
             row, given = row.clone(), {name: x.clone() for name, x in given.items()}  # no tensors of inference mode
             logits = model(input_ids=row[None], use_cache=False, **given).logits
             with neutral_modes():
-                by_logits = self._score(logits.detach(), counted)
+                directions = self._directions(logits.detach(), counted)
             try:
-                torch.autograd.grad(logits, self.anchor, by_logits)
+                torch.autograd.grad(logits, self.anchor, directions)
             finally:
                 found, self.read, self.found = self.found, {}, {}
         for number, of_layer in found.items():
             self._fold(number, of_layer, counted)
 
-    def _score(self, logits: Tensor, counted: Tensor) -> Tensor:
-        """``∂ log p(y) / ∂ logits`` for a drawn ``y`` of each token, ``[1, T, V]``."""
+    def _directions(self, logits: Tensor, counted: Tensor) -> Tensor:
+        """Of each token a random direction ``u`` of its logits with ``E[u uᵀ] = diag(p) − p pᵀ``, ``[1, T, V]``."""
         p = logits[0].float().softmax(-1)
         generator = torch.Generator(p.device).manual_seed(self.seed)
-        drawn = torch.multinomial(p, 1, generator=generator)
+        signs = torch.randint(0, 2, p.shape, generator=generator, device=p.device, dtype=torch.int8)
         self.seed += 1
-        by_logits = p.neg_().scatter_add_(1, drawn, torch.ones_like(drawn, dtype=p.dtype))
-        by_logits *= counted.to(p.device)[:, None] * (HALF_SCALE if logits.dtype == torch.float16 else 1.0)
-        return by_logits[None].to(logits.dtype)
+        u = p.sqrt() * signs.mul_(2).sub_(1)
+        u -= p * u.sum(-1, keepdim=True)
+        u *= counted.to(p.device)[:, None] * (HALF_SCALE if logits.dtype == torch.float16 else 1.0)
+        return u[None].to(logits.dtype)
 
     @torch.no_grad()
     def _fold(self, number: int, of_layer: Sequence[Tensor], counted: Tensor) -> None:

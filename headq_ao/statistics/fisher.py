@@ -1,11 +1,12 @@
-"""What an error of a cached row costs the model: gradients of a log-likelihood by keys and values.
+"""What an error of a cached row costs the model: gradients by keys and values.
 
 To second order an error ``e`` of a key or a value changes the distribution ``p`` of the next tokens by
 
-    KL ≈ ½ eᵀ F e,   F = E[g gᵀ],   g = ∂ log p(y) / ∂k   with y drawn from p:
+    KL ≈ ½ eᵀ F e,   F = Jᵀ (diag(p) − p pᵀ) J = E[g gᵀ],   g = Jᵀ u,   E[u uᵀ] = diag(p) − p pᵀ
 
-the Fisher information, which looks through everything that comes behind: the output projection, later layers, the
-vocabulary. ``g`` is of what a cache would have packed: sinks and the newest keys of a query are read as they are.
+with ``J = ∂ logits / ∂k``: the Fisher information, which looks through everything that comes behind: the output
+projection, later layers, the vocabulary. ``u = ∂ log p(y) / ∂ logits`` of a drawn token ``y`` is one choice of many.
+``g`` is of what a cache would have packed: sinks and the newest keys of a query are read as they are.
 """
 
 import torch

@@ -54,9 +54,8 @@ class LayerMoments:
     (``q_outer``, which has no weights: in that of their own); 0: as the model has them.
     ``errors [Hkv, 2, 4]`` and ``energy [Hkv]``, where measured: what 1 to 4 bits of keys and of values change in the
     output (:func:`headq_ao.calibration.bit_allocation.output_errors`).
-    ``k_fisher [Hkv, D, D]``, ``v_fisher`` = Σ g gᵀ with ``g`` the gradient of the log-likelihood of tokens drawn from
-    the model by a cached key or value (:mod:`headq_ao.statistics.fisher`), and ``loss [Hkv, 2, 4]`` = Σ (g·e)² of what
-    1 to 4 bits leave, where measured.
+    ``k_fisher [Hkv, D, D]``, ``v_fisher`` = Σ g gᵀ, the Fisher information of cached keys and values
+    (:mod:`headq_ao.statistics.fisher`), and ``loss [Hkv, 2, 4]`` = Σ (g·e)² of what 1 to 4 bits leave, where measured.
     """
 
     tokens: int

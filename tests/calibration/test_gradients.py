@@ -59,14 +59,16 @@ def zeros(layers=2):
 
 
 def test_sums_of_gradients_are_autograds(llama, ids):
-    """``Σ g gᵀ`` in the frame of segments, for the same draws; and ``Σ (g·e)²`` of what 1 to 4 bits leave."""
+    """``Σ g gᵀ`` in the frame of segments, for the same signs; and ``Σ (g·e)²`` of what 1 to 4 bits leave."""
     found, plain = made(llama, ids), made(llama, ids, gradients=False)
     leaves = zeros()
     logits = with_leaves(llama, ids, leaves).float()
-    drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=torch.Generator().manual_seed(3))
+    p = logits.detach().softmax(-1)
+    signs = torch.randint(0, 2, p.shape, generator=torch.Generator().manual_seed(3), dtype=torch.int8) * 2.0 - 1
+    u = p.sqrt() * signs - p * (p.sqrt() * signs).sum(-1, keepdim=True)
     shown = found.layers[0].tokens == T - N_SINK
     assert shown  # every token counts
-    logits.log_softmax(-1).gather(1, drawn).sum().backward()
+    (logits * u).sum().backward()
     serving = calibrating.serving_of(llama)
     frames = calibrating.layer_frames(llama, serving)
     states = rows_of(llama, ids)
@@ -90,8 +92,18 @@ def rows_of(model, ids):
     return [(layer.keys, layer.values) for layer in cache.layers]
 
 
+def test_directions_have_the_covariance_of_the_score(llama):
+    """``diag(p) − p pᵀ``, over many signs."""
+    recorder = calibrating.GradientRecorder([], 0, 0)
+    logits, counted = torch.tensor([[[2.0, 1.0, 0.0, -1.0]] * 20000]), torch.ones(20000, dtype=torch.bool)
+    u = recorder._directions(logits, counted)[0]
+    p = logits[0, 0].softmax(-1)
+    torch.testing.assert_close(u.T @ u / len(u), p.diag() - torch.outer(p, p), rtol=0, atol=5e-3)
+    assert not recorder._directions(logits, ~counted).any()
+
+
 def test_it_predicts_the_kl(llama, ids):
-    """``½ Σ e_jᵀ F e_j`` of small random errors of one layer's keys, or values, within what 192 draws allow."""
+    """``½ Σ e_jᵀ F e_j`` of small random errors of one layer's keys or values, within what twelve directions allow."""
     many = [made(llama, ids, seed=s) for s in range(12)]
     with torch.no_grad():
         exact = with_leaves(llama, ids, zeros()).log_softmax(-1)
@@ -160,7 +172,7 @@ def test_a_quantized_model_gives_the_same(llama, ids):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(llama, ids, dtype):
-    """Other draws, and other gradients by rounding, but the same directions."""
+    """Gradients are rounded; the metric keeps its directions."""
     wide, half = made(llama, ids), made(llama.to(dtype), ids)
     for a, b in zip(wide.layers, half.layers, strict=True):
         for x, y in ((a.k_fisher, b.k_fisher), (a.v_fisher, b.v_fisher)):
