@@ -11,7 +11,7 @@ from headq_ao.ambient import neutral_modes
 from headq_ao.calibration.bit_allocation import WHOLE, coding_errors
 from headq_ao.calibration.observers import AttentionObserver, Frames
 from headq_ao.statistics.fisher import row_gradients
-from headq_ao.statistics.moments import FISHER, LayerMoments
+from headq_ao.statistics.moments import FISHER, PROFILED_BITS, LayerMoments
 
 HALF_SCALE = 128.0  # of directions where gradients are fp16, whose least numbers are large
 
@@ -116,14 +116,13 @@ class GradientRecorder(AttentionObserver):
     def _fold(self, number: int, of_layer: Sequence[Tensor], counted: Tensor) -> None:
         by_k, by_v, k, v = of_layer
         whole, frame = k.shape[2] // WHOLE * WHOLE, self.frames[number]
-        shown = counted.to(k.device)
-        by_k, by_v = (x * shown[:, None] for x in (by_k, by_v))
+        by_k, by_v = (x * counted.to(k.device)[:, None] for x in (by_k, by_v))
+        loss = k.new_zeros((k.shape[1], 2, len(PROFILED_BITS)), dtype=torch.float64)
         k, v = (x[:, :, :whole].float() for x in (k, v))
         errors = coding_errors(self.moments[number], k, v, n_sink=self.n_sink, frame=frame)
-        loss = torch.stack([
-            torch.stack([(by[:, :, :whole] * e).double().sum(-1).square().sum((0, 2)) for e in side], -1)
-            for by, side in zip((by_k, by_v), errors, strict=True)
-        ], 1)  # fmt: skip
+        for side, by in enumerate((by_k, by_v)):
+            for i, e in enumerate(errors[side]):
+                loss[:, side, i] = (by[:, :, :whole] * e).double().sum(-1).square().sum((0, 2))
         if frame is not None:
             by_k = frame.into(by_k, frame.of(torch.arange(by_k.shape[2], device=k.device) - self.n_sink))
         new = [torch.einsum("bhtd,bhte->hde", x, x).cpu() for x in (by_k.double(), by_v.double())] + [loss.cpu()]

@@ -45,13 +45,15 @@ def row_gradients(
     by_k, by_v = torch.zeros_like(k), torch.zeros_like(v)
     grouped = grad.unflatten(1, (k.shape[1], -1))
     for at, query, s, packed in score_tiles(q, k, scaling, n_sink=n_sink, window=window, every=1):
-        a, of_output = attention(s, sinks, softcap), grouped[:, :, :, at]
-        by_weight = torch.einsum("bhgsd,bhtd->bhgst", of_output, v)
+        seen = int(at[-1]) + 1  # later keys are hidden from all of these queries
+        s, packed, of_output = s[..., :seen], packed[:, :seen], grouped[:, :, :, at]
+        a = attention(s, sinks, softcap)
+        by_weight = torch.einsum("bhgsd,bhtd->bhgst", of_output, v[:, :, :seen])
         by_weight = by_weight - (a * by_weight).sum(-1, keepdim=True)
         a = a * packed
         by_score = a * by_weight
         if softcap is not None:
             by_score = by_score * (1 - torch.tanh(s / softcap).square())
-        by_k += torch.einsum("bhgst,bhgsd->bhtd", by_score, query)
-        by_v += torch.einsum("bhgst,bhgsd->bhtd", a, of_output)
+        by_k[:, :, :seen] += torch.einsum("bhgst,bhgsd->bhtd", by_score, query)
+        by_v[:, :, :seen] += torch.einsum("bhgst,bhgsd->bhtd", a, of_output)
     return by_k, by_v
