@@ -90,6 +90,7 @@ BLOCKS: dict[str, Block] = {
         for name, make in neighbours.BLOCKS.items()
     },
     "routing": Block("routing/*.json", lambda results: tables.routing(results / "routing"), QUALITY),
+    "rate_distortion": one("rate_distortion/smollm2.json", tables.rate_distortion, QUALITY),
     "latent": Block("latent/*.json", lambda results: tables.latent(results / "latent"), QUALITY),
     "shared_kv": Block("shared_kv/*.json", lambda results: tables.shared_kv(results / "shared_kv"), QUALITY),
     "calibration_size": one("calibration_size/calibration_size.json", tables.calibration_size, QUALITY),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from headq_ao.evals.harness.table import markdown_table, measured, number, read_results
+from headq_ao.evals.rate_distortion import HEADER, table_rows
 
 # name of the row, result of recipes/frontier.yaml, key in the result of recipes/presets.py
 PRESETS = (
@@ -187,6 +188,15 @@ def routing(folder: Path) -> str:
         f"{p['rows']} rows of {p['row_length']} tokens, prefill {p['prefill']}, chunks of {p['chunk']}. *Other set*: "
         "tokens and layers whose experts are not those under the exact cache; *tokens*: those with another set in some "
         "layer. `python -m headq_ao.evals.routing recipes/routing.yaml`."
+    )
+
+
+def rate_distortion(result: dict[str, Any]) -> str:
+    """How far codes are from the Gaussian bound, from :mod:`headq_ao.evals.rate_distortion`."""
+    p = result["protocol"]
+    return markdown_table(HEADER, table_rows(result), left=2) + (
+        f"\n\nBits a coordinate, mean over heads and layers. {result['model']}, {p['rows']} rows of {p['row_length']} tokens "
+        f"of {p['text']}, calibration on {p['calibration']}; `python -m headq_ao.evals.rate_distortion`."
     )
 
 
