@@ -30,13 +30,14 @@ examples:
   python -m headq_ao.evals.rate_distortion --text bundled --rows 2 --json rates.json
 
 Keys and values of text that the calibration has not seen are coded, and their errors taken in the metric that
-codes are chosen in. Gaussian tokens with the covariance of that text would need R(D) bits a coordinate for so small an error,
-whatever the code (reverse water-filling). Shown is what is spent beyond that, with the scale of each token and without.
+codes are chosen in. Gaussian tokens with the covariance of that text would need R(D) bits a coordinate for so small
+an error, whatever the code (reverse water-filling). Shown is what is spent beyond that, without and with the scale of
+each token.
 """
 
 
 def bound(eigenvalues: Tensor, distortion: float) -> float:
-    """``R(D)`` in bits a coordinate, of Gaussian rows whose covariance has these eigenvalues in the metric of the error.
+    """``R(D)`` in bits a coordinate, of Gaussian tokens whose covariance has these eigenvalues in the error's metric.
 
     Reverse water-filling: ``Σ min(θ, λ_i) = D``, ``R = ½ Σ log₂ max(λ_i / θ, 1)`` (Cover and Thomas, ch. 10).
 

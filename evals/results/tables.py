@@ -195,8 +195,8 @@ def rate_distortion(result: dict[str, Any]) -> str:
     """How far codes are from the Gaussian bound, from :mod:`headq_ao.evals.rate_distortion`."""
     p = result["protocol"]
     return markdown_table(HEADER, table_rows(result), left=2) + (
-        f"\n\nBits a coordinate, mean over heads and layers. {result['model']}, {p['rows']} rows of {p['row_length']} tokens "
-        f"of {p['text']}, calibration on {p['calibration']}; `python -m headq_ao.evals.rate_distortion`."
+        f"\n\nBits a coordinate, mean over heads and layers. {result['model']}, {p['rows']} rows of {p['row_length']} "
+        f"tokens of {p['text']}, calibration on {p['calibration']}; `python -m headq_ao.evals.rate_distortion`."
     )
 
 
