@@ -64,8 +64,9 @@ def measured(x: Tensor, codec: Any, side: str, bits: int) -> dict[str, Any]:
     rows = x[None, None]
     found = codec.quantize(rows, True) if side == "keys" else codec.quantize(rows)
     error = (codec.dequantize(*found) - rows)[0, 0]
-    encode, hessian, unit = (None if t is None else t[0, 0].float() for t in (codec.encode, codec.hessian, codec.unit))
-    error, x = (y if unit is None else y / unit for y in (error, x))
+    encode, hessian = (t[0, 0].float() for t in (codec.encode, codec.hessian))
+    if codec.unit is not None:
+        error, x = error / codec.unit[0, 0], x / codec.unit[0, 0]
     error, y = error @ encode, x @ encode
     root = torch.linalg.cholesky(hessian.double() + 1e-9 * hessian.diagonal().mean() * torch.eye(len(hessian)))
     shown = (y - y.mean(0)).double() @ root

@@ -65,7 +65,7 @@ class GradientRecorder(AttentionObserver):
         """The output ``[B, T, Hq, Dv]`` of a layer, as it is; its gradient comes to :meth:`take`."""
         if layer not in self.numbers:
             return out
-        watched: Tensor = _Watched.apply(out, self.anchor, self, layer)
+        watched: Tensor = _Watched.apply(out, self.anchor, self, layer)  # type: ignore[no-untyped-call]
         return watched
 
     def take(self, layer: int, grad: Tensor) -> None:
@@ -133,11 +133,11 @@ class GradientRecorder(AttentionObserver):
 
     def measured(self) -> list[LayerMoments]:
         """The moments, with what was measured; those that nothing came of as they are."""
-        return [
-            dataclasses.replace(m, **dict(zip(FISHER, (x.float() for x in self.sums[i]), strict=True)))
-            if i in self.sums else m
-            for i, m in enumerate(self.moments)
-        ]  # fmt: skip
+        found = list(self.moments)
+        for number, sums in self.sums.items():
+            new: dict[str, Any] = dict(zip(FISHER, (x.float() for x in sums), strict=True))
+            found[number] = dataclasses.replace(found[number], **new)
+        return found
 
 
 class _Watched(torch.autograd.Function):
@@ -149,7 +149,7 @@ class _Watched(torch.autograd.Function):
         return out.view_as(out)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         recorder, layer = ctx.to
         with neutral_modes():
             recorder.take(layer, grad)

@@ -373,5 +373,6 @@ def value_codec(config: HeadQConfig, shape: LayerShape, moments: LayerMoments | 
     if config.value_codec == "affine":
         codec = rotated_value_codec(config, shape.dims[1])
     else:
-        codec = whitened_value_codec(config, *(x[None] for x in moments.shrunk("v")), moments.value_metric)
+        mean, outer = moments.shrunk("v")
+        codec = whitened_value_codec(config, mean[None], outer[None], moments.value_metric)
     return codec if unit is None else codec.in_unit(unit)
