@@ -70,7 +70,8 @@ def calibrate(
     a uniform sample of ``n_rows`` keys. Then a backward pass over up to 4096 of the tokens gives the Fisher information
     of keys and values (:mod:`headq_ao.statistics.fisher`): what their errors cost the model's predictions, and so the
     metric that codes are chosen in. Last, one sequence shows what coded keys and values change in each layer's output,
-    for ``mean_bits``; rows that are all short are joined for that. The model is left as it was.
+    for ``mean_bits``; rows that are all short are joined for that, and short ones for the backward pass. The model is
+    left as it was.
 
     Rotary embeddings turn keys and queries with their position, though attention sees differences of positions only:
     a basis made at positions below 1024 fits badly at 4096. So keys are taken into the frame of their segment
@@ -103,9 +104,9 @@ def calibrate(
         readers: where layers read the keys and values of another (Gemma 3n, Gemma 4), whose queries the bases are
             derived from: of ``"all"`` that read them or, as a control, of its ``"own"`` layer alone.
         gradients: take the backward pass: about four times the time of the forward pass and the memory of training on
-            1024 tokens without gradients of weights. Without it, and where a model has none (offloaded or quantized
-            weights without a backward, which a warning names; latents; a cache that is dequantized), errors of keys are
-            judged by the scores, those of values by the attention output.
+            1024 tokens without gradients of weights. Without it, and where a model has none (offloaded weights,
+            quantized ones without a backward, no logits, which a warning names; latents; a cache that is dequantized),
+            errors of keys are judged by the scores, those of values by the attention output.
 
     Returns:
         A :class:`Calibration` on the CPU.
@@ -235,7 +236,7 @@ def with_gradients(
         warn(
             f"HeadQ: no gradients of this model ({reason}); errors of keys are judged by the "
             "scores and those of values by the attention output, which is some per cent worse at equal bits. "
-            "gradients=False says so without this warning"
+            "pass gradients=False to calibrate so without this warning"
         )
         return moments
     finally:
@@ -249,16 +250,16 @@ def joined_rows(
     """Rows, which of their tokens count, and where they start; short ones, one after the other, as one of at most
     ``most`` tokens, in which the first ``n_sink`` of each do not count."""
     found: list[tuple[Tensor, Tensor, int]] = []
-    open_ = False
+    joining = False
     for row, counts, start in zip(rows, counted, starts.tolist(), strict=True):
         short = len(row) < JOINED_BELOW
-        if open_ and short and len(found[-1][0]) + len(row) <= most:
+        if joining and short and len(found[-1][0]) + len(row) <= most:
             before, its_counts, _ = found.pop()
             counts = torch.cat([its_counts, counts.new_zeros(n_sink), counts[n_sink:]])
             found.append((torch.cat([before, row]), counts, 0))
         else:
             found.append((row, counts, start))
-        open_ = short
+        joining = short
     return found
 
 
