@@ -235,8 +235,8 @@ def with_gradients(
         reason = (str(error) or type(error).__name__).splitlines()[0]  # a bare NotImplementedError says nothing
         warn(
             f"HeadQ: no gradients of this model ({reason}); errors of keys are judged by the "
-            "scores and those of values by the attention output, which is some per cent worse at equal bits. "
-            "pass gradients=False to calibrate so without this warning"
+            "scores and those of values by the attention output, which is some per cent worse at equal bits; "
+            "with gradients=False this warning is not given"
         )
         return moments
     finally:
