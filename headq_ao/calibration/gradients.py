@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from headq_ao.ambient import neutral_modes
+from headq_ao.ambient import mode_neutral, neutral_modes
 from headq_ao.calibration.bit_allocation import WHOLE, coding_errors
 from headq_ao.calibration.observers import AttentionObserver, Frames
 from headq_ao.statistics.fisher import row_gradients
@@ -91,15 +91,20 @@ class GradientRecorder(AttentionObserver):
         """
         with torch.inference_mode(False), torch.enable_grad():
             row, given = row.clone(), {name: x.clone() for name, x in given.items()}  # no tensors of inference mode
-            logits = model(input_ids=row[None], use_cache=False, **given).logits
+            logits = getattr(model(input_ids=row[None], use_cache=False, **given), "logits", None)
+            if not isinstance(logits, Tensor):
+                raise RuntimeError("it returns no logits")
             with neutral_modes():
                 directions = self._directions(logits.detach(), counted)
             try:
                 torch.autograd.grad(logits, self.anchor, directions)
             finally:
                 found, self.read, self.found = self.found, {}, {}
-        for number, of_layer in found.items():
-            self._fold(number, of_layer, counted)
+        if missing := sorted({*self.numbers.values()} - {*found}):  # costs of some layers alone compare with none
+            raise RuntimeError(f"its logits do not depend on attention in layer {missing[0]} by a gradient")
+        with neutral_modes():
+            for number, of_layer in found.items():
+                self._fold(number, of_layer, counted)
 
     def _directions(self, logits: Tensor, counted: Tensor) -> Tensor:
         """Of each token a random direction ``u`` of its logits with ``E[u uᵀ] = diag(p) − p pᵀ``, ``[1, T, V]``."""
@@ -109,10 +114,10 @@ class GradientRecorder(AttentionObserver):
         self.seed += 1
         u = p.sqrt() * signs.mul_(2).sub_(1)
         u -= p * u.sum(-1, keepdim=True)
-        u *= counted.to(p.device)[:, None] * (HALF_SCALE if logits.dtype == torch.float16 else 1.0)
+        half = torch.float16 in (logits.dtype, *(read.states[1].dtype for read in self.read.values()))
+        u *= counted.to(p.device)[:, None] * (HALF_SCALE if half else 1.0)  # logits may be fp32 behind fp16 layers
         return u[None].to(logits.dtype)
 
-    @torch.no_grad()
     def _fold(self, number: int, of_layer: Sequence[Tensor], counted: Tensor) -> None:
         by_k, by_v, k, v = of_layer
         whole, frame = k.shape[2] // WHOLE * WHOLE, self.frames[number]
@@ -131,6 +136,7 @@ class GradientRecorder(AttentionObserver):
         there = self.sums.get(number)
         self.sums[number] = new if there is None else [a + b for a, b in zip(there, new, strict=True)]
 
+    @mode_neutral
     def measured(self) -> list[LayerMoments]:
         """The moments, with what was measured; those that nothing came of as they are."""
         found = list(self.moments)

@@ -69,7 +69,9 @@ def in_model_frame(moments: LayerMoments, rotation: Rotation) -> LayerMoments:
         return frame.into(one.mT, every[:, None], back=True).mT.mean(-3)
 
     made = {name: x for name, x in moments.tensors().items() if name[0] in "qk" and name != "k_seen"}
-    turned: dict[str, Any] = {n: outer(x) if n.endswith("outer") else mean(x) for n, x in made.items() if n != "k_rows"}
+    turned: dict[str, Any] = {
+        n: outer(x) if n.endswith(("outer", "fisher")) else mean(x) for n, x in made.items() if n != "k_rows"
+    }
     turned["k_rows"] = frame.into(
         moments.k_rows, every[torch.arange(len(moments.k_rows), device=device) % count][:, None], back=True
     )

@@ -215,6 +215,89 @@ def test_long_rows_are_read_in_pieces(llama, token_ids, monkeypatch):
     assert seen == [100, 100]
 
 
+def test_pieces_of_a_long_row_are_in_the_frame_of_segments(llama, token_ids):
+    """A piece that starts behind the first segment counts as the same text in a row of its own."""
+    ids = token_ids(1, 2048)[0]
+    long, apart = made(llama, ids), calibrate(llama, ids.view(2, 1024), n_sink=N_SINK, seed=3, progress=False)
+    for a, b in zip(long.layers, apart.layers, strict=True):
+        assert a.segment_tokens == 256
+        torch.testing.assert_close(a.k_fisher, b.k_fisher)
+        torch.testing.assert_close(a.v_fisher, b.v_fisher)
+
+
+def test_short_rows_are_joined(llama, token_ids, monkeypatch):
+    """All tokens serve though no row is long enough by itself; first tokens of a row do not count."""
+    seen = []
+    run = calibrating.GradientRecorder.run
+
+    def watched(self, model, row, counted, **given):
+        seen.append((len(row), int(counted.sum())))
+        run(self, model, row, counted, **given)
+
+    monkeypatch.setattr(calibrating.GradientRecorder, "run", watched)
+    rows = [token_ids(1, 30, seed=i)[0] for i in range(10)] + [token_ids(1, 300, seed=10)[0]]
+    found = calibrate(llama, rows, n_sink=N_SINK, progress=False)
+    assert found.meta["gradients"] and seen == [(300, 300 - 9 * N_SINK), (300, 300)]
+    seen.clear()
+    llama.config.max_position_embeddings = 100  # no joined row is longer than the model's positions
+    calibrate(llama, rows[:10], n_sink=N_SINK, progress=False)
+    assert [n for n, _ in seen] == [90, 90, 90]
+
+
+def test_a_model_without_logits_is_calibrated(llama, ids):
+    with pytest.warns(UserWarning, match="no gradients of this model .it returns no logits.;"):
+        found = made(llama.base_model, ids)
+    assert not found.meta["gradients"] and found.layers[0].errors is not None
+
+
+def test_an_error_without_words_is_named(llama, ids):
+    class Refusing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            raise NotImplementedError
+
+    llama.lm_head.register_forward_hook(lambda module, args, out: Refusing.apply(out))
+    with pytest.warns(UserWarning, match="no gradients of this model .NotImplementedError.;"):
+        assert not made(llama, ids).meta["gradients"]
+
+
+def test_all_layers_have_gradients_or_none(llama, ids):
+    """Bits are shared among layers: what was measured of some alone is no measure for all."""
+    llama.model.layers[0].self_attn.register_forward_hook(lambda module, args, out: (out[0].detach(), *out[1:]))
+    with pytest.warns(UserWarning, match="its logits do not depend on attention in layer 0 by a gradient"):
+        found = made(llama, ids)
+    assert all(layer.loss is None for layer in found.layers)
+
+
+def test_modes_do_not_reach_what_is_kept(llama, ids, monkeypatch):
+    """Costs are not rounded by autocast, and tensors can be used outside inference mode."""
+    recorder = calibrating.GradientRecorder
+    fold, folded = recorder._fold, []
+
+    def watched(self, *given):
+        folded.append(torch.is_autocast_enabled("cpu"))
+        fold(self, *given)
+
+    monkeypatch.setattr(recorder, "_fold", watched)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        found = made(llama, ids)
+    assert folded == [False, False]
+    assert not any(getattr(layer, name).is_inference() for layer in found.layers for name in FISHER)
+
+
+def test_half_precision_behind_fp32_logits(llama, ids):
+    """Directions are as large as where logits are fp16 too: it is inside that small gradients vanish."""
+    llama.half()
+    narrow = made(llama, ids)
+    llama.lm_head.register_forward_hook(lambda module, args, out: out.float())
+    for a, b in zip(narrow.layers, made(llama, ids).layers, strict=True):
+        torch.testing.assert_close(b.v_fisher, a.v_fisher, rtol=0.2, atol=0.02 * float(a.v_fisher.abs().max()))
+
+
 def test_files_hold_it(llama, ids, tmp_path):
     found = made(llama, ids)
     found.save(tmp_path / "c.safetensors")

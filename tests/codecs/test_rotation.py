@@ -59,15 +59,17 @@ def test_moments_in_the_models_frame_are_those_of_turned_rows():
     rotation = some_rotation(32)
     segments = CONTEXT // 256
     framed = dataclasses.replace(moments(), segment_tokens=256)
+    framed = dataclasses.replace(framed, k_fisher=framed.k_outer.flip(-1, -2), v_fisher=framed.v_outer)
     found = in_model_frame(framed, rotation)
     assert found.segment_tokens == 0 and in_model_frame(found, rotation) is found
     at = 256 * torch.arange(segments)
     vectors = torch.eye(32).expand(1, segments, 32, 32).transpose(1, 2)  # [1, D, s, D]
     turn = rotation.at(vectors, at[None])[0].transpose(0, 1)  # [s, D, D]: rows are turned unit vectors
     torch.testing.assert_close(found.k_sum, (framed.k_sum @ turn.mean(0)), rtol=1e-4, atol=1e-3)
-    for name in ("k_outer", "q_outer", "q_seen_outer"):
+    for name in ("k_outer", "q_outer", "q_seen_outer", "k_fisher"):
         want = torch.stack([r.T @ getattr(framed, name) @ r for r in turn]).mean(0)
         torch.testing.assert_close(getattr(found, name), want, rtol=1e-4, atol=1e-3 * float(want.abs().max()))
+    assert torch.equal(found.v_fisher, framed.v_fisher)
     assert torch.equal(found.v_outer, framed.v_outer) and torch.equal(found.k_seen, framed.k_seen)
     rows = rotation.at(framed.k_rows.transpose(0, 1)[None], (at.repeat(100)[: len(framed.k_rows)])[None])
     torch.testing.assert_close(found.k_rows, rows[0].transpose(0, 1), rtol=1e-4, atol=1e-4)

@@ -18,7 +18,7 @@ from headq_ao.codecs.layer_codec import LayerCodec
 from headq_ao.evals.harness import inputs
 from headq_ao.integrations.config_only.shapes import layer_shapes
 from headq_ao.integrations.transformers.models import attention_modules, rotary_embedding
-from headq_ao.statistics.moments import TENSORS
+from headq_ao.statistics.moments import FISHER, TENSORS
 from tests.conftest import build_tiny
 from tests.scale.conftest import torchrun
 
@@ -132,6 +132,8 @@ def test_calibration_by_all_ranks_is_that_of_one(two):
         assert (a.tokens, a.groups) == (b.tokens, b.groups)
         for name in TENSORS:
             assert (getattr(a, name) - getattr(b, name)).norm() < 1e-4 * getattr(a, name).norm()
+        for name in FISHER:
+            assert (getattr(a, name) - getattr(b, name)).norm() < 1e-3 * getattr(a, name).norm()
 
 
 @pytest.mark.slow

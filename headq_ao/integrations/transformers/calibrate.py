@@ -17,6 +17,7 @@ from headq_ao.calibration.gradients import GradientRecorder
 from headq_ao.calibration.observers import RECORDER, Frames, Profiler, Recorder
 from headq_ao.calibration.rope import rotation_of
 from headq_ao.calibration.text import (
+    JOINED_BELOW,
     PROFILED_TOKENS,
     SURPRISE,
     counted_tokens,
@@ -69,7 +70,8 @@ def calibrate(
     a uniform sample of ``n_rows`` keys. Then a backward pass over up to 4096 of the tokens gives the Fisher information
     of keys and values (:mod:`headq_ao.statistics.fisher`): what their errors cost the model's predictions, and so the
     metric that codes are chosen in. Last, one sequence shows what coded keys and values change in each layer's output,
-    for ``mean_bits``; rows that are all short are joined for that. The model is left as it was.
+    for ``mean_bits``; rows that are all short are joined for that, and short ones for the backward pass. The model is
+    left as it was.
 
     Rotary embeddings turn keys and queries with their position, though attention sees differences of positions only:
     a basis made at positions below 1024 fits badly at 4096. So keys are taken into the frame of their segment
@@ -102,9 +104,9 @@ def calibrate(
         readers: where layers read the keys and values of another (Gemma 3n, Gemma 4), whose queries the bases are
             derived from: of ``"all"`` that read them or, as a control, of its ``"own"`` layer alone.
         gradients: take the backward pass: about four times the time of the forward pass and the memory of training on
-            1024 tokens without gradients of weights. Without it, and where a model has none (offloaded or quantized
-            weights without a backward, which a warning names; latents; a cache that is dequantized), errors of keys are
-            judged by the scores, those of values by the attention output.
+            1024 tokens without gradients of weights. Without it, and where a model has none (offloaded weights,
+            quantized ones without a backward, no logits, which a warning names; latents; a cache that is dequantized),
+            errors of keys are judged by the scores, those of values by the attention output.
 
     Returns:
         A :class:`Calibration` on the CPU.
@@ -211,9 +213,11 @@ def with_gradients(
     """The moments with the Fisher information of keys and values, of at most :data:`GRADIENT_TOKENS` tokens; as they
     are, and a warning, where the model has no gradients."""
     recorder, device = GradientRecorder(moments, n_sink, seed, serving.places, frames, sharing), execution_device(model)
+    # in the frame of segments a piece is like any other; without rotary embeddings sequences start at 0
+    onward = rotary_embedding(model) is not None and not any(frame is not None for frame in frames)
     pieces = [
-        (row[at : at + PROFILED_TOKENS], counts[at : at + PROFILED_TOKENS], int(start) + at)
-        for row, counts, start in zip(rows, counted, starts, strict=True)
+        (row[at : at + PROFILED_TOKENS], counts[at : at + PROFILED_TOKENS], start + onward * at)
+        for row, counts, start in joined_rows(rows, counted, starts, n_sink, min(PROFILED_TOKENS, positions(model)))
         for at in range(0, len(row), PROFILED_TOKENS)
         if min(len(row) - at, PROFILED_TOKENS) >= n_sink + WHOLE
     ]
@@ -228,15 +232,35 @@ def with_gradients(
             at = torch.arange(start, start + len(piece), device=device)[None] if start else None
             recorder.run(model, piece.to(device), counts, **({} if at is None else {"position_ids": at}))
     except (RuntimeError, NotImplementedError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]  # a bare NotImplementedError says nothing
         warn(
-            f"HeadQ: no gradients of this model ({str(error).splitlines()[0]}); errors of keys are judged by the "
-            "scores and those of values by the attention output, which is some per cent worse at equal bits. "
-            "gradients=False says so without this warning"
+            f"HeadQ: no gradients of this model ({reason}); errors of keys are judged by the "
+            "scores and those of values by the attention output, which is some per cent worse at equal bits; "
+            "with gradients=False this warning is not given"
         )
         return moments
     finally:
         RECORDER.set(before)
     return recorder.measured()
+
+
+def joined_rows(
+    rows: Sequence[Tensor], counted: Sequence[Tensor], starts: Tensor, n_sink: int, most: int
+) -> list[tuple[Tensor, Tensor, int]]:
+    """Rows, which of their tokens count, and where they start; short ones, one after the other, as one of at most
+    ``most`` tokens, in which the first ``n_sink`` of each do not count."""
+    found: list[tuple[Tensor, Tensor, int]] = []
+    joining = False
+    for row, counts, start in zip(rows, counted, starts.tolist(), strict=True):
+        short = len(row) < JOINED_BELOW
+        if joining and short and len(found[-1][0]) + len(row) <= most:
+            before, its_counts, _ = found.pop()
+            counts = torch.cat([its_counts, counts.new_zeros(n_sink), counts[n_sink:]])
+            found.append((torch.cat([before, row]), counts, 0))
+        else:
+            found.append((row, counts, start))
+        joining = short
+    return found
 
 
 def layer_frames(model: PreTrainedModel, serving: Serving) -> list[SegmentFrame | None]:
