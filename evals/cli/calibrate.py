@@ -38,9 +38,7 @@ def add(commands: Any) -> None:
     option("--row-length", type=at_least(8), default=1024, metavar="N", help="tokens per sequence, at most (1024)")
     option("--context-length", type=at_least(1), metavar="N", help="tokens of the contexts to serve (4096)")
     option("--force", action="store_true", help="write over a file that is there")
-    option(
-        "--no-gradients", action="store_true", help="no backward pass: a third of the time, about a fifth more error"
-    )
+    option("--no-gradients", action="store_true", help="no backward pass: much less time, more error at equal bits")
     option("--no-progress", action="store_true", help="no progress bar")
 
 
