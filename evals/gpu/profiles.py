@@ -32,7 +32,7 @@ def measure(context: int, new: int, layers: int, device: torch.device, result: R
     model = steps.random_model(layers, context + new + steps.SPARE, device, head_dim)
     g = torch.Generator().manual_seed(1)
     rows = list(torch.randint(steps.VOCABULARY, (2, 512), generator=g))
-    models = both(model, headq_config(calibration=calibrate(model, rows, progress=False)))
+    models = both(model, headq_config(calibration=calibrate(model, rows, progress=False, gradients=False)))
     ids = torch.randint(steps.VOCABULARY, (1, context + new + 1), generator=g).to(device)
     for kind, each in models.items():
         for call in phases(kind, each, ids, context, new).values():

@@ -48,7 +48,9 @@ def measure(
     model = random_model(layers, max(context for _, context in cells) + SPARE, device, head_dim)
     g = torch.Generator().manual_seed(1)
     start = time.perf_counter()
-    calibration = calibrate(model, list(torch.randint(VOCABULARY, (2, 512), generator=g)), progress=False)
+    calibration = calibrate(
+        model, list(torch.randint(VOCABULARY, (2, 512), generator=g)), progress=False, gradients=False
+    )
     models = both(model, headq_config(calibration=calibration))
     calibrated = time.perf_counter() - start
     ids = torch.randint(VOCABULARY, (1, max(context for _, context in cells)), generator=g).to(device)

@@ -327,8 +327,8 @@ def plot(results: Path, path: Path) -> Path:
                     elinewidth=1.1, markeredgecolor="white", markeredgewidth=0.6, linestyle="",
                 )  # fmt: skip
             axes.set(xscale="log", yscale="log", title=COLUMNS[name], xlabel="bits at 4096 tokens")
-            ticks = (1, 1.5, 2, 2.5, 3, 4, 5)
-            axes.set_xlim(0.85, 6)
+            ticks = (1, 1.5, 2, 3, 4, 6, 8)
+            axes.set_xlim(0.85, 9)
             axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
             axes.set_xticks([], minor=True)
             plain_log_ticks(axes.yaxis)

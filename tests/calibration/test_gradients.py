@@ -180,12 +180,13 @@ def test_half_precision(llama, ids, dtype):
             assert (alike > 0.8).all(), alike
 
 
-def test_without_gradients_a_warning_and_the_rest(llama, ids, monkeypatch):
+@pytest.mark.parametrize("kind", [NotImplementedError, TypeError])
+def test_without_gradients_a_warning_and_the_rest(llama, ids, monkeypatch, kind):
     """What fails is named; the calibration is that of ``gradients=False``."""
     plain = made(llama, ids, gradients=False)
 
     def refuse(*args, **kwargs):
-        raise NotImplementedError("derivative for aten::_weird is not implemented\nmore")
+        raise kind("derivative for aten::_weird is not implemented\nmore")
 
     monkeypatch.setattr(torch.autograd, "grad", refuse)
     with pytest.warns(
