@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from headq_ao import HeadQConfig, headq_config
+from headq_ao import Calibration, HeadQConfig, headq_config
 from headq_ao.calibration.bit_allocation import head_bits
 from headq_ao.codecs.layer_codec import key_codec, value_codec
 from headq_ao.codecs.linalg import eigh
@@ -19,10 +19,12 @@ from headq_ao.evals.harness.environment import environment, write_json
 from headq_ao.evals.harness.table import text_table
 from headq_ao.integrations.transformers.calibrate import layer_frames
 from headq_ao.integrations.transformers.serving import serving_of
+from headq_ao.layer_shape import LayerShape
 
 RESULT = Path(__file__).resolve().parents[1] / "recipes" / "results" / "rate_distortion" / "smollm2.json"
 PRESETS = ("balanced", "quality", "near_lossless")
 SIDES = ("keys", "values")
+N_SINK = HeadQConfig().n_sink
 HEADER = ("preset", "side", "code bits", "beyond the bound", "least and most of a layer", "with the scale")
 EPILOG = """\
 examples:
@@ -82,33 +84,33 @@ def measured(x: Tensor, codec: Any, side: str, bits: int) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def measure(
-    model: Any, rows: Tensor, config: HeadQConfig, calibration: Any, progress: bool = True
-) -> list[dict[str, Any]]:
-    """What :func:`measured` gives, of each layer, side and head."""
-    shapes, frames = serving_of(model).shapes, layer_frames(model, serving_of(model))
-    of_heads = head_bits(config, calibration, shapes)
+def states(model: Any, rows: Tensor, n_sink: int) -> list[tuple[Tensor, Tensor]]:
+    """Keys, in the frame that they are coded in, and values ``[Hkv, T, D]`` of each layer: all rows, without sinks."""
     caches = [model(input_ids=row[None], use_cache=True, logits_to_keep=1).past_key_values for row in rows]
     found = []
-    for i, moments in enumerate(tqdm(calibration.layers, desc="layers", unit="layer", disable=not progress)):
-        bits = of_heads[i]
-        codecs = key_codec(config, moments, bits.k), value_codec(config, shapes[i], moments).with_bits(bits.v)
-        k, v = (torch.cat([x[0] for x in sides], 1) for sides in zip(*(
-            (_framed(cache.layers[i].keys, frames[i], config.n_sink), cache.layers[i].values[:, :, config.n_sink :])
-            for cache in caches
-        ), strict=True))  # fmt: skip
-        for side, codec, x, head_widths in zip(SIDES, codecs, (k, v), (bits.k, bits.v), strict=True):
-            for h, b in enumerate(head_widths):
-                one = measured(x[h].float(), codec.part(slice(h, h + 1)), side, b)
-                found.append({"layer": i, "side": side, "head": h} | one)
+    for i, frame in enumerate(layer_frames(model, serving_of(model))):
+        parts = []
+        for k, v in ((cache.layers[i].keys, cache.layers[i].values) for cache in caches):
+            k = k if frame is None else frame.into(k, frame.along(k.shape[2], n_sink, k.device))
+            parts.append((k[0, :, n_sink:].float(), v[0, :, n_sink:].float()))
+        k, v = (torch.cat(side, 1) for side in zip(*parts, strict=True))
+        found.append((k, v))
     return found
 
 
-def _framed(k: Tensor, frame: Any, n_sink: int) -> Tensor:
-    """Keys behind the sinks, in the frame that they are coded in."""
-    if frame is not None:
-        k = frame.into(k, frame.of(torch.arange(k.shape[2]) - n_sink))
-    return k[:, :, n_sink:]
+def measure(
+    shapes: Sequence[LayerShape], seen: Sequence[tuple[Tensor, Tensor]], config: HeadQConfig, calibration: Calibration
+) -> list[dict[str, Any]]:
+    """What :func:`measured` gives, of each layer, side and head, for the :func:`states` of a model of these layers."""
+    of_heads = head_bits(config, calibration, shapes)
+    found = []
+    for i, (moments, bits) in enumerate(zip(calibration.layers, of_heads, strict=True)):
+        codecs = key_codec(config, moments, bits.k), value_codec(config, shapes[i], moments).with_bits(bits.v)
+        for side, codec, x, widths in zip(SIDES, codecs, seen[i], (bits.k, bits.v), strict=True):
+            for h, b in enumerate(widths):
+                one = measured(x[h], codec.part(slice(h, h + 1)), side, b)
+                found.append({"layer": i, "side": side, "head": h} | one)
+    return found
 
 
 def distances(found: Sequence[dict[str, Any]], side: str, spent: str = "bits") -> list[float]:
@@ -168,8 +170,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     model, tokenizer = inputs.load(args.model, None, torch.float32)
     calibration = inputs.calibrate_on(model, tokenizer, learnt, args.calibration_tokens, not args.no_progress)
     rows = inputs.token_rows(tokenizer, text, args.rows, inputs.CALIBRATION_ROW)
+    shapes, seen = serving_of(model).shapes, states(model, rows, N_SINK)
     presets = {
-        name: measure(model, rows, headq_config(preset=name), calibration, not args.no_progress) for name in PRESETS
+        name: measure(shapes, seen, headq_config(preset=name), calibration)
+        for name in tqdm(PRESETS, desc="presets", unit="preset", disable=args.no_progress)
     }
     protocol = {"text": text.name, "rows": args.rows, "row_length": inputs.CALIBRATION_ROW, "calibration": learnt.name}
     result = {"model": args.model, "protocol": protocol, "presets": presets, "environment": environment()}

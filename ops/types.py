@@ -118,6 +118,10 @@ class SegmentFrame:
         """The segments of body tokens; those below 0 are none, and get the first."""
         return body.div(self.tokens, rounding_mode="floor").clamp(0, len(self.table) - 1)
 
+    def along(self, tokens: int, n_sink: int, device: torch.device) -> Tensor:
+        """The segments of a sequence's first ``tokens``, ``n_sink`` of them sinks."""
+        return self.of(torch.arange(tokens, device=device) - n_sink)
+
     def into(self, x: Tensor, segment: Tensor, back: bool = False) -> Tensor:
         """``R_sᵀ x`` (``back``: ``R_s x``) for ``x [.., D]`` and segments ``[..]`` that broadcast, fp32 or as wide as
         ``x``; computed in fp64, so that it does not depend on how a device contracts products."""

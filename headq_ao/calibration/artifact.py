@@ -11,14 +11,13 @@ from torch import Tensor
 
 from headq_ao.config import HeadQConfig
 from headq_ao.files import FileKind
-from headq_ao.statistics.moments import FISHER, PROFILE, TENSORS, LayerMoments
+from headq_ao.statistics.moments import MEASURED, TENSORS, LayerMoments
 from headq_ao.user_warning import warn
 
 CALIBRATION = FileKind("calibration", 6, "make one with calibrate(...).save(path)", oldest=3)
 UNCOUNTED = 3  # files of this version do not say on how many effective tokens they rest, and are taken as they are
 UNFRAMED = (3, 4)  # their keys are as the model has them
 NEEDED, MOST_NEEDED = 8, 768  # the same to be used: with fewer, a sequence's own statistics are better
-ALL = (*TENSORS, *PROFILE, *FISHER)
 COUNTS = ("tokens", "groups", "effective", "segment_tokens")
 
 
@@ -87,7 +86,7 @@ class Calibration:
         layers = []
         for i, counts in enumerate(head["layers"]):
             fields: dict[str, Any] = {name: tensors[f"{i}.{name}"] for name in TENSORS}
-            fields |= {name: tensors.get(f"{i}.{name}") for name in (*PROFILE, *FISHER)}
+            fields |= {name: tensors.get(f"{i}.{name}") for name in MEASURED}
             version = head.get("version")
             known: dict[str, Any] = {"effective": None if version == UNCOUNTED else "left out"}
             known |= {"segment_tokens": 0 if version in UNFRAMED else "left out"}
@@ -95,7 +94,7 @@ class Calibration:
             layer = LayerMoments(**counts, **fields)
             layer.check(i)
             layers.append(layer)
-        if extra := set(tensors) - {f"{i}.{name}" for i in range(len(layers)) for name in ALL}:
+        if extra := set(tensors) - {f"{i}.{name}" for i in range(len(layers)) for name in (*TENSORS, *MEASURED)}:
             raise ValueError(f"it holds tensors that no layer has: {', '.join(sorted(extra)[:4])}")
         return cls(layers, head["fingerprint"], head["meta"])
 

@@ -86,11 +86,11 @@ def coding_errors(
     (k_mean, k_outer), (v_mean, v_outer), c_k = (
         *((x.to(k.device)[None] for x in moments.shrunk(side)) for side in "kv"), moments.key_metric.to(k.device)[None]
     )  # fmt: skip
-    c_v = None if moments.value_metric is None else moments.value_metric.to(k.device)
+    c_v = None if (metric := moments.value_metric) is None else metric.to(k.device)
     segment = torch.zeros(tokens, dtype=torch.int64, device=k.device)
     coded = k
     if frame is not None:
-        segment = frame.of(torch.arange(tokens, device=k.device) - n_sink)
+        segment = frame.along(tokens, n_sink, k.device)
         coded = frame.into(k, segment)
     keys, values = [], []
     for bits in PROFILED_BITS:

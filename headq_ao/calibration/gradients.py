@@ -9,7 +9,7 @@ from torch import Tensor
 
 from headq_ao.ambient import mode_neutral, neutral_modes
 from headq_ao.calibration.bit_allocation import WHOLE, coding_errors
-from headq_ao.calibration.observers import AttentionObserver, Frames
+from headq_ao.calibration.observers import AttentionObserver, Frames, layer_numbers
 from headq_ao.statistics.fisher import row_gradients
 from headq_ao.statistics.moments import FISHER, PROFILED_BITS, LayerMoments
 
@@ -44,12 +44,11 @@ class GradientRecorder(AttentionObserver):
         frames: Frames | None = None, sharing: Mapping[int, int] | None = None,
     ) -> None:  # fmt: skip
         self.moments, self.frames = moments, [None] * len(moments) if frames is None else frames
-        self.numbers = {place: i for i, place in enumerate(range(len(moments)) if places is None else places)}
-        self.numbers |= {reader: self.numbers[place] for reader, place in (sharing or {}).items()}
+        self.numbers = layer_numbers(len(moments), places, sharing)
         self.n_sink, self.seed = n_sink, seed
         self.anchor = torch.zeros((), dtype=torch.float32, device="cpu", requires_grad=True)
         self.read: dict[int, Read] = {}
-        self.found: dict[int, list[Tensor]] = {}  # gradients of the current sequence's keys and values, and these
+        self.found: dict[int, tuple[Tensor, ...]] = {}  # gradients of the sequence's keys and values, and these
         self.sums: dict[int, list[Tensor]] = {}
 
     def record(
@@ -71,11 +70,11 @@ class GradientRecorder(AttentionObserver):
     def take(self, layer: int, grad: Tensor) -> None:
         """The gradient ``[B, T, Hq, Dv]`` by a layer's output."""
         states, given = self.read.pop(layer)
-        new = row_gradients(grad.transpose(1, 2), *states, n_sink=self.n_sink, **given)
-        there = self.found.get(self.numbers[layer])
-        self.found[self.numbers[layer]] = [*new, *states[1:]] if there is None else [
-            a + b for a, b in zip(there, new, strict=False)
-        ] + there[2:]  # fmt: skip
+        by_k, by_v = row_gradients(grad.transpose(1, 2), *states, n_sink=self.n_sink, **given)
+        number = self.numbers[layer]
+        if number in self.found:  # by what another reader made of them
+            by_k, by_v = by_k + self.found[number][0], by_v + self.found[number][1]
+        self.found[number] = by_k, by_v, *states[1:]
 
     def run(self, model: Any, row: Tensor, counted: Tensor, **given: Tensor) -> None:
         """Fold one sequence.
@@ -129,7 +128,7 @@ class GradientRecorder(AttentionObserver):
             for i, e in enumerate(errors[side]):
                 loss[:, side, i] = (by[:, :, :whole] * e).double().sum(-1).square().sum((0, 2))
         if frame is not None:
-            by_k = frame.into(by_k, frame.of(torch.arange(by_k.shape[2], device=k.device) - self.n_sink))
+            by_k = frame.into(by_k, frame.along(by_k.shape[2], self.n_sink, k.device))
         new = [torch.einsum("bhtd,bhte->hde", x, x).cpu() for x in (by_k.double(), by_v.double())] + [loss.cpu()]
         if not all(bool(torch.isfinite(x).all()) for x in new):
             raise RuntimeError("gradients are not finite")

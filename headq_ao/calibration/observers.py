@@ -36,6 +36,18 @@ class AttentionObserver:
 RECORDER: contextvars.ContextVar[AttentionObserver | None] = contextvars.ContextVar("headq_recorder", default=None)
 
 
+def layer_numbers(n_layers: int, places: Sequence[int] | None, sharing: Mapping[int, int] | None) -> dict[int, int]:
+    """Which statistics a layer of the model goes to: those of its own, or of the layer whose keys and values it reads.
+
+    Args:
+        n_layers: that store keys and values.
+        places: of these among all layers; None: as they come.
+        sharing: layers that read the keys and values of others, and of which; None: none.
+    """
+    numbers = {place: i for i, place in enumerate(range(n_layers) if places is None else places)}
+    return numbers | {reader: numbers[place] for reader, place in (sharing or {}).items()}
+
+
 class Recorder(AttentionObserver):
     """Collects what attention reads during one calibration; found through a context variable, so threads are apart.
 
@@ -48,9 +60,8 @@ class Recorder(AttentionObserver):
         frames: Frames | None = None, sharing: Mapping[int, int] | None = None, pooled: bool = True,
     ) -> None:  # fmt: skip
         self.frames = [None] * n_layers if frames is None else frames
-        self.numbers = {place: i for i, place in enumerate(range(n_layers) if places is None else places)}
+        self.numbers = layer_numbers(n_layers, places, sharing)
         self.sharing, self.pooled = {} if sharing is None else sharing, pooled
-        self.numbers |= {reader: self.numbers[place] for reader, place in self.sharing.items()}
         self.layers = [MomentAccumulator(n_rows) for _ in range(n_layers)]
         self.n_sink = n_sink
         self.generator = torch.Generator("cpu").manual_seed(seed)
@@ -77,7 +88,7 @@ class Recorder(AttentionObserver):
         counted = None if self.counted is None else self.counted.to(k.device)
         number, segment = self.numbers[layer], None
         if (frame := self.frames[number]) is not None:
-            segment = frame.of(torch.arange(k.shape[2], device=k.device) - self.n_sink)
+            segment = frame.along(k.shape[2], self.n_sink, k.device)
         weights = importance_weights(
             q.float(),
             k.float(),
@@ -138,8 +149,7 @@ class Profiler(AttentionObserver):
     ) -> None:  # fmt: skip
         self.readouts = [None] * len(moments) if readouts is None else readouts
         self.frames, self.measured = [None] * len(moments) if frames is None else frames, measured
-        self.numbers = {place: i for i, place in enumerate(range(len(moments)) if places is None else places)}
-        self.numbers |= {reader: self.numbers[place] for reader, place in (sharing or {}).items()}
+        self.numbers = layer_numbers(len(moments), places, sharing)
         self.moments, self.n_sink, self.counted = moments, n_sink, counted
 
     def record(

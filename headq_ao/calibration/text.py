@@ -246,6 +246,25 @@ def surprises(logits: Tensor, ids: Tensor, counted: Tensor) -> list[float]:
     return found
 
 
+def joined_rows(
+    rows: Sequence[Tensor], counted: Sequence[Tensor], starts: Tensor, n_sink: int, most: int
+) -> list[tuple[Tensor, Tensor, int]]:
+    """Rows, which of their tokens count, and where they start; short ones, one after the other, as one of at most
+    ``most`` tokens, in which the first ``n_sink`` of each do not count."""
+    found: list[tuple[Tensor, Tensor, int]] = []
+    joining = False
+    for row, counts, start in zip(rows, counted, starts.tolist(), strict=True):
+        short = len(row) < JOINED_BELOW
+        if joining and short and len(found[-1][0]) + len(row) <= most:
+            before, its_counts, _ = found.pop()
+            counts = torch.cat([its_counts, counts.new_zeros(n_sink), counts[n_sink:]])
+            found.append((torch.cat([before, row]), counts, 0))
+        else:
+            found.append((row, counts, start))
+        joining = short
+    return found
+
+
 def profiled_row(rows: Sequence[Tensor], counted: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """The tokens ``[T]`` on which layers are profiled, and which of them count: the first row that has about as many
     that count as any, or all rows as one where they are short."""

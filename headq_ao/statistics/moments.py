@@ -18,6 +18,7 @@ LONG = 2**15
 PLENTY, MOST_PLENTY = 12, 900  # effective tokens per coordinate of a head, and at most, that leave no doubt
 PROFILE = ("errors", "energy")
 FISHER = ("k_fisher", "v_fisher", "loss")
+MEASURED = (*PROFILE, *FISHER)  # what a calibration may lack
 PROFILED_BITS = (1, 2, 3, 4)
 
 
@@ -189,7 +190,7 @@ class LayerMoments:
 
     def tensors(self) -> dict[str, Tensor]:
         """Its tensors by field name."""
-        return {name: x for name in (*TENSORS, *PROFILE, *FISHER) if (x := getattr(self, name)) is not None}
+        return {name: x for name in (*TENSORS, *MEASURED) if (x := getattr(self, name)) is not None}
 
     def check(self, layer: int) -> None:
         """Raise ValueError, naming ``layer``, where counts or shapes do not fit together or a number is not finite."""

@@ -8,7 +8,8 @@ import torch
 
 from headq_ao import calibrate, headq_config
 from headq_ao.evals import rate_distortion
-from headq_ao.evals.rate_distortion import bound, distances, measure, table_rows
+from headq_ao.evals.rate_distortion import bound, distances, measure, states, table_rows
+from headq_ao.integrations.transformers.serving import serving_of
 
 
 @pytest.mark.parametrize("bits", [0.5, 1.0, 3.0])
@@ -34,7 +35,8 @@ def test_no_code_is_nearer_than_the_bound(tiny, token_ids):
     """On Gaussian-like rows scalar codes are 0 to 0.7 bits away, and a scale adds its bits."""
     model = tiny("llama", head_dim=32, heads=4, kv_heads=2, layers=2)
     calibration = calibrate(model, token_ids(4, 512), progress=False)
-    found = measure(model, token_ids(2, 512, seed=1), headq_config(), calibration, progress=False)
+    config, seen = headq_config(), states(model, token_ids(2, 512, seed=1), 4)
+    found = measure(serving_of(model).shapes, seen, config, calibration)
     assert len(found) == 2 * 2 * 2
     for entry in found:
         assert entry["with_scale"] - entry["bits"] in (8 / 32, 16 / 32)

@@ -17,11 +17,11 @@ from headq_ao.calibration.gradients import GradientRecorder
 from headq_ao.calibration.observers import RECORDER, Frames, Profiler, Recorder
 from headq_ao.calibration.rope import rotation_of
 from headq_ao.calibration.text import (
-    JOINED_BELOW,
     PROFILED_TOKENS,
     SURPRISE,
     counted_tokens,
     effective_tokens,
+    joined_rows,
     profiled_row,
     read_batches,
     surprises,
@@ -223,7 +223,6 @@ def with_gradients(
     ]
     ends = itertools.accumulate(len(piece) for piece, *_ in pieces)
     pieces = [piece for piece, end in zip(pieces, ends, strict=True) if end <= GRADIENT_TOKENS]
-    before = RECORDER.get()
     RECORDER.set(recorder)
     try:
         if any(parameter.is_meta for parameter in model.parameters()):
@@ -239,28 +238,7 @@ def with_gradients(
             "with gradients=False this warning is not given"
         )
         return moments
-    finally:
-        RECORDER.set(before)
     return recorder.measured()
-
-
-def joined_rows(
-    rows: Sequence[Tensor], counted: Sequence[Tensor], starts: Tensor, n_sink: int, most: int
-) -> list[tuple[Tensor, Tensor, int]]:
-    """Rows, which of their tokens count, and where they start; short ones, one after the other, as one of at most
-    ``most`` tokens, in which the first ``n_sink`` of each do not count."""
-    found: list[tuple[Tensor, Tensor, int]] = []
-    joining = False
-    for row, counts, start in zip(rows, counted, starts.tolist(), strict=True):
-        short = len(row) < JOINED_BELOW
-        if joining and short and len(found[-1][0]) + len(row) <= most:
-            before, its_counts, _ = found.pop()
-            counts = torch.cat([its_counts, counts.new_zeros(n_sink), counts[n_sink:]])
-            found.append((torch.cat([before, row]), counts, 0))
-        else:
-            found.append((row, counts, start))
-        joining = short
-    return found
 
 
 def layer_frames(model: PreTrainedModel, serving: Serving) -> list[SegmentFrame | None]:
