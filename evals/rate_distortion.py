@@ -144,7 +144,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--model", default=inputs.SMOLLM2, help="'smollm2', 'qwen2.5-coder-0.5b' or what transformers loads (smollm2)")
-    add("--text", default="wikitext", help="'wikitext', 'bundled' or a file: the calibration's and the held-out part")
+    add("--text", default="wikitext", help="'wikitext' or 'bundled': its calibration's and its held-out part")
     add("--wikitext", metavar="FOLDER", help="with wiki.valid.raw and wiki.test.raw (HEADQ_WIKITEXT)")
     add("--rows", type=int, default=4, help="of 1024 tokens of held-out text (4)")
     add("--calibration-tokens", type=int, default=4096, help="(4096)")
@@ -163,6 +163,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         text = inputs.find_text(args.text, "report", args.wikitext)
         learnt = inputs.find_text(args.text, "calibrate", args.wikitext)
+        if learnt.resolve() == text.resolve():
+            raise ValueError(f"--text {args.text} has no part of its own to calibrate on; give 'wikitext' or 'bundled'")
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
     if args.threads:

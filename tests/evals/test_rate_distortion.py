@@ -58,3 +58,8 @@ def test_the_command(tiny, token_ids, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         rate_distortion.main(["--rows", "0"])
     assert "--rows must be at least 1" in capsys.readouterr().err
+    own = tmp_path / "own.txt"
+    own.write_text("one text")
+    with pytest.raises(SystemExit):
+        rate_distortion.main(["--text", str(own)])
+    assert "has no part of its own to calibrate on" in capsys.readouterr().err
